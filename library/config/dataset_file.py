@@ -1,0 +1,218 @@
+"""The dataset definition: from `--dataset_config` (TOML or JSON) or from the folder layout `N_name`.
+
+Every value is looked up in the subset, its dataset, `[general]`, then on the command line. Keys and types
+come from the declarations in `library.config.dataset`; there is no second schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.config import toml_text
+from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.options import Option, nearest, section_options
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Keys that sd-scripts reads and this version does not: what they would do, so that nobody trains without it.
+NOT_YET = {
+    "metadata_file": "metadata files",
+    "conditioning_data_dir": "loss masks",
+    "alpha_mask": "loss masks",
+    "face_crop_aug_range": "face crops",
+    "validation_split": "validation",
+    "validation_seed": "validation",
+}
+# Keys that change nothing here.
+IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}
+
+DATASET_KEYS = {entry.field: entry for entry in section_options(DatasetOptions)}
+SUBSET_KEYS = {entry.field: entry for entry in section_options(SubsetOptions)}
+ALL_KEYS = DATASET_KEYS | SUBSET_KEYS
+
+
+def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
+    """Return the datasets of a run, every value looked up; dataset and subset hold the command line's values.
+
+    Raises UserError where there is nothing to train on.
+    """
+    if data.dataset_config is not None:
+        for name in ("train_data_dir", "reg_data_dir"):
+            if getattr(data, name) is not None:
+                logger.warning("--%s is ignored: --dataset_config says where the pictures are", name)
+        datasets = read_dataset_file(data.dataset_config, dataset, subset)
+    else:
+        datasets = [DatasetConfig(options=dataset, subsets=tuple(folder_subsets(data, subset)))]
+    datasets = [dataclasses.replace(entry, subsets=_usable_subsets(entry.subsets)) for entry in datasets]
+    datasets = [entry for entry in datasets if entry.subsets]
+    if not any(not entry.is_reg for found in datasets for entry in found.subsets):
+        source = data.dataset_config or f"{data.train_data_dir} (sub-folders are named like 10_name)"
+        raise UserError(f"no subset to train on in {source}")
+    for entry in datasets:
+        check_dataset(entry.options)
+    return datasets
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The file
+# --------------------------------------------------------------------------------------------------------------
+
+
+def read_dataset_file(path: Path, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
+    """Return the datasets that a definition file describes; dataset and subset supply what it leaves open."""
+    table = _load(path)
+    _check_keys(table, {"general", "datasets"}, str(path))
+    general = _expect_table(table.get("general", {}), f"{path}: general")
+    _read_keys(general, "general", f"{path}: general")
+    entries = table.get("datasets", [])
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: no [[datasets]] table, so there is nothing to train on")
+    return [
+        _read_dataset(
+            _expect_table(entry, f"{path}: datasets[{index}]"), general, dataset, subset, f"{path}: datasets[{index}]"
+        )
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    suffix = path.suffix.lower()
+    if suffix == ".toml":
+        return toml_text.load(path)
+    if suffix == ".json":
+        try:
+            return _expect_table(json.loads(toml_text.read_text(path)), str(path))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+    raise UserError(f"--dataset_config must be a .toml or .json file, got {str(path)!r}")
+
+
+def _read_dataset(
+    table: dict[str, Any], general: dict[str, Any], dataset: DatasetOptions, subset: SubsetOptions, place: str
+) -> DatasetConfig:
+    subset_tables = table.get("subsets", [])
+    if not isinstance(subset_tables, list):
+        raise UserError(f"{place}.subsets must be an array of tables, got {subset_tables!r}")
+    own = _read_keys({key: value for key, value in table.items() if key != "subsets"}, "datasets", place)
+    shared = _read_keys(general, "general", "general") | own
+    options = dataclasses.replace(dataset, **{key: value for key, value in shared.items() if key in DATASET_KEYS})
+    inherited = {key: value for key, value in shared.items() if key in SUBSET_KEYS}
+    subsets = []
+    for index, entry in enumerate(subset_tables):
+        where = f"{place}.subsets[{index}]"
+        values = inherited | _read_keys(_expect_table(entry, where), "subsets", where)
+        if values.get("image_dir") is None:
+            raise UserError(f"{where}.image_dir is missing: the folder of the pictures")
+        subsets.append(dataclasses.replace(subset, **values))
+    return DatasetConfig(options=options, subsets=tuple(subsets))
+
+
+def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, Any]:
+    """Return field -> typed value of the keys in a table; raises for a key that does not belong there."""
+    values = {}
+    for key, value in table.items():
+        if key in IGNORED:
+            continue
+        values[key] = _known_key(key, level, place).read(value, f"{place}.{key}")
+    return values
+
+
+def _known_key(key: str, level: str, place: str) -> Option:
+    if key in NOT_YET:
+        raise UserError(f"{place}.{key}: {NOT_YET[key]} are planned, but not in this version")
+    entry = ALL_KEYS.get(key)
+    if entry is None:
+        known = [name for name, option in ALL_KEYS.items() if level in option.spec.levels]
+        raise UserError(f"{place}.{key} is not known{nearest(key, known)}")
+    if level not in entry.spec.levels:
+        levels = ", ".join(f"[{name}]" for name in entry.spec.levels)
+        raise UserError(f"{place}.{key} does not belong here: it is set in {levels}")
+    return entry
+
+
+def _check_keys(table: Mapping[str, Any], known: set[str], place: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{place}: {key} is not known{nearest(key, sorted(known))}")
+
+
+def _expect_table(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{place} must be a table, got {value!r}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The folder layout
+# --------------------------------------------------------------------------------------------------------------
+
+
+def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOptions]:
+    """Return a subset for each sub-folder `N_name` (N repeats, class token name), sorted by name."""
+    return [
+        dataclasses.replace(subset, image_dir=folder, num_repeats=repeats, class_tokens=tokens, is_reg=is_reg)
+        for parent, is_reg in ((data.train_data_dir, False), (data.reg_data_dir, True))
+        if parent is not None
+        for folder, repeats, tokens in _numbered_folders(parent)
+    ]
+
+
+def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
+    found = []
+    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
+        number, _, tokens = folder.name.partition("_")
+        if number.isascii() and number.lstrip("-").isdigit():
+            found.append((folder, int(number), tokens))
+        else:
+            logger.warning("%s is skipped: its name does not start with a number of repeats, as in 10_name", folder)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, ...]:
+    usable: list[SubsetOptions] = []
+    for subset in subsets:
+        if subset.num_repeats < 1:
+            logger.warning("%s is skipped: num_repeats is %d", subset.image_dir, subset.num_repeats)
+        elif any(subset.image_dir == other.image_dir for other in usable):
+            logger.warning("%s stands twice in one dataset; the first counts", subset.image_dir)
+        else:
+            usable.append(subset)
+    return tuple(usable)
+
+
+def check_dataset(options: DatasetOptions) -> None:
+    """Raise UserError for a resolution or bucket sizes that do not fit together."""
+    if options.resolution is None:
+        raise UserError("resolution is missing: give it in [general], [[datasets]] or as --resolution")
+    if options.network_multiplier != 1.0:
+        raise UserError(f"network_multiplier must be 1.0, got {options.network_multiplier:g}: nothing reads another")
+    if options.enable_bucket:
+        if options.bucket_reso_steps % 64:
+            raise UserError(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
+        if not options.bucket_no_upscale:
+            _check_bucket_range(options)
+    elif options.resolution[0] % 8 or options.resolution[1] % 8:
+        raise UserError(f"resolution must be a multiple of 8 without buckets, got {options.resolution}")
+
+
+def _check_bucket_range(options: DatasetOptions) -> None:
+    shortest, longest = min(options.resolution), max(options.resolution)
+    if options.min_bucket_reso > shortest:
+        raise UserError(
+            f"min_bucket_reso {options.min_bucket_reso} is more than the resolution's shorter side {shortest}"
+        )
+    if options.max_bucket_reso < longest:
+        raise UserError(
+            f"max_bucket_reso {options.max_bucket_reso} is less than the resolution's longer side {longest}"
+        )

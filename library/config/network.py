@@ -1,0 +1,29 @@
+"""Options that say what is trained: the network and what it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from library.config.options import option
+from library.config.values import parse_pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Network."""
+
+    network_module: str | None = option(None, "module of the network: networks.lora, lycoris.kohya, ...")
+    network_dim: int | None = option(None, "rank; unset lets the module choose (4)", aliases=("networkdim",), minimum=1)
+    network_alpha: float = option(1.0, "alpha; the adapter acts with alpha / rank", minimum=0)
+    network_dropout: float | None = option(None, "dropout on the output of the down layers", minimum=0, maximum=1)
+    network_args: tuple[str, ...] | None = option(
+        None, "further arguments of the module, each key=value", parse=parse_pairs, form="a list of key=value"
+    )
+    network_weights: Path | None = option(None, "adapter file to start from")
+    dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
+    network_train_unet_only: bool = option(False, "train only the U-Net's adapter")
+    network_train_text_encoder_only: bool = option(False, "train only the text encoder's adapter")
+    scale_weight_norms: float | None = option(None, "largest norm of a module's change; larger ones are scaled down")
+    base_weights: tuple[Path, ...] | None = option(None, "adapter files merged into the base before training")
+    base_weights_multiplier: tuple[float, ...] | None = option(None, "strengths of --base_weights; missing ones are 1")

@@ -1,0 +1,61 @@
+"""Options of the optimizer, the learning rates and their schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from library.config.options import option
+from library.config.values import parse_pairs, parse_steps
+
+STEPS_FORM = "a whole number of steps, or a share of all steps such as 0.1 or 10%"
+
+ScheduleName = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+    "adafactor",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer."""
+
+    optimizer_type: str = option("AdamW", "AdamW, AdamW8bit, AdaFactor, ... or package.module.Class")
+    optimizer_args: tuple[str, ...] | None = option(
+        None, "further arguments, each key=value", parse=parse_pairs, form="a list of key=value"
+    )
+    use_8bit_adam: bool = option(False, "old spelling of --optimizer_type AdamW8bit")
+    learning_rate: float = option(2e-6, "learning rate where no finer one is given; LoRA likes 1e-4 to 1e-3", minimum=0)
+    unet_lr: float | None = option(None, "learning rate of the U-Net's adapter", minimum=0)
+    text_encoder_lr: tuple[float, ...] | None = option(None, "learning rate of the text encoder's adapter", minimum=0)
+    max_grad_norm: float = option(1.0, "clip the norm of the gradients to this; 0 does not clip", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate schedule."""
+
+    lr_scheduler: ScheduleName = option("constant", "how the learning rate changes over the run")
+    lr_warmup_steps: int | float = option(0, "steps of linear warm-up", parse=parse_steps, form=STEPS_FORM)
+    lr_decay_steps: int | float = option(0, "steps of decay of warmup_stable_decay", parse=parse_steps, form=STEPS_FORM)
+    lr_scheduler_num_cycles: int = option(1, "cycles of the cosine schedules", minimum=1)
+    lr_scheduler_power: float = option(1.0, "power of polynomial")
+    lr_scheduler_timescale: int | None = option(None, "time scale of inverse_sqrt; unset: the warm-up", minimum=1)
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, "lowest factor of cosine_with_min_lr and warmup_stable_decay", minimum=0, maximum=1
+    )
+    lr_scheduler_type: str = option(
+        "", "class in torch.optim.lr_scheduler or package.module.Class, instead of the above"
+    )
+    lr_scheduler_args: tuple[str, ...] | None = option(
+        None, "arguments of the schedule, each key=value", parse=parse_pairs, form="a list of key=value"
+    )

@@ -1,0 +1,384 @@
+"""One declaration per option: a frozen dataclass field is parser, TOML key, check, help and record.
+
+A section is a frozen keyword-only dataclass whose fields are made with `option`; a root is a dataclass of
+sections. `parse` reads a root from the command line and `--config_file`; values from both pass through the
+same conversion. Parser defaults are suppressed, so that parsing yields only what was given and
+"defaults < TOML < command line" is one dict union. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from library.config import toml_text
+from library.config.retired import RETIRED, Retired
+from library.errors import UserError
+
+Root = TypeVar("Root")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What an option declares besides its name, type and default."""
+
+    help: str
+    flag: str | None = None  # name on the command line, where it differs from the field's
+    aliases: tuple[str, ...] = ()
+    parse: Callable[[Any], Any] | None = None  # own reading of a text or TOML value; raises ValueError
+    form: str | None = None  # how a value looks, in words, for the error and the help
+    minimum: float | None = None
+    maximum: float | None = None
+    file_only: bool = False  # a key of the dataset file, not a command line option
+    levels: tuple[str, ...] = ()  # where the dataset file takes it: "general", "datasets", "subsets"
+
+
+def option(default: Any, help: str, **spec: Any) -> Any:
+    """Return a dataclass field that is an option; spec holds the other fields of `Spec`."""
+    return dataclasses.field(default=default, metadata={"spec": Spec(help=help, **spec)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option, resolved: where it lives, its kind and how a value is read."""
+
+    section: str
+    field: str
+    flag: str
+    kind: Kind
+    default: Any
+    spec: Spec
+
+    def read(self, value: Any, label: str) -> Any:
+        """Return value (a text, or a TOML value) in the option's type; UserError names it by label."""
+        form = self.spec.form or self.kind.form
+        try:
+            result = (self.spec.parse or self.kind.read)(value)
+        except ValueError as error:
+            detail = f" ({error})" if str(error) and self.spec.parse else ""
+            raise UserError(f"{label} must be {form}, got {value!r}{detail}") from None
+        for number in result if isinstance(result, tuple) else (result,):
+            self._check_range(number, label)
+        return result
+
+    def _check_range(self, number: Any, label: str) -> None:
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            return
+        if self.spec.minimum is not None and not number >= self.spec.minimum:
+            raise UserError(f"{label} must be at least {self.spec.minimum:g}, got {number:g}")
+        if self.spec.maximum is not None and not number <= self.spec.maximum:
+            raise UserError(f"{label} must be at most {self.spec.maximum:g}, got {number:g}")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Kinds: how the values of a type are read
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How values of one Python type are read from the command line and from TOML."""
+
+    name: str  # for tables: "int", "flag", "list of str"
+    form: str  # for messages: "a whole number"
+    nargs: str | int | None  # as argparse has it; 0 is a switch
+    read: Callable[[Any], Any]
+
+
+def read_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def read_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError
+    return int(value)
+
+
+def read_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    return float(value)
+
+
+def read_str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+def read_choice(value: Any, *, choices: tuple[Any, ...]) -> Any:
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+        if isinstance(value, str) and value == str(choice):
+            return choice
+    raise ValueError
+
+
+def read_many(value: Any, *, item: Kind) -> tuple[Any, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(item.read(entry) for entry in values)
+
+
+SIMPLE_KINDS = {
+    bool: Kind("flag", "true or false", 0, read_bool),
+    int: Kind("int", "a whole number", None, read_int),
+    float: Kind("float", "a number", None, read_float),
+    str: Kind("str", "a text", None, read_str),
+    Path: Kind("path", "a path", None, lambda value: Path(read_str(value))),
+    dict: Kind("table", "a table", None, lambda value: _expect(value, dict)),
+}
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError
+    return value
+
+
+def kind_of(annotation: Any) -> Kind:
+    """Return the kind for a type annotation: bool, int, float, str, Path, Literal, tuple[T, ...], X | None."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return kind_of(next(argument for argument in arguments if argument is not type(None)))
+    if origin is Literal:
+        words = ", ".join(str(choice) for choice in arguments)
+        name = type(arguments[0]).__name__
+        return Kind(name, f"one of {words}", None, functools.partial(read_choice, choices=arguments))
+    if origin is tuple:
+        item = kind_of(arguments[0])
+        if arguments[-1] is not Ellipsis:  # a pair, written as one word
+            return Kind(f"{item.name} or {item.name},{item.name}", "a pair", None, read_str)
+        return Kind(f"list of {item.name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
+    return SIMPLE_KINDS[annotation]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tables of options
+# --------------------------------------------------------------------------------------------------------------
+
+
+def section_options(section: type, section_name: str = "") -> list[Option]:
+    """Return the options that a section declares, in order."""
+    hints = typing.get_type_hints(section)
+    found = []
+    for field in dataclasses.fields(section):
+        spec: Spec | None = field.metadata.get("spec")
+        if spec is None:
+            continue
+        default = None if field.default is dataclasses.MISSING else field.default
+        kind = kind_of(hints[field.name])
+        found.append(Option(section_name, field.name, spec.flag or field.name, kind, default, spec))
+    return found
+
+
+@functools.cache
+def sections_of(root: type) -> tuple[tuple[str, type], ...]:
+    """Return (name, section class) of each section of a root."""
+    hints = typing.get_type_hints(root)
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(root))
+
+
+@functools.cache
+def root_options(root: type) -> dict[str, Option]:
+    """Return flag -> option for everything that the command line of a root takes."""
+    options = [
+        entry
+        for name, section in sections_of(root)
+        for entry in section_options(section, name)
+        if not entry.spec.file_only
+    ]
+    table = {entry.flag: entry for entry in options}
+    assert len(table) == len(options), "two sections declare the same flag"
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def build_parser(root: type, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a root; it yields texts, and only for what was given."""
+    parser = _Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # with abbreviations a new option could change the meaning of an old command line
+        formatter_class=_Formatter,
+        usage="%(prog)s [options]",
+    )
+    for name, section in sections_of(root):
+        group = parser.add_argument_group((section.__doc__ or name).split("\n")[0].rstrip("."))
+        for entry in section_options(section, name):
+            if not entry.spec.file_only:
+                _add_argument(group, entry)
+    return parser
+
+
+def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
+    names = [f"--{name}" for name in (entry.flag, *entry.spec.aliases)]
+    text = help_text(entry).replace("%", "%%")
+    if entry.kind.nargs == 0:
+        group.add_argument(*names, dest=entry.flag, action="store_true", help=text)
+    else:
+        metavar = entry.kind.name.removeprefix("list of ").split()[0].upper()
+        group.add_argument(*names, dest=entry.flag, nargs=entry.kind.nargs, metavar=metavar, help=text)
+
+
+def help_text(entry: Option) -> str:
+    """Return the help of an option with its choices and its default."""
+    choices = f" ({entry.kind.form})" if entry.kind.form.startswith("one of") else ""
+    default = "" if entry.default in (None, False, ()) else f" [{format_default(entry.default)}]"
+    return f"{entry.spec.help}{choices}{default}"
+
+
+def format_default(value: Any) -> str:
+    """Return a default as users write it on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(format_default(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse(root: type[Root], argv: Sequence[str] | None = None, *, description: str | None = None) -> Root:
+    """Return the configuration that a command line stands for: defaults < --config_file < command line.
+
+    Raises UserError for everything a user can get wrong; exits with 0 after --help.
+    """
+    return build(root, given_options(root, argv, description=description))
+
+
+def given_options(root: type, argv: Sequence[str] | None, *, description: str | None = None) -> dict[str, Any]:
+    """Return flag -> typed value for the options that were given, on the command line or in --config_file.
+
+    With --output_config the file is the one to be written, so it is not read.
+    """
+    options = root_options(root)
+    known, unknown = build_parser(root, description).parse_known_args(argv)
+    ignored = _explain_unknown([word.split("=")[0] for word in unknown if word.startswith("-")], options, unknown)
+    given = {flag: options[flag].read(value, f"--{flag}") for flag, value in vars(known).items()}
+    if given.get("config_file") is not None and not given.get("output_config"):
+        given = read_config_file(given["config_file"], options) | given
+    for retired in ignored:
+        _warn(f"--{retired.name} is ignored: {retired.reason}")
+    return given
+
+
+def build(root: type[Root], given: Mapping[str, Any]) -> Root:
+    """Return the root with its sections filled from flag -> value."""
+    sections = {}
+    for name, section in sections_of(root):
+        values = {entry.field: given[entry.flag] for entry in section_options(section) if entry.flag in given}
+        sections[name] = section(**values)
+    return root(**sections)
+
+
+def _explain_unknown(names: list[str], options: Mapping[str, Option], words: list[str]) -> list[Retired]:
+    """Return the retired options among names that do no harm; raise for the first of the others."""
+    ignored = []
+    for name in (name.lstrip("-") for name in names):
+        retired = RETIRED.get(name)
+        if retired is None or not retired.harmless:
+            raise UserError(unknown_message(f"--{name}", name, options))
+        ignored.append(retired)
+    values = [word for word in words if not word.startswith("-")]
+    if values and not any(retired.takes_value for retired in ignored):
+        raise UserError(f"unexpected argument {values[0]!r}: put quotes round a value that has spaces")
+    return ignored
+
+
+def unknown_message(label: str, name: str, known: Mapping[str, Any]) -> str:
+    """Return the line for a name that is no option: why it was retired, or the nearest known name."""
+    if name in RETIRED:
+        return f"{label} is not available: {RETIRED[name].reason}"
+    return f"{label} is not known{nearest(name, known)}"
+
+
+def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return "; did you mean X?" for the nearest of the known names, or nothing."""
+    candidates = [candidate for candidate in known if candidate.startswith(name)] if len(name) > 3 else []
+    candidates = candidates or difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {candidates[0]}?" if candidates else ""
+
+
+def _warn(message: str) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning(message)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# TOML
+# --------------------------------------------------------------------------------------------------------------
+
+
+def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
+    """Return flag -> typed value from a TOML file; its sections only group, a later duplicate wins."""
+    path = with_toml_suffix(path)
+    values: dict[str, Any] = {}
+    for key, value in _flat(toml_text.load(path)):
+        if key in values and values[key] != value:
+            _warn(f"{path}: {key} is given twice; the later value {value!r} counts")
+        values[key] = value
+    names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
+    given = {}
+    for key, value in values.items():
+        if key in RETIRED and RETIRED[key].harmless:
+            _warn(f"{path}: {key} is ignored: {RETIRED[key].reason}")
+        elif key not in names:
+            raise UserError(unknown_message(f"{path}: {key}", key, names))
+        else:
+            given[names[key].flag] = names[key].read(value, f"{path}: {key}")
+    return given
+
+
+def with_toml_suffix(path: Path) -> Path:
+    """Return the path with `.toml` appended where it is missing, as --config_file is read."""
+    return path if path.suffix.lower() == ".toml" else path.with_name(path.name + ".toml")
+
+
+def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def changed_options(config: Any) -> dict[str, dict[str, Any]]:
+    """Return section title -> flag -> value for every option that differs from its default."""
+    changed: dict[str, dict[str, Any]] = {}
+    for name, section_class in sections_of(type(config)):
+        section = getattr(config, name)
+        for entry in section_options(section_class, name):
+            value = getattr(section, entry.field)
+            if value != entry.default and not entry.spec.file_only and entry.flag not in NOT_RECORDED:
+                changed.setdefault(name, {})[entry.flag] = value
+    return changed
+
+
+NOT_RECORDED = {"config_file", "output_config"}
+
+
+def to_toml(config: Any) -> str:
+    """Return a config file that repeats this configuration."""
+    return toml_text.dump(changed_options(config))

@@ -1,0 +1,39 @@
+"""Options of the pictures drawn during training."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from library.config.options import option
+
+SamplerName = Literal[
+    "ddim",
+    "pndm",
+    "lms",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpm_2",
+    "dpm_2_a",
+    "dpmsolver",
+    "dpmsolver++",
+    "dpmsingle",
+    "k_lms",
+    "k_euler",
+    "k_euler_a",
+    "k_dpm_2",
+    "k_dpm_2_a",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Previews."""
+
+    sample_prompts: Path | None = option(None, "prompts to draw during training (.txt, .toml or .json)")
+    sample_every_n_steps: int | None = option(None, "draw after every n-th step")
+    sample_every_n_epochs: int | None = option(None, "draw after every n-th epoch; wins over steps")
+    sample_at_first: bool = option(False, "draw before the first step, too")
+    sample_sampler: SamplerName = option("ddim", "sampler of prompts that name none")

@@ -1,0 +1,55 @@
+"""Options of what is written: checkpoints, metadata and logs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from library.config.options import option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavingConfig:
+    """Saving."""
+
+    output_dir: Path | None = option(None, "folder for everything the run writes; made if absent")
+    output_name: str | None = option(None, 'name of the files, without extension; unset: "last"')
+    save_model_as: Literal["safetensors", "ckpt", "pt"] = option("safetensors", "format of the files")
+    save_precision: Literal["float", "fp16", "bf16"] | None = option(
+        None, "type of the saved weights; unset: as trained"
+    )
+    save_every_n_epochs: int | None = option(None, "save after every n-th epoch", minimum=1)
+    save_every_n_steps: int | None = option(None, "save after every n-th step", minimum=1)
+    save_n_epoch_ratio: int | None = option(None, "save about n times in all, at epoch ends", minimum=1)
+    save_last_n_epochs: int | None = option(None, "of the epoch saves keep only the last n", minimum=1)
+    save_last_n_steps: int | None = option(None, "of the step saves keep only those of the last n steps", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetadataConfig:
+    """Metadata in the saved file."""
+
+    no_metadata: bool = option(False, "write only what readers need to load the file")
+    training_comment: str | None = option(None, "free text for ss_training_comment")
+    metadata_title: str | None = option(None, "title; unset: --output_name")
+    metadata_author: str | None = option(None, "author")
+    metadata_description: str | None = option(None, "description")
+    metadata_license: str | None = option(None, "licence")
+    metadata_tags: str | None = option(None, "tags, separated by commas")
+    metadata_usage_hint: str | None = option(None, "usage hint")
+    metadata_thumbnail: str | None = option(None, "thumbnail: a data URL, or a picture file to embed")
+    metadata_merged_from: str | None = option(None, "what the model was merged from")
+    metadata_trigger_phrase: str | None = option(None, "words that call the subject")
+    metadata_preprocessor: str | None = option(None, "preprocessor")
+    metadata_is_negative_embedding: str | None = option(None, "whether it is a negative embedding")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logs."""
+
+    logging_dir: Path | None = option(None, "folder for TensorBoard logs")
+    log_with: Literal["tensorboard"] | None = option(None, "where to log; unset: TensorBoard if --logging_dir is given")
+    log_prefix: str | None = option(None, "text before the date in the name of the log folder")
+    log_tracker_name: str | None = option(None, "name of the tracker; unset: network_train")

@@ -1,0 +1,64 @@
+"""TOML in and out: the standard library reads, thirty lines of ours write.
+
+The `toml` package, which sd-scripts uses, writes invalid files for Windows paths and refuses `[1e-4, 1]`;
+it serves here only where Python 3.10 has no `tomllib`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from library.errors import UserError
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the table in a TOML file (UTF-8, with or without a byte order mark).
+
+    Raises UserError with one line that names the file and the place of the mistake.
+    """
+    text = read_text(path)
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import toml as tomllib  # Python 3.10
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file (UTF-8, a byte order mark is dropped); UserError in one line if that fails."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def dump(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return TOML for section -> key -> value (bool, int, float, str, Path, or a tuple of them)."""
+    blocks = []
+    for title, values in sections.items():
+        lines = [f"[{title}]", *(f"{key} = {dump_value(value)}" for key, value in values.items())]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+def dump_value(value: Any) -> str:
+    """Return one value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        text = repr(value)
+        return text if any(mark in text for mark in ".en") else f"{text}.0"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(dump_value(item) for item in value)}]"
+    # JSON strings are TOML basic strings, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,51 @@
+"""Readings of option values that are more than a number or a word. Each raises ValueError with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def parse_resolution(value: Any) -> tuple[int, int]:
+    """Return (width, height) in pixels from 512, "512", "512,768" or [512, 768]."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(part, bool) or not isinstance(part, int | str) for part in parts) or len(parts) not in (1, 2):
+        raise ValueError
+    try:
+        width, height = int(parts[0]), int(parts[-1])
+    except ValueError:
+        raise ValueError from None
+    if width < 64 or height < 64:
+        raise ValueError("a side is less than 64 pixels")
+    return width, height
+
+
+def parse_steps(value: Any) -> int | float:
+    """Return a whole number of steps, or a share of all steps (below 1) from 0.1 or "10%"."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    text = str(value).strip()
+    number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if number < 0 or (number >= 1 and (text.endswith("%") or number != int(number))):
+        raise ValueError
+    return int(number) if number >= 1 or number == 0 else number
+
+
+def parse_pairs(value: Any) -> tuple[str, ...]:
+    """Return the texts of a list of key=value; the values stay texts."""
+    words = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for word in words:
+        if not isinstance(word, str) or "=" not in word or word.startswith("="):
+            raise ValueError(f"{word!r} has no key and value")
+    return words
+
+
+def split_pairs(words: tuple[str, ...] | None) -> dict[str, str]:
+    """Return key -> value text of a list of key=value, split at the first "="."""
+    return {key.strip(): text.strip() for key, text in (word.split("=", 1) for word in words or ())}
+
+
+def parse_extension(value: Any) -> str:
+    """Return a file extension with its leading dot."""
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value if value.startswith(".") else f".{value}"

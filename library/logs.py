@@ -1,0 +1,44 @@
+"""Log lines, and the border where a user's mistake becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from library.errors import UserError
+
+USER_ERROR = 2  # exit code, as argparse has it
+INTERRUPTED = 130  # exit code of shells for Ctrl-C
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Send log lines of the suite to standard error: plain for information, marked from warnings up."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_MarkedFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for name in ("library", "networks", "tools", "__main__", "train_network"):
+        logging.getLogger(name).setLevel(level)
+
+
+class _MarkedFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def run_script(main: Callable[[Sequence[str]], int]) -> None:
+    """Run an entry script's main with the command line and end the process with its exit code."""
+    set_up_logging()
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
+        code = INTERRUPTED
+    sys.exit(code)
