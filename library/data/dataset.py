@@ -1,0 +1,204 @@
+"""Batches: the order of an epoch, and what a batch holds. Both are pure functions of seed and position.
+
+The plan of an epoch is a list of batches, each a tuple of samples of one bucket. A loader is asked for a
+`BatchRequest`, which says all that a batch depends on; so workers keep no state, live for the whole run, and
+a run can begin at any position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from library.data import images
+from library.data.captions import Moment, draw_caption
+from library.data.latent_cache import LatentCache
+from library.data.records import ImageRecord, TrainingSet
+from library.randomness import random_for
+
+
+class Sample(NamedTuple):
+    """One draw of one picture in an epoch."""
+
+    dataset: int
+    record: int
+    repeat: int
+
+
+class BatchRequest(NamedTuple):
+    """Everything that determines a batch."""
+
+    epoch: int  # from 1
+    step: int  # optimizer step that the batch belongs to, from 0
+    samples: tuple[Sample, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one micro-batch trains on; B pictures of one size. Either moments or pixels is given."""
+
+    epoch: int
+    samples: tuple[Sample, ...]
+    names: tuple[str, ...]  # of the picture files, for messages
+    captions: tuple[str, ...]
+    loss_weights: torch.Tensor  # (B,)
+    moments: torch.Tensor | None  # (B, 8, H/8, W/8): mean and log-variance of the latents, from the cache
+    pixels: torch.Tensor | None  # (B, 3, H, W) in [-1, 1]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Order
+# --------------------------------------------------------------------------------------------------------------
+
+
+def plan_epoch(sets: list[TrainingSet], seed: int, epoch: int) -> list[tuple[Sample, ...]]:
+    """Return the batches of an epoch (from 1) in order; no batch mixes buckets or datasets."""
+    batches = []
+    for index, entry in enumerate(sets):
+        for bucket, samples in sorted(samples_by_bucket(entry, index).items()):
+            random_for(seed, "bucket", epoch, index, *bucket).shuffle(samples)
+            size = entry.options.batch_size
+            batches += [tuple(samples[start : start + size]) for start in range(0, len(samples), size)]
+    random_for(seed, "batches", epoch).shuffle(batches)
+    return batches
+
+
+def samples_by_bucket(entry: TrainingSet, index: int) -> dict[tuple[int, int], list[Sample]]:
+    """Return bucket resolution -> all samples of an epoch in it."""
+    grouped: dict[tuple[int, int], list[Sample]] = {}
+    for number, record in enumerate(entry.records):
+        samples = [Sample(index, number, repeat) for repeat in range(record.repeats)]
+        grouped.setdefault(record.placement.bucket, []).extend(samples)
+    return grouped
+
+
+def num_batches(sets: list[TrainingSet]) -> int:
+    """Return the number of batches in an epoch, over all processes."""
+    return sum(
+        math.ceil(len(samples) / entry.options.batch_size)
+        for index, entry in enumerate(sets)
+        for samples in samples_by_bucket(entry, index).values()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """The whole run as a sequence of batch requests for one of the processes.
+
+    Batches are dealt to the processes in turn; where they do not come out even, the first ones of the epoch
+    fill up, so that every process makes the same number of steps.
+    """
+
+    sets: list[TrainingSet]
+    seed: int
+    num_steps: int
+    accumulation: int
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches that each process sees in an epoch."""
+        return math.ceil(num_batches(self.sets) / self.num_processes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; a short tail makes a step, too."""
+        return math.ceil(self.batches_per_epoch / self.accumulation)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return math.ceil(self.num_steps / self.steps_per_epoch)
+
+    def requests(self, epoch: int) -> list[BatchRequest]:
+        """Return this process's requests of an epoch (from 1), cut where the run ends."""
+        batches = plan_epoch(self.sets, self.seed, epoch)
+        first_step = (epoch - 1) * self.steps_per_epoch
+        wanted = self.batches_per_epoch * self.num_processes
+        filled = [batches[index % len(batches)] for index in range(wanted)]
+        mine = filled[self.rank :: self.num_processes]
+        requests = [
+            BatchRequest(epoch, first_step + index // self.accumulation, mine[index]) for index in range(len(mine))
+        ]
+        return [request for request in requests if request.step < self.num_steps]
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for epoch in range(1, self.num_epochs + 1):
+            yield from self.requests(epoch)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Content
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchMaker(torch.utils.data.Dataset):
+    """Makes the batch that a request describes; indexed by requests, so that torch's loader can carry it."""
+
+    sets: list[TrainingSet]
+    seed: int
+    num_steps: int
+    prior_loss_weight: float
+    cache: LatentCache | None
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        records = [self.sets[sample.dataset].records[sample.record] for sample in request.samples]
+        moment = Moment(request.epoch, request.step, self.num_steps)
+        drawn = [self._draw(sample, request.epoch) for sample in request.samples]
+        return Batch(
+            epoch=request.epoch,
+            samples=request.samples,
+            names=tuple(str(record.path) for record in records),
+            captions=tuple(
+                draw_caption(
+                    record.caption, record.subset, moment, random_for(self.seed, "caption", request.epoch, *sample)
+                )
+                for record, sample in zip(records, request.samples, strict=True)
+            ),
+            loss_weights=torch.tensor([self.prior_loss_weight if record.subset.is_reg else 1.0 for record in records]),
+            moments=torch.stack(drawn) if self.cache is not None else None,
+            pixels=torch.stack(drawn) if self.cache is None else None,
+        )
+
+    def _draw(self, sample: Sample, epoch: int) -> torch.Tensor:
+        """Return the moments (8, H/8, W/8) or the pixels (3, H, W) of one sample."""
+        entry = self.sets[sample.dataset]
+        record = entry.records[sample.record]
+        rng = random_for(self.seed, "picture", epoch, *sample)
+        mirrored = record.subset.flip_aug and rng.random() < 0.5
+        if self.cache is not None:
+            return self.cache.moments(record, mirrored=mirrored)
+        return images.to_tensor(draw_pixels(record, entry.options.enable_bucket, mirrored, rng))
+
+
+def draw_pixels(record: ImageRecord, bucketed: bool, mirrored: bool, rng: object) -> np.ndarray:
+    """Return the pixels of one draw, uint8 (H, W, 3): cropped, varied in colour, mirrored.
+
+    Without buckets a random crop is a window of the picture as it is, unless it is too small for one.
+    """
+    subset, placement = record.subset, record.placement
+    if subset.random_crop:
+        width, height = placement.bucket
+        if not bucketed and record.size[0] >= width and record.size[1] >= height:
+            placement = dataclasses.replace(placement, resized=record.size)
+        offset = images.random_offset(placement, rng)
+    else:
+        offset = images.centre_offset(placement)
+    pixels = images.fit(images.load_picture(record.path), placement, offset, subset.resize_interpolation)
+    if subset.color_aug:
+        pixels = images.vary_colour(pixels, rng)
+    return pixels[:, ::-1] if mirrored else pixels
+
+
+def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.utils.data.DataLoader:
+    """Return a loader over the whole run; its workers start once."""
+    return torch.utils.data.DataLoader(
+        maker, batch_size=None, sampler=plan, num_workers=num_workers, generator=torch.Generator().manual_seed(0)
+    )

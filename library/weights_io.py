@@ -1,0 +1,260 @@
+"""Weight files: safetensors and pickles in, safetensors and pickles out, and their hashes.
+
+Files are read tensor by tensor into fresh memory instead of being mapped: mapped pages count as used memory
+until the end, and parameters that are not aligned to 64 bytes take other code paths in torch, which makes
+bit-equal weights give unequal outputs. Everything is written to a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+MAX_HEADER_BYTES = 100 * 2**20
+DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a safetensors file; start and end are offsets from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Header of a safetensors file: tensors by name, metadata, and the offset at which data begins."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a safetensors file; raises UserError for a file that is damaged or of another kind."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise ValueError("no header")
+            table = json.loads(file.read(length))
+        metadata = table.pop("__metadata__", None) or {}
+        start = 8 + length
+        tensors = {
+            name: TensorInfo(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                start + entry["data_offsets"][0],
+                start + entry["data_offsets"][1],
+            )
+            for name, entry in table.items()
+        }
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a safetensors file, or its header is damaged") from None
+    end = max((info.end for info in tensors.values()), default=start)
+    if path.stat().st_size < end:
+        raise UserError(f"{path} is cut short: it has {path.stat().st_size:,} bytes of {end:,}; copy it again")
+    return Header(tensors, metadata, start)
+
+
+def read_tensors(
+    path: Path, header: Header | None = None, names: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a safetensors file in the order of the data, each in memory of its own.
+
+    names limits what is read; None reads all.
+    """
+    import torch
+
+    header = header or read_header(path)
+    with path.open("rb", buffering=0) as file:
+        for name, info in sorted(header.tensors.items(), key=lambda entry: entry[1].start):
+            if names is not None and name not in names:
+                continue
+            if info.dtype not in DTYPE_NAMES:
+                raise UserError(f"{path}: {name} has the type {info.dtype}, which is not read here")
+            dtype = getattr(torch, DTYPE_NAMES[info.dtype])
+            tensor = torch.empty(info.shape, dtype=dtype)
+            if tensor.nbytes != info.end - info.start:
+                raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {tensor.nbytes}")
+            if tensor.nbytes:
+                buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                file.seek(info.start)
+                while buffer:
+                    buffer = buffer[file.readinto(buffer) :]
+            yield name, tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """A weight file of either kind: the shapes at once, the tensors one by one."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    content: Header | dict[str, torch.Tensor]
+
+    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for those of names that the file has."""
+        if isinstance(self.content, Header):
+            yield from read_tensors(self.path, self.content, names)
+        else:
+            yield from ((name, self.content[name]) for name in self.content if name in names)
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open a weight file; of safetensors only the header is read, a pickle is read whole."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        tensors = read_pickle(path)
+        return WeightFile(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
+    header = read_header(path)
+    return WeightFile(path, {name: info.shape for name, info in header.tensors.items()}, header)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a weight file: safetensors, or a pickle, of which only weights are read."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return read_pickle(path)
+    return dict(read_tensors(path))
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a .ckpt, .pt or .bin file, unwrapped from `state_dict`; code is never run."""
+    import pickle
+
+    import torch
+
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        found = _forbidden_global(str(error))
+        raise UserError(
+            f"{path} is refused: it carries more than weights{found}, and loading that could run code; "
+            "convert it to .safetensors where you trust it"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
+        raise UserError(f"{path} is not a weight file that torch can read, or it is damaged") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = (
+        {name: value for name, value in content.items() if torch.is_tensor(value)} if isinstance(content, dict) else {}
+    )
+    if not tensors:
+        raise UserError(f"{path} holds no weights")
+    return tensors
+
+
+def _forbidden_global(message: str) -> str:
+    """Return " (NAME)" for the object that torch names in its refusal, where it names one."""
+    found = re.search(r"GLOBAL:? (?!loads)([\w.]+\w)|function ([\w.]+\w)", message)
+    return f" ({found[1] or found[2]})" if found else ""
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a weight file; a pickle has none."""
+    return {} if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).metadata
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of path; when the block ends well it takes the place of path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to path, as a pickled dict for the suffixes of pickles, else as safetensors with metadata."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            torch.save(tensors, temporary)
+        else:
+            save_file(tensors, temporary, metadata=dict(metadata) if metadata else None)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Hashes
+# --------------------------------------------------------------------------------------------------------------
+
+LEGACY_OFFSET, LEGACY_BYTES = 0x100000, 0x10000
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a whole file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    for chunk in iter(lambda: file.read(2**20), b""):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_legacy_hash(path: Path) -> str:
+    """Return the short hash of old web UIs: 8 hex digits over 64 KiB from the first MiB on."""
+    with path.open("rb") as file:
+        file.seek(LEGACY_OFFSET)
+        return hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()[:8]
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors, in order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if math.prod(tensor.shape):
+            digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
