@@ -1,0 +1,149 @@
+"""Original checkpoint names <-> Diffusers names, one rule for each part of a model.
+
+A rule says for a Diffusers name where the tensor stands in an original-layout file. Tables for a model are
+made by asking the rule for each of the model's own names, so the same rule serves loading and saving.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+
+UNET_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_NAMES = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+    "mid_block.attentions.0.to_q": "mid.attn_1.q",
+    "mid_block.attentions.0.to_k": "mid.attn_1.k",
+    "mid_block.attentions.0.to_v": "mid.attn_1.v",
+    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+}
+# Diffusers before 0.17 wrote the VAE's attention under these names.
+VAE_OLD_DIFFUSERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+OPENCLIP_TOP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+FUSED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+
+
+def table(names: Iterable[str], rule: Callable[[str], str]) -> dict[str, str]:
+    """Return Diffusers name -> original name for the names of a model."""
+    return {name: rule(name) for name in names}
+
+
+def unet_rule(layers_per_block: int, upsampler_beside_attention: frozenset[int]) -> Callable[[str], str]:
+    """Return the rule of a U-Net; the set holds the up blocks whose upsampler follows an attention."""
+    per_block = layers_per_block + 1
+
+    def rule(name: str) -> str:
+        for ours, original in UNET_TOP.items():
+            if name.startswith(f"{ours}."):
+                return _with_resnet_names(original + name[len(ours) :])
+        match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
+        if match is None:
+            raise KeyError(name)
+        side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        if kind == "downsamplers":
+            return f"input_blocks.{per_block * (block + 1)}.0.{rest.replace('conv', 'op', 1)}"
+        if kind == "upsamplers":
+            position = 1 + (block in upsampler_beside_attention)
+            return f"output_blocks.{per_block * block + layers_per_block}.{position}.{rest}"
+        stage = (
+            f"input_blocks.{per_block * block + layer + 1}"
+            if side == "down"
+            else f"output_blocks.{per_block * block + layer}"
+        )
+        return _with_resnet_names(f"{stage}.{int(kind == 'attentions')}.{rest}")
+
+    return rule
+
+
+def _with_resnet_names(name: str) -> str:
+    for ours, original in UNET_RESNET.items():
+        name = re.sub(rf"^((?:input_blocks|middle_block|output_blocks)[.\d]*\.){ours}\.", rf"\g<1>{original}.", name)
+    return name
+
+
+def vae_rule(num_blocks: int) -> Callable[[str], str]:
+    """Return the rule of a VAE with num_blocks levels; the original counts the decoder's levels from below."""
+
+    def rule(name: str) -> str:
+        name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
+        name = re.sub(r"down_blocks\.(\d+)\.", r"down.\1.", name)
+        name = re.sub(r"up_blocks\.(\d+)\.resnets\.", lambda match: f"up.{num_blocks - 1 - int(match[1])}.block.", name)
+        name = re.sub(r"up_blocks\.(\d+)\.", lambda match: f"up.{num_blocks - 1 - int(match[1])}.", name)
+        for ours, original in VAE_NAMES.items():
+            name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{original}.", name)
+        return name
+
+    return rule
+
+
+def vae_old_diffusers_name(name: str) -> str:
+    """Return the name that a Diffusers VAE from before 0.17 has for a present one."""
+    head, separator, tail = name.partition("mid_block.attentions.0.")
+    for ours, old in VAE_OLD_DIFFUSERS.items():
+        if separator and tail.startswith(f"{ours}."):
+            return f"{head}{separator}{old}{tail[len(ours) :]}"
+    return name
+
+
+def openclip_name(name: str) -> str:
+    """Return the OpenCLIP name for a name of the text model without `text_model.`.
+
+    Query, key and value stand fused in `attn.in_proj_weight` and `attn.in_proj_bias`: `fused_slice` tells
+    which third.
+    """
+    if name in OPENCLIP_TOP:
+        return OPENCLIP_TOP[name]
+    fused = FUSED.fullmatch(name)
+    if fused:
+        return f"transformer.resblocks.{fused[1]}.attn.in_proj_{fused[3]}"
+    for ours, original in OPENCLIP_LAYER.items():
+        match = re.fullmatch(rf"encoder\.layers\.(\d+)\.{re.escape(ours)}\.(\w+)", name)
+        if match:
+            return f"transformer.resblocks.{match[1]}.{original}.{match[2]}"
+    raise KeyError(name)
+
+
+def fused_slice(name: str) -> int | None:
+    """Return 0, 1 or 2 for a query, key or value of a text model, whose rows are that third of the fused tensor."""
+    fused = FUSED.fullmatch(name)
+    return "qkv".index(fused[2]) if fused else None

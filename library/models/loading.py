@@ -1,0 +1,383 @@
+"""Base models from disk: an original-layout file or a Diffusers folder -> LoadedModels.
+
+Models are built without memory and filled tensor by tensor, so that loading needs little more than the
+weights in their final type. Nothing is downloaded, and of pickles only weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from library.config.model import ModelConfig
+from library.errors import UserError
+from library.models import family as families
+from library.models import keys
+from library.models.family import ModelFamily
+from library.models.tokenizer import load_clip_tokenizer
+from library.weights_io import PICKLE_SUFFIXES, WeightFile, open_weights
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+UNET_FILES = ("diffusion_pytorch_model",)
+TEXT_FILES = ("model", "pytorch_model")
+WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+
+
+@dataclasses.dataclass
+class LoadedModels:
+    """A base model in memory: frozen, in evaluation mode, on the CPU."""
+
+    family: ModelFamily
+    tokenizers: list[CLIPTokenizer]
+    text_encoders: list[nn.Module]
+    unet: nn.Module
+    vae: nn.Module
+    predicts_v: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """What a model's headers and configurations tell before it is loaded."""
+
+    family: ModelFamily
+    predicts_v: bool | None  # None where the file does not say
+    file: WeightFile | None  # None for a folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Where a tensor of a file goes: a name of the model, and which third of a fused tensor."""
+
+    name: str
+    third: int | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Detection
+# --------------------------------------------------------------------------------------------------------------
+
+
+def detect(config: ModelConfig) -> Detected:
+    """Return what kind of model the path holds; raises UserError for --v2 against the file, or no model."""
+    path = Path(config.pretrained_model_name_or_path)
+    if path.is_file():
+        file = open_weights(path)
+        found = Detected(families.detect_family(file.shapes, str(path)), None, file)
+    else:
+        found = _detect_folder(path)
+    if config.v2 and found.family is not families.SD2:
+        raise UserError(f"--v2 was given, but {path} is an {found.family.title} model: leave out --v2")
+    if found.family is families.SD2 and not config.v2:
+        logger.info("%s is an SD 2.x model: --v2 is set", path)
+    if found.predicts_v and not config.v_parameterization:
+        logger.info("%s predicts v, says its scheduler: --v_parameterization is set", path)
+    if config.v_parameterization and found.predicts_v is False:
+        logger.warning("--v_parameterization was given, but the scheduler of %s says epsilon; v is trained", path)
+    return dataclasses.replace(found, predicts_v=config.v_parameterization or bool(found.predicts_v))
+
+
+def _detect_folder(path: Path) -> Detected:
+    if (path / "text_encoder_2").is_dir():
+        raise UserError(f"{path} is an SDXL model; this version trains SD 1.x and SD 2.x")
+    family = families.detect_folder_family(_read_config(path / "unet"), _read_config(path / "text_encoder"))
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    prediction = _read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else None
+    return Detected(family, None if prediction is None else prediction == "v_prediction", None)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder.parent} is no Diffusers folder: {folder.name}/config.json is missing")
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------------------
+
+
+def load_models(config: ModelConfig, detected: Detected, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> LoadedModels:
+    """Return the base model with U-Net and text encoder in dtype, the VAE in vae_dtype."""
+    path = Path(config.pretrained_model_name_or_path)
+    parts = ("unet", "text_encoder") if config.vae else ("unet", "text_encoder", "vae")
+    if detected.file is not None:
+        loaded = {
+            part: ORIGINAL_LOADERS[part](detected.file, detected.family, vae_dtype if part == "vae" else dtype)
+            for part in parts
+        }
+    else:
+        loaded = {part: _load_folder_part(path / part, part, vae_dtype if part == "vae" else dtype) for part in parts}
+    vae = load_vae(config.vae, detected.family, vae_dtype) if config.vae else loaded["vae"]
+    return LoadedModels(
+        family=detected.family,
+        tokenizers=[load_tokenizer(config, path, detected.family)],
+        text_encoders=[loaded["text_encoder"]],
+        unet=loaded["unet"],
+        vae=vae,
+        predicts_v=bool(detected.predicts_v),
+    )
+
+
+def load_tokenizer(config: ModelConfig, path: Path, family: ModelFamily) -> CLIPTokenizer:
+    """Return the tokenizer from --tokenizer_cache_dir, the model's folder, or the suite; the first that is there."""
+    places = []
+    if config.tokenizer_cache_dir is not None:
+        places = [config.tokenizer_cache_dir, *sorted(config.tokenizer_cache_dir.glob("*"))]
+        places = [place for place in places if _is_tokenizer(place)]
+        if not places:
+            raise UserError(
+                f"--tokenizer_cache_dir: {config.tokenizer_cache_dir} holds no vocab.json or tokenizer.json"
+            )
+        same_family = [place for place in places if ("stable-diffusion-2" in place.name) == (family is families.SD2)]
+        places = same_family or places
+    places.append(path / "tokenizer")
+    folder = next((place for place in places if _is_tokenizer(place)), None)
+    try:
+        return load_clip_tokenizer(folder, pad_token=family.pad_token)
+    except (ValueError, OSError) as error:
+        raise UserError(f"tokenizer in {folder}: {error}") from None
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_original_unet(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+    """Return the U-Net of an original-layout file."""
+    shapes = _without_prefix(file.shapes, keys.UNET_PREFIX)
+    try:
+        config = families.unet_config(family, shapes)
+    except KeyError as error:
+        raise UserError(f"{file.path} holds no whole U-Net: {keys.UNET_PREFIX}{error.args[0]} is missing") from None
+    unet = build_unet(config)
+    table = keys.table(unet.state_dict(), unet_rule_for(config))
+    return _fill(unet, {keys.UNET_PREFIX + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
+
+
+def unet_rule_for(config: Mapping[str, Any]) -> Any:
+    """Return the naming rule of a U-Net with this Diffusers configuration."""
+    with_attention = {index for index, kind in enumerate(config["up_block_types"]) if "CrossAttn" in kind}
+    return keys.unet_rule(config["layers_per_block"], frozenset(with_attention))
+
+
+def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+    """Return the VAE of an original-layout file: a whole checkpoint, or a VAE by itself without prefix."""
+    prefix = keys.VAE_PREFIX if any(name.startswith(keys.VAE_PREFIX) for name in file.shapes) else ""
+    shapes = _without_prefix(file.shapes, prefix)
+    try:
+        config = families.vae_config(family, shapes)
+        vae = build_vae(config)
+    except (KeyError, ValueError):
+        raise UserError(f"{file.path} holds no VAE: name one with --vae") from None
+    table = keys.table(vae.state_dict(), keys.vae_rule(len(config["block_out_channels"])))
+    return _fill(vae, {prefix + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
+
+
+def load_original_text_encoder(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+    """Return the text encoder of an original-layout file."""
+    prefix = next(
+        (prefix for prefix in family.text_prefixes if any(name.startswith(prefix) for name in file.shapes)), None
+    )
+    if prefix is None:
+        raise UserError(f"{file.path} holds no text encoder (nothing under {family.text_prefixes[0]})")
+    shapes = _without_prefix(file.shapes, prefix)
+    openclip = family.text_layout == "openclip"
+    try:
+        sizes = _openclip_sizes(shapes) if openclip else _clip_sizes(shapes)
+    except KeyError as error:
+        raise UserError(f"{file.path} holds no whole text encoder: {prefix}{error.args[0]} is missing") from None
+    encoder = build_text_encoder(families.text_encoder_config(family, **sizes))
+    places: dict[str, list[Wanted]] = {}
+    for name in canonical_text_state(encoder):
+        original = keys.openclip_name(name) if openclip else name
+        places.setdefault(prefix + original, []).append(Wanted(name, keys.fused_slice(name) if openclip else None))
+    return _fill(encoder, places, [file], dtype)
+
+
+def _clip_sizes(shapes: families.Shapes) -> dict[str, int]:
+    return {
+        "width": shapes["embeddings.token_embedding.weight"][1],
+        "inner_width": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "num_layers": _count(shapes, "encoder.layers.", 2),
+    }
+
+
+def _openclip_sizes(shapes: families.Shapes) -> dict[str, int]:
+    blocks = _count(shapes, "transformer.resblocks.", 2)
+    used = families.SD2.text_encoder["num_hidden_layers"]
+    return {
+        "width": shapes["token_embedding.weight"][1],
+        "inner_width": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        # The last block is not used; some converters leave it out.
+        "num_layers": blocks if blocks == used else blocks - 1,
+    }
+
+
+def _count(shapes: families.Shapes, prefix: str, position: int) -> int:
+    return len({name.split(".")[position] for name in shapes if name.startswith(prefix)})
+
+
+ORIGINAL_LOADERS = {
+    "unet": load_original_unet,
+    "text_encoder": load_original_text_encoder,
+    "vae": load_original_vae,
+}
+
+
+def load_vae(path: Path, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+    """Return the VAE that --vae names: a Diffusers folder (or its parent), or a file in either layout."""
+    if path.is_dir():
+        return _load_folder_part(path if (path / "config.json").is_file() else path / "vae", "vae", dtype)
+    file = open_weights(path)
+    if any(name.startswith("encoder.down_blocks.") for name in file.shapes):
+        return _load_diffusers_vae_file(file, family, dtype)
+    return load_original_vae(file, family, dtype)
+
+
+def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+    """Return a VAE from a weight file in Diffusers names without its configuration."""
+    original_shapes = {
+        keys.vae_rule(_count(file.shapes, "encoder.down_blocks.", 2))(name): shape
+        for name, shape in file.shapes.items()
+    }
+    vae = build_vae(families.vae_config(family, original_shapes))
+    return _fill(vae, _vae_folder_places(vae, file.shapes), [file], dtype)
+
+
+def _load_folder_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """Return one part of a Diffusers folder."""
+    config = _read_config(folder)
+    files = [open_weights(path) for path in _weight_files(folder, TEXT_FILES if part == "text_encoder" else UNET_FILES)]
+    shapes = {name: shape for file in files for name, shape in file.shapes.items()}
+    if part == "text_encoder":
+        model = build_text_encoder(config)
+        nested = any(name.startswith("text_model.") for name in shapes)
+        places = {f"text_model.{name}" if nested else name: [Wanted(name)] for name in canonical_text_state(model)}
+    elif part == "vae":
+        model = build_vae(config)
+        places = _vae_folder_places(model, shapes)
+    else:
+        model = build_unet(config)
+        places = {name: [Wanted(name)] for name in model.state_dict()}
+    return _fill(model, places, files, dtype)
+
+
+def _vae_folder_places(vae: nn.Module, shapes: families.Shapes) -> dict[str, list[Wanted]]:
+    return {name if name in shapes else keys.vae_old_diffusers_name(name): [Wanted(name)] for name in vae.state_dict()}
+
+
+def _weight_files(folder: Path, stems: Iterable[str]) -> list[Path]:
+    """Return the weight files of a part: one, or the shards that an index lists."""
+    for stem in stems:
+        for index in sorted(folder.glob(f"{stem}*.index*.json")):
+            return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        for ending in WEIGHT_ENDINGS:
+            if (folder / f"{stem}{ending}").is_file():
+                return [folder / f"{stem}{ending}"]
+    raise UserError(f"{folder} holds no weights: a .safetensors or .bin file is missing")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Building and filling
+# --------------------------------------------------------------------------------------------------------------
+
+
+def build_unet(config: Mapping[str, Any]) -> nn.Module:
+    """Return a U-Net without memory (on the meta device)."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(dict(config))
+
+
+def build_vae(config: Mapping[str, Any]) -> nn.Module:
+    """Return a VAE without memory (on the meta device)."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(dict(config))
+
+
+def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+    """Return a text encoder without memory (on the meta device)."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    known = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
+    with torch.device("meta"):
+        return CLIPTextModel(CLIPTextConfig(**known))
+
+
+def text_model(encoder: nn.Module) -> nn.Module:
+    """Return the module that holds embeddings and layers; from transformers 5.6 on it is CLIPTextModel itself."""
+    return encoder.text_model if hasattr(encoder, "text_model") else encoder
+
+
+def canonical_text_state(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a text encoder under names without `text_model.`, whichever transformers made it."""
+    return {
+        name: tensor for name, tensor in text_model(encoder).state_dict().items() if not name.endswith("position_ids")
+    }
+
+
+def _without_prefix(shapes: families.Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _fill(model: nn.Module, places: dict[str, list[Wanted]], files: list[WeightFile], dtype: torch.dtype) -> nn.Module:
+    """Fill a model on the meta device from files (name in the file -> names in the model) and freeze it."""
+    holder = text_model(model)
+    expected = holder.state_dict()
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        for name, tensor in file.tensors(places):
+            for wanted in places[name]:
+                part = tensor if wanted.third is None else tensor.chunk(3)[wanted.third]
+                state[wanted.name] = _fitted(part, expected[wanted.name], name, file).to(dtype)
+        # A pickle's tensors lie in memory that is one with the file's; a copy frees it and is aligned.
+        if file.path.suffix.lower() in PICKLE_SUFFIXES:
+            state = {name: tensor.clone() for name, tensor in state.items()}
+    missing = [name for name, wants in places.items() if any(want.name not in state for want in wants)]
+    if missing:
+        paths = ", ".join(str(file.path) for file in files)
+        raise UserError(
+            f"{paths}: {len(missing)} tensors of the {type(model).__name__} are missing (such as {missing[0]})"
+        )
+    holder.load_state_dict(state, strict=False, assign=True)
+    _restore_position_ids(holder)
+    return model.requires_grad_(False).eval()
+
+
+def _fitted(tensor: torch.Tensor, expected: torch.Tensor, name: str, file: WeightFile) -> torch.Tensor:
+    """Return the tensor in the expected shape: linear layers and 1x1 convolutions stand for each other."""
+    if tensor.numel() != expected.numel():
+        raise UserError(f"{file.path}: {name} has the shape {tuple(tensor.shape)}, {tuple(expected.shape)} is needed")
+    return tensor.reshape(expected.shape)
+
+
+def _restore_position_ids(holder: nn.Module) -> None:
+    """Fill the one buffer that files do not hold; everything else must have been filled."""
+    for module in holder.modules():
+        buffer = getattr(module, "position_ids", None)
+        if torch.is_tensor(buffer) and buffer.is_meta:
+            module.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
+    left = [name for name, tensor in [*holder.named_parameters(), *holder.named_buffers()] if tensor.is_meta]
+    assert not left, f"not filled: {left[:5]}"

@@ -1,0 +1,55 @@
+"""Shared parts of the tests: tiny models on disk, and no way to the network."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Fail a test that reaches for anything beyond this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a connection to {address} was tried")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session", params=["sd1", "sd2"])
+def family_name(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model_store(tmp_path_factory):
+    """Return family name -> (models, {layout: path}), each made once."""
+    import tiny
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            models = tiny.make_models(name)
+            paths = {
+                "folder": tiny.write_folder(models, name, root / "folder"),
+                "safetensors": tiny.write_checkpoint(models, name, root / "model.safetensors", ema=True),
+                "ckpt": tiny.write_checkpoint(models, name, root / "model.ckpt"),
+                "fp16": tiny.write_checkpoint(models, name, root / "fp16.safetensors", __import__("torch").float16),
+            }
+            made[name] = (models, paths)
+        return made[name]
+
+    return get

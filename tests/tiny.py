@@ -1,0 +1,145 @@
+"""Tiny models with the structure of the real ones, written in every layout, for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from library.models import family as families
+from library.models import keys, loading
+from library.models.family import ModelFamily
+
+FAMILIES = {"sd1": families.SD1, "sd2": families.SD2}
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def unet_config(family: ModelFamily) -> dict:
+    channels = (32, 64, 64, 64) if family is families.SD1 else (64, 64, 128, 128)
+    heads = 8 if family is families.SD1 else tuple(count // 64 for count in channels)
+    return family.unet | {"block_out_channels": channels, "cross_attention_dim": 64, "attention_head_dim": heads}
+
+
+def text_config(family: ModelFamily) -> dict:
+    return families.text_encoder_config(family, width=64, inner_width=128, num_layers=3)
+
+
+def vae_config(family: ModelFamily) -> dict:
+    return family.vae | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "sample_size": 64}
+
+
+def materialise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Return a model from the meta device with random weights that keep activations in range."""
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.ones_like(parameter) if name.endswith("weight") else torch.zeros_like(parameter)
+        else:
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
+            parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+    for module in model.modules():
+        if torch.is_tensor(getattr(module, "position_ids", None)):
+            module.position_ids = torch.arange(77).expand(1, -1).clone()
+    return model.requires_grad_(False).eval()
+
+
+def make_models(family_name: str, seed: int = 0) -> dict[str, torch.nn.Module]:
+    """Return U-Net, VAE and text encoder of a tiny model."""
+    family = FAMILIES[family_name]
+    return {
+        "unet": materialise(loading.build_unet(unet_config(family)), seed),
+        "vae": materialise(loading.build_vae(vae_config(family)), seed + 1),
+        "text_encoder": materialise(loading.build_text_encoder(text_config(family)), seed + 2),
+    }
+
+
+def write_folder(models: dict, family_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a Diffusers folder with text-encoder names as transformers 4 wrote them."""
+    for part in ("unet", "vae"):
+        models[part].to(dtype).save_pretrained(folder / part)
+        models[part].to(torch.float32)
+    text = {
+        f"text_model.{name}": tensor.to(dtype)
+        for name, tensor in loading.canonical_text_state(models["text_encoder"]).items()
+    }
+    (folder / "text_encoder").mkdir(parents=True)
+    save_file(text, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    config = text_config(FAMILIES[family_name]) | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "tokenizer": [None, None],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def original_state(models: dict, family_name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a tiny model in the original layout."""
+    family = FAMILIES[family_name]
+    unet, vae = models["unet"].state_dict(), models["vae"].state_dict()
+    unet_names = keys.table(unet, loading.unet_rule_for(models["unet"].config))
+    vae_names = keys.table(vae, keys.vae_rule(4))
+    state = {keys.UNET_PREFIX + unet_names[name]: tensor for name, tensor in unet.items()}
+    for name, tensor in vae.items():
+        is_attention = ".attentions." in name and tensor.ndim == 2
+        state[keys.VAE_PREFIX + vae_names[name]] = tensor[:, :, None, None] if is_attention else tensor
+    text = loading.canonical_text_state(models["text_encoder"])
+    prefix = family.text_prefixes[0]
+    if family.text_layout == "clip":
+        state |= {prefix + name: tensor for name, tensor in text.items()}
+        state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
+    else:
+        state |= {prefix + name: tensor for name, tensor in openclip_state(text).items()}
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+
+
+def openclip_state(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a text encoder in OpenCLIP names: query, key and value fused, and one block more at the end."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in text.items():
+        parts.setdefault(keys.openclip_name(name), {})[keys.fused_slice(name) or 0] = tensor
+    state = {name: torch.cat([thirds[index] for index in sorted(thirds)]) for name, thirds in parts.items()}
+    last = max(int(name.split(".")[2]) for name in state if name.startswith("transformer.resblocks."))
+    for name in [name for name in state if name.startswith(f"transformer.resblocks.{last}.")]:
+        state[name.replace(f".{last}.", f".{last + 1}.", 1)] = state[name] * 1.5
+    return state
+
+
+def write_checkpoint(
+    models: dict, family_name: str, path: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False
+) -> Path:
+    """Write an original-layout file; the suffix chooses safetensors or pickle."""
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in original_state(models, family_name).items()
+    }
+    if ema:
+        state |= {f"model_ema.{name.replace('.', '')}": tensor * 2 for name, tensor in list(state.items())[:20]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 1, "global_step": 10}, path)
+    return path
