@@ -1,0 +1,47 @@
+"""The noise schedule of Stable Diffusion and what follows from it.
+
+Letters: B samples, T = 1000 timesteps, abar the product of 1 - beta up to a timestep
+(Ho et al. 2020, arXiv 2006.11239).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """abar of each timestep, (T,), float32."""
+
+    alphas_cumprod: Tensor
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio abar / (1 - abar) at timesteps (B,), shape (B,)."""
+        abar = self.alphas_cumprod[timesteps]
+        return abar / (1 - abar)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return sqrt(abar) x0 + sqrt(1 - abar) noise for latents and noise (B, C, H, W), timesteps (B,)."""
+        signal, noise_level = self.scales(timesteps)
+        return signal * latents + noise_level * noise
+
+    def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (sqrt(abar), sqrt(1 - abar)) at timesteps (B,), each (B, 1, 1, 1)."""
+        abar = self.alphas_cumprod[timesteps][:, None, None, None]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """Return the schedule on a device."""
+        return NoiseSchedule(self.alphas_cumprod.to(device))
+
+
+def stable_diffusion_schedule() -> NoiseSchedule:
+    """Return the schedule that SD 1.x, 2.x and XL were trained with: betas linear in their square root."""
+    roots = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64)
+    return NoiseSchedule((1 - roots**2).cumprod(0).float())
