@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ def set_up_logging(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    # Below errors these speak of their own affairs: optional packages, names that will change.
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("library", "networks", "tools", "__main__", "train_network"):
         logging.getLogger(name).setLevel(level)
 

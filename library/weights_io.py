@@ -197,7 +197,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of path; when the block ends well it takes the place of path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # the suffix tells writers the format
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -139,4 +139,4 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """Return the pixels as the VAE takes them: float32 (3, H, W) in [-1, 1]."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)

@@ -1,0 +1,60 @@
+"""Files of a run: their names, when they are written, and which old ones go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from library.config.saving import SavingConfig
+
+
+def final_file(config: SavingConfig) -> Path:
+    """Return the path of the finished network."""
+    return _file(config, config.output_name or "last")
+
+
+def epoch_file(config: SavingConfig, epoch: int) -> Path:
+    """Return the path of the network after an epoch (from 1)."""
+    return _file(config, f"{config.output_name or 'epoch'}-{epoch:06d}")
+
+
+def step_file(config: SavingConfig, step: int) -> Path:
+    """Return the path of the network after a number of steps."""
+    return _file(config, f"{config.output_name or 'at'}-step{step:08d}")
+
+
+def _file(config: SavingConfig, stem: str) -> Path:
+    return config.output_dir / f"{stem}.{config.save_model_as}"
+
+
+def epoch_interval(config: SavingConfig, num_epochs: int) -> int | None:
+    """Return every how many epochs to save; --save_n_epoch_ratio asks for that many files."""
+    if config.save_n_epoch_ratio is not None:
+        return max(1, num_epochs // config.save_n_epoch_ratio)
+    return config.save_every_n_epochs
+
+
+def saves_epoch(config: SavingConfig, epoch: int, num_epochs: int) -> bool:
+    """Return whether an epoch ends with a file of its own; the last one is the finished network."""
+    interval = epoch_interval(config, num_epochs)
+    return interval is not None and epoch % interval == 0 and epoch < num_epochs
+
+
+def saves_step(config: SavingConfig, step: int) -> bool:
+    """Return whether a file is written after this step."""
+    return config.save_every_n_steps is not None and step % config.save_every_n_steps == 0
+
+
+def outdated_epoch_file(config: SavingConfig, epoch: int, num_epochs: int) -> Path | None:
+    """Return the file that --save_last_n_epochs lets go once this epoch's is written."""
+    if config.save_last_n_epochs is None:
+        return None
+    old = epoch - epoch_interval(config, num_epochs) * config.save_last_n_epochs
+    return epoch_file(config, old) if old > 0 else None
+
+
+def outdated_step_file(config: SavingConfig, step: int) -> Path | None:
+    """Return the file that --save_last_n_steps lets go once this step's is written."""
+    if config.save_last_n_steps is None:
+        return None
+    old = (step - config.save_last_n_steps - 1) // config.save_every_n_steps * config.save_every_n_steps
+    return step_file(config, old) if old > 0 else None

@@ -1,0 +1,307 @@
+"""What a saved network says of itself: `ss_*` keys as sd-scripts writes them, and `modelspec.*` keys.
+
+Web UIs read several of them; so names and forms are facts. All values are texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mimetypes
+import random
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from library import NAME, VERSION
+from library.config.dataset import SubsetOptions
+from library.config.saving import MetadataConfig
+from library.config.train import TrainConfig
+from library.config.values import split_pairs
+from library.data.buckets import mean_aspect_error
+from library.data.captions import tag_counts
+from library.data.dataset import samples_by_bucket
+from library.data.records import ImageRecord, TrainingSet
+from library.errors import UserError
+from library.models.family import ModelFamily
+
+# Kept under --no_metadata: what readers need.
+MINIMUM = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+# ss_ key -> (section, field) of the option it records. Options of later versions are None, as where unset.
+RECORDED = {
+    "ss_output_name": ("saving", "output_name"),
+    "ss_learning_rate": ("optimizer", "learning_rate"),
+    "ss_unet_lr": ("optimizer", "unet_lr"),
+    "ss_gradient_checkpointing": ("precision", "gradient_checkpointing"),
+    "ss_gradient_accumulation_steps": ("run", "gradient_accumulation_steps"),
+    "ss_lr_warmup_steps": ("schedule", "lr_warmup_steps"),
+    "ss_lr_scheduler": ("schedule", "lr_scheduler"),
+    "ss_network_module": ("network", "network_module"),
+    "ss_network_dim": ("network", "network_dim"),
+    "ss_network_alpha": ("network", "network_alpha"),
+    "ss_network_dropout": ("network", "network_dropout"),
+    "ss_mixed_precision": ("precision", "mixed_precision"),
+    "ss_clip_skip": ("text", "clip_skip"),
+    "ss_max_token_length": ("text", "max_token_length"),
+    "ss_cache_latents": ("precision", "cache_latents"),
+    "ss_seed": ("run", "seed"),
+    "ss_noise_offset": ("loss", "noise_offset"),
+    "ss_training_comment": ("metadata", "training_comment"),
+    "ss_max_grad_norm": ("optimizer", "max_grad_norm"),
+    "ss_caption_dropout_rate": ("subset", "caption_dropout_rate"),
+    "ss_caption_dropout_every_n_epochs": ("subset", "caption_dropout_every_n_epochs"),
+    "ss_caption_tag_dropout_rate": ("subset", "caption_tag_dropout_rate"),
+    "ss_prior_loss_weight": ("data", "prior_loss_weight"),
+    "ss_min_snr_gamma": ("loss", "min_snr_gamma"),
+    "ss_scale_weight_norms": ("network", "scale_weight_norms"),
+    "ss_loss_type": ("loss", "loss_type"),
+    "ss_huber_schedule": ("loss", "huber_schedule"),
+    "ss_huber_scale": ("loss", "huber_scale"),
+    "ss_huber_c": ("loss", "huber_c"),
+    "ss_resize_interpolation": ("subset", "resize_interpolation"),
+}
+FIXED = {
+    "ss_full_fp16": False,
+    "ss_lowram": False,
+    "ss_zero_terminal_snr": False,
+    "ss_debiased_estimation": False,
+    "ss_noise_offset_random_strength": False,
+    "ss_ip_noise_gamma_random_strength": False,
+    "ss_multires_noise_iterations": None,
+    "ss_multires_noise_discount": 0.3,
+    "ss_adaptive_noise_scale": None,
+    "ss_ip_noise_gamma": None,
+    "ss_face_crop_aug_range": None,
+    "ss_fp8_base": False,
+    "ss_fp8_base_unet": False,
+    "ss_sd_scripts_commit_hash": "(unknown)",
+}
+SUBSET_RECORDED = (
+    "num_repeats",
+    "color_aug",
+    "flip_aug",
+    "random_crop",
+    "shuffle_caption",
+    "keep_tokens",
+    "keep_tokens_separator",
+    "secondary_separator",
+    "enable_wildcard",
+    "caption_prefix",
+    "caption_suffix",
+    "resize_interpolation",
+)
+
+
+def training_metadata(
+    config: TrainConfig,
+    sets: list[TrainingSet],
+    *,
+    family: ModelFamily,
+    predicts_v: bool,
+    optimizer: str,
+    num_processes: int,
+    numbers: Mapping[str, int],
+) -> dict[str, Any]:
+    """Return the ss_* values known when training starts; numbers holds those of the plan (steps, epochs, batches)."""
+    values: dict[str, Any] = {
+        "ss_session_id": random.SystemRandom().randrange(2**32),
+        "ss_training_started_at": time.time(),
+        "ss_v2": family.name == "sd2",
+        "ss_base_model_version": family.base_version + ("_v" if predicts_v else ""),
+        "ss_optimizer": optimizer,
+        "ss_num_train_images": sum(entry.num_images(is_reg=False) for entry in sets),
+        "ss_num_validation_images": 0,
+        "ss_num_reg_images": sum(entry.num_images(is_reg=True) for entry in sets),
+        "ss_text_encoder_lr": _single(config.optimizer.text_encoder_lr),
+        "ss_sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
+    }
+    values |= FIXED
+    values |= {key: getattr(getattr(config, section), field) for key, (section, field) in RECORDED.items()}
+    values |= {f"ss_{key}": value for key, value in numbers.items()}
+    if config.network.network_args or config.network.network_dropout is not None:
+        arguments = split_pairs(config.network.network_args)
+        values["ss_network_args"] = json.dumps({"dropout": config.network.network_dropout} | arguments)
+    if config.model.vae is not None:
+        values["ss_vae_name"] = config.model.vae.name
+    described = describe_datasets(sets) if config.data.dataset_config else describe_folders(config, sets, num_processes)
+    return values | described
+
+
+def _single(values: tuple[float, ...] | None) -> Any:
+    return values[0] if values is not None and len(values) == 1 else None if values is None else list(values)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Datasets
+# --------------------------------------------------------------------------------------------------------------
+
+
+def describe_datasets(sets: list[TrainingSet]) -> dict[str, Any]:
+    """Return the dataset values of a run with --dataset_config."""
+    return {
+        "ss_datasets": json.dumps([_describe_set(entry, index) for index, entry in enumerate(sets)]),
+        "ss_tag_frequency": json.dumps(tag_frequency([record for entry in sets for record in entry.records])),
+        "ss_dataset_dirs": json.dumps(dataset_dirs(sets, is_reg=False)),
+    }
+
+
+def _describe_set(entry: TrainingSet, index: int) -> dict[str, Any]:
+    subsets: list[SubsetOptions] = list(dict.fromkeys(record.subset.image_dir for record in entry.records))
+    options = entry.options
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": options.batch_size,
+        "num_train_images": entry.num_images(is_reg=False),
+        "num_reg_images": entry.num_images(is_reg=True),
+        "resolution": list(options.resolution),
+        "enable_bucket": options.enable_bucket,
+        "min_bucket_reso": options.min_bucket_reso,
+        "max_bucket_reso": options.max_bucket_reso,
+        "tag_frequency": tag_frequency(list(entry.records)),
+        "bucket_info": bucket_info(entry, index),
+        "resize_interpolation": None,
+        "subsets": [_describe_subset(entry, folder) for folder in subsets],
+    }
+
+
+def _describe_subset(entry: TrainingSet, folder: Path) -> dict[str, Any]:
+    records = [record for record in entry.records if record.subset.image_dir == folder]
+    subset = records[0].subset
+    return {
+        "img_count": len(records),
+        **{key: getattr(subset, key) for key in SUBSET_RECORDED},
+        "image_dir": folder.name,
+        "class_tokens": subset.class_tokens,
+        "is_reg": subset.is_reg,
+    }
+
+
+def describe_folders(config: TrainConfig, sets: list[TrainingSet], num_processes: int) -> dict[str, Any]:
+    """Return the dataset values of a run with --train_data_dir."""
+    options, subset = config.dataset, config.subset
+    records = [record for entry in sets for record in entry.records]
+    return {
+        "ss_batch_size_per_device": options.batch_size,
+        "ss_total_batch_size": options.batch_size * num_processes * config.run.gradient_accumulation_steps,
+        "ss_resolution": options.resolution,
+        "ss_color_aug": subset.color_aug,
+        "ss_flip_aug": subset.flip_aug,
+        "ss_random_crop": subset.random_crop,
+        "ss_shuffle_caption": subset.shuffle_caption,
+        "ss_enable_bucket": options.enable_bucket,
+        "ss_bucket_no_upscale": options.bucket_no_upscale,
+        "ss_min_bucket_reso": options.min_bucket_reso,
+        "ss_max_bucket_reso": options.max_bucket_reso,
+        "ss_keep_tokens": subset.keep_tokens,
+        "ss_dataset_dirs": json.dumps(dataset_dirs(sets, is_reg=False)),
+        "ss_reg_dataset_dirs": json.dumps(dataset_dirs(sets, is_reg=True)),
+        "ss_tag_frequency": json.dumps(tag_frequency(records)),
+        "ss_bucket_info": json.dumps(bucket_info(sets[0], 0)),
+    }
+
+
+def tag_frequency(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
+    """Return folder name -> tag -> count over captions."""
+    captions: dict[str, list[str]] = {}
+    for record in records:
+        captions.setdefault(record.subset.image_dir.name, []).append(record.caption)
+    return {name: tag_counts(texts) for name, texts in captions.items()}
+
+
+def bucket_info(entry: TrainingSet, index: int) -> dict[str, Any] | None:
+    """Return resolutions and draws of the buckets, and the mean error of the aspect ratio; None without buckets."""
+    if not entry.options.enable_bucket:
+        return None
+    grouped = sorted(samples_by_bucket(entry, index).items())
+    return {
+        "buckets": {
+            str(number): {"resolution": list(bucket), "count": len(samples)}
+            for number, (bucket, samples) in enumerate(grouped)
+        },
+        "mean_img_ar_error": mean_aspect_error([(record.size, record.placement) for record in entry.records]),
+    }
+
+
+def dataset_dirs(sets: list[TrainingSet], *, is_reg: bool) -> dict[str, dict[str, int]]:
+    """Return folder name -> repeats and pictures; equal names get " (2)" and so on."""
+    found: dict[str, dict[str, int]] = {}
+    for entry in sets:
+        folders: dict[Path, list[ImageRecord]] = {}
+        for record in entry.records:
+            if record.subset.is_reg == is_reg:
+                folders.setdefault(record.subset.image_dir, []).append(record)
+        for folder, records in folders.items():
+            name, number = folder.name, 2
+            while name in found:
+                name, number = f"{folder.name} ({number})", number + 1
+            found[name] = {"n_repeats": records[0].subset.num_repeats, "img_count": len(records)}
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------
+# At saving
+# --------------------------------------------------------------------------------------------------------------
+
+
+def file_metadata(
+    values: Mapping[str, Any], config: TrainConfig, family: ModelFamily, *, predicts_v: bool, step: int, epoch: int
+) -> dict[str, str]:
+    """Return the whole metadata of a file that is saved now."""
+    values = dict(values) | {"ss_training_finished_at": time.time(), "ss_steps": step, "ss_epoch": epoch}
+    if config.metadata.no_metadata:
+        values = {key: value for key, value in values.items() if key in MINIMUM}
+    return {key: str(value) for key, value in values.items()} | modelspec(config, family, predicts_v=predicts_v)
+
+
+def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool) -> dict[str, str]:
+    """Return the modelspec.* keys (specification 1.0.1) of a LoRA-type network."""
+    now = datetime.now()
+    metadata = config.metadata
+    side = family.resolution_v if predicts_v else 512
+    width, height = config.dataset.resolution or (side, side)
+    title = metadata.metadata_title or config.saving.output_name or f"LoRA@{now.timestamp():.0f}"
+    values = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{family.architecture_v if predicts_v else family.architecture}/lora",
+        "implementation": "diffusers",
+        "implementation_version": f"{NAME}/{VERSION}",
+        "title": title,
+        "resolution": f"{width}x{height}",
+        "date": now.isoformat(timespec="seconds"),
+        "prediction_type": "v" if predicts_v else "epsilon",
+        "author": metadata.metadata_author,
+        "description": metadata.metadata_description,
+        "license": metadata.metadata_license,
+        "tags": metadata.metadata_tags,
+        "usage_hint": metadata.metadata_usage_hint,
+        "thumbnail": thumbnail(metadata),
+        "merged_from": metadata.metadata_merged_from,
+        "trigger_phrase": metadata.metadata_trigger_phrase,
+        "preprocessor": metadata.metadata_preprocessor,
+        "is_negative_embedding": metadata.metadata_is_negative_embedding,
+        "encoder_layer": config.text.clip_skip,
+    }
+    return {f"modelspec.{key}": str(value) for key, value in values.items() if value is not None}
+
+
+def thumbnail(metadata: MetadataConfig) -> str | None:
+    """Return the thumbnail as a data URL; raises UserError for a file that is not there."""
+    given = metadata.metadata_thumbnail
+    if given is None or given.startswith("data:"):
+        return given
+    try:
+        content = Path(given).read_bytes()
+    except OSError as error:
+        raise UserError(f"--metadata_thumbnail: {given} cannot be read: {error}") from None
+    kind = mimetypes.guess_type(given)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"

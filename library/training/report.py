@@ -1,0 +1,80 @@
+"""What a run tells a person: at the start in numbers what it will do, at the end whether it learned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.config.train import TrainConfig
+from library.data.dataset import RunPlan, samples_by_bucket
+from library.data.records import TrainingSet
+from library.training.network_protocol import TrainableNetwork
+
+logger = logging.getLogger(__name__)
+
+MOST_BUCKETS = 12  # listed one by one
+
+
+def describe_data(sets: list[TrainingSet]) -> None:
+    """Log pictures, repeats and buckets of each dataset."""
+    for index, entry in enumerate(sets):
+        training = [record for record in entry.records if not record.subset.is_reg]
+        regularisation = len(entry.records) - len(training)
+        width, height = entry.options.resolution
+        logger.info(
+            "dataset %d: %d pictures (%d with repeats)%s at %dx%d, batches of %d",
+            index + 1,
+            len(training),
+            entry.num_images(is_reg=False),
+            f" and {regularisation} for regularisation ({entry.num_images(is_reg=True)})" if regularisation else "",
+            width,
+            height,
+            entry.options.batch_size,
+        )
+        buckets = sorted(samples_by_bucket(entry, index).items())
+        if entry.options.enable_bucket:
+            listed = ", ".join(f"{w}x{h}: {len(samples)}" for (w, h), samples in buckets[:MOST_BUCKETS])
+            more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
+            logger.info("  buckets: %s%s", listed, more)
+
+
+def describe_run(
+    config: TrainConfig, plan: RunPlan, network: TrainableNetwork, names: Sequence[str], final: Path
+) -> None:
+    """Log steps, epochs, what is trained and where the file will be."""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    modules = len(network.delta_norms())
+    logger.info(
+        "adapter: %s%s trained parameters in %s",
+        f"{modules} modules, " if modules else "",
+        f"{parameters:,}",
+        ", ".join(names),
+    )
+    logger.info(
+        "steps: %d in %d epoch%s of %d batches%s%s",
+        plan.num_steps,
+        plan.num_epochs,
+        "" if plan.num_epochs == 1 else "s",
+        plan.batches_per_epoch,
+        f", {plan.accumulation} to a step" if plan.accumulation > 1 else "",
+        f", on each of {plan.num_processes} processes" if plan.num_processes > 1 else "",
+    )
+    logger.info("seed %d; the file will be %s", config.run.seed, final)
+
+
+def describe_result(network: TrainableNetwork, final: Path) -> None:
+    """Log how much of the adapter changed, and where it is; warn if nothing did."""
+    norms = network.delta_norms()
+    if norms:
+        learned = [norm for norm in norms if norm > 0]
+        report = logger.info if learned else logger.warning
+        report(
+            "learned: %d of %d modules (%.0f %%) changed; norm of a change from %.3g to %.3g",
+            len(learned),
+            len(norms),
+            100 * len(learned) / len(norms),
+            min(learned, default=0.0),
+            max(norms),
+        )
+    logger.info("saved %s", final)
