@@ -26,7 +26,7 @@ SCHEDULER = {
 
 
 def unet_config(family: ModelFamily) -> dict:
-    channels = (32, 64, 64, 64) if family is families.SD1 else (64, 64, 128, 128)
+    channels = (32, 64, 96, 96) if family is families.SD1 else (64, 128, 192, 192)
     heads = 8 if family is families.SD1 else tuple(count // 64 for count in channels)
     return family.unet | {"block_out_channels": channels, "cross_attention_dim": 64, "attention_head_dim": heads}
 

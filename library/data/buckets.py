@@ -64,13 +64,14 @@ def place_without_upscale(size: Size, resolution: Size, step: int) -> Placement:
     """Return the placement of a picture that is never enlarged; the bucket is cut to multiples of step.
 
     A picture larger than resolution's area is scaled to that area, along the side that keeps its aspect
-    ratio better. A side shorter than step gives a bucket of one step, the picture enlarged to fill it.
+    ratio better. One with a side shorter than step is enlarged to have it, for there is no smaller bucket.
     """
     area = resolution[0] * resolution[1]
     resized = _shrunk_to_area(size, area, step) if size[0] * size[1] > area else size
-    bucket = (max(resized[0] // step * step, step), max(resized[1] // step * step, step))
-    if resized[0] < bucket[0] or resized[1] < bucket[1]:
-        resized = cover(size, bucket)
+    if min(resized) < step:
+        resized = cover(size, (step, step))
+    longest = max(area // step // step * step, step)
+    bucket = min(resized[0] // step * step, longest), min(resized[1] // step * step, longest)
     return Placement(bucket, resized)
 
 

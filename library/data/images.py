@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from library.data.buckets import Placement, Size
 
@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
-ORIENTATION_TAG = 0x0112  # EXIF; 5 to 8 are turned by a quarter
+ORIENTATION_TAG = 0x0112  # EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = (5, 6, 7, 8)  # width and height change places
 Image.MAX_IMAGE_PIXELS = None  # these are the user's own pictures, not an attack
 
 
@@ -36,7 +46,7 @@ def read_size(path: Path) -> Size:
     """Return (width, height) as displayed, from the header; raises UnreadablePictureError."""
     try:
         with Image.open(path) as picture:
-            turned = picture.getexif().get(ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+            turned = _orientation(picture) in QUARTER_TURNS
             width, height = picture.size
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
@@ -47,10 +57,21 @@ def load_picture(path: Path) -> np.ndarray:
     """Return the pixels of a picture, uint8 (H, W, 3); raises UnreadablePictureError."""
     try:
         with Image.open(path) as picture:
-            picture.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+            orientation = _orientation(picture)
+            pixels = _to_rgb(picture)
+            return np.asarray(pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels)
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return the EXIF orientation as the header tells it, without reading pixels.
+
+    Pillow's getexif reads a whole PNG to find a tag that may stand at its end.
+    """
+    if picture.format == "PNG" and "exif" not in picture.info:
+        return 1
+    return picture.getexif().get(ORIENTATION_TAG, 1)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

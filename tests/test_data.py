@@ -1,0 +1,557 @@
+"""Pictures, buckets, captions, records, order and the latent cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
+from library.data import buckets, captions, images
+from library.data.buckets import Placement
+from library.data.captions import Moment
+from library.data.dataset import BatchMaker, RunPlan, make_loader, num_batches, plan_epoch
+from library.data.latent_cache import build_cache
+from library.data.records import build_training_sets, regularisation_repeats
+from library.errors import UserError
+from library.randomness import random_for
+
+ROOT = Path(__file__).resolve().parents[1]
+MOMENT = Moment(epoch=1, step=0, num_steps=100)
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------
+
+
+def sample_pixels(width=40, height=24):
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)
+
+
+def test_every_mode_and_format_gives_the_same_picture(tmp_path):
+    pixels = sample_pixels()
+    rgb = Image.fromarray(pixels)
+    rgba = rgb.convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.full(pixels.shape[:2], 7, np.uint8)))
+    cases = {"rgb.png": rgb, "写真 1.webp": rgb, "transparent.png": rgba, "plain.bmp": rgb, "UPPER.PNG": rgb}
+    for name, picture in cases.items():
+        picture.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        assert np.array_equal(images.load_picture(tmp_path / name), pixels), name
+    assert [path.name for path in images.list_pictures(tmp_path)] == sorted(cases)
+
+
+def test_gray_palette_cmyk_and_16_bit(tmp_path):
+    gray = sample_pixels()[..., 0]
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("gray.png", "deep.png"):
+        assert np.array_equal(images.load_picture(tmp_path / name), np.repeat(gray[..., None], 3, axis=2)), name
+    flat = Image.new("RGB", (16, 16), (200, 30, 60))
+    palette = flat.quantize(4)
+    palette.info["transparency"] = 0
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert np.abs(images.load_picture(tmp_path / "palette.png").astype(int) - (200, 30, 60)).max() <= 4
+    flat.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(images.load_picture(tmp_path / "cmyk.jpg").astype(int) - (200, 30, 60)).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_size_and_pixels_alike(tmp_path, orientation):
+    from PIL import ImageOps
+
+    picture = Image.fromarray(sample_pixels())
+    exif = picture.getexif()
+    exif[images.ORIENTATION_TAG] = orientation
+    path = tmp_path / "turned.png"
+    picture.save(path, exif=exif)
+    pixels = images.load_picture(path)
+    assert images.read_size(path) == (pixels.shape[1], pixels.shape[0])
+    with Image.open(path) as stored:
+        assert np.array_equal(pixels, np.asarray(ImageOps.exif_transpose(stored)))
+    assert (pixels.shape[:2] == (40, 24)) == (orientation >= 5)
+
+
+def test_resizing_keeps_a_gradient_and_does_nothing_at_the_same_size():
+    pixels = sample_pixels(64, 48)
+    assert images.resize(pixels, (64, 48)) is pixels
+    for method in (None, "lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"):
+        for size in ((32, 24), (128, 96)):
+            result = images.resize(pixels, size, method)
+            assert result.shape == (size[1], size[0], 3)
+            assert abs(result.astype(float).mean() - pixels.mean()) < 2
+
+
+# ---- buckets ------------------------------------------------------------------------------------------------
+
+
+def reference_buckets(width, height, low, high, step):
+    """The candidates, written out from the specification."""
+    area = width * height
+    found = {(math.floor(math.sqrt(area) / step) * step,) * 2}
+    w = low
+    while w <= high:
+        h = min(high, math.floor(math.floor(area / w) / step) * step)
+        if h >= low:
+            found.add((w, h))
+            found.add((h, w))
+        w += step
+    return sorted(found)
+
+
+@pytest.mark.parametrize("resolution", [(512, 512), (768, 768), (512, 768), (640, 448), (1024, 1024)])
+@pytest.mark.parametrize("limits", [(256, 1024, 64), (320, 1536, 64), (256, 2048, 128)])
+def test_candidates_are_those_of_the_specification(resolution, limits):
+    low, high, step = limits
+    ours = buckets.bucket_resolutions(resolution, shortest=low, longest=high, step=step)
+    assert ours == reference_buckets(*resolution, low, high, step)
+    assert all(w * h <= resolution[0] * resolution[1] for w, h in ours)
+
+
+def test_the_table_at_512_is_the_known_one():
+    ours = buckets.bucket_resolutions((512, 512), shortest=256, longest=1024, step=64)
+    narrow = [(256, 1024), (256, 960), (256, 896), (256, 832), (320, 768), (320, 704), (384, 640), (448, 576)]
+    assert set(narrow) | {(512, 512)} <= set(ours)
+    assert ours == sorted(ours)
+    assert (320, 832) not in ours
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket", "resized"),
+    [
+        ((1920, 1080), (640, 384), (683, 384)),
+        ((512, 512), (512, 512), (512, 512)),
+        ((640, 384), (640, 384), (640, 384)),
+        ((3000, 4000), (448, 576), (448, 597)),
+        ((100, 100), (512, 512), (512, 512)),
+        ((5000, 200), (1024, 256), (6400, 256)),
+    ],
+)
+def test_pictures_go_to_the_nearest_ratio_and_cover_it(size, bucket, resized):
+    candidates = buckets.bucket_resolutions((512, 512), shortest=256, longest=1024, step=64)
+    placed = buckets.place(size, candidates)
+    errors = {candidate: abs(candidate[0] / candidate[1] - size[0] / size[1]) for candidate in candidates}
+    if size not in candidates:
+        assert errors[placed.bucket] == min(errors.values())
+    assert placed.bucket == bucket or errors[bucket] == errors[placed.bucket]
+    assert placed == Placement(bucket, resized)
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket", "resized"),
+    [
+        ((400, 300), (384, 256), (400, 300)),  # small enough: only trimmed
+        ((512, 512), (512, 512), (512, 512)),
+        ((1000, 1000), (512, 512), (512, 512)),
+        ((1920, 1080), (640, 384), (683, 384)),
+        ((1080, 1920), (384, 640), (384, 683)),
+        ((40, 300), (64, 448), (64, 480)),  # a side below one step is enlarged to it
+        ((1, 4000), (64, 4096), (64, 256000)),
+    ],
+)
+def test_no_upscale_never_enlarges_but_to_fill_one_step(size, bucket, resized):
+    assert buckets.place_without_upscale(size, (512, 512), 64) == Placement(bucket, resized)
+
+
+def test_any_size_is_covered_by_its_bucket():
+    rng = random.Random(0)
+    candidates = buckets.bucket_resolutions((512, 512), shortest=256, longest=1024, step=64)
+    for _ in range(3000):
+        size = (rng.randint(1, 4000), rng.randint(1, 4000))
+        for placed in (buckets.place(size, candidates), buckets.place_without_upscale(size, (512, 512), 64)):
+            assert min(placed.surplus) >= 0
+            assert min(placed.bucket) >= 64
+
+
+# ---- captions -----------------------------------------------------------------------------------------------
+
+
+def options(**values):
+    return SubsetOptions(image_dir=Path("x"), **values)
+
+
+def draw(caption, *, key=0, moment=MOMENT, **values):
+    return captions.draw_caption(caption, options(**values), moment, random.Random(key))
+
+
+def test_a_caption_without_rules_stays_as_it_is():
+    assert draw("a,  b , c") == "a,  b , c"
+    assert draw("first\nsecond") == "first"
+
+
+def test_prefix_and_suffix_go_to_every_line():
+    assert draw("cat", caption_prefix="photo of", caption_suffix="in 4k") == "photo of cat in 4k"
+    drawn = {draw("a\nb", key=k, caption_prefix="p", enable_wildcard=True) for k in range(30)}
+    assert drawn == {"p a", "p b"}
+
+
+def test_shuffling_keeps_the_first_tags_and_all_of_them():
+    seen = set()
+    for key in range(200):
+        tags = draw("one, two, a, b, c", key=key, shuffle_caption=True, keep_tokens=2).split(", ")
+        assert tags[:2] == ["one", "two"]
+        assert sorted(tags[2:]) == ["a", "b", "c"]
+        seen.add(tuple(tags))
+    assert len(seen) == 6
+
+
+def test_the_separator_for_kept_tags_fixes_both_ends_and_never_shows():
+    values = {"keep_tokens_separator": "|||", "shuffle_caption": True}
+    for key in range(50):
+        tags = draw("one, two ||| a, b, c ||| end", key=key, **values).split(", ")
+        assert (tags[:2], sorted(tags[2:5]), tags[5:]) == (["one", "two"], ["a", "b", "c"], ["end"])
+    assert draw("one ||| a", keep_tokens_separator="|||") == "one, a"
+
+
+def test_dropping_is_at_the_rate_and_spares_kept_tags():
+    drawn = Counter()
+    for key in range(4000):
+        tags = draw("keep, a, b, c", key=key, caption_tag_dropout_rate=0.25, keep_tokens=1).split(", ")
+        assert tags[0] == "keep"
+        drawn.update(tags)
+    assert all(abs(drawn[tag] / 4000 - 0.75) < 0.03 for tag in "abc")
+    empty = sum(draw("cat", key=key, caption_dropout_rate=0.2) == "" for key in range(4000))
+    assert abs(empty / 4000 - 0.2) < 0.03
+
+
+def test_every_nth_epoch_drops_all_captions():
+    drawn = [draw("cat", moment=Moment(epoch, 0, 1), caption_dropout_every_n_epochs=3) for epoch in range(1, 7)]
+    assert drawn == ["cat", "cat", "", "cat", "cat", ""]
+
+
+def test_wildcards_draw_one_part_and_double_braces_are_literal():
+    seen = Counter(draw("a {red|blue|green} {{x}}", key=key, enable_wildcard=True) for key in range(3000))
+    assert set(seen) == {"a red {x}", "a blue {x}", "a green {x}"}
+    assert min(seen.values()) > 800
+    assert draw("a {red|blue}") == "a {red|blue}"
+
+
+def test_secondary_separator_moves_a_group_as_one():
+    for key in range(30):
+        drawn = draw("x;;;y, a, b", key=key, shuffle_caption=True, secondary_separator=";;;")
+        assert "x,y" in drawn
+
+
+def test_token_warmup_shows_more_tags_with_time():
+    values = {"token_warmup_min": 1, "token_warmup_step": 10}
+    counts = [len(draw("a, b, c, d, e", moment=Moment(1, step, 100), **values).split(", ")) for step in (0, 5, 9, 10)]
+    assert counts == [1, 3, 4, 5]
+    half = {"token_warmup_step": 0.5}
+    assert draw("a, b", moment=Moment(1, 49, 100), **half) == "a"
+    assert draw("a, b", moment=Moment(1, 50, 100), **half) == "a, b"
+
+
+def test_caption_files_class_tokens_and_face_crops(tmp_path):
+    picture = tmp_path / "photo_10_20_30_40.png"
+    values = options(caption_extension=".txt", class_tokens="sks dog")
+    assert captions.read_caption(picture, values) == "sks dog"
+    (tmp_path / "photo.txt").write_text("\ufeff a photo \nsecond", encoding="utf-8")
+    assert captions.read_caption(picture, values) == "a photo"
+    (tmp_path / "photo_10_20_30_40.txt").write_text("own\nlines", encoding="utf-8")
+    assert captions.read_caption(picture, values) == "own"
+    assert captions.read_caption(picture, dataclasses.replace(values, enable_wildcard=True)) == "own\nlines"
+    (tmp_path / "photo_10_20_30_40.txt").write_bytes("日本語".encode("cp932"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        captions.read_caption(picture, values)
+
+
+# ---- records and order --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with pictures of several shapes, each with a caption."""
+    root = tmp_path / "写真 folder"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for index, (width, height) in enumerate([(90, 60), (60, 90), (64, 64), (200, 100), (70, 70), (61, 93), (128, 128)]):
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"p{index}.png")
+        (root / f"p{index}.txt").write_text(f"tag{index}, a, b, c", encoding="utf-8")
+    return root
+
+
+def training_sets(folder, *, latents_cached=False, dataset=None, **subset):
+    values = {"resolution": (64, 64), "batch_size": 2, "enable_bucket": True, "bucket_no_upscale": True} | (
+        dataset or {}
+    )
+    config = DatasetConfig(
+        options=DatasetOptions(**values),
+        subsets=(SubsetOptions(image_dir=folder, caption_extension=".txt", **subset),),
+    )
+    return build_training_sets([config], latents_cached=latents_cached)
+
+
+def test_unreadable_pictures_are_listed_all_at_once(folder):
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "empty.png").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        training_sets(folder)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("2 of 9 pictures cannot be read")
+    assert "broken.jpg: not a picture that can be read" in lines[1]
+    assert "empty.png: the file is empty" in lines[2]
+
+
+def test_a_picture_cut_short_is_found_before_training(folder):
+    from library.data.records import verify_pictures
+
+    whole = (folder / "p3.png").read_bytes()
+    (folder / "p3.png").write_bytes(whole[: len(whole) // 2])
+    sets = training_sets(folder)
+    with pytest.raises(UserError, match=r"p3\.png"):
+        verify_pictures(sets)
+    with pytest.raises(UserError, match=r"p3\.png"):
+        make_cache(sets, folder)
+
+
+def test_an_epoch_has_each_sample_once_and_no_mixed_batch(folder):
+    sets = training_sets(folder, num_repeats=3)
+    batches = plan_epoch(sets, 7, 1)
+    assert len(batches) == num_batches(sets)
+    drawn = Counter(sample for batch in batches for sample in batch)
+    assert set(drawn.values()) == {1}
+    assert len(drawn) == 21
+    for batch in batches:
+        assert len({sets[s.dataset].records[s.record].placement.bucket for s in batch}) == 1
+    assert plan_epoch(sets, 7, 1) == batches
+    assert plan_epoch(sets, 7, 2) != batches
+    assert plan_epoch(sets, 8, 1) != batches
+
+
+def test_several_datasets_share_an_epoch_at_their_own_resolution(folder):
+    sets = training_sets(folder) + training_sets(folder, dataset={"resolution": (128, 128), "batch_size": 3})
+    batches = plan_epoch(sets, 1, 1)
+    assert len(batches) == num_batches(sets)
+    assert all(len({sample.dataset for sample in batch}) == 1 for batch in batches)
+    assert {sample.dataset for batch in batches for sample in batch} == {0, 1}
+
+
+def test_processes_see_every_batch_and_make_as_many_steps(folder):
+    sets = training_sets(folder, num_repeats=2)
+    plans = [RunPlan(sets, 3, 100, 2, rank, 3) for rank in range(3)]
+    parts = [plan.requests(1) for plan in plans]
+    assert len({len(part) for part in parts}) == 1
+    seen = {request.samples for part in parts for request in part}
+    assert seen == set(plan_epoch(sets, 3, 1))
+    for requests in zip(*parts, strict=True):
+        assert len({request.step for request in requests}) == 1
+
+
+def test_a_plan_counts_steps_and_epochs_as_it_runs(folder):
+    sets = training_sets(folder)
+    plan = RunPlan(sets, 3, 5, 2)
+    requests = list(plan)
+    assert plan.batches_per_epoch == num_batches(sets)
+    assert sorted({request.step for request in requests}) == list(range(5))
+    assert max(request.epoch for request in requests) == plan.num_epochs
+    per_step = Counter(request.step for request in requests)
+    assert max(per_step.values()) == 2
+
+
+def batches_of(sets, workers, seed=5, cache=None):
+    maker = BatchMaker(sets, seed, 100, 1.0, cache)
+    plan = RunPlan(sets, seed, 12, 2)
+    return list(make_loader(maker, plan, workers))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_number_of_workers_changes_nothing(folder, workers):
+    sets = training_sets(
+        folder,
+        num_repeats=2,
+        shuffle_caption=True,
+        caption_dropout_rate=0.2,
+        caption_tag_dropout_rate=0.2,
+        flip_aug=True,
+        random_crop=True,
+        color_aug=True,
+    )
+    alone = batches_of(sets, 0)
+    for one, other in zip(alone, batches_of(sets, workers), strict=True):
+        assert (one.samples, one.captions, one.names) == (other.samples, other.captions, other.names)
+        assert torch.equal(one.pixels, other.pixels)
+    assert len({batch.captions for batch in alone}) > 3
+
+
+def test_a_run_can_begin_at_any_request(folder):
+    sets = training_sets(folder, flip_aug=True, shuffle_caption=True, random_crop=True)
+    maker = BatchMaker(sets, 5, 100, 1.0, None)
+    requests = list(RunPlan(sets, 5, 12, 2))
+    whole = batches_of(sets, 0)
+    for index in (1, 6, len(requests) - 1):
+        assert torch.equal(maker[requests[index]].pixels, whole[index].pixels)
+        assert maker[requests[index]].captions == whole[index].captions
+
+
+def test_flips_are_mirrors_in_half_of_the_draws(folder):
+    plain, flipped = training_sets(folder, num_repeats=40), training_sets(folder, num_repeats=40, flip_aug=True)
+    mirrored = total = 0
+    for one, other in zip(batches_of(plain, 0), batches_of(flipped, 0), strict=True):
+        for a, b in zip(one.pixels, other.pixels, strict=True):
+            total += 1
+            if not torch.equal(a, b):
+                mirrored += 1
+                assert torch.equal(a, b.flip(-1))
+    assert 0.25 < mirrored / total < 0.75
+
+
+def test_prior_loss_weight_goes_to_regularisation_pictures(folder, tmp_path):
+    reg = tmp_path / "reg"
+    reg.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), (index, 0, 0)).save(reg / f"{index}.png")
+    subsets = (
+        SubsetOptions(image_dir=folder, caption_extension=".txt"),
+        SubsetOptions(image_dir=reg, is_reg=True, class_tokens="dog"),
+    )
+    sets = build_training_sets(
+        [DatasetConfig(options=DatasetOptions(resolution=(64, 64), batch_size=4), subsets=subsets)],
+        latents_cached=False,
+    )
+    assert sets[0].num_images(is_reg=False) == sets[0].num_images(is_reg=True) == 7
+    maker = BatchMaker(sets, 1, 10, 0.25, None)
+    for request in RunPlan(sets, 1, 4, 1):
+        batch = maker[request]
+        is_reg = [Path(name).parent == reg for name in batch.names]
+        assert batch.loss_weights.tolist() == [0.25 if reg_ else 1.0 for reg_ in is_reg]
+        assert all(caption == "dog" for caption, reg_ in zip(batch.captions, is_reg, strict=True) if reg_)
+
+
+@pytest.mark.parametrize(
+    ("num_training", "own", "expected"), [(5, [2, 2, 2], [2, 2, 2]), (10, [1, 1, 1], [4, 3, 3]), (2, [1, 1, 1], [1, 1])]
+)
+def test_regularisation_pictures_are_repeated_until_there_are_enough(num_training, own, expected):
+    class Found:
+        def __init__(self, repeats):
+            self.subset = SubsetOptions(num_repeats=repeats)
+
+    found = [Found(repeats) for repeats in own]
+    assert [number for _, number in regularisation_repeats(found, num_training)] == expected
+
+
+def test_without_buckets_a_random_crop_is_a_window_of_the_picture(folder):
+    sets = training_sets(folder, dataset={"enable_bucket": False}, random_crop=True, num_repeats=5)
+    original = images.load_picture(folder / "p3.png")  # 200 x 100
+    windows = [
+        pixels
+        for batch in batches_of(sets, 0)
+        for name, pixels in zip(batch.names, batch.pixels, strict=True)
+        if name.endswith("p3.png")
+    ]
+    values = (windows[0].permute(1, 2, 0).add(1).mul(127.5)).round().to(torch.uint8).numpy()
+    found = [
+        (top, left)
+        for top in range(100 - 64 + 1)
+        for left in range(200 - 64 + 1)
+        if np.array_equal(original[top : top + 64, left : left + 64], values)
+    ]
+    assert len(found) == 1
+
+
+# ---- the latent cache ---------------------------------------------------------------------------------------
+
+CALLS = []
+
+
+def encode(pixels):
+    CALLS.append(len(pixels))
+    return torch.nn.functional.avg_pool2d(pixels, 8).repeat(1, 3, 1, 1)[:, :8]
+
+
+def make_cache(sets, folder, *, encoder="vae1", on_disk=True):
+    CALLS.clear()
+    return build_cache(sets, encode, encoder=encoder, batch_size=2, on_disk=on_disk)
+
+
+def entry_files(folder):
+    return sorted(folder.glob("*.latents.safetensors"))
+
+
+def test_cached_moments_are_those_of_the_pixels_mirrored_or_not(folder):
+    sets = training_sets(folder, flip_aug=True, latents_cached=True)
+    cached, live = batches_of(sets, 0, cache=make_cache(sets, folder, on_disk=False)), batches_of(sets, 0)
+    for one, other in zip(cached, live, strict=True):
+        torch.testing.assert_close(one.moments, encode(other.pixels))
+        assert one.captions == other.captions
+
+
+def test_a_second_run_reads_every_entry_and_encodes_none(folder):
+    sets = training_sets(folder, latents_cached=True)
+    first = make_cache(sets, folder)
+    assert sum(CALLS) == 7
+    assert len(entry_files(folder)) == 7
+    second = make_cache(sets, folder)
+    assert CALLS == []
+    for record in sets[0].records:
+        assert torch.equal(first.moments(record, mirrored=False), second.moments(record, mirrored=False))
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("change", ["pixels", "vae", "resolution", "interpolation", "flip"])
+def test_an_entry_is_used_only_for_what_it_was_made_from(folder, change):
+    make_cache(training_sets(folder, latents_cached=True), folder)
+    dataset, subset, encoder, expected = {}, {}, "vae1", 7
+    if change == "pixels":
+        picture = folder / "p2.png"
+        Image.new("RGB", (64, 64), (1, 2, 3)).save(picture)
+        expected = 1
+    elif change == "vae":
+        encoder = "vae2"
+    elif change == "resolution":
+        dataset = {"resolution": (128, 128)}
+        expected = 2  # of the others neither size nor crop change: they are below both areas
+    elif change == "interpolation":
+        subset = {"resize_interpolation": "nearest"}
+    else:
+        subset = {"flip_aug": True}
+        expected = 14
+    sets = training_sets(folder, latents_cached=True, dataset=dataset, **subset)
+    cache = make_cache(sets, folder, encoder=encoder)
+    if change == "resolution":
+        expected = sum(
+            a.placement != b.placement
+            for a, b in zip(sets[0].records, training_sets(folder, latents_cached=True)[0].records, strict=True)
+        )
+        assert expected
+    assert sum(CALLS) == expected
+    pixels = images.to_tensor(images.load_picture(folder / "p2.png"))[None]
+    record = next(record for record in sets[0].records if record.path.name == "p2.png")
+    torch.testing.assert_close(cache.moments(record, mirrored=False), encode(pixels)[0])
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_entry_is_made_again(folder, damage):
+    sets = training_sets(folder, latents_cached=True)
+    good = make_cache(sets, folder)
+    victim = entry_files(folder)[3]
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-10] if damage is None else damage)
+    again = make_cache(sets, folder)
+    assert sum(CALLS) == 1
+    assert victim.read_bytes() == content
+    for record in sets[0].records:
+        assert torch.equal(good.moments(record, mirrored=False), again.moments(record, mirrored=False))
+
+
+def test_latents_that_are_not_finite_are_refused_and_not_kept(folder):
+    sets = training_sets(folder, latents_cached=True)
+    with pytest.raises(UserError, match="NaN for .*p0.png.* --no_half_vae"):
+        build_cache(sets, lambda pixels: encode(pixels) / 0 * 0, encoder="x", batch_size=2, on_disk=True)
+    assert entry_files(folder) == []
+
+
+def test_cached_latents_with_a_random_crop_are_refused(folder):
+    with pytest.raises(UserError, match="random_crop of .* needs pixels"):
+        training_sets(folder, latents_cached=True, random_crop=True)
+
+
+def test_keys_make_streams_that_repeat_and_differ():
+    one, again, other = (random_for(1, "a", *key).random() for key in ((2, 3), (2, 3), (23,)))
+    assert one == again != other
