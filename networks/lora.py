@@ -180,16 +180,16 @@ class LoRAModule(nn.Module):
         if not self.is_conv:
             return F.linear(x, weight)
         if self.is_pointwise:
-            return (weight.flatten(1) @ x.flatten(2)).unflatten(2, x.shape[2:])
+            return torch.bmm(weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
         return self.lora_down._conv_forward(x, weight, None)
 
     def _add(self, base: Tensor, hidden: Tensor, scale: float) -> Tensor:
         """Return base + scale * U hidden as one fused multiply-add; the result is contiguous."""
         weight = self.lora_up.weight
         if not self.is_conv:
-            rows = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), weight.t(), alpha=scale)
-            return rows.view(base.shape)
-        up = weight.flatten(1).expand(base.shape[0], -1, -1)
+            width, rank = weight.shape
+            return torch.addmm(base.view(-1, width), hidden.view(-1, rank), weight.t(), alpha=scale).view(base.shape)
+        up = weight.flatten(1).expand(len(base), -1, -1)
         return torch.baddbmm(base.flatten(2), up, hidden.flatten(2), alpha=scale).view(base.shape)
 
     def _forward_with_dropouts(self, base: Tensor, x: Tensor, scale: float) -> Tensor:

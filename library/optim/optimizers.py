@@ -20,24 +20,28 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRow:
-    """A name users know, the class it stands for, and arguments that apply unless given."""
+    """A name users know, the class it stands for, arguments that apply unless given.
+
+    An elementwise optimizer treats every number by itself, so that parameters can be laid out flat.
+    """
 
     name: str
     path: str
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    elementwise: bool = False
 
 
 ROWS = (
-    OptimizerRow("AdamW", "torch.optim.AdamW", {"fused": True}),  # one kernel for all tensors, on CPU and CUDA
+    OptimizerRow("AdamW", "torch.optim.AdamW", {"fused": True}, elementwise=True),
     OptimizerRow("AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
     OptimizerRow("PagedAdamW", "bitsandbytes.optim.PagedAdamW"),
     OptimizerRow("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"),
     OptimizerRow("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit"),
     OptimizerRow("Lion8bit", "bitsandbytes.optim.Lion8bit"),
     OptimizerRow("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit"),
-    OptimizerRow("SGDNesterov", "torch.optim.SGD", {"nesterov": True, "momentum": 0.9}),
+    OptimizerRow("SGDNesterov", "torch.optim.SGD", {"nesterov": True, "momentum": 0.9}, elementwise=True),
     OptimizerRow("SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", {"nesterov": True, "momentum": 0.9}),
-    OptimizerRow("Lion", "lion_pytorch.Lion"),
+    OptimizerRow("Lion", "lion_pytorch.Lion", elementwise=True),
     OptimizerRow("AdaFactor", "transformers.optimization.Adafactor", {"relative_step": True}),
 )
 BY_NAME = {row.name.lower(): row for row in ROWS}
@@ -50,6 +54,7 @@ class OptimizerChoice:
     path: str
     kind: type
     arguments: dict[str, Any]
+    elementwise: bool
 
     @property
     def sets_own_rate(self) -> bool:
@@ -70,7 +75,7 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
     if row is None:
         row = OptimizerRow(name, name if "." in name else f"torch.optim.{name}")
     given = {key: read_literal(key, text) for key, text in split_pairs(config.optimizer_args).items()}
-    return OptimizerChoice(row.path, import_class(row.path, name), _with_defaults(row, given))
+    return OptimizerChoice(row.path, import_class(row.path, name), _with_defaults(row, given), row.elementwise)
 
 
 def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from library.diffusion.schedule import NoiseSchedule, stable_diffusion_schedule
 from library.errors import UserError
 from library.models.loading import Detected, LoadedModels, detect, load_models, text_model
 from library.models.text_encoding import PER_WINDOW, encode_tokens, num_cut_captions, tokenize
+from library.optim.flat import flatten_groups
 from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer, current_rates
 from library.optim.schedulers import build_scheduler, curve_for
 from library.randomness import seed_for
@@ -91,6 +92,8 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     # Plan the run.
     plan = plan_run(config, sets, runtime)
     groups, names = network.groups(config.optimizer)
+    if optimizer_choice.elementwise:
+        groups = flatten_groups(groups)
     optimizer = build_optimizer(optimizer_choice, groups, config.optimizer.learning_rate)
     scheduler = build_scheduler(config.schedule, optimizer, plan.num_steps, config.optimizer.learning_rate)
     maker = BatchMaker(sets, config.run.seed, plan.num_steps, config.data.prior_loss_weight, cache)
@@ -111,6 +114,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
         preview=Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip),
         metadata=describe(config, sets, models, optimizer_choice, plan),
         hashes=hashes,
+        is_flat=optimizer_choice.elementwise,
     )
     trainer.run(make_loader(maker, plan, num_workers(config, cache)))
     trainer.save(final, epoch=plan.num_epochs)
@@ -319,12 +323,17 @@ class Trainer:
     preview: Preview
     metadata: dict[str, Any]
     hashes: BackgroundHashes
+    is_flat: bool  # whether gradients are views of flat ones, to be zeroed in place
     num_done: int = 0  # optimizer steps
+
+    def prepare(self) -> None:
+        """Collect what the steps use again and again."""
+        self._losses: deque[float] = deque(maxlen=self.plan.batches_per_epoch)
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def run(self, loader: torch.utils.data.DataLoader) -> None:
         """Train from the first step to the last, with files and pictures on the way."""
-        self._losses: deque[float] = deque(maxlen=self.plan.batches_per_epoch)
-        self._parameters = self.network.parameters()
+        self.prepare()
         if self.runtime.is_main and self.config.logs.logging_dir is not None:
             self.runtime.accelerator.init_trackers(self.config.logs.log_tracker_name or "network_train")
         self.network.on_epoch_start()
@@ -389,7 +398,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.max_grad_norm, foreach=True)
         scaler.step(self.optimizer)
         scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.is_flat)
         return scaler.get_scale() >= scale
 
     def _scale_norms(self) -> None:

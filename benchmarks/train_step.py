@@ -1,0 +1,239 @@
+"""Time a training step against its floor and against peft, interleaved in one process.
+
+floor: the same frozen text encoder and U-Net, forward and backward to their inputs, no adapter, no optimizer.
+ours:  the recipe's own step: noise, text encoder, U-Net with networks.lora, loss, backward, clipping, AdamW.
+peft:  the same step with peft's adapters on the same layers, and AdamW as torch has it by default.
+
+    python benchmarks/train_step.py                 # small model, 64 px, rank 4, one thread
+    python benchmarks/train_step.py --size full --resolution 128 --rank 32 --threads 2 --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--conv_dim", type=int, default=0, help="LoRA-C3Lier; peft then adapts the same layers")
+    parser.add_argument("--unet_only", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--without", nargs="*", default=[], help="variants to leave out")
+    parser.add_argument("--profile", help="write a profile of our step to this file")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    unet, text_encoder = base_models(args.size)
+    makers = {"floor": make_floor, "ours": make_ours, "peft": make_peft}
+    variants: dict[str, Callable[[], None]] = {}
+    for name, make in makers.items():
+        if name not in args.without:
+            # peft changes the modules it adapts: each variant has modules of its own over shared weights.
+            variants[name] = make(*(share(model) for model in (unet, text_encoder)), args)
+    for _ in range(args.warmup):
+        for step in variants.values():
+            step()
+    if args.profile:
+        profile(variants["ours"], args.profile)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(args.rounds):
+        for name, step in variants.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    print(f"{args.size} model, {args.resolution} px, batch {args.batch_size}, rank {args.rank}, {args.threads} threads")
+    for name, values in seconds.items():
+        ratios = [value / floor for value, floor in zip(values, seconds.get("floor", values), strict=True)]
+        print(
+            f"{name:6} median {statistics.median(values) * 1000:8.1f} ms   "
+            f"ratio to floor: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+
+
+def base_models(size: str) -> tuple:
+    """Return (U-Net, text encoder) with random weights: SD 1.5, or its structure with narrow layers."""
+    import tiny
+
+    from library.models import family as families
+    from library.models import loading
+
+    unet_config, text_config = families.SD1.unet, families.SD1.text_encoder
+    if size == "small":
+        unet_config = unet_config | {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64}
+        text_config = families.text_encoder_config(families.SD1, width=64, inner_width=256, num_layers=12)
+    unet = tiny.materialise(loading.build_unet(unet_config), 0)
+    return unet, tiny.materialise(loading.build_text_encoder(text_config), 1)
+
+
+def share(model):  # noqa: ANN001, ANN201
+    """Return a copy of a model over the same weights."""
+    weights = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, memo=weights)
+
+
+def batch_inputs(args: argparse.Namespace) -> tuple:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    side = args.resolution // 8
+    moments = torch.randn(args.batch_size, 8, side, side, generator=generator)
+    return moments, ["a photo of a cat"] * args.batch_size
+
+
+def make_floor(unet, text_encoder, args):  # noqa: ANN001, ANN201
+    import torch
+
+    from library.models.text_encoding import encode_tokens, tokenize
+    from library.models.tokenizer import load_clip_tokenizer
+
+    if args.checkpointing:
+        unet.enable_gradient_checkpointing()
+    tokens = tokenize(load_clip_tokenizer(), batch_inputs(args)[1])
+    latents = batch_inputs(args)[0][:, :4].clone().requires_grad_()
+    timesteps = torch.full((args.batch_size,), 500)
+    embeddings = text_encoder.get_input_embeddings()
+
+    def step() -> None:
+        if args.unet_only:
+            with torch.no_grad():
+                hidden = encode_tokens(text_encoder, tokens)
+        else:
+            # Gradients reach the first layer's input, as they do in training.
+            handle = embeddings.register_forward_hook(lambda module, given, out: out.requires_grad_())
+            hidden = encode_tokens(text_encoder, tokens)
+            handle.remove()
+        unet(latents, timesteps, hidden).sample.square().mean().backward()
+        latents.grad = None
+
+    return step
+
+
+def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
+    import torch
+
+    from library.config.options import build
+    from library.config.train import TrainConfig
+    from library.data.dataset import Batch, Sample
+    from library.models.family import SD1
+    from library.models.loading import LoadedModels
+    from library.models.tokenizer import load_clip_tokenizer
+    from library.training import recipe
+    from library.training.network_protocol import build_network
+    from library.training.runtime import start_runtime
+
+    given = {
+        "network_module": "networks.lora",
+        "network_dim": args.rank,
+        "learning_rate": 1e-4,
+        "seed": 1,
+        "network_train_unet_only": args.unet_only,
+        "network_args": (f"conv_dim={args.conv_dim}",) if args.conv_dim else None,
+    }
+    config = build(TrainConfig, given)
+    runtime = start_runtime(config.precision, config.logs)
+    vae = torch.nn.Module()
+    vae.config = argparse.Namespace(scaling_factor=0.18215)
+    models = LoadedModels(SD1, [load_clip_tokenizer()], [text_encoder], unet, vae, predicts_v=False)
+    network = build_network(config.network, config.optimizer, models, checkpointing=False, device=runtime.device)
+    if args.checkpointing:
+        recipe.enable_gradient_checkpointing(models, network)
+    groups, names = network.groups(config.optimizer)
+    choice = recipe.choose_optimizer(config.optimizer)
+    optimizer = recipe.build_optimizer(choice, recipe.flatten_groups(groups), 1e-4)
+    trainer = recipe.Trainer(
+        config=config,
+        runtime=runtime,
+        models=models,
+        network=network,
+        optimizer=optimizer,
+        scheduler=None,
+        group_names=names,
+        plan=argparse.Namespace(batches_per_epoch=100),
+        schedule=recipe.stable_diffusion_schedule(),
+        preview=None,
+        metadata={},
+        hashes=None,
+        is_flat=True,
+    )
+    trainer.prepare()
+    moments, captions = batch_inputs(args)
+    samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
+    batch = Batch(1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), moments, None)
+    network.on_epoch_start()
+    return lambda: trainer.step(trainer.num_done, [batch])
+
+
+def make_peft(unet, text_encoder, args):  # noqa: ANN001, ANN201
+    import torch
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    from library.diffusion.schedule import stable_diffusion_schedule
+    from library.models.text_encoding import encode_tokens, tokenize
+    from library.models.tokenizer import load_clip_tokenizer
+
+    tokenizer, schedule = load_clip_tokenizer(), stable_diffusion_schedule()
+    targets = r".*attentions.*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2)"
+    if args.conv_dim:
+        targets = r"(down_blocks|mid_block|up_blocks).*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2"
+        targets += r"|conv1|conv2|conv|conv_shortcut|time_emb_proj)"
+    LoraModel(unet, LoraConfig(r=args.rank, lora_alpha=1, target_modules=targets), "default")
+    text_targets = r".*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
+    if not args.unet_only:
+        LoraModel(text_encoder, LoraConfig(r=args.rank, lora_alpha=1, target_modules=text_targets), "default")
+    if args.checkpointing:
+        unet.enable_gradient_checkpointing()
+    parameters = [p for model in (unet, text_encoder) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    moments, captions = batch_inputs(args)
+
+    def step() -> None:
+        latents = moments[:, :4] * 0.18215
+        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
+        with torch.set_grad_enabled(not args.unet_only):
+            hidden = encode_tokens(text_encoder, tokenize(tokenizer, captions))
+        prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, hidden).sample
+        (prediction - noise).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def profile(step: Callable[[], None], path: str) -> None:
+    """Write where the time of our step goes, by operator."""
+    import torch
+
+    with torch.profiler.profile() as recorded:
+        for _ in range(5):
+            step()
+    table = recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+    Path(path).write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
