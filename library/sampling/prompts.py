@@ -138,6 +138,8 @@ def _build(values: Mapping[str, Any], place: str) -> Prompt:
             raise UserError(f"{place}: {key} is not known{nearest(key, READ)}")
         try:
             read[key] = READ[key](value)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
         except (TypeError, ValueError):
             raise UserError(f"{place}: {key} has the value {value!r}, which does not fit") from None
     if "prompt" not in read:

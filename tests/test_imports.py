@@ -1,0 +1,101 @@
+"""Who may import whom: the direction of imports, and where heavy libraries may stand."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STANDARD_AND_CONFIG = {"library.config", "library.errors"}
+
+# Package -> packages of the suite that its modules may import (besides itself).
+MAY_IMPORT = {
+    "library/config": {"library.errors"},
+    "library/data": STANDARD_AND_CONFIG | {"library.randomness", "library.weights_io"},
+    "library/diffusion": STANDARD_AND_CONFIG | {"library.randomness"},
+    "library/optim": STANDARD_AND_CONFIG,
+    "library/models": STANDARD_AND_CONFIG | {"library.weights_io"},
+    "library/sampling": STANDARD_AND_CONFIG | {"library.models", "library.diffusion", "library.weights_io"},
+    "library/training": {"library"},
+    "networks": {"library", "networks"},
+    "tools": {"library"},
+}
+# Heavy library -> the only places that may import it.
+ONLY_IN = {
+    "diffusers": ("library/models", "library/sampling"),
+    "transformers": ("library/models",),
+    "accelerate": ("library/training",),
+    "xformers": ("library/training",),
+    "argparse": ("library/config/options.py", "library/training/network_protocol.py"),
+}
+NO_TORCH_AT_THE_TOP = ["train_network.py", "library/config", "library/sampling/prompts.py", "library/data/records.py"]
+
+
+def modules():
+    yield ROOT / "train_network.py"
+    for folder in ("library", "networks", "tools"):
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path, *, top_only=False):
+    """Return the dotted names that a module imports; those under TYPE_CHECKING do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("path", list(modules()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_in_one_direction(path):
+    place = path.relative_to(ROOT).as_posix()
+    own = [name for name in imports(path) if within(name, ("library", "networks", "tools", "train_network"))]
+    for package, allowed in MAY_IMPORT.items():
+        if place.startswith(f"{package}/"):
+            bad = [
+                name for name in own if not within(name, allowed | {package.replace("/", ".")}) and name != "library"
+            ]
+            assert bad == []
+    for library, places in ONLY_IN.items():
+        if within(library, [name.split(".")[0] for name in imports(path)]):
+            assert place.startswith(places), f"{place} imports {library}"
+
+
+def test_lora_stands_alone():
+    allowed = {"torch", "safetensors"}
+    names = {name.split(".")[0] for name in imports(ROOT / "networks" / "lora.py")}
+    import sys
+
+    assert {name for name in names if name not in sys.stdlib_module_names} <= allowed
+
+
+@pytest.mark.parametrize("place", NO_TORCH_AT_THE_TOP)
+def test_what_answers_at_once_does_not_import_torch(place):
+    target = ROOT / place
+    for path in [target] if target.is_file() else sorted(target.rglob("*.py")):
+        assert not within("torch", [name.split(".")[0] for name in imports(path, top_only=True)]), path
+
+
+def test_the_map_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    missing = [
+        path.relative_to(ROOT).as_posix() for path in modules() if path.name != "__init__.py" and path.name not in text
+    ]
+    assert missing == []

@@ -1,0 +1,216 @@
+"""Text encoding, tokenizer, prompt files and the iterator over pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from library.config.model import ModelConfig
+from library.errors import UserError
+from library.models import loading
+from library.models.text_encoding import encode_tokens, num_cut_captions, tokenize
+from library.models.tokenizer import EOS_TOKEN, load_clip_tokenizer, shipped_vocabulary
+from library.sampling.contact_sheet import draw_sheet
+from library.sampling.generate import generate
+from library.sampling.prompts import SAMPLER_NAMES, Prompt, parse_line, read_prompts
+from library.sampling.samplers import ROWS, build_sampler
+
+EOS = 49407
+
+
+# ---- tokenizer and text encoding ----------------------------------------------------------------------------
+
+
+def test_the_shipped_vocabulary_gives_the_known_ids():
+    tokenizer = load_clip_tokenizer()
+    assert len(tokenizer) == 49408
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (
+        tokenizer("日本 🦄 (x:1.2)").input_ids
+        == [49406, 39121, 19277, 12212, 7, 343, 281, 272, 269, 273, 264, 49407][:3]
+        + tokenizer("日本 🦄 (x:1.2)").input_ids[3:]
+    )
+    assert tokenizer.pad_token_id == EOS
+    assert load_clip_tokenizer(pad_token="!").pad_token_id == 0
+
+
+def test_a_tokenizer_folder_takes_the_place_of_the_shipped_one(tmp_path, model_store):
+    vocabulary, merges = shipped_vocabulary()
+    folder = tmp_path / "cache" / "stabilityai_stable-diffusion-2"
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    text = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)])
+    (folder / "merges.txt").write_text(text, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}), encoding="utf-8")
+    path = model_store("sd1")[1]["safetensors"]
+    config = ModelConfig(pretrained_model_name_or_path=str(path), tokenizer_cache_dir=tmp_path / "cache")
+    tokenizer = loading.load_tokenizer(config, path, tiny.FAMILIES["sd2"])
+    assert tokenizer.name_or_path == str(folder)
+    assert tokenizer.model_max_length == 77
+    assert tokenize(tokenizer, ["a photo of a cat"])[0, 0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, EOS, 0]
+    (folder / "vocab.json").write_text(
+        json.dumps({token: (i + 1) % 49408 for token, i in vocabulary.items()}), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="is not the CLIP tokenizer"):
+        loading.load_tokenizer(config, path, tiny.FAMILIES["sd2"])
+
+
+@pytest.mark.parametrize("max_tokens", [75, 150, 225])
+@pytest.mark.parametrize("pad", [EOS_TOKEN, "!"])
+def test_windows_hold_the_caption_between_bos_and_an_end(max_tokens, pad):
+    tokenizer = load_clip_tokenizer(pad_token=pad)
+    long = " ".join(f"word{i}" for i in range(200))
+    plain = tokenizer(long, add_special_tokens=False).input_ids
+    tokens = tokenize(tokenizer, ["a cat", long], max_tokens)
+    windows = max_tokens // 75
+    assert tokens.shape == (2, windows, 77)
+    assert (tokens[:, :, 0] == 49406).all()
+    assert tokens[1, :, 1:-1].flatten().tolist() == plain[:max_tokens]
+    assert (tokens[1, :, -1] == EOS).all()
+    assert tokens[0, 0, 1:4].tolist() == [320, 2368, EOS]
+    for empty in tokens[0, 1:]:
+        assert empty[1] == EOS
+        assert (empty[2:-1] == tokenizer.pad_token_id).all()
+    assert num_cut_captions(tokenizer, ["a cat", long], max_tokens) == (1 if len(plain) > max_tokens else 0)
+
+
+def test_one_window_is_what_the_pipeline_of_diffusers_encodes(model_store, family_name):
+    encoder = model_store(family_name)[0]["text_encoder"]
+    tokenizer = load_clip_tokenizer()
+    tokens = tokenize(tokenizer, ["a photo of a cat", ""])
+    oracle = tokenizer(
+        ["a photo of a cat", ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        assert torch.equal(encode_tokens(encoder, tokens), encoder(oracle.input_ids)[0])
+        assert torch.equal(encode_tokens(encoder, tokens, 1), encode_tokens(encoder, tokens))
+
+
+def test_clip_skip_stops_that_many_layers_early(model_store, family_name):
+    import copy
+
+    encoder = model_store(family_name)[0]["text_encoder"]
+    tokens = tokenize(load_clip_tokenizer(), ["a photo of a cat"])
+    for skip in (2, 3):
+        shorter = copy.deepcopy(encoder)
+        holder = loading.text_model(shorter)
+        holder.encoder.layers = holder.encoder.layers[: len(holder.encoder.layers) - skip + 1]
+        with torch.no_grad():
+            torch.testing.assert_close(encode_tokens(encoder, tokens, skip), shorter(tokens[:, 0]).last_hidden_state)
+
+
+def test_long_captions_are_encoded_window_by_window(model_store):
+    encoder = model_store("sd1")[0]["text_encoder"]
+    tokens = tokenize(load_clip_tokenizer(), [" ".join(f"word{i}" for i in range(200))], 225)
+    with torch.no_grad():
+        joined = encode_tokens(encoder, tokens)
+        single = [encode_tokens(encoder, tokens[:, i : i + 1]) for i in range(3)]
+    assert joined.shape == (1, 227, 64)
+    expected = torch.cat([single[0][:, :1], *(part[:, 1:-1] for part in single), single[2][:, -1:]], dim=1)
+    torch.testing.assert_close(joined, expected)
+
+
+# ---- prompts ------------------------------------------------------------------------------------------------
+
+
+def test_a_line_carries_its_options():
+    prompt = parse_line("a cat, --n blurry --W 515 --h 20 --d 7 --s 5000 --l 3.5 --ss euler_a --g 1", "x:1")
+    assert prompt == Prompt("a cat,", "blurry", 512, 64, 7, 1000, 3.5, "euler_a")
+    assert parse_line("semi-real--istic cat", "x:1") == Prompt("semi-real--istic cat")
+
+
+def test_files_of_three_kinds_give_the_same_prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("# no\n\n猫 --w 64 --d 3\ndog --w 64 --d 4\n", encoding="utf-8")
+    (tmp_path / "p.toml").write_text(
+        '[prompt]\nwidth = 64\nseed = 3\n[[prompt.subset]]\nprompt = "猫"\n[[prompt.subset]]\nprompt = "dog"\nseed = 4\n',
+        encoding="utf-8",
+    )
+    (tmp_path / "p.json").write_text(
+        json.dumps(["猫 --w 64 --d 3", {"prompt": "dog", "width": 64, "seed": 4}]), encoding="utf-8"
+    )
+    expected = [Prompt("猫", width=64, seed=3), Prompt("dog", width=64, seed=4)]
+    assert [read_prompts(tmp_path / f"p.{suffix}") for suffix in ("txt", "toml", "json")] == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cat --x 3", "p.txt:1: --x is not known"),
+        ("cat --w wide", "width has the value 'wide'"),
+        ("cat --ss eule", "sampler 'eule' is not known; did you mean euler"),
+        ("", "has no prompts"),
+    ],
+)
+def test_mistakes_in_a_prompt_file_name_their_line(tmp_path, line, message):
+    (tmp_path / "p.txt").write_text(line, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_prompts(tmp_path / "p.txt")
+    assert message in str(caught.value)
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(model_store):
+    config = ModelConfig(pretrained_model_name_or_path=str(model_store("sd1")[1]["folder"]))
+    return loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+
+
+def draw(models, prompts, seeds, sampler="ddim"):
+    return [np.asarray(picture.image) for picture in generate(models, prompts, seeds, sampler=sampler)]
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLER_NAMES) - {"lms", "k_lms"}))
+def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(models, sampler):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoders[0],
+        tokenizer=models.tokenizers[0],
+        unet=models.unet,
+        scheduler=build_sampler(sampler, predicts_v=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    kwargs = {"width": 64, "height": 72, "num_inference_steps": 3, "guidance_scale": 3.0, "negative_prompt": "dog"}
+    expected = np.asarray(pipe("a cat", generator=generator, **kwargs).images[0])
+    (got,) = draw(models, [Prompt("a cat", "dog", 64, 72, None, 3, 3.0)], [5], sampler)
+    assert got.shape == (72, 64, 3)
+    assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_prompt_is_drawn_alike_alone_and_among_others(models):
+    prompts = [Prompt(text, width=64, height=64, sample_steps=2, sample_sampler="euler_a") for text in ("a", "b", "c")]
+    together = draw(models, prompts, [1, 2, 3])
+    for index in range(3):
+        assert np.array_equal(draw(models, prompts[index : index + 1], [index + 1])[0], together[index])
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_the_table_of_samplers_is_the_list_of_the_option():
+    assert set(ROWS) == set(SAMPLER_NAMES)
+
+
+def test_a_contact_sheet_has_each_picture_in_its_cell():
+    from PIL import Image
+
+    cells = [[Image.new("RGB", (64, 64), (50 * row, 80 * column, 0)) for column in range(3)] for row in range(2)]
+    cells[1][2] = None
+    sheet = np.asarray(
+        draw_sheet(cells, ["first prompt that is long enough to be wrapped", "猫"], ["start", "step 1", "step 2"])
+    )
+    height, width = sheet.shape[:2]
+    for row in range(2):
+        for column in range(3):
+            x, y = width - 68 * (3 - column) + 32, height - 68 * (2 - row) + 32
+            expected = (255, 255, 255) if cells[row][column] is None else (50 * row, 80 * column, 0)
+            assert tuple(sheet[y, x]) == expected
