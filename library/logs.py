@@ -25,6 +25,8 @@ def set_up_logging(level: int = logging.INFO) -> None:
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if os.environ.get("RANK", "0") != "0":
+        level = logging.ERROR  # of several processes the first one speaks
     for name in ("library", "networks", "tools", "__main__", "train_network"):
         logging.getLogger(name).setLevel(level)
 

@@ -540,6 +540,7 @@ def create_network_from_weights(
     unet: Module,
     weights_sd: Weights | None = None,
     for_inference: bool = False,
+    neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> tuple[LoRANetwork, Weights]:
     """Return (network, weights): a network with the modules, ranks and alphas of a file, values not yet loaded.
@@ -555,7 +556,7 @@ def create_network_from_weights(
     def rule(target: Target) -> Shape | None:
         return shapes.get(target.name)
 
-    dropouts = Dropouts(network_args.get("neuron_dropout") or 0.0, given["rank_dropout"], given["module_dropout"])
+    dropouts = Dropouts(neuron_dropout or 0.0, given["rank_dropout"], given["module_dropout"])
     network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
     matched = {module.lora_name for module in network.modules_in_order()}
     unmatched = {name.split(".")[0] for name in weights} - matched
@@ -583,7 +584,6 @@ NETWORK_ARGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "rank_dropout": (float, 0.0),
     "module_dropout": (float, 0.0),
     "dropout": (lambda text: None if text in (None, "None") else float(text), None),
-    "neuron_dropout": (lambda text: None if text in (None, "None") else float(text), None),
 }
 
 

@@ -170,7 +170,7 @@ def test_implied_options_are_set_once_and_said(base_argv, caplog):
     assert config.preview.sample_every_n_steps is None
     assert "--cache_latents is set to True" in caplog.text
     assert isinstance(config.run.seed, int)
-    assert "no learning rate was given" in caplog.text
+    assert "--learning_rate is not given" in caplog.text
     assert "learning_rate" not in given_options(TrainConfig, base_argv)
 
 

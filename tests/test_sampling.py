@@ -29,7 +29,7 @@ def test_the_shipped_vocabulary_gives_the_known_ids():
     tokenizer = load_clip_tokenizer()
     assert len(tokenizer) == 49408
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert tokenizer("日本").input_ids == [49406, 39121, 19277, 49407]
+    assert tokenizer("日本").input_ids == [49406, 39121, 19277, 361, 49407]
     assert tokenizer.pad_token_id == EOS
     assert load_clip_tokenizer(pad_token="!").pad_token_id == 0
 

@@ -484,10 +484,25 @@ MISTAKES = {
         "--sample_prompts, the file with their prompts, is missing",
     ),
     "network args": ({"network_args": ["conv_dm=4"]}, "conv_dm is not known; did you mean conv_dim"),
-    "optimizer": ({"optimizer_type": "AdamX"}, "AdamX is not an optimizer in torch.optim; did you mean AdamW"),
+    "optimizer": ({"optimizer_type": "AdamX"}, "torch.optim has no class AdamX; did you mean AdamW"),
     "optimizer package": ({"optimizer_type": "prodigyyopt.Prodigy"}, "pip install prodigyyopt"),
     "optimizer args": ({"optimizer_args": ["betas=high"]}, "betas must be a number"),
     "optimizer refuses": ({"optimizer_args": ["beta3=1"]}, "AdamW refuses them"),
+    "schedule": (
+        {"lr_scheduler_type": "CosineAnnealing"},
+        "torch.optim.lr_scheduler has no class CosineAnnealing; did you mean CosineAnnealingLR",
+    ),
+    "plateau": ({"lr_scheduler_type": "ReduceLROnPlateau"}, "ReduceLROnPlateau cannot be used"),
+    "adafactor schedule": ({"lr_scheduler": "adafactor"}, "goes with --optimizer_type AdaFactor"),
+    "warm-up for nothing": (
+        {"lr_scheduler": "piecewise_constant", "lr_warmup_steps": 5},
+        "does not go with --lr_scheduler piecewise_constant",
+    ),
+    "polynomial": (
+        {"lr_scheduler": "polynomial", "learning_rate": 0, "unet_lr": "1e-4"},
+        "--learning_rate must be above",
+    ),
+    "file for a folder": ({"train_data_dir": __file__}, "is a file; name the folder above"),
     "zero rates": ({"learning_rate": 0}, "the learning rate of what is left is 0"),
     "pieces": ({"lr_scheduler": "piecewise_constant"}, "piecewise_constant needs step_rules"),
     "v2": ({"v2": True}, "is an SD 1.x model: leave out --v2"),
@@ -499,8 +514,7 @@ MISTAKES = {
 def test_mistakes_are_told_before_the_model_is_loaded(base, pictures, tmp_path, name, monkeypatch):
     from library.training import recipe
 
-    if name != "optimizer refuses":
-        monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
     more, message = MISTAKES[name]
     with pytest.raises(UserError) as caught:
         train_network.main(options(base, pictures, tmp_path / "out", **more))

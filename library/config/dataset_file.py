@@ -118,6 +118,7 @@ def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, An
     values = {}
     for key, value in table.items():
         if key in IGNORED:
+            logger.warning("%s.%s is ignored: %s", place, key, IGNORED[key])
             continue
         values[key] = _known_key(key, level, place).read(value, f"{place}.{key}")
     return values

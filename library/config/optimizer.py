@@ -8,6 +8,7 @@ from typing import Literal
 from library.config.options import option
 from library.config.values import parse_pairs, parse_steps
 
+POLYNOMIAL_END = 1e-7  # learning rate at the end of --lr_scheduler polynomial
 STEPS_FORM = "a whole number of steps, or a share of all steps such as 0.1 or 10%"
 
 ScheduleName = Literal[

@@ -135,7 +135,8 @@ SIMPLE_KINDS = {
     int: Kind("int", "a whole number", None, read_int),
     float: Kind("float", "a number", None, read_float),
     str: Kind("str", "a text", None, read_str),
-    Path: Kind("path", "a path", None, lambda value: Path(read_str(value))),
+    # GUIs write "" for a path that is not set.
+    Path: Kind("path", "a path", None, lambda value: Path(read_str(value)) if value != "" else None),
     dict: Kind("table", "a table", None, lambda value: _expect(value, dict)),
 }
 
@@ -213,7 +214,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-class _Formatter(argparse.HelpFormatter):
+class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
 
@@ -246,10 +247,14 @@ def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
 
 
 def help_text(entry: Option) -> str:
-    """Return the help of an option with its choices and its default."""
-    choices = f" ({entry.kind.form})" if entry.kind.form.startswith("one of") else ""
-    default = "" if entry.default in (None, False, ()) else f" [{format_default(entry.default)}]"
-    return f"{entry.spec.help}{choices}{default}"
+    """Return the help of an option with the form of its value and its default."""
+    form = entry.spec.form or (entry.kind.form if entry.kind.form.startswith("one of") else "")
+    has_default = entry.default is not None and entry.default is not False and entry.default != ""
+    return (
+        entry.spec.help
+        + (f" ({form})" if form else "")
+        + (f" [{format_default(entry.default)}]" if has_default else "")
+    )
 
 
 def format_default(value: Any) -> str:
@@ -274,7 +279,7 @@ def given_options(root: type, argv: Sequence[str] | None, *, description: str | 
     """
     options = root_options(root)
     known, unknown = build_parser(root, description).parse_known_args(argv)
-    ignored = _explain_unknown([word.split("=")[0] for word in unknown if word.startswith("-")], options, unknown)
+    ignored = _explain_unknown(unknown, options)
     given = {flag: options[flag].read(value, f"--{flag}") for flag, value in vars(known).items()}
     if given.get("config_file") is not None and not given.get("output_config"):
         given = read_config_file(given["config_file"], options) | given
@@ -292,17 +297,22 @@ def build(root: type[Root], given: Mapping[str, Any]) -> Root:
     return root(**sections)
 
 
-def _explain_unknown(names: list[str], options: Mapping[str, Option], words: list[str]) -> list[Retired]:
-    """Return the retired options among names that do no harm; raise for the first of the others."""
+def _explain_unknown(words: Sequence[str], options: Mapping[str, Option]) -> list[Retired]:
+    """Return the retired options among words that do no harm; raise for anything else that is not known."""
     ignored = []
-    for name in (name.lstrip("-") for name in names):
-        retired = RETIRED.get(name)
-        if retired is None or not retired.harmless:
-            raise UserError(unknown_message(f"--{name}", name, options))
-        ignored.append(retired)
-    values = [word for word in words if not word.startswith("-")]
-    if values and not any(retired.takes_value for retired in ignored):
-        raise UserError(f"unexpected argument {values[0]!r}: put quotes round a value that has spaces")
+    expects_value = False
+    for word in words:
+        if word.startswith("-"):
+            name, _, value = word.lstrip("-").partition("=")
+            retired = RETIRED.get(name)
+            if retired is None or not retired.harmless:
+                raise UserError(unknown_message(f"--{name}", name, options))
+            ignored.append(retired)
+            expects_value = retired.takes_value and not value
+        elif expects_value:
+            expects_value = False
+        else:
+            raise UserError(f"unexpected argument {word!r}: put quotes round a value that has spaces")
     return ignored
 
 
@@ -342,6 +352,8 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
     names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
     given = {}
     for key, value in values.items():
+        if key in RETIRED and value in RETIRED[key].neutral:
+            continue  # it is off, as it is here
         if key in RETIRED and RETIRED[key].harmless:
             _warn(f"{path}: {key} is ignored: {RETIRED[key].reason}")
         elif key not in names:

@@ -1,7 +1,7 @@
 """Options of sd-scripts that the suite does not have, each with the reason that a user is told.
 
-A harmless one changes nothing in the trained file: it is accepted with a warning. Any other ends the run,
-because going on without it would train something else than was asked for.
+A harmless one can be left out without loss: it is accepted with a warning. Any other ends the run, because
+going on without it would do something else than was asked for.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Retired:
-    """One option: its name, why it is gone, whether to go on without it, whether it takes a value."""
+    """One option: its name, why it is gone, whether to go on without it, whether it takes a value, what is off."""
 
     name: str
     reason: str
     harmless: bool = False
     takes_value: bool = True
+    neutral: tuple[object, ...] = ("", 0)  # values in a config file that mean "off"; 0 stands for false, too
 
 
 LATER = "it is planned, but not in this version"
@@ -26,16 +27,23 @@ SDXL = "SDXL is not trained by this version"
 _HARMLESS_SWITCHES = {
     "lowram": "models always load straight into place, tensor by tensor",
     "highvram": "the device cache is never flushed during caching",
-    "skip_cache_check": "checking a cache entry costs less than a millisecond; stale latents are never used",
+    "skip_cache_check": "checking a cache entry is quick, and stale latents are never used",
     "cache_info": "picture sizes are read from the headers, in parallel",
     "console_log_simple": "log lines are always plain",
+    "log_config": "the options of a run are in the metadata of its file",
+    "async_upload": "nothing is uploaded",
+    "torch_compile": "the run is not compiled; the result is the same",
     "disable_mmap_load_safetensors": "files are never memory-mapped",
     "ddp_gradient_as_bucket_view": "gradients travel in one flat buffer already",
     "ddp_static_graph": "gradients travel in one flat buffer already",
 }
 _HARMLESS_VALUES = {
     "console_log_file": "redirect the output of the shell instead",
-    "ddp_timeout": "set it through accelerate",
+    "ddp_timeout": "torch's own is kept",
+    "dynamo_backend": "the run is not compiled; the result is the same",
+    "wandb_run_name": "wandb logging is planned, but not in this version",
+    "log_tracker_config": "TensorBoard needs none",
+    "console_log_level": "information, warnings and errors are always shown",
     "wandb_api_key": "wandb logging is planned, but not in this version",
 }
 _REFUSED_SWITCHES = {
@@ -52,14 +60,11 @@ _REFUSED_SWITCHES = {
     "full_bf16": LATER,
     "fp8_base": LATER,
     "fp8_base_unet": LATER,
-    "torch_compile": LATER,
     "save_state": LATER,
     "save_state_on_train_end": LATER,
     "skip_until_initial_step": LATER,
     "save_state_to_huggingface": LATER,
     "resume_from_huggingface": LATER,
-    "async_upload": LATER,
-    "log_config": LATER,
     "fused_backward_pass": "it fuses the optimizer into the backward pass of whole models; an adapter gains nothing",
     "cpu_offload_checkpointing": "the U-Net of SD 1.x and 2.x has no such mode",
     "deepspeed": ADAPTER_FITS,
@@ -68,7 +73,7 @@ _REFUSED_SWITCHES = {
     "fp16_master_weights_and_gradients": ADAPTER_FITS,
     "cache_text_encoder_outputs": SDXL,
     "cache_text_encoder_outputs_to_disk": SDXL,
-    "use_lion_optimizer": "use --optimizer_type lion_pytorch.Lion",
+    "use_lion_optimizer": "use --optimizer_type Lion",
 }
 _REFUSED_VALUES = {
     "in_json": LATER,
@@ -82,15 +87,11 @@ _REFUSED_VALUES = {
     "v_pred_like_loss": LATER,
     "min_timestep": LATER,
     "max_timestep": LATER,
-    "dynamo_backend": LATER,
     "resume": LATER,
     "initial_epoch": LATER,
     "initial_step": LATER,
     "save_last_n_epochs_state": LATER,
     "save_last_n_steps_state": LATER,
-    "wandb_run_name": LATER,
-    "log_tracker_config": LATER,
-    "console_log_level": LATER,
     "validation_split": LATER,
     "validation_seed": LATER,
     "validate_every_n_steps": LATER,
@@ -109,12 +110,20 @@ _REFUSED_VALUES = {
 }
 
 
+# Defaults of sd-scripts that configuration files of its GUIs write out.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "max_timestep": (1000, "", 0),
+    "multires_noise_discount": (0.3, "", 0),
+    "zero_stage": (2, "", 0),
+}
+
+
 def _rows() -> list[Retired]:
     return [
         *(Retired(name, reason, harmless=True, takes_value=False) for name, reason in _HARMLESS_SWITCHES.items()),
         *(Retired(name, reason, harmless=True) for name, reason in _HARMLESS_VALUES.items()),
         *(Retired(name, reason, takes_value=False) for name, reason in _REFUSED_SWITCHES.items()),
-        *(Retired(name, reason) for name, reason in _REFUSED_VALUES.items()),
+        *(Retired(name, reason, neutral=NEUTRAL.get(name, ("", 0))) for name, reason in _REFUSED_VALUES.items()),
     ]
 
 

@@ -30,7 +30,7 @@ class SavingConfig:
 class MetadataConfig:
     """Metadata in the saved file."""
 
-    no_metadata: bool = option(False, "write only what readers need to load the file")
+    no_metadata: bool = option(False, "leave out all ss_* values that readers do not need")
     training_comment: str | None = option(None, "free text for ss_training_comment")
     metadata_title: str | None = option(None, "title; unset: --output_name")
     metadata_author: str | None = option(None, "author")

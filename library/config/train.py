@@ -12,7 +12,7 @@ from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
-from library.config.optimizer import OptimizerConfig, ScheduleConfig
+from library.config.optimizer import POLYNOMIAL_END, OptimizerConfig, ScheduleConfig
 from library.config.options import build, given_options, option, to_toml, with_toml_suffix
 from library.config.preview import PreviewConfig
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig
@@ -63,9 +63,18 @@ def parse_train_config(argv: Sequence[str] | None = None, *, description: str | 
         return config
     config = resolve(config)
     check(config)
-    if "learning_rate" not in given and config.optimizer.unet_lr is None:
-        logger.warning("no learning rate was given: 2e-06 is the default, 1e-4 to 1e-3 suits a LoRA")
+    if "learning_rate" not in given and falls_back_on_learning_rate(config):
+        logger.warning("--learning_rate is not given: 2e-06 is the default, 1e-4 to 1e-3 suits a LoRA")
     return config
+
+
+def falls_back_on_learning_rate(config: TrainConfig) -> bool:
+    """Return whether a part is trained at --learning_rate, by an optimizer that does not find its own."""
+    optimizer, network = config.optimizer, config.network
+    if optimizer.optimizer_type.lower().rpartition(".")[2].startswith(("adafactor", "prodigy", "dadapt")):
+        return False
+    unet = optimizer.unet_lr is None and not network.network_train_text_encoder_only
+    return unet or (not optimizer.text_encoder_lr and not network.network_train_unet_only)
 
 
 def write_config_file(config: TrainConfig) -> Path:
@@ -98,10 +107,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
         changed = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section: changed})
     if config.run.seed is None:
-        seed = random.SystemRandom().randrange(2**32)
-        logger.info("--seed is not given; this run uses %d", seed)
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
+        config = with_seed(config, random.SystemRandom().randrange(2**32))
     return config
+
+
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """Return config with a seed; processes that each drew their own agree on one by it."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
 
 
 def check(config: TrainConfig) -> None:
@@ -132,17 +144,16 @@ def _check_required(config: TrainConfig) -> None:
 
 
 def _check_conflicts(config: TrainConfig) -> None:
-    network, preview, schedule = config.network, config.preview, config.schedule
+    network, preview = config.network, config.preview
+    _check_schedule(config.schedule, config.optimizer)
     if network.network_train_unet_only and network.network_train_text_encoder_only:
         raise UserError(
             "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
         )
     if network.dim_from_weights and network.network_weights is None:
         raise UserError("--dim_from_weights needs --network_weights, the file to take ranks from")
-    if schedule.lr_scheduler == "constant" and not schedule.lr_scheduler_type and schedule.lr_warmup_steps:
-        raise UserError("--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0")
-    if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
-        raise UserError("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")
+    if network.dim_from_weights and network.network_dim is not None:
+        logger.warning("--network_dim is ignored: --dim_from_weights takes the ranks of %s", network.network_weights)
     draws = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
     if draws and preview.sample_prompts is None:
         raise UserError("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
@@ -150,6 +161,23 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise UserError("--log_with tensorboard needs --logging_dir, the folder for the logs")
     if len(network.base_weights_multiplier or ()) > len(network.base_weights or ()):
         raise UserError("--base_weights_multiplier has more numbers than --base_weights has files")
+
+
+def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> None:
+    if schedule.lr_scheduler == "constant" and not schedule.lr_scheduler_type and schedule.lr_warmup_steps:
+        raise UserError("--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0")
+    if schedule.lr_warmup_steps and (schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"):
+        raise UserError(f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up")
+    if schedule.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
+        raise UserError(f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that")
+    if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
+        raise UserError("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")
+
+
+def _schedule_option(schedule: ScheduleConfig) -> str:
+    if schedule.lr_scheduler_type:
+        return f"--lr_scheduler_type {schedule.lr_scheduler_type}"
+    return f"--lr_scheduler {schedule.lr_scheduler}"
 
 
 def _check_files(config: TrainConfig) -> None:
@@ -165,6 +193,8 @@ def _check_files(config: TrainConfig) -> None:
     for name, path in paths.items():
         if path is not None and not path.exists():
             raise UserError(f"--{name}: {path} does not exist")
+        if path is not None and name.endswith("_data_dir") and not path.is_dir():
+            raise UserError(f"--{name}: {path} is a file; name the folder above the N_name folders")
     for path in config.network.base_weights or ():
         if not path.exists():
             raise UserError(f"--base_weights: {path} does not exist")

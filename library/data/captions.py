@@ -48,7 +48,7 @@ def caption_files(picture: Path, extension: str) -> list[Path]:
     """Return the files that may hold a picture's caption; a face crop `name_x_y_w_h` may use that of `name`."""
     stems = [picture.stem]
     parts = picture.stem.split("_")
-    if len(parts) >= 5:
+    if len(parts) >= 5 and all(part.isdecimal() for part in parts[-4:]):
         stems.append("_".join(parts[:-4]))
     return [picture.with_name(stem + extension) for stem in stems]
 

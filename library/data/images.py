@@ -6,6 +6,7 @@ dropped to the colours beneath it, 16-bit gray is scaled to 8 bits.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def list_pictures(folder: Path) -> list[Path]:
 def read_size(path: Path) -> Size:
     """Return (width, height) as displayed, from the header; raises UnreadablePictureError."""
     try:
-        with Image.open(path) as picture:
+        with _open(path) as picture:
             turned = _orientation(picture) in QUARTER_TURNS
             width, height = picture.size
     except (OSError, ValueError, SyntaxError) as error:
@@ -56,12 +57,19 @@ def read_size(path: Path) -> Size:
 def load_picture(path: Path) -> np.ndarray:
     """Return the pixels of a picture, uint8 (H, W, 3); raises UnreadablePictureError."""
     try:
-        with Image.open(path) as picture:
+        with _open(path) as picture:
             orientation = _orientation(picture)
             pixels = _to_rgb(picture)
             return np.asarray(pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels)
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
+
+
+def _open(path: Path) -> Image.Image:
+    if path.suffix.lower() == ".jxl":
+        with contextlib.suppress(ImportError):
+            import pillow_jxl  # noqa: F401 (importing it makes Pillow read JPEG XL)
+    return Image.open(path)
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -174,4 +174,6 @@ def _warn_without_caption(records: list[ImageRecord]) -> None:
     if records:
         names = ", ".join(record.path.name for record in records[:MOST_NAMED])
         more = f" and {len(records) - MOST_NAMED} more" if len(records) > MOST_NAMED else ""
-        logger.warning("%d pictures have neither caption file nor class token: %s%s", len(records), names, more)
+        logger.warning(
+            "%d pictures have an empty caption (no caption file, no class token): %s%s", len(records), names, more
+        )

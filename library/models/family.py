@@ -60,7 +60,6 @@ class ModelFamily:
     base_version: str  # ss_base_model_version; v-prediction appends "_v"
     architecture: str  # modelspec.architecture
     architecture_v: str  # the same for v-prediction
-    resolution_v: int  # modelspec.resolution where none is given, for v-prediction
 
 
 SD1 = ModelFamily(
@@ -86,7 +85,6 @@ SD1 = ModelFamily(
     base_version="sd_v1",
     architecture="stable-diffusion-v1",
     architecture_v="stable-diffusion-v1",
-    resolution_v=512,
 )
 SD2 = ModelFamily(
     name="sd2",
@@ -112,7 +110,6 @@ SD2 = ModelFamily(
     base_version="sd_v2",
     architecture="stable-diffusion-v2-512",
     architecture_v="stable-diffusion-v2-768-v",
-    resolution_v=768,
 )
 
 TEXT_HEAD_WIDTH = 64  # channels of an attention head in every CLIP text encoder of these families

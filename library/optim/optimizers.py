@@ -75,7 +75,9 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
     if row is None:
         row = OptimizerRow(name, name if "." in name else f"torch.optim.{name}")
     given = {key: read_literal(key, text) for key, text in split_pairs(config.optimizer_args).items()}
-    return OptimizerChoice(row.path, import_class(row.path, name), _with_defaults(row, given), row.elementwise)
+    return OptimizerChoice(
+        row.path, import_class(row.path, "--optimizer_type"), _with_defaults(row, given), row.elementwise
+    )
 
 
 def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:
@@ -97,18 +99,18 @@ def read_literal(key: str, text: str) -> Any:
         ) from None
 
 
-def import_class(path: str, name: str) -> type:
-    """Return the class at a dotted path; raises UserError that says what to install or what is near."""
+def import_class(path: str, option: str) -> type:
+    """Return the class at a dotted path; raises UserError that names the option and what to install or to write."""
     module_name, _, class_name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        package = module_name.split(".")[0]
-        known = nearest(name, [row.name for row in ROWS])
-        raise UserError(f"{name}: {error}; try `pip install {package.replace('_', '-')}`{known}") from None
+        package = module_name.split(".")[0].replace("_", "-")
+        raise UserError(f"{option} {path}: {error}; try `pip install {package}`") from None
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
-        raise UserError(f"{name} is not an optimizer in {module_name}{nearest(name, [row.name for row in ROWS])}")
+        near = nearest(class_name, [row.name for row in ROWS] if option == "--optimizer_type" else dir(module))
+        raise UserError(f"{option}: {module_name} has no class {class_name}{near}")
     return found
 
 
@@ -118,13 +120,28 @@ def build_optimizer(
     """Return the optimizer over parameter groups; raises UserError for arguments that it does not take."""
     groups = [group | {"params": list(group["params"])} for group in groups]
     if choice.sets_own_rate:
-        logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
         groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
     rate = None if choice.sets_own_rate else learning_rate
     try:
         return choice.kind(groups, lr=rate, **choice.arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {error}") from None
+
+
+def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
+    """Return the optimizer over one small matrix after a step; raises UserError if it cannot be used so."""
+    if choice.kind.__name__.lower().endswith("schedulefree"):
+        raise UserError(
+            f"--optimizer_type {choice.kind.__name__}: schedule-free optimizers are planned, but not in this version"
+        )
+    probe = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
+    probe.grad = torch.ones(2, 2)
+    try:
+        optimizer.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--optimizer_type {choice.kind.__name__} does not work here: {error}") from None
+    return optimizer
 
 
 def current_rates(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from library.config.optimizer import ScheduleConfig
+from library.config.optimizer import POLYNOMIAL_END, ScheduleConfig
 from library.config.values import split_pairs
 from library.errors import UserError
 from library.optim.optimizers import import_class, read_literal
-
-POLYNOMIAL_END = 1e-7  # learning rate at the end of polynomial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +144,16 @@ def factor(name: str, step: int, curve: Curve) -> float:
     return FACTORS[name](step, curve)
 
 
+def check_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Raise UserError for a schedule that cannot be made or does not advance by itself."""
+    schedule = build_scheduler(config, optimizer, 1, learning_rate)
+    try:
+        if schedule is not None:
+            schedule.step()
+    except TypeError as error:
+        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type} cannot be used: {error}") from None
+
+
 def build_scheduler(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, num_steps: int, learning_rate: float
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
@@ -159,8 +167,8 @@ def build_scheduler(
             key: read_literal(key, text) for key, text in split_pairs(config.lr_scheduler_args).items()
         }
         try:
-            return import_class(path, config.lr_scheduler_type)(optimizer, **arguments)
-        except TypeError as error:
+            return import_class(path, "--lr_scheduler_type")(optimizer, **arguments)
+        except (TypeError, ValueError) as error:
             raise UserError(f"--lr_scheduler_args: {config.lr_scheduler_type} refuses them: {error}") from None
     if config.lr_scheduler == "adafactor":
         raise UserError("--lr_scheduler adafactor goes with --optimizer_type AdaFactor and relative_step=True only")

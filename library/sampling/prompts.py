@@ -113,7 +113,10 @@ def _read_toml(path: Path) -> Iterable[Prompt]:
     if not isinstance(table, dict):
         raise UserError(f"{path} has no [prompt] table")
     defaults = {key: value for key, value in table.items() if key != "subset"}
-    for index, subset in enumerate(table.get("subset", [{}])):
+    subsets = table.get("subset", [{}])
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise UserError(f"{path}: prompt.subset must be an array of tables, written [[prompt.subset]]")
+    for index, subset in enumerate(subsets):
         yield _build(defaults | subset, f"{path}: prompt.subset[{index}]")
 
 
@@ -126,6 +129,8 @@ def _read_json(path: Path) -> Iterable[Prompt]:
         raise UserError(f"{path} must hold a list of texts or objects")
     for index, entry in enumerate(entries):
         place = f"{path}[{index}]"
+        if not isinstance(entry, str | dict):
+            raise UserError(f"{place} must be a text or an object, got {entry!r}")
         yield parse_line(entry, place) if isinstance(entry, str) else _build(entry, place)
 
 

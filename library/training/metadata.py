@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from library import NAME, VERSION
-from library.config.dataset import SubsetOptions
 from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
 from library.config.values import split_pairs
-from library.data.buckets import mean_aspect_error
+from library.data.buckets import Size, mean_aspect_error
 from library.data.captions import tag_counts
 from library.data.dataset import samples_by_bucket
 from library.data.records import ImageRecord, TrainingSet
@@ -156,7 +155,7 @@ def describe_datasets(sets: list[TrainingSet]) -> dict[str, Any]:
 
 
 def _describe_set(entry: TrainingSet, index: int) -> dict[str, Any]:
-    subsets: list[SubsetOptions] = list(dict.fromkeys(record.subset.image_dir for record in entry.records))
+    folders: list[Path] = list(dict.fromkeys(record.subset.image_dir for record in entry.records))
     options = entry.options
     return {
         "is_dreambooth": True,
@@ -170,7 +169,7 @@ def _describe_set(entry: TrainingSet, index: int) -> dict[str, Any]:
         "tag_frequency": tag_frequency(list(entry.records)),
         "bucket_info": bucket_info(entry, index),
         "resize_interpolation": None,
-        "subsets": [_describe_subset(entry, folder) for folder in subsets],
+        "subsets": [_describe_subset(entry, folder) for folder in folders],
     }
 
 
@@ -254,21 +253,27 @@ def dataset_dirs(sets: list[TrainingSet], *, is_reg: bool) -> dict[str, dict[str
 
 
 def file_metadata(
-    values: Mapping[str, Any], config: TrainConfig, family: ModelFamily, *, predicts_v: bool, step: int, epoch: int
+    values: Mapping[str, Any],
+    config: TrainConfig,
+    family: ModelFamily,
+    *,
+    predicts_v: bool,
+    resolution: Size,
+    step: int,
+    epoch: int,
 ) -> dict[str, str]:
-    """Return the whole metadata of a file that is saved now."""
+    """Return the whole metadata of a file that is saved now; resolution is that of the first dataset."""
     values = dict(values) | {"ss_training_finished_at": time.time(), "ss_steps": step, "ss_epoch": epoch}
     if config.metadata.no_metadata:
         values = {key: value for key, value in values.items() if key in MINIMUM}
-    return {key: str(value) for key, value in values.items()} | modelspec(config, family, predicts_v=predicts_v)
+    spec = modelspec(config, family, predicts_v=predicts_v, resolution=resolution)
+    return {key: str(value) for key, value in values.items()} | spec
 
 
-def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool) -> dict[str, str]:
+def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool, resolution: Size) -> dict[str, str]:
     """Return the modelspec.* keys (specification 1.0.1) of a LoRA-type network."""
     now = datetime.now()
     metadata = config.metadata
-    side = family.resolution_v if predicts_v else 512
-    width, height = config.dataset.resolution or (side, side)
     title = metadata.metadata_title or config.saving.output_name or f"LoRA@{now.timestamp():.0f}"
     values = {
         "sai_model_spec": "1.0.1",
@@ -276,7 +281,7 @@ def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool) -> 
         "implementation": "diffusers",
         "implementation_version": f"{NAME}/{VERSION}",
         "title": title,
-        "resolution": f"{width}x{height}",
+        "resolution": f"{resolution[0]}x{resolution[1]}",
         "date": now.isoformat(timespec="seconds"),
         "prediction_type": "v" if predicts_v else "epsilon",
         "author": metadata.metadata_author,

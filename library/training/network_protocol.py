@@ -167,6 +167,7 @@ def _create(module: ModuleType, config: NetworkConfig, models: LoadedModels, tex
             text_encoder,
             models.unet,
             None,
+            neuron_dropout=config.network_dropout,
             **split_pairs(config.network_args),
         )
         return network
@@ -194,7 +195,7 @@ def trained_parts(config: NetworkConfig, optimizer: OptimizerConfig) -> tuple[bo
     """Return (text encoder is trained, U-Net is trained); a part whose learning rate is 0 is not."""
     text_rates: Sequence[float] = optimizer.text_encoder_lr or [optimizer.learning_rate]
     unet_rate = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
-    text_encoder = not config.network_train_unet_only and any(rate > 0 for rate in text_rates)
+    text_encoder = not config.network_train_unet_only and text_rates[0] > 0
     unet = not config.network_train_text_encoder_only and unet_rate > 0
     if not text_encoder and not unet:
         raise UserError("nothing is trained: the learning rate of what is left is 0")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.config.train import TrainConfig
+from library.config.train import TrainConfig, with_seed
 from library.data.dataset import Batch, BatchMaker, BatchRequest, RunPlan, make_loader
 from library.data.latent_cache import LatentCache, build_cache
 from library.data.records import TrainingSet, verify_pictures
@@ -30,8 +30,8 @@ from library.errors import UserError
 from library.models.loading import Detected, LoadedModels, detect, load_models, text_model
 from library.models.text_encoding import PER_WINDOW, encode_tokens, num_cut_captions, tokenize
 from library.optim.flat import flatten_groups
-from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer, current_rates
-from library.optim.schedulers import build_scheduler, curve_for
+from library.optim.optimizers import OptimizerChoice, build_optimizer, check_optimizer, choose_optimizer, current_rates
+from library.optim.schedulers import build_scheduler, check_scheduler
 from library.randomness import seed_for
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import check_sampler
@@ -45,6 +45,7 @@ from library.training.runtime import (
     average_gradients,
     broadcast_parameters,
     seed_micro_batch,
+    shared,
     start_runtime,
     use_attention,
 )
@@ -57,14 +58,16 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     """Train a network as config says and return the path of its file; raises UserError for a user's mistake."""
     # Find whatever is wrong before anything large is loaded.
     optimizer_choice = choose_optimizer(config.optimizer)
-    detected = check_before_loading(config, prompts)
+    detected = check_before_loading(config, prompts, optimizer_choice)
     report.describe_data(sets)
     if not config.precision.cache_latents:
         verify_pictures(sets)
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
+    config = with_seed(config, shared(config.run.seed, runtime))
     models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
+    check_clip_skip(config, models)
     hashes = BackgroundHashes(config)
     use_attention(config.precision, models.unet, models.vae, runtime.device)
     models.unet.to(runtime.device)
@@ -130,15 +133,27 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
 # --------------------------------------------------------------------------------------------------------------
 
 
-def check_before_loading(config: TrainConfig, prompts: list[Prompt]) -> Detected:
+def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> Detected:
     """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
     check_network(config.network)
     trained_parts(config.network, config.optimizer)
-    curve_for(config.schedule, 1, config.optimizer.learning_rate)
+    probe = check_optimizer(choice, config.optimizer.learning_rate)
+    check_scheduler(config.schedule, probe, config.optimizer.learning_rate)
+    if choice.sets_own_rate:
+        logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
     thumbnail(config.metadata)
     for prompt in prompts:
         check_sampler(prompt.sample_sampler or config.preview.sample_sampler)
     return detect(config.model)
+
+
+def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:
+    """Raise UserError for a --clip_skip beyond the layers of the text encoder."""
+    layers = len(text_model(models.text_encoders[0]).encoder.layers)
+    if (config.text.clip_skip or 1) > layers:
+        raise UserError(
+            f"--clip_skip must be at most {layers}, the layers of this text encoder, got {config.text.clip_skip}"
+        )
 
 
 def warn_of_cut_captions(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels) -> None:
@@ -438,6 +453,7 @@ class Trainer:
             self.config,
             self.models.family,
             predicts_v=self.models.predicts_v,
+            resolution=self.plan.sets[0].options.resolution,
             step=self.num_done,
             epoch=epoch,
         )

@@ -78,9 +78,6 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
         log_with="tensorboard" if logs.logging_dir else None,
         project_dir=str(log_folder(logs)) if logs.logging_dir else None,
     )
-    if not accelerator.is_main_process:
-        for name in ("library", "networks"):
-            logging.getLogger(name).setLevel(logging.ERROR)
     dtype = resolve_dtype(precision.mixed_precision, accelerator.device)
     logger.info(
         "runs on %s, %d process%s (%s)",
@@ -138,6 +135,13 @@ def xformers_problem(device: torch.device) -> str | None:
     except (ImportError, NotImplementedError, RuntimeError) as error:
         return f"it does not work here ({str(error).splitlines()[0]})"
     return None
+
+
+def shared(value: int, runtime: Runtime) -> int:
+    """Return the first process's value on all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if runtime.num_processes > 1 else value
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
