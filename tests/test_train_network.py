@@ -530,6 +530,9 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
     assert train_network.main([*argv, "--config_file", str(path), "--output_config"]) == 0
     assert train_network.main(["--config_file", str(path), "--networkdim", "2"]) == 0
     same(load_file(tmp_path / "b" / "x.safetensors"), expected)
+    record = tmp_path / "b" / "x-options.toml"
+    assert train_network.main(["--config_file", str(record), "--output_dir", str(tmp_path / "c")]) == 0
+    same(load_file(tmp_path / "c" / "x.safetensors"), expected)
     with pytest.raises(UserError, match="does not overwrite"):
         train_network.main([*argv, "--config_file", str(path), "--output_config"])
 

@@ -30,7 +30,7 @@ _HARMLESS_SWITCHES = {
     "skip_cache_check": "checking a cache entry is quick, and stale latents are never used",
     "cache_info": "picture sizes are read from the headers, in parallel",
     "console_log_simple": "log lines are always plain",
-    "log_config": "the options of a run are in the metadata of its file",
+    "log_config": "the options of a run are written to OUTPUT_NAME-options.toml",
     "async_upload": "nothing is uploaded",
     "torch_compile": "the run is not compiled; the result is the same",
     "disable_mmap_load_safetensors": "files are never memory-mapped",

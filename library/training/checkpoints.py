@@ -12,6 +12,11 @@ def final_file(config: SavingConfig) -> Path:
     return _file(config, config.output_name or "last")
 
 
+def options_file(config: SavingConfig) -> Path:
+    """Return the path of the record of the run's options."""
+    return config.output_dir / f"{config.output_name or 'last'}-options.toml"
+
+
 def epoch_file(config: SavingConfig, epoch: int) -> Path:
     """Return the path of the network after an epoch (from 1)."""
     return _file(config, f"{config.output_name or 'epoch'}-{epoch:06d}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.config.options import to_toml
 from library.config.train import TrainConfig, with_seed
 from library.data.dataset import Batch, BatchMaker, BatchRequest, RunPlan, make_loader
 from library.data.latent_cache import LatentCache, build_cache
@@ -49,7 +50,7 @@ from library.training.runtime import (
     start_runtime,
     use_attention,
 )
-from library.weights_io import file_legacy_hash, file_sha256, tensors_sha256
+from library.weights_io import file_legacy_hash, file_sha256, replacing, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     config = with_seed(config, shared(config.run.seed, runtime))
     models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
     check_clip_skip(config, models)
+    if runtime.is_main:
+        write_options(config)
     hashes = BackgroundHashes(config)
     use_attention(config.precision, models.unet, models.vae, runtime.device)
     models.unet.to(runtime.device)
@@ -145,6 +148,14 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     for prompt in prompts:
         check_sampler(prompt.sample_sampler or config.preview.sample_sampler)
     return detect(config.model)
+
+
+def write_options(config: TrainConfig) -> None:
+    """Write all options of the run beside its files, as a --config_file that repeats it."""
+    path = checkpoints.options_file(config.saving)
+    with replacing(path) as temporary:
+        temporary.write_text(to_toml(config), encoding="utf-8")
+    logger.info("the options of this run are in %s", path)
 
 
 def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:

@@ -1,0 +1,64 @@
+"""Real learning on the embedded example: the held-out subject appears, the others stay. Slow."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_network
+from library.config.model import ModelConfig
+from library.models import loading
+from library.sampling.generate import generate
+from library.sampling.prompts import Prompt
+from networks.lora import create_network_from_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "pocket_model"))
+NUM_UNICORNS = 24
+
+
+def draw(models, subjects, glyphs, seed):
+    """Return pictures of subjects, each on the next of the backgrounds."""
+    backgrounds = list(glyphs.BACKGROUNDS)
+    prompts = [
+        Prompt(
+            f"a {subject} on a {backgrounds[index % len(backgrounds)]} background",
+            width=128,
+            height=128,
+            sample_steps=20,
+            scale=4.0,
+        )
+        for index, subject in enumerate(subjects)
+    ]
+    seeds = [seed + index for index in range(len(prompts))]
+    return [picture.image for picture in generate(models, prompts, seeds, sampler="ddim")]
+
+
+@pytest.mark.slow
+def test_the_example_teaches_the_unicorn_and_spares_the_others(tmp_path, monkeypatch):
+    import glyphs
+
+    monkeypatch.chdir(ROOT)
+    assert train_network.main(["--config_file", "examples/unicorn/train.toml", "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "unicorn-sheet.png").exists()
+
+    config = ModelConfig(pretrained_model_name_or_path="examples/pocket_model")
+    models = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    others, unicorns = list(glyphs.SUBJECTS), ["unicorn"] * NUM_UNICORNS
+    before_others = glyphs.score(draw(models, others, glyphs, 100), others)
+    before = glyphs.score(draw(models, unicorns, glyphs, 500), unicorns)
+
+    file = tmp_path / "unicorn.safetensors"
+    text_encoder, unet = models.text_encoders[0], models.unet
+    network, weights = create_network_from_weights(1.0, str(file), None, text_encoder, unet)
+    network.apply_to(text_encoder, unet)
+    network.load_state_dict(weights)
+    after_others = glyphs.score(draw(models, others, glyphs, 100), others)
+    after = glyphs.score(draw(models, unicorns, glyphs, 500), unicorns)
+    sys.stdout.write(f"unicorn {before:.2f} -> {after:.2f}, others {before_others:.2f} -> {after_others:.2f}\n")
+    assert before <= 0.05
+    assert after >= 0.8
+    assert after_others >= before_others - 0.15
