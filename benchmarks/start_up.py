@@ -69,9 +69,8 @@ def run(model: Path, pictures: Path, out: Path, args: argparse.Namespace) -> Non
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(output.replace("\r", "\n").strip().splitlines()[-1])
-    print(
-        f"from the shell to the saved first step: {seconds:.1f} s ({cpu:.1f} s CPU), peak {after.ru_maxrss / 2**20:.2f} GiB"
-    )
+    peak = after.ru_maxrss / 2**20
+    print(f"from the shell to the saved first step: {seconds:.1f} s ({cpu:.1f} s CPU), peak {peak:.2f} GiB")
 
 
 def write_model(path: Path, family: str) -> None:

@@ -141,6 +141,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.models.loading import LoadedModels
     from library.models.tokenizer import load_clip_tokenizer
     from library.training import recipe
+    from library.training.loop import Trainer
     from library.training.network_protocol import build_network
     from library.training.runtime import start_runtime
 
@@ -163,7 +164,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     groups, names = network.groups(config.optimizer)
     choice = recipe.choose_optimizer(config.optimizer)
     optimizer = recipe.build_optimizer(choice, recipe.flatten_groups(groups), 1e-4)
-    trainer = recipe.Trainer(
+    trainer = Trainer(
         config=config,
         runtime=runtime,
         models=models,

@@ -41,7 +41,6 @@ WORDS = {
     "off": ("off", "オフ"),
     "refused": ("refused", "エラー"),
     "ignored": ("ignored", "警告して無視"),
-    "passed over": ("ignored", "無視"),
     "one of": ("one of", "次のいずれか："),
 }
 TYPES_JA = {
@@ -249,7 +248,7 @@ def refused_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]])
     rows = [
         (
             code(key),
-            word("refused" if key in NOT_YET else "passed over", language),
+            word("refused" if key in NOT_YET else "ignored", language),
             meanings["refused_keys"][text] if language == "ja" else text,
         )
         for key, text in (NOT_YET | IGNORED).items()

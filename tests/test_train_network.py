@@ -206,13 +206,13 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import train_network
-from library.training import recipe
+from library.training.loop import Trainer
 
-saved = recipe.Trainer.run
+saved = Trainer.run
 def run(self, loader):
     saved(self, loader)
     torch.save(self.network.network.state_dict(), os.environ["DUMP_RANKS"] + str(self.runtime.rank) + ".pt")
-recipe.Trainer.run = run
+Trainer.run = run
 train_network.main(sys.argv[1:])
 """
 
@@ -538,16 +538,16 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
 
 
 def test_ctrl_c_keeps_what_was_learned(base, pictures, tmp_path, monkeypatch):
-    from library.training import recipe
+    from library.training.loop import Trainer
 
-    step = recipe.Trainer.step
+    step = Trainer.step
 
     def interrupted(self, number, batches):
         if number == 2:
             raise KeyboardInterrupt
         return step(self, number, batches)
 
-    monkeypatch.setattr(recipe.Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(base, pictures, tmp_path)
     assert metadata(tmp_path / "x-step00000002.safetensors")["ss_steps"] == "2"

@@ -1,56 +1,42 @@
-"""The training of a network, in order: check, load, encode, build, train, save.
-
-The path from latents to loss is `batch_loss`; a step is `Trainer.step`. Everything that a batch needs is a
-function of its position, so nothing here keeps random state.
-"""
+"""The training of a network, in order: check, load, encode, build, train, save. `loop` has the training itself."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-import threading
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from library.config.options import to_toml
 from library.config.train import TrainConfig, with_seed
-from library.data.dataset import Batch, BatchMaker, BatchRequest, RunPlan, make_loader
+from library.data.dataset import BatchMaker, RunPlan, make_loader
 from library.data.latent_cache import LatentCache, build_cache
 from library.data.records import TrainingSet, verify_pictures
-from library.diffusion.losses import per_sample_loss, target_for, timestep_weights
-from library.diffusion.noise import draw_noise, draw_timesteps, sample_latents
-from library.diffusion.schedule import NoiseSchedule, stable_diffusion_schedule
+from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.loading import Detected, LoadedModels, detect, load_models, text_model
-from library.models.text_encoding import PER_WINDOW, encode_tokens, num_cut_captions, tokenize
+from library.models.text_encoding import PER_WINDOW, num_cut_captions
 from library.optim.flat import flatten_groups
-from library.optim.optimizers import OptimizerChoice, build_optimizer, check_optimizer, choose_optimizer, current_rates
+from library.optim.optimizers import OptimizerChoice, build_optimizer, check_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler, check_scheduler
 from library.randomness import seed_for
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import check_sampler
 from library.training import checkpoints, report
-from library.training.metadata import file_metadata, thumbnail, training_metadata
+from library.training.loop import BackgroundHashes, Trainer, encode_pixels
+from library.training.metadata import thumbnail, training_metadata
 from library.training.network_protocol import TrainableNetwork, build_network, check_network, trained_parts
 from library.training.preview import Preview
 from library.training.runtime import (
-    SAVE_DTYPES,
     Runtime,
-    average_gradients,
     broadcast_parameters,
-    seed_micro_batch,
     shared,
     start_runtime,
     use_attention,
 )
-from library.weights_io import file_legacy_hash, file_sha256, replacing, tensors_sha256
+from library.weights_io import replacing, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -178,12 +164,6 @@ def warn_of_cut_captions(config: TrainConfig, sets: list[TrainingSet], models: L
         )
 
 
-@torch.no_grad()
-def encode_pixels(models: LoadedModels, runtime: Runtime, pixels: Tensor) -> Tensor:
-    """Return the moments (B, 8, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1], in the VAE's type on its device."""
-    return models.vae.encode(pixels.to(runtime.device, runtime.vae_dtype)).latent_dist.parameters
-
-
 def cache_latents(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels, runtime: Runtime) -> LatentCache:
     """Return the cache of all pictures; entries on disk are made by all processes together."""
     on_disk = config.precision.cache_latents_to_disk
@@ -260,246 +240,3 @@ def describe(
             "num_batches_per_epoch": plan.batches_per_epoch,
         },
     )
-
-
-class BackgroundHashes:
-    """Hashes of the base model's files, computed while training goes on; the first save waits for them."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._files = {"sd_model": Path(config.model.pretrained_model_name_or_path), "vae": config.model.vae}
-        self._values: dict[str, str] = {}
-        self._thread = threading.Thread(target=self._compute, daemon=True)
-        self._thread.start()
-
-    def _compute(self) -> None:
-        for name, path in self._files.items():
-            if path is not None and path.is_file():
-                self._values[f"ss_{name}_hash"] = file_legacy_hash(path)
-                self._values[f"ss_new_{name}_hash"] = file_sha256(path)
-
-    def values(self) -> dict[str, str]:
-        """Return the ss_*_hash values."""
-        self._thread.join()
-        return self._values
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------------------
-
-
-def batch_loss(
-    batch: Batch,
-    models: LoadedModels,
-    schedule: NoiseSchedule,
-    config: TrainConfig,
-    runtime: Runtime,
-    *,
-    train_text: bool,
-) -> Tensor:
-    """Return the mean loss of one batch (0-D, float32)."""
-    # Keyed by seed, epoch and sample: neither the batch nor the process it falls to changes what is drawn.
-    keys = [(config.run.seed, batch.epoch, *sample) for sample in batch.samples]
-    latents = batch_latents(batch, keys, models, config, runtime)  # (B, 4, H/8, W/8)
-    noise = draw_noise(latents.shape, keys, offset=config.loss.noise_offset or 0.0).to(runtime.device)
-    timesteps = draw_timesteps(keys).to(runtime.device)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-
-    with runtime.autocast():
-        with torch.set_grad_enabled(train_text):
-            text = encode_captions(batch, models, config)  # (B, T, D)
-        prediction = models.unet(noisy.to(runtime.dtype), timesteps, text.to(runtime.dtype)).sample
-
-    target = target_for(latents, noise, timesteps, schedule, predicts_v=models.predicts_v)
-    losses = per_sample_loss(prediction, target, timesteps, schedule, config.loss)  # (B,)
-    losses = losses * batch.loss_weights.to(runtime.device)
-    losses = losses * timestep_weights(timesteps, schedule, config.loss, predicts_v=models.predicts_v)
-    return losses.mean()
-
-
-def batch_latents(batch: Batch, keys: list, models: LoadedModels, config: TrainConfig, runtime: Runtime) -> Tensor:
-    """Return scaled latents (B, 4, H/8, W/8), float32: from the cache, or encoded now."""
-    if batch.moments is not None:
-        moments = batch.moments.to(runtime.device)
-    else:
-        parts = batch.pixels.split(config.precision.vae_batch_size)
-        moments = torch.cat([encode_pixels(models, runtime, part) for part in parts])
-    return sample_latents(moments, keys) * models.vae.config.scaling_factor
-
-
-def encode_captions(batch: Batch, models: LoadedModels, config: TrainConfig) -> Tensor:
-    """Return the text conditioning (B, 75 K + 2, D) of a batch."""
-    tokens = tokenize(models.tokenizers[0], batch.captions, config.text.max_token_length or PER_WINDOW)
-    return encode_tokens(models.text_encoders[0], tokens, config.text.clip_skip)
-
-
-@dataclasses.dataclass
-class Trainer:
-    """The loop: what it works with, and where it is."""
-
-    config: TrainConfig
-    runtime: Runtime
-    models: LoadedModels
-    network: TrainableNetwork
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None
-    group_names: list[str]
-    plan: RunPlan
-    schedule: NoiseSchedule
-    preview: Preview
-    metadata: dict[str, Any]
-    hashes: BackgroundHashes
-    is_flat: bool  # whether gradients are views of flat ones, to be zeroed in place
-    num_done: int = 0  # optimizer steps
-
-    def prepare(self) -> None:
-        """Collect what the steps use again and again."""
-        self._losses: deque[float] = deque(maxlen=self.plan.batches_per_epoch)
-        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def run(self, loader: torch.utils.data.DataLoader) -> None:
-        """Train from the first step to the last, with files and pictures on the way."""
-        self.prepare()
-        if self.runtime.is_main and self.config.logs.logging_dir is not None:
-            self.runtime.accelerator.init_trackers(self.config.logs.log_tracker_name or "network_train")
-        self.network.on_epoch_start()
-        self._draw_if(self.preview.due_at_step(0), suffix="e000000", label="start")
-        batches = zip(iter(self.plan), loader, strict=True)
-        with tqdm(total=self.plan.num_steps, desc="steps", disable=not self.runtime.is_main, smoothing=0.1) as bar:
-            try:
-                for epoch, in_epoch in itertools.groupby(batches, key=lambda pair: pair[0].epoch):
-                    self._run_epoch(epoch, in_epoch, bar)
-            except KeyboardInterrupt:
-                self._save_interrupted()
-                raise
-        self.runtime.accelerator.end_training()
-
-    def _run_epoch(self, epoch: int, batches: Iterator[tuple[BatchRequest, Batch]], bar: tqdm) -> None:
-        self.network.on_epoch_start()
-        losses: list[float] = []
-        for step, group in itertools.groupby(batches, key=lambda pair: pair[0].step):
-            losses += self.step(step, [batch for _, batch in group])
-            bar.update()
-            bar.set_postfix(avr_loss=f"{sum(self._losses) / len(self._losses):.4g}", refresh=False)
-            self._after_step(epoch)
-        self._log({"loss/epoch_average": sum(losses) / len(losses)})
-        self._after_epoch(epoch)
-
-    def step(self, step: int, batches: list[Batch]) -> list[float]:
-        """Make one optimizer step from the mean gradient of some micro-batches; return their losses."""
-        losses = []
-        for index, batch in enumerate(batches):
-            seed_micro_batch(self.config.run.seed, step, index, self.runtime.rank)
-            self.network.on_step_start()
-            loss = batch_loss(
-                batch,
-                self.models,
-                self.schedule,
-                self.config,
-                self.runtime,
-                train_text=self.network.trains_text_encoder,
-            )
-            self.runtime.scaler.scale(loss / len(batches)).backward()
-            losses.append(loss.detach())
-        # One wait for the device in a step; before the update, so that what is not finite never enters a weight.
-        values = torch.stack(losses).tolist()
-        check_finite(values, batches, step)
-
-        average_gradients(self._parameters, self.runtime.num_processes)
-        advanced = self._update()
-        if advanced and self.scheduler is not None:
-            self.scheduler.step()
-        if self.config.network.scale_weight_norms:
-            self._scale_norms()
-        self.num_done += 1
-        self._losses.extend(values)
-        self._log_step(values)
-        return values
-
-    def _update(self) -> bool:
-        """Clip and apply the gradients; return False where the scaler found an overflow and left the step out."""
-        scaler, scale = self.runtime.scaler, self.runtime.scaler.get_scale()
-        scaler.unscale_(self.optimizer)
-        if self.config.optimizer.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.max_grad_norm, foreach=True)
-        scaler.step(self.optimizer)
-        scaler.update()
-        self.optimizer.zero_grad(set_to_none=not self.is_flat)
-        return scaler.get_scale() >= scale
-
-    def _scale_norms(self) -> None:
-        result = self.network.scale_norms(self.config.network.scale_weight_norms, self.runtime.device)
-        if result is not None:
-            names = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
-            self._log(dict(zip(names, result, strict=True)))
-
-    # ---- between steps --------------------------------------------------------------------------------------
-
-    def _after_step(self, epoch: int) -> None:
-        done, saving = self.num_done, self.config.saving
-        self._draw_if(self.preview.due_at_step(done), suffix=f"{done:06d}", label=f"step {done}")
-        if checkpoints.saves_step(saving, done):
-            self.save(checkpoints.step_file(saving, done), epoch=epoch - 1)
-            self._remove(checkpoints.outdated_step_file(saving, done))
-
-    def _after_epoch(self, epoch: int) -> None:
-        saving, num_epochs = self.config.saving, self.plan.num_epochs
-        if checkpoints.saves_epoch(saving, epoch, num_epochs):
-            self.save(checkpoints.epoch_file(saving, epoch), epoch=epoch)
-            self._remove(checkpoints.outdated_epoch_file(saving, epoch, num_epochs))
-        self._draw_if(self.preview.due_at_epoch(epoch), suffix=f"e{epoch:06d}", label=f"epoch {epoch}")
-
-    def _draw_if(self, is_due: bool, *, suffix: str, label: str) -> None:
-        if is_due and self.runtime.is_main:
-            self.preview.draw(self.models, self.network, self.runtime, suffix=suffix, label=label)
-        if is_due:
-            self.runtime.barrier()
-
-    def save(self, path: Path, *, epoch: int) -> None:
-        """Write the network's file with its metadata."""
-        if not self.runtime.is_main:
-            return
-        metadata = file_metadata(
-            self.metadata | self.hashes.values(),
-            self.config,
-            self.models.family,
-            predicts_v=self.models.predicts_v,
-            resolution=self.plan.sets[0].options.resolution,
-            step=self.num_done,
-            epoch=epoch,
-        )
-        self.network.save(path, SAVE_DTYPES[self.config.saving.save_precision], metadata)
-
-    def _remove(self, path: Path | None) -> None:
-        if path is not None and self.runtime.is_main:
-            path.unlink(missing_ok=True)
-
-    def _save_interrupted(self) -> None:
-        if self.num_done and self.runtime.is_main:
-            path = checkpoints.step_file(self.config.saving, self.num_done)
-            self.save(path, epoch=self.num_done // self.plan.steps_per_epoch)
-            logger.warning("stopped after step %d; what was learned so far is in %s", self.num_done, path)
-
-    # ---- logs -----------------------------------------------------------------------------------------------
-
-    def _log_step(self, losses: list[float]) -> None:
-        if self.config.logs.logging_dir is None:
-            return
-        values = {"loss/current": losses[-1], "loss/average": sum(self._losses) / len(self._losses)}
-        rates = zip(self.group_names, current_rates(self.optimizer), strict=True)
-        self._log(values | {f"lr/{name}": rate for name, rate in rates})
-
-    def _log(self, values: dict[str, float]) -> None:
-        if self.config.logs.logging_dir is not None and self.runtime.is_main:
-            self.runtime.accelerator.log(values, step=self.num_done)
-
-
-def check_finite(losses: list[float], batches: list[Batch], step: int) -> None:
-    """Raise UserError that names step and pictures where a loss is not a finite number."""
-    for loss, batch in zip(losses, batches, strict=True):
-        if not abs(loss) < float("inf"):
-            names = ", ".join(batch.names)
-            raise UserError(
-                f"the loss became {loss} in step {step + 1} with {names}: nothing was overwritten; "
-                "try a lower learning rate, --no_half_vae, or bf16 in place of fp16"
-            )
