@@ -1,23 +1,59 @@
-"""Captions -> the text conditioning of the U-Net. Each family has one function here.
+"""Captions -> the text conditioning of the U-Net. Each family names its function in `ENCODERS`.
 
 Letters: B captions, K windows of 77 tokens for a caption, D width of the text encoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from library.models.loading import text_model
+from library.models.loading import LoadedModels, text_model
 from library.models.tokenizer import WINDOW
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 PER_WINDOW = WINDOW - 2  # tokens of a window without BOS and EOS
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConditioning:
+    """What the U-Net is told: hidden states, and for families that have them further tensors by name."""
+
+    hidden: Tensor  # (B, 75 K + 2, D)
+    added: dict[str, Tensor] | None = None
+
+    def unet_arguments(self, dtype: torch.dtype) -> dict[str, object]:
+        """Return the keyword arguments of diffusers' U-Net."""
+        added = None if self.added is None else {name: tensor.to(dtype) for name, tensor in self.added.items()}
+        return {"encoder_hidden_states": self.hidden.to(dtype), "added_cond_kwargs": added}
+
+
+def encode_text(
+    models: LoadedModels, captions: Sequence[str], *, max_tokens: int | None = None, clip_skip: int | None = None
+) -> TextConditioning:
+    """Return the conditioning of captions as the model's family makes it; max_tokens is 75 (None), 150 or 225."""
+    return ENCODERS[models.family.name](models, captions, max_tokens or PER_WINDOW, clip_skip)
+
+
+def encode_with_one_encoder(
+    models: LoadedModels, captions: Sequence[str], max_tokens: int, clip_skip: int | None
+) -> TextConditioning:
+    """Return the conditioning of SD 1.x and SD 2.x: the states of their one text encoder."""
+    tokens = tokenize(models.tokenizers[0], captions, max_tokens)
+    return TextConditioning(encode_tokens(models.text_encoders[0], tokens, clip_skip))
+
+
+# Name of a family -> its function: (models, captions, max_tokens, clip_skip) -> conditioning.
+ENCODERS: dict[str, Callable[[LoadedModels, Sequence[str], int, int | None], TextConditioning]] = {
+    "sd1": encode_with_one_encoder,
+    "sd2": encode_with_one_encoder,
+}
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], max_tokens: int = PER_WINDOW) -> Tensor:

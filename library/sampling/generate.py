@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.models.loading import LoadedModels
-from library.models.text_encoding import PER_WINDOW, encode_tokens, tokenize
+from library.models.text_encoding import PER_WINDOW, encode_text
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import build_sampler
 
@@ -71,11 +71,10 @@ def generate(
 
 def encode_pair(models: LoadedModels, prompt: Prompt, clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the conditioning of prompt and negative prompt, both (1, 75 K + 2, D) with the same K up to 3."""
-    tokenizer, encoder = models.tokenizers[0], models.text_encoders[0]
     texts = [prompt.prompt, prompt.negative_prompt]
-    longest = max(len(ids) - 2 for ids in tokenizer(texts).input_ids)
+    longest = max(len(ids) - 2 for ids in models.tokenizers[0](texts).input_ids)
     windows = min(MOST_WINDOWS, max(1, -(-longest // PER_WINDOW)))
-    hidden = encode_tokens(encoder, tokenize(tokenizer, texts, windows * PER_WINDOW), clip_skip)
+    hidden = encode_text(models, texts, max_tokens=windows * PER_WINDOW, clip_skip=clip_skip).hidden
     return hidden[:1], hidden[1:]
 
 

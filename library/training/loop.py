@@ -26,7 +26,7 @@ from library.diffusion.noise import draw_noise, draw_timesteps, sample_latents
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.models.loading import LoadedModels
-from library.models.text_encoding import PER_WINDOW, encode_tokens, tokenize
+from library.models.text_encoding import encode_text
 from library.optim.optimizers import current_rates
 from library.training import checkpoints
 from library.training.metadata import file_metadata
@@ -57,8 +57,9 @@ def batch_loss(
 
     with runtime.autocast():
         with torch.set_grad_enabled(train_text):
-            text = encode_captions(batch, models, config)  # (B, T, D)
-        prediction = models.unet(noisy.to(runtime.dtype), timesteps, text.to(runtime.dtype)).sample
+            limits = {"max_tokens": config.text.max_token_length, "clip_skip": config.text.clip_skip}
+            text = encode_text(models, batch.captions, **limits)
+        prediction = models.unet(noisy.to(runtime.dtype), timesteps, **text.unet_arguments(runtime.dtype)).sample
 
     target = target_for(latents, noise, timesteps, schedule, predicts_v=models.predicts_v)
     losses = per_sample_loss(prediction, target, timesteps, schedule, config.loss)  # (B,)
@@ -81,12 +82,6 @@ def batch_latents(batch: Batch, keys: list, models: LoadedModels, config: TrainC
 def encode_pixels(models: LoadedModels, runtime: Runtime, pixels: Tensor) -> Tensor:
     """Return the moments (B, 8, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1], in the VAE's type on its device."""
     return models.vae.encode(pixels.to(runtime.device, runtime.vae_dtype)).latent_dist.parameters
-
-
-def encode_captions(batch: Batch, models: LoadedModels, config: TrainConfig) -> Tensor:
-    """Return the text conditioning (B, 75 K + 2, D) of a batch."""
-    tokens = tokenize(models.tokenizers[0], batch.captions, config.text.max_token_length or PER_WINDOW)
-    return encode_tokens(models.text_encoders[0], tokens, config.text.clip_skip)
 
 
 @dataclasses.dataclass

@@ -103,9 +103,14 @@ class Preview:
 
     def _update_sheet(self) -> None:
         chosen = spread(self.columns, MOST_COLUMNS)
-        cells = [[Image.open(paths[row]) for _, paths in chosen] for row in range(len(self.prompts))]
+        cells = [[_read(paths[row]) for _, paths in chosen] for row in range(len(self.prompts))]
         labels = [prompt.prompt for prompt in self.prompts]
         save_sheet(draw_sheet(cells, labels, [label for label, _ in chosen]), self.sheet)
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def spread(items: list, most: int) -> list:
