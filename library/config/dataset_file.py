@@ -120,6 +120,8 @@ def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, An
         if key in IGNORED:
             logger.warning("%s.%s is ignored: %s", place, key, IGNORED[key])
             continue
+        if key in NOT_YET and value in (False, 0, ""):
+            continue  # it is off
         values[key] = _known_key(key, level, place).read(value, f"{place}.{key}")
     return values
 

@@ -127,7 +127,8 @@ def read_choice(value: Any, *, choices: tuple[Any, ...]) -> Any:
 
 def read_many(value: Any, *, item: Kind) -> tuple[Any, ...]:
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple(item.read(entry) for entry in values)
+    read = (item.read(entry) for entry in values)
+    return tuple(entry for entry in read if entry is not None)
 
 
 SIMPLE_KINDS = {

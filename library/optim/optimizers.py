@@ -134,9 +134,10 @@ def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.opti
         raise UserError(
             f"--optimizer_type {choice.kind.__name__}: schedule-free optimizers are planned, but not in this version"
         )
-    probe = torch.nn.Parameter(torch.ones(2, 2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    probe = torch.nn.Parameter(torch.ones(2, 2, device=device))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
-    probe.grad = torch.ones(2, 2)
+    probe.grad = torch.ones_like(probe)
     try:
         optimizer.step()
     except (TypeError, ValueError, RuntimeError) as error:
