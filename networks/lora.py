@@ -186,9 +186,11 @@ class LoRAModule(nn.Module):
     def _add(self, base: Tensor, hidden: Tensor, scale: float) -> Tensor:
         """Return base + scale * U hidden as one fused multiply-add; the result is contiguous."""
         weight = self.lora_up.weight
+        if not self.is_conv and hidden.ndim == 3:  # (B, T, R): no reshaping, which would cost as much as the product
+            return torch.baddbmm(base, hidden, weight.t().expand(len(base), -1, -1), alpha=scale)
         if not self.is_conv:
-            width, rank = weight.shape
-            return torch.addmm(base.view(-1, width), hidden.view(-1, rank), weight.t(), alpha=scale).view(base.shape)
+            rows = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), weight.t(), alpha=scale)
+            return rows.view(base.shape)
         up = weight.flatten(1).expand(len(base), -1, -1)
         return torch.baddbmm(base.flatten(2), up, hidden.flatten(2), alpha=scale).view(base.shape)
 
@@ -426,7 +428,7 @@ class LoRANetwork(nn.Module):
         del device
         modules = self.modules_in_order()
         norms = self.delta_norms()
-        ratios = (max_norm / norms.clamp_min(max_norm)).to(norms.dtype)
+        ratios = torch.where(norms > max_norm, max_norm / norms, 1.0)
         for module, ratio in zip(modules, ratios.sqrt(), strict=True):
             module.lora_up.weight.mul_(ratio)
             module.lora_down.weight.mul_(ratio)
