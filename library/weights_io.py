@@ -126,11 +126,15 @@ class WeightFile:
     content: Header | dict[str, torch.Tensor]
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) for those of names that the file has."""
+        """Yield (name, tensor) for those of names that the file has, each in memory of its own.
+
+        A pickle lets go of what it yields, so that it is not held twice; it can be read only once.
+        """
         if isinstance(self.content, Header):
             yield from read_tensors(self.path, self.content, names)
-        else:
-            yield from ((name, self.content[name]) for name in self.content if name in names)
+            return
+        for name in [name for name in self.content if name in names]:
+            yield name, self.content.pop(name).clone()
 
 
 def open_weights(path: Path) -> WeightFile:

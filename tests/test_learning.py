@@ -29,7 +29,7 @@ def draw(models, subjects, glyphs, seed):
             width=128,
             height=128,
             sample_steps=20,
-            scale=4.0,
+            scale=3.0,
         )
         for index, subject in enumerate(subjects)
     ]

@@ -22,7 +22,7 @@ from library.models import family as families
 from library.models import keys
 from library.models.family import ModelFamily
 from library.models.tokenizer import load_clip_tokenizer
-from library.weights_io import PICKLE_SUFFIXES, WeightFile, open_weights
+from library.weights_io import WeightFile, open_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -352,9 +352,6 @@ def _fill(model: nn.Module, places: dict[str, list[Wanted]], files: list[WeightF
             for wanted in places[name]:
                 part = tensor if wanted.third is None else tensor.chunk(3)[wanted.third]
                 state[wanted.name] = _fitted(part, expected[wanted.name], name, file).to(dtype)
-        # A pickle's tensors lie in memory that is one with the file's; a copy frees it and is aligned.
-        if file.path.suffix.lower() in PICKLE_SUFFIXES:
-            state = {name: tensor.clone() for name, tensor in state.items()}
     missing = [name for name, wants in places.items() if any(want.name not in state for want in wants)]
     if missing:
         paths = ", ".join(str(file.path) for file in files)

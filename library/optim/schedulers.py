@@ -149,6 +149,7 @@ def check_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, le
     schedule = build_scheduler(config, optimizer, 1, learning_rate)
     try:
         if schedule is not None:
+            optimizer.step()  # torch warns of a schedule that goes first
             schedule.step()
     except TypeError as error:
         raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type} cannot be used: {error}") from None

@@ -54,6 +54,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     runtime = start_runtime(config.precision, config.logs)
     config = with_seed(config, shared(config.run.seed, runtime))
     models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
+    del detected  # with what it holds of the file
     check_clip_skip(config, models)
     if runtime.is_main:
         write_options(config)
