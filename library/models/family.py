@@ -167,6 +167,8 @@ def unet_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
 def vae_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
     """Return the VAE's Diffusers configuration for the tensors (names without prefix) of a checkpoint."""
     num_blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
+    if not num_blocks:
+        raise KeyError("encoder.down")
     layers = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
     channels = tuple(shapes[f"encoder.down.{block}.block.0.conv2.weight"][0] for block in range(num_blocks))
     return family.vae | {

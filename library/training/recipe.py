@@ -59,10 +59,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     if runtime.is_main:
         write_options(config)
     hashes = BackgroundHashes(config)
-    use_attention(config.precision, models.unet, models.vae, runtime.device)
-    models.unet.to(runtime.device)
-    for encoder in models.text_encoders:
-        encoder.to(runtime.device)
+    place_models(config, models, runtime)
     warn_of_cut_captions(config, sets, models)
 
     # Encode the pictures.
@@ -143,6 +140,13 @@ def write_options(config: TrainConfig) -> None:
     with replacing(path) as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     logger.info("the options of this run are in %s", path)
+
+
+def place_models(config: TrainConfig, models: LoadedModels, runtime: Runtime) -> None:
+    """Move what every step needs to the device, with the attention that was asked for."""
+    use_attention(config.precision, models.unet, models.vae, runtime.device)
+    for model in (models.unet, *models.text_encoders):
+        model.to(runtime.device)
 
 
 def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:
