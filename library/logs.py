@@ -11,6 +11,11 @@ from pathlib import Path
 from library.errors import UserError
 
 USER_ERROR = 2  # exit code, as argparse has it
+FAILURE = 1  # the machine refused: disk, permissions, memory
+OUT_OF_MEMORY = (
+    "the GPU has too little memory: add --gradient_checkpointing and --cache_latents, use --mixed_precision fp16, "
+    "or lower --train_batch_size or --resolution"
+)
 INTERRUPTED = 130  # exit code of shells for Ctrl-C
 
 
@@ -45,6 +50,14 @@ def run_script(main: Callable[[Sequence[str]], int]) -> None:
     except UserError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         code = USER_ERROR
+    except OSError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        code = FAILURE
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {OUT_OF_MEMORY}\n")
+        code = FAILURE
     except KeyboardInterrupt:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
         code = INTERRUPTED

@@ -453,7 +453,12 @@ class LoRANetwork(nn.Module):
             given = fitted.get(name)
             if given is None and name.endswith(".alpha") and f"{name[:-6]}.lora_down.weight" in fitted:
                 fitted[name] = torch.tensor(float(fitted[f"{name[:-6]}.lora_down.weight"].shape[0]))
-            elif given is not None and given.shape != own.shape and given.numel() == own.numel():
+            elif given is not None and given.numel() != own.numel():
+                raise ValueError(
+                    f"{name} has the shape {tuple(given.shape)}, this network needs {tuple(own.shape)}: "
+                    "the file is for another model or has other ranks"
+                )
+            elif given is not None and given.shape != own.shape:
                 fitted[name] = given.reshape(own.shape)
         return fitted
 

@@ -299,6 +299,12 @@ def test_unreadable_pictures_are_listed_all_at_once(folder):
     assert "empty.png: the file is empty" in lines[2]
 
 
+def test_pictures_too_long_to_be_resized_are_refused(folder):
+    Image.new("RGB", (30000, 1)).save(folder / "line.png")
+    with pytest.raises(UserError, match=r"1 pictures are too long and narrow.*\n  .*line.png: 30000x1"):
+        training_sets(folder, dataset={"bucket_no_upscale": False, "min_bucket_reso": 64})
+
+
 def test_a_picture_cut_short_is_found_before_training(folder):
     from library.data.records import verify_pictures
 

@@ -245,6 +245,14 @@ def test_training_goes_on_from_weights_and_takes_their_dimensions(base, pictures
         train(base, pictures, tmp_path / "d", network_weights=path)
 
 
+@pytest.mark.parametrize("option", ["network_weights", "base_weights"])
+def test_weights_for_another_model_are_refused_in_one_line(base, model_store, pictures, tmp_path, option):
+    train(model_store("sd2")[1]["safetensors"], pictures, tmp_path / "a", network_args=["conv_dim=4"])
+    path = tmp_path / "a" / "x.safetensors"
+    with pytest.raises(UserError, match="the file is for another model or has other ranks"):
+        train(base, pictures, tmp_path / "b", **{option: [path] if option == "base_weights" else path})
+
+
 def test_base_weights_are_merged_before_training(base, model_store, pictures, tmp_path, monkeypatch):
     from library.training import recipe
 

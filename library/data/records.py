@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from library.errors import UserError
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 8  # for reading headers and files: mostly waiting for the disk
+MOST_TIMES_BUCKET = 32  # a resized picture's area, in areas of its bucket
 MOST_NAMED = 5  # pictures named in a warning
 
 
@@ -129,8 +131,20 @@ def _build(dataset: DatasetConfig, sizes: dict[Path, Size]) -> TrainingSet:
         caption = read_caption(entry.path, entry.subset)
         placement = place_picture(entry.size, dataset.options)
         records.append(ImageRecord(entry.path, entry.size, caption, repeats, entry.subset, placement))
+    _check_shapes(records)
     _warn_without_caption([record for record in records if not record.caption])
     return TrainingSet(dataset.options, tuple(records))
+
+
+def _check_shapes(records: list[ImageRecord]) -> None:
+    """Raise UserError for pictures so long that covering a bucket would blow them up beyond measure."""
+    extreme = [
+        f"  {record.path}: {record.size[0]}x{record.size[1]}"
+        for record in records
+        if math.prod(record.placement.resized) > MOST_TIMES_BUCKET * math.prod(record.placement.bucket)
+    ]
+    if extreme:
+        raise UserError("\n".join([f"{len(extreme)} pictures are too long and narrow; crop or remove them:", *extreme]))
 
 
 def regularisation_repeats(found: list[_Found], num_training: int) -> list[tuple[_Found, int]]:

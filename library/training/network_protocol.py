@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -207,12 +208,12 @@ def merge_base_weights(module: ModuleType, config: NetworkConfig, models: Loaded
     multipliers = list(config.base_weights_multiplier or ())
     for index, path in enumerate(config.base_weights or ()):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
-        network, weights = _ask(
-            config,
-            lambda path=path, multiplier=multiplier: module.create_network_from_weights(
-                multiplier, str(path), models.vae, text_encoder, models.unet, for_inference=True
-            ),
-        )
-        dtype = next(models.unet.parameters()).dtype
-        network.merge_to(text_encoder, models.unet, weights, dtype, "cpu")
+        _ask(config, functools.partial(_merge, module, path, multiplier, models, text_encoder))
         logger.info("%s is merged into the base with multiplier %g", path, multiplier)
+
+
+def _merge(module: ModuleType, path: Path, multiplier: float, models: LoadedModels, text_encoder: Any) -> None:
+    network, weights = module.create_network_from_weights(
+        multiplier, str(path), models.vae, text_encoder, models.unet, for_inference=True
+    )
+    network.merge_to(text_encoder, models.unet, weights, next(models.unet.parameters()).dtype, "cpu")
