@@ -11,8 +11,15 @@ import torch
 from library.config.loss import LossConfig
 from library.config.optimizer import OptimizerConfig, ScheduleConfig
 from library.diffusion.losses import huber_threshold, per_sample_loss, target_for, timestep_weights
-from library.diffusion.noise import draw_noise, draw_timesteps, sample_latents
-from library.diffusion.schedule import stable_diffusion_schedule
+from library.diffusion.noise import (
+    draw_noise,
+    draw_timesteps,
+    multires_noise,
+    offset_noise,
+    perturbed_noise,
+    sample_latents,
+)
+from library.diffusion.schedule import stable_diffusion_schedule, with_zero_terminal_snr
 from library.errors import UserError
 from library.optim.flat import flatten_groups
 from library.optim.optimizers import build_optimizer, choose_optimizer
@@ -70,25 +77,36 @@ def test_losses_are_their_formulae(kind, schedule):
 
 
 def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch():
-    shape = torch.Size((6, 4, 8, 8))
-    noise = draw_noise(shape, SAMPLES, offset=0.1)
+    every = LossConfig(
+        noise_offset=0.1,
+        noise_offset_random_strength=True,
+        adaptive_noise_scale=0.2,
+        multires_noise_iterations=6,
+        ip_noise_gamma=0.1,
+        ip_noise_gamma_random_strength=True,
+    )
+    x = torch.randn(6, 4, 8, 8)
+    noise = draw_noise(x, SAMPLES, every)
+    perturbed = perturbed_noise(noise, SAMPLES, every)
     steps = draw_timesteps(SAMPLES)
     moments = torch.randn(6, 8, 8, 8)
     latents = sample_latents(moments, SAMPLES)
     for index, key in enumerate(SAMPLES):
-        assert torch.equal(draw_noise(torch.Size((1, 4, 8, 8)), [key], offset=0.1)[0], noise[index])
+        row = x[index : index + 1]
+        assert torch.equal(draw_noise(row, [key], every)[0], noise[index])
+        assert torch.equal(perturbed_noise(noise[index : index + 1], [key], every)[0], perturbed[index])
         assert draw_timesteps([key])[0] == steps[index]
         assert torch.equal(sample_latents(moments[index : index + 1], [key])[0], latents[index])
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(draw_noise(shape, [(8, *key[1:]) for key in SAMPLES]), draw_noise(shape, SAMPLES))
+    assert not torch.equal(draw_noise(x, [(8, *key[1:]) for key in SAMPLES], every), noise)
 
 
 def test_draws_have_the_distributions_they_should():
     keys = [(3, 1, 0, index, 0) for index in range(3000)]
-    noise = draw_noise(torch.Size((3000, 4, 4, 4)), keys)
+    noise = draw_noise(torch.zeros(3000, 4, 4, 4), keys, LossConfig())
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
-    channel_means = draw_noise(torch.Size((3000, 4, 8, 8)), keys, offset=0.5).mean(dim=(2, 3))
+    channel_means = draw_noise(torch.zeros(3000, 4, 8, 8), keys, LossConfig(noise_offset=0.5)).mean(dim=(2, 3))
     assert abs(channel_means.std() - math.sqrt(0.25 + 1 / 64)) < 0.02
     steps = draw_timesteps(keys)
     assert (steps.min(), steps.max()) >= (0, 990)
@@ -97,6 +115,78 @@ def test_draws_have_the_distributions_they_should():
     latents = sample_latents(moments, keys)
     assert abs(latents.mean() - 2) < 0.02
     assert abs(latents.std() - 0.5) < 0.01
+
+
+def test_the_strength_of_offset_noise_is_its_formula():
+    keys = [(3, 1, 0, index, 0) for index in range(4000)]
+    x = torch.zeros(4000, 2, 4, 4)
+    x[:, 1] = -2.0
+    stds = offset_noise(x, keys, LossConfig(noise_offset=0.1, adaptive_noise_scale=0.3)).std(dim=0).flatten()
+    torch.testing.assert_close(stds, torch.tensor([0.1, 0.1 + 0.3 * 2]), rtol=0.05, atol=0)
+    shrunk = offset_noise(x, keys, LossConfig(noise_offset=0.1, adaptive_noise_scale=-1.0))
+    assert not shrunk[:, 1].any()
+    varied = offset_noise(x, keys, LossConfig(noise_offset=0.6, noise_offset_random_strength=True)).std(dim=0).flatten()
+    torch.testing.assert_close(varied, torch.full((2,), 0.6 / 3**0.5), rtol=0.05, atol=0)  # E[u^2] = 1/3
+
+
+def test_input_perturbation_adds_its_variance_to_the_input_only():
+    keys = [(3, 1, 0, index, 0) for index in range(500)]
+    noise = torch.zeros(500, 4, 8, 8)
+    assert abs(perturbed_noise(noise, keys, LossConfig(ip_noise_gamma=0.2)).std() - 0.2) < 0.005
+    assert perturbed_noise(noise, keys, LossConfig()) is noise
+
+
+def test_multires_noise_is_smooth_and_of_unit_deviation():
+    torch.manual_seed(0)
+    plain = torch.randn(4, 64, 64)
+    rows = [multires_noise(plain, (1, index), 8, 0.8) for index in range(20)]
+    assert all(row.std() == pytest.approx(1.0, rel=1e-4) for row in rows)
+    blocks = torch.stack(rows).unfold(2, 16, 16).unfold(3, 16, 16).mean(dim=(4, 5))
+    assert blocks.std() > 5 / 16, "coarse noise must show in means over blocks, where white noise has 1/16"
+
+
+def test_timesteps_stay_in_their_range():
+    keys = [(3, 1, 0, index, 0) for index in range(2000)]
+    steps = draw_timesteps(keys, 200, 210)
+    assert sorted(set(steps.tolist())) == list(range(200, 210))
+
+
+def test_zero_terminal_snr_is_that_of_diffusers_and_reaches_the_weights():
+    from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
+
+    oracle = (1 - rescale_zero_terminal_snr(torch.from_numpy(BETAS))).cumprod(0)
+    ours = with_zero_terminal_snr(torch.from_numpy(ABAR))
+    torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-12)
+    schedule = stable_diffusion_schedule(zero_terminal_snr=True)
+    assert schedule.snr(torch.tensor([999])).item() == 0
+    config = LossConfig(min_snr_gamma=5.0)
+    expected = np.minimum(ours / (1 - ours), 5) / (ours / (1 - ours) + 1)
+    got = timestep_weights(STEPS[:-1], schedule, config, predicts_v=True)
+    np.testing.assert_allclose(got.double().numpy(), expected[STEPS[:-1]].numpy(), rtol=1e-3)
+    for weighting in ({"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"v_pred_like_loss": 1.0}):
+        for predicts_v in (False, True):
+            weights = timestep_weights(STEPS, schedule, LossConfig(**weighting), predicts_v=predicts_v)
+            assert torch.isfinite(weights).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "predicts_v", "formula"),
+    [
+        ({"scale_v_pred_loss_like_noise_pred": True}, True, lambda snr, s: s / (s + 1)),
+        ({"v_pred_like_loss": 0.5}, False, lambda snr, s: 1 + 0.5 * (s + 1) / s),
+        ({"debiased_estimation_loss": True}, False, lambda snr, s: 1 / np.sqrt(s)),
+        ({"debiased_estimation_loss": True}, True, lambda snr, s: 1 / (s + 1)),
+        (
+            {"debiased_estimation_loss": True, "min_snr_gamma": 3.0},
+            False,
+            lambda snr, s: np.minimum(snr, 3) / snr / np.sqrt(s),
+        ),
+    ],
+)
+def test_weightings_are_their_formulae_and_multiply(options, predicts_v, formula):
+    snr = (ABAR / (1 - ABAR))[STEPS.numpy()]
+    got = timestep_weights(STEPS, SCHEDULE, LossConfig(**options), predicts_v=predicts_v)
+    np.testing.assert_allclose(got.double().numpy(), formula(snr, np.minimum(snr, 1000)), rtol=1e-4)
 
 
 # ---- learning rates -----------------------------------------------------------------------------------------

@@ -51,11 +51,6 @@ _REFUSED_SWITCHES = {
     "masked_loss": LATER,
     "debug_dataset": LATER,
     "weighted_captions": LATER,
-    "noise_offset_random_strength": LATER,
-    "ip_noise_gamma_random_strength": LATER,
-    "zero_terminal_snr": LATER,
-    "scale_v_pred_loss_like_noise_pred": LATER,
-    "debiased_estimation_loss": LATER,
     "full_fp16": LATER,
     "full_bf16": LATER,
     "fp8_base": LATER,
@@ -80,13 +75,6 @@ _REFUSED_VALUES = {
     "face_crop_aug_range": LATER,
     "conditioning_data_dir": LATER,
     "dataset_class": "a foreign dataset class cannot promise an order that is a function of seed and epoch",
-    "adaptive_noise_scale": LATER,
-    "multires_noise_iterations": LATER,
-    "multires_noise_discount": LATER,
-    "ip_noise_gamma": LATER,
-    "v_pred_like_loss": LATER,
-    "min_timestep": LATER,
-    "max_timestep": LATER,
     "resume": LATER,
     "initial_epoch": LATER,
     "initial_step": LATER,
@@ -112,8 +100,6 @@ _REFUSED_VALUES = {
 
 # Defaults of sd-scripts that configuration files of its GUIs write out.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "max_timestep": (1000, "", 0),
-    "multires_noise_discount": (0.3, "", 0),
     "zero_stage": (2, "", 0),
 }
 

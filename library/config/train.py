@@ -159,8 +159,17 @@ def _check_conflicts(config: TrainConfig) -> None:
         raise UserError("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
     if config.logs.log_with and config.logs.logging_dir is None:
         raise UserError("--log_with tensorboard needs --logging_dir, the folder for the logs")
+    _check_noise(config.loss)
     if len(network.base_weights_multiplier or ()) > len(network.base_weights or ()):
         raise UserError("--base_weights_multiplier has more numbers than --base_weights has files")
+
+
+def _check_noise(loss: LossConfig) -> None:
+    if loss.adaptive_noise_scale is not None and loss.noise_offset is None:
+        raise UserError("--adaptive_noise_scale needs --noise_offset, to which it adds")
+    lowest, limit = loss.timestep_range
+    if lowest >= limit:
+        raise UserError(f"--min_timestep {lowest} must be below --max_timestep {limit}")
 
 
 def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> None:

@@ -57,12 +57,34 @@ def per_sample_loss(
     return DISTANCES[config.loss_type](difference, threshold).mean(dim=(1, 2, 3))
 
 
-def timestep_weights(timesteps: Tensor, schedule: NoiseSchedule, config: LossConfig, *, predicts_v: bool) -> Tensor:
-    """Return the weight of each sample's loss, (B,).
+MOST_SNR = 1000.0  # bounds of the SNR in the weightings that sd-scripts bounds so
 
-    Min-SNR (Hang et al. 2023, arXiv 2303.09556): min(SNR, gamma) / SNR, for v / (SNR + 1).
+
+def timestep_weights(timesteps: Tensor, schedule: NoiseSchedule, config: LossConfig, *, predicts_v: bool) -> Tensor:
+    """Return the weight of each sample's loss, (B,): the product of all weightings that are on.
+
+    A timestep without signal (SNR 0) counts like the last one that has some, where a weighting divides by it.
     """
-    if not config.min_snr_gamma:
-        return torch.ones(timesteps.shape, device=timesteps.device)
-    snr = schedule.snr(timesteps)
-    return snr.clamp(max=config.min_snr_gamma) / (snr + 1 if predicts_v else snr)
+    all_snr = schedule.snr(torch.arange(NUM_TIMESTEPS, device=timesteps.device))
+    snr = all_snr[timesteps].clamp_min(all_snr[all_snr > 0].min())
+    bounded = snr.clamp(max=MOST_SNR)
+    weights = torch.ones_like(snr)
+    if config.min_snr_gamma:
+        weights = weights * min_snr_weight(snr, config.min_snr_gamma, predicts_v=predicts_v)
+    if config.scale_v_pred_loss_like_noise_pred:
+        weights = weights * bounded / (bounded + 1)
+    if config.v_pred_like_loss:
+        weights = weights * (1 + config.v_pred_like_loss * (bounded + 1) / bounded)
+    if config.debiased_estimation_loss:
+        weights = weights * debiased_weight(bounded, predicts_v=predicts_v)
+    return weights
+
+
+def min_snr_weight(snr: Tensor, gamma: float, *, predicts_v: bool) -> Tensor:
+    """Return min(SNR, gamma) / SNR, for v / (SNR + 1), (B,) (Hang et al. 2023, arXiv 2303.09556)."""
+    return snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)
+
+
+def debiased_weight(snr: Tensor, *, predicts_v: bool) -> Tensor:
+    """Return 1 / sqrt(SNR), for v 1 / (SNR + 1), (B,) (Yu et al. 2023, arXiv 2310.08442)."""
+    return 1 / (snr + 1) if predicts_v else snr.rsqrt()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from library.config.loss import LossConfig
 from library.diffusion.schedule import NUM_TIMESTEPS
 from library.randomness import generator_for, randn_per_sample
 
@@ -24,18 +25,75 @@ def sample_latents(moments: Tensor, keys: Sequence[Key]) -> Tensor:
     return mean + (log_variance.clamp(-30.0, 20.0) / 2).exp() * unit  # the bounds are diffusers'
 
 
-def draw_noise(shape: torch.Size, keys: Sequence[Key], *, offset: float = 0.0) -> Tensor:
-    """Return noise of a shape (B, C, H, W) on the CPU, float32.
+def draw_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
+    """Return the noise for scaled latents (B, C, H, W), on their device, float32."""
+    noise = randn_per_sample(latents.shape[1:], [(*key, "noise") for key in keys])
+    if config.noise_offset is not None:
+        noise += offset_noise(latents.cpu(), keys, config)
+    if config.multires_noise_iterations:
+        noise = torch.stack(
+            [
+                multires_noise(row, key, config.multires_noise_iterations, config.multires_noise_discount)
+                for row, key in zip(noise, keys, strict=True)
+            ]
+        )
+    return noise.to(latents.device)
 
-    offset adds one normal number times offset to each channel of each sample
+
+def offset_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
+    """Return one normal number for each channel of each sample, times its strength, (B, C, 1, 1).
+
+    The strength is --noise_offset, or a uniform share of it for each sample, plus --adaptive_noise_scale
+    times the absolute mean of the channel, never below 0
     (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
-    noise = randn_per_sample(shape[1:], [(*key, "noise") for key in keys])
-    if offset:
-        noise += offset * randn_per_sample((shape[1], 1, 1), [(*key, "offset") for key in keys])
-    return noise
+    strength = torch.full((len(keys), 1, 1, 1), config.noise_offset)
+    if config.noise_offset_random_strength:
+        strength = strength * uniform_per_sample(keys, "offset strength")
+    if config.adaptive_noise_scale is not None:
+        means = latents.float().mean(dim=(2, 3), keepdim=True).abs()
+        strength = (strength + config.adaptive_noise_scale * means).clamp_min(0)
+    return strength * randn_per_sample((latents.shape[1], 1, 1), [(*key, "offset") for key in keys])
 
 
-def draw_timesteps(keys: Sequence[Key]) -> Tensor:
-    """Return a uniform timestep for each sample, (B,), int64."""
-    return torch.cat([torch.randint(NUM_TIMESTEPS, (1,), generator=generator_for(*key, "timestep")) for key in keys])
+def multires_noise(noise: Tensor, key: Key, iterations: int, discount: float) -> Tensor:
+    """Return noise (C, H, W) with coarser and coarser noise added, scaled to a standard deviation of 1.
+
+    Layer i is drawn at about 1/r^i of the size, r between 2 and 4, enlarged, and counts discount^i; the last
+    is the first with a side of one (https://wandb.ai/johnowhitaker/multires_noise).
+    """
+    channels, height, width = noise.shape
+    generator = generator_for(*key, "multires")
+    for layer in range(iterations):
+        ratio = 2 + 2 * torch.rand((), generator=generator).item()
+        size = max(1, int(height / ratio**layer)), max(1, int(width / ratio**layer))
+        coarse = torch.randn((1, channels, *size), generator=generator)
+        coarse = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+        noise = noise + discount**layer * coarse[0]
+        if 1 in size:
+            break
+    return noise / noise.std()
+
+
+def perturbed_noise(noise: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
+    """Return the noise that goes into the input, (B, C, H, W): with more of it than the target has.
+
+    Input perturbation (Ning et al. 2023, arXiv 2301.11706); the noise itself where --ip_noise_gamma is unset.
+    """
+    if not config.ip_noise_gamma:
+        return noise
+    strength = torch.full((len(keys), 1, 1, 1), config.ip_noise_gamma)
+    if config.ip_noise_gamma_random_strength:
+        strength = strength * uniform_per_sample(keys, "perturbation strength")
+    further = randn_per_sample(noise.shape[1:], [(*key, "perturbation") for key in keys])
+    return noise + (strength * further).to(noise.device)
+
+
+def uniform_per_sample(keys: Sequence[Key], use: str) -> Tensor:
+    """Return a number from [0, 1) for each sample, (B, 1, 1, 1)."""
+    return torch.stack([torch.rand((1, 1, 1), generator=generator_for(*key, use)) for key in keys])
+
+
+def draw_timesteps(keys: Sequence[Key], lowest: int = 0, limit: int = NUM_TIMESTEPS) -> Tensor:
+    """Return a uniform timestep from [lowest, limit) for each sample, (B,), int64."""
+    return torch.cat([torch.randint(lowest, limit, (1,), generator=generator_for(*key, "timestep")) for key in keys])

@@ -41,7 +41,17 @@ class NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device))
 
 
-def stable_diffusion_schedule() -> NoiseSchedule:
+def stable_diffusion_schedule(*, zero_terminal_snr: bool = False) -> NoiseSchedule:
     """Return the schedule that SD 1.x, 2.x and XL were trained with: betas linear in their square root."""
     roots = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64)
-    return NoiseSchedule((1 - roots**2).cumprod(0).float())
+    abar = (1 - roots**2).cumprod(0)
+    return NoiseSchedule((with_zero_terminal_snr(abar) if zero_terminal_snr else abar).float())
+
+
+def with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Return abar (T,) shifted and scaled so that the last timestep has no signal and the first keeps its own.
+
+    Algorithm 1 of Lin et al. 2023, arXiv 2305.08891. SNR weightings see the rescaled schedule.
+    """
+    roots = alphas_cumprod.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()

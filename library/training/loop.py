@@ -22,7 +22,7 @@ from tqdm import tqdm
 from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.diffusion.losses import per_sample_loss, target_for, timestep_weights
-from library.diffusion.noise import draw_noise, draw_timesteps, sample_latents
+from library.diffusion.noise import draw_noise, draw_timesteps, perturbed_noise, sample_latents
 from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.models.loading import LoadedModels
@@ -51,9 +51,9 @@ def batch_loss(
     # Keyed by seed, epoch and sample: neither the batch nor the process it falls to changes what is drawn.
     keys = [(config.run.seed, batch.epoch, *sample) for sample in batch.samples]
     latents = batch_latents(batch, keys, models, config, runtime)  # (B, 4, H/8, W/8)
-    noise = draw_noise(latents.shape, keys, offset=config.loss.noise_offset or 0.0).to(runtime.device)
-    timesteps = draw_timesteps(keys).to(runtime.device)
-    noisy = schedule.add_noise(latents, noise, timesteps)
+    noise = draw_noise(latents, keys, config.loss)
+    timesteps = draw_timesteps(keys, *config.loss.timestep_range).to(runtime.device)
+    noisy = schedule.add_noise(latents, perturbed_noise(noise, keys, config.loss), timesteps)
 
     with runtime.autocast():
         with torch.set_grad_enabled(train_text):

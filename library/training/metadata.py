@@ -55,6 +55,14 @@ RECORDED = {
     "ss_cache_latents": ("precision", "cache_latents"),
     "ss_seed": ("run", "seed"),
     "ss_noise_offset": ("loss", "noise_offset"),
+    "ss_zero_terminal_snr": ("loss", "zero_terminal_snr"),
+    "ss_debiased_estimation": ("loss", "debiased_estimation_loss"),
+    "ss_noise_offset_random_strength": ("loss", "noise_offset_random_strength"),
+    "ss_ip_noise_gamma_random_strength": ("loss", "ip_noise_gamma_random_strength"),
+    "ss_multires_noise_iterations": ("loss", "multires_noise_iterations"),
+    "ss_multires_noise_discount": ("loss", "multires_noise_discount"),
+    "ss_adaptive_noise_scale": ("loss", "adaptive_noise_scale"),
+    "ss_ip_noise_gamma": ("loss", "ip_noise_gamma"),
     "ss_training_comment": ("metadata", "training_comment"),
     "ss_max_grad_norm": ("optimizer", "max_grad_norm"),
     "ss_caption_dropout_rate": ("subset", "caption_dropout_rate"),
@@ -72,14 +80,6 @@ RECORDED = {
 FIXED = {
     "ss_full_fp16": False,
     "ss_lowram": False,
-    "ss_zero_terminal_snr": False,
-    "ss_debiased_estimation": False,
-    "ss_noise_offset_random_strength": False,
-    "ss_ip_noise_gamma_random_strength": False,
-    "ss_multires_noise_iterations": None,
-    "ss_multires_noise_discount": 0.3,
-    "ss_adaptive_noise_scale": None,
-    "ss_ip_noise_gamma": None,
     "ss_face_crop_aug_range": None,
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
@@ -295,8 +295,15 @@ def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool, res
         "preprocessor": metadata.metadata_preprocessor,
         "is_negative_embedding": metadata.metadata_is_negative_embedding,
         "encoder_layer": config.text.clip_skip,
+        "timestep_range": _timestep_range(config),
     }
     return {f"modelspec.{key}": str(value) for key, value in values.items() if value is not None}
+
+
+def _timestep_range(config: TrainConfig) -> str | None:
+    if config.loss.min_timestep is None and config.loss.max_timestep is None:
+        return None
+    return "{},{}".format(*config.loss.timestep_range)
 
 
 def thumbnail(metadata: MetadataConfig) -> str | None:

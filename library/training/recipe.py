@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from library.config.loss import LossConfig
 from library.config.options import to_toml
 from library.config.train import TrainConfig, with_seed
 from library.data.dataset import BatchMaker, RunPlan, make_loader
@@ -100,7 +101,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
         scheduler=scheduler,
         group_names=names,
         plan=plan,
-        schedule=stable_diffusion_schedule().to(runtime.device),
+        schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
         preview=Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip),
         metadata=describe(config, sets, models, optimizer_choice, plan),
         hashes=hashes,
@@ -131,7 +132,9 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     thumbnail(config.metadata)
     for prompt in prompts:
         check_sampler(prompt.sample_sampler or config.preview.sample_sampler)
-    return detect(config.model)
+    detected = detect(config.model)
+    check_prediction(config.loss, predicts_v=bool(detected.predicts_v))
+    return detected
 
 
 def write_options(config: TrainConfig) -> None:
@@ -140,6 +143,18 @@ def write_options(config: TrainConfig) -> None:
     with replacing(path) as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     logger.info("the options of this run are in %s", path)
+
+
+def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
+    """Raise UserError for a weighting that belongs to the other kind of prediction."""
+    if loss.scale_v_pred_loss_like_noise_pred and not predicts_v:
+        raise UserError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization")
+    if loss.v_pred_like_loss and predicts_v:
+        raise UserError("--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization")
+    if loss.zero_terminal_snr and not predicts_v:
+        logger.warning(
+            "--zero_terminal_snr without --v_parameterization: at the last timestep there is nothing to predict from"
+        )
 
 
 def place_models(config: TrainConfig, models: LoadedModels, runtime: Runtime) -> None:
