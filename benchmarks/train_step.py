@@ -172,7 +172,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
         optimizer=optimizer,
         scheduler=None,
         group_names=names,
-        plan=argparse.Namespace(batches_per_epoch=100),
+        plan=argparse.Namespace(batches_per_epoch=100, start_step=0),
         schedule=recipe.stable_diffusion_schedule(),
         preview=None,
         metadata={},

@@ -27,6 +27,24 @@ class SavingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StateConfig:
+    """State and resuming."""
+
+    save_state: bool = option(False, "with every save and at the end, write a state from which --resume goes on")
+    save_state_on_train_end: bool = option(False, "write a state at the end only")
+    save_last_n_epochs_state: int | None = option(
+        None, "of the epoch states keep only the last n; unset: --save_last_n_epochs", minimum=1
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "of the step states keep only those of the last n steps; unset: --save_last_n_steps", minimum=1
+    )
+    resume: str | None = option(None, 'state folder to go on from, or "auto": the one furthest on of this output name')
+    initial_epoch: int | None = option(None, "epoch (from 1) at which to begin, without what led there", minimum=1)
+    initial_step: int | None = option(None, "the same as a step; wins over the epoch", minimum=0)
+    skip_until_initial_step: bool = option(False, "accepted; the data always go on where they were")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MetadataConfig:
     """Metadata in the saved file."""
 

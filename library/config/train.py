@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from library.config.network import NetworkConfig
 from library.config.optimizer import POLYNOMIAL_END, OptimizerConfig, ScheduleConfig
 from library.config.options import build, given_options, option, to_toml, with_toml_suffix
 from library.config.preview import PreviewConfig
-from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig
+from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
 from library.config.training import PrecisionConfig, RunConfig, TextConfig
 from library.errors import UserError
 
@@ -46,6 +45,7 @@ class TrainConfig:
     precision: PrecisionConfig
     text: TextConfig
     saving: SavingConfig
+    state: StateConfig
     preview: PreviewConfig
     metadata: MetadataConfig
     logs: LoggingConfig
@@ -106,13 +106,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         logger.info("--%s is set to %s: %s", field, value, why)
         changed = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section: changed})
-    if config.run.seed is None:
-        config = with_seed(config, random.SystemRandom().randrange(2**32))
     return config
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """Return config with a seed; processes that each drew their own agree on one by it."""
+    """Return config with a seed, which the options may leave open."""
     return dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
 
 

@@ -100,6 +100,7 @@ class RunPlan:
     accumulation: int
     rank: int = 0
     num_processes: int = 1
+    start_step: int = 0  # steps that were made before
 
     @property
     def batches_per_epoch(self) -> int:
@@ -117,7 +118,7 @@ class RunPlan:
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
     def requests(self, epoch: int) -> list[BatchRequest]:
-        """Return this process's requests of an epoch (from 1), cut where the run ends."""
+        """Return this process's requests of an epoch (from 1), cut where the run begins and ends."""
         batches = plan_epoch(self.sets, self.seed, epoch)
         first_step = (epoch - 1) * self.steps_per_epoch
         wanted = self.batches_per_epoch * self.num_processes
@@ -126,10 +127,10 @@ class RunPlan:
         requests = [
             BatchRequest(epoch, first_step + index // self.accumulation, mine[index]) for index in range(len(mine))
         ]
-        return [request for request in requests if request.step < self.num_steps]
+        return [request for request in requests if self.start_step <= request.step < self.num_steps]
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        for epoch in range(1, self.num_epochs + 1):
+        for epoch in range(self.start_step // self.steps_per_epoch + 1, self.num_epochs + 1):
             yield from self.requests(epoch)
 
 

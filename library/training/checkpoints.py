@@ -12,6 +12,11 @@ def final_file(config: SavingConfig) -> Path:
     return _file(config, config.output_name or "last")
 
 
+def state_folder(file: Path) -> Path:
+    """Return the folder of the state that belongs to a saved file."""
+    return file.with_name(f"{file.stem}-state")
+
+
 def options_file(config: SavingConfig) -> Path:
     """Return the path of the record of the run's options."""
     return config.output_dir / f"{config.output_name or 'last'}-options.toml"
@@ -49,17 +54,17 @@ def saves_step(config: SavingConfig, step: int) -> bool:
     return config.save_every_n_steps is not None and step % config.save_every_n_steps == 0
 
 
-def outdated_epoch_file(config: SavingConfig, epoch: int, num_epochs: int) -> Path | None:
-    """Return the file that --save_last_n_epochs lets go once this epoch's is written."""
-    if config.save_last_n_epochs is None:
+def outdated_epoch_file(config: SavingConfig, epoch: int, num_epochs: int, keep: int | None) -> Path | None:
+    """Return the file of the epoch that goes once this one is written, where the last keep ones are kept."""
+    if keep is None:
         return None
-    old = epoch - epoch_interval(config, num_epochs) * config.save_last_n_epochs
+    old = epoch - epoch_interval(config, num_epochs) * keep
     return epoch_file(config, old) if old > 0 else None
 
 
-def outdated_step_file(config: SavingConfig, step: int) -> Path | None:
-    """Return the file that --save_last_n_steps lets go once this step's is written."""
-    if config.save_last_n_steps is None:
+def outdated_step_file(config: SavingConfig, step: int, keep: int | None) -> Path | None:
+    """Return the file of the step that goes once this one is written, where those of the last keep steps are kept."""
+    if keep is None:
         return None
-    old = (step - config.save_last_n_steps - 1) // config.save_every_n_steps * config.save_every_n_steps
+    old = (step - keep - 1) // config.save_every_n_steps * config.save_every_n_steps
     return step_file(config, old) if old > 0 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import shutil
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from library.config.options import to_toml
 from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.diffusion.losses import per_sample_loss, target_for, timestep_weights
@@ -28,7 +30,7 @@ from library.errors import UserError
 from library.models.loading import LoadedModels
 from library.models.text_encoding import encode_text
 from library.optim.optimizers import current_rates
-from library.training import checkpoints
+from library.training import checkpoints, state
 from library.training.metadata import file_metadata
 from library.training.network_protocol import TrainableNetwork
 from library.training.preview import Preview
@@ -103,20 +105,38 @@ class Trainer:
     is_flat: bool  # whether gradients are views of flat ones, to be zeroed in place
     num_done: int = 0  # optimizer steps
 
+    def resume(self, folder: Path) -> None:
+        """Take over the state of a run that stopped; the plan begins where it was."""
+        position = state.read_position(folder)
+        state.restore(state.read_tensors(folder), *self._parts())
+        self._losses.extend(position.losses)
+        there = [entry for entry in position.columns if all(Path(file).is_file() for file in entry[1])]
+        self.preview.columns = [(label, [Path(file) for file in files]) for label, files in there]
+
+    def _parts(self) -> tuple:
+        return self.network.network, self.optimizer, self.scheduler, self.runtime.scaler
+
     def prepare(self) -> None:
         """Collect what the steps use again and again."""
+        self.num_done = self.plan.start_step
         self._losses: deque[float] = deque(maxlen=self.plan.batches_per_epoch)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def run(self, loader: torch.utils.data.DataLoader) -> None:
-        """Train from the first step to the last, with files and pictures on the way."""
-        self.prepare()
+        """Train from the first step to the last, with files and pictures on the way; prepare comes before."""
         if self.runtime.is_main and self.config.logs.logging_dir is not None:
             self.runtime.accelerator.init_trackers(self.config.logs.log_tracker_name or "network_train")
         self.network.on_epoch_start()
-        self._draw_if(self.preview.due_at_step(0), suffix="e000000", label="start")
+        self._draw_if(not self.num_done and self.preview.due_at_step(0), suffix="e000000", label="start")
         batches = zip(iter(self.plan), loader, strict=True)
-        with tqdm(total=self.plan.num_steps, desc="steps", disable=not self.runtime.is_main, smoothing=0.1) as bar:
+        bar = tqdm(
+            total=self.plan.num_steps,
+            initial=self.num_done,
+            desc="steps",
+            disable=not self.runtime.is_main,
+            smoothing=0.1,
+        )
+        with bar:
             try:
                 for epoch, in_epoch in itertools.groupby(batches, key=lambda pair: pair[0].epoch):
                     self._run_epoch(epoch, in_epoch, bar)
@@ -190,15 +210,25 @@ class Trainer:
         done, saving = self.num_done, self.config.saving
         self._draw_if(self.preview.due_at_step(done), suffix=f"{done:06d}", label=f"step {done}")
         if checkpoints.saves_step(saving, done):
-            self.save(checkpoints.step_file(saving, done), epoch=epoch - 1)
-            self._remove(checkpoints.outdated_step_file(saving, done))
+            path = checkpoints.step_file(saving, done)
+            self.save(path, epoch=epoch - 1)
+            self._remove(checkpoints.outdated_step_file(saving, done, saving.save_last_n_steps))
+            if self.config.state.save_state:
+                keep = self.config.state.save_last_n_steps_state or saving.save_last_n_steps
+                self.save_state(path, epoch)
+                self._remove_state(checkpoints.outdated_step_file(saving, done, keep))
 
     def _after_epoch(self, epoch: int) -> None:
         saving, num_epochs = self.config.saving, self.plan.num_epochs
         if checkpoints.saves_epoch(saving, epoch, num_epochs):
-            self.save(checkpoints.epoch_file(saving, epoch), epoch=epoch)
-            self._remove(checkpoints.outdated_epoch_file(saving, epoch, num_epochs))
+            path = checkpoints.epoch_file(saving, epoch)
+            self.save(path, epoch=epoch)
+            self._remove(checkpoints.outdated_epoch_file(saving, epoch, num_epochs, saving.save_last_n_epochs))
         self._draw_if(self.preview.due_at_epoch(epoch), suffix=f"e{epoch:06d}", label=f"epoch {epoch}")
+        if checkpoints.saves_epoch(saving, epoch, num_epochs) and self.config.state.save_state:
+            keep = self.config.state.save_last_n_epochs_state or saving.save_last_n_epochs
+            self.save_state(path, epoch)  # after the pictures, which it knows of
+            self._remove_state(checkpoints.outdated_epoch_file(saving, epoch, num_epochs, keep))
 
     def _draw_if(self, is_due: bool, *, suffix: str, label: str) -> None:
         if is_due and self.runtime.is_main:
@@ -220,6 +250,24 @@ class Trainer:
             epoch=epoch,
         )
         self.network.save(path, SAVE_DTYPES[self.config.saving.save_precision], metadata)
+
+    def save_state(self, file: Path, epoch: int) -> None:
+        """Write the state that belongs to a saved file; the processes agree in everything, so the first one does."""
+        if self.runtime.is_main:
+            position = state.Position(
+                current_step=self.num_done,
+                current_epoch=epoch,
+                seed=self.config.run.seed,
+                losses=tuple(self._losses),
+                columns=tuple((label, tuple(map(str, files))) for label, files in self.preview.columns),
+            )
+            state.write_state(
+                checkpoints.state_folder(file), state.collect(*self._parts()), position, to_toml(self.config)
+            )
+
+    def _remove_state(self, file: Path | None) -> None:
+        if file is not None and self.runtime.is_main:
+            shutil.rmtree(checkpoints.state_folder(file), ignore_errors=True)
 
     def _remove(self, path: Path | None) -> None:
         if path is not None and self.runtime.is_main:

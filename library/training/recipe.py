@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from library.training.runtime import (
     start_runtime,
     use_attention,
 )
+from library.training.state import find_state, read_position
 from library.weights_io import replacing, tensors_sha256
 
 logger = logging.getLogger(__name__)
@@ -45,21 +47,19 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -> Path:
     """Train a network as config says and return the path of its file; raises UserError for a user's mistake."""
     # Find whatever is wrong before anything large is loaded.
-    optimizer_choice = choose_optimizer(config.optimizer)
-    detected = check_before_loading(config, prompts, optimizer_choice)
+    choice = choose_optimizer(config.optimizer)
+    detected = check_before_loading(config, prompts, choice)
+    resumed = find_state(config.state.resume, config.saving) if config.state.resume else None
     report.describe_data(sets)
     if not config.precision.cache_latents:
         verify_pictures(sets)
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
-    config = with_seed(config, shared(config.run.seed, runtime))
+    config = with_seed(config, shared(choose_seed(config, resumed), runtime))
     models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
     del detected  # with what it holds of the file
     check_clip_skip(config, models)
-    if runtime.is_main:
-        write_options(config)
-    hashes = BackgroundHashes(config)
     place_models(config, models, runtime)
     warn_of_cut_captions(config, sets, models)
 
@@ -69,48 +69,33 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
 
     # Build the network over the models.
     torch.manual_seed(seed_for(config.run.seed, "network"))
+    checkpointing = config.precision.gradient_checkpointing
     network = build_network(
-        config.network,
-        config.optimizer,
-        models,
-        checkpointing=config.precision.gradient_checkpointing,
-        device=runtime.device,
+        config.network, config.optimizer, models, checkpointing=checkpointing, device=runtime.device
     )
     broadcast_parameters(network.network.parameters(), runtime.num_processes)
-    if config.precision.gradient_checkpointing:
+    if checkpointing:
         enable_gradient_checkpointing(models, network)
 
-    # Plan the run.
-    plan = plan_run(config, sets, runtime)
-    groups, names = network.groups(config.optimizer)
-    if optimizer_choice.elementwise:
-        groups = flatten_groups(groups)
-    optimizer = build_optimizer(optimizer_choice, groups, config.optimizer.learning_rate)
-    scheduler = build_scheduler(config.schedule, optimizer, plan.num_steps, config.optimizer.learning_rate)
-    maker = BatchMaker(sets, config.run.seed, plan.num_steps, config.data.prior_loss_weight, cache)
-    final = checkpoints.final_file(config.saving)
-    report.describe_run(config, plan, network, names, final)
-
     # Train and save.
-    trainer = Trainer(
-        config=config,
-        runtime=runtime,
-        models=models,
-        network=network,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        group_names=names,
-        plan=plan,
-        schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
-        preview=Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip),
-        metadata=describe(config, sets, models, optimizer_choice, plan),
-        hashes=hashes,
-        is_flat=optimizer_choice.elementwise,
-    )
+    plan = plan_run(config, sets, runtime, resumed)
+    preview = Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip)
+    trainer = build_trainer(config, runtime, models, network, choice=choice, plan=plan, preview=preview)
+    if resumed is not None:
+        trainer.resume(resumed)
+    maker = BatchMaker(sets, config.run.seed, plan.num_steps, config.data.prior_loss_weight, cache)
     trainer.run(make_loader(maker, plan, num_workers(config, cache)))
-    trainer.save(final, epoch=plan.num_epochs)
-    if runtime.is_main:
-        report.describe_result(network, final)
+    return finish(config, trainer)
+
+
+def finish(config: TrainConfig, trainer: Trainer) -> Path:
+    """Save the finished network, and a state if one is wanted; tell how it went and return the path of the file."""
+    final = checkpoints.final_file(config.saving)
+    trainer.save(final, epoch=trainer.plan.num_epochs)
+    if config.state.save_state or config.state.save_state_on_train_end:
+        trainer.save_state(final, trainer.plan.num_epochs)
+    if trainer.runtime.is_main:
+        report.describe_result(trainer.network, final)
         if trainer.preview.columns:
             logger.info("pictures: %s", trainer.preview.sheet)
     return final
@@ -162,6 +147,44 @@ def place_models(config: TrainConfig, models: LoadedModels, runtime: Runtime) ->
     use_attention(config.precision, models.unet, models.vae, runtime.device)
     for model in (models.unet, *models.text_encoders):
         model.to(runtime.device)
+
+
+def build_trainer(
+    config: TrainConfig,
+    runtime: Runtime,
+    models: LoadedModels,
+    network: TrainableNetwork,
+    *,
+    choice: OptimizerChoice,
+    plan: RunPlan,
+    preview: Preview,
+) -> Trainer:
+    """Return the loop with its optimizer and schedule; tell in numbers what it will do."""
+    groups, names = network.groups(config.optimizer)
+    if choice.elementwise:
+        groups = flatten_groups(groups)
+    rate = config.optimizer.learning_rate
+    optimizer = build_optimizer(choice, groups, rate)
+    report.describe_run(config, plan, network, names, checkpoints.final_file(config.saving))
+    if runtime.is_main:
+        write_options(config)
+    trainer = Trainer(
+        config=config,
+        runtime=runtime,
+        models=models,
+        network=network,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.schedule, optimizer, plan.num_steps, rate),
+        group_names=names,
+        plan=plan,
+        schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
+        preview=preview,
+        metadata=describe(config, plan.sets, models, choice, plan),
+        hashes=BackgroundHashes(config),
+        is_flat=choice.elementwise,
+    )
+    trainer.prepare()
+    return trainer
 
 
 def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:
@@ -221,7 +244,28 @@ def enable_gradient_checkpointing(models: LoadedModels, network: TrainableNetwor
             text_model(encoder).train()
 
 
-def plan_run(config: TrainConfig, sets: list[TrainingSet], runtime: Runtime) -> RunPlan:
+def choose_seed(config: TrainConfig, resumed: Path | None) -> int:
+    """Return the seed of the options, else of the state that is resumed, else a new one."""
+    if resumed is not None:
+        seed = read_position(resumed).seed
+        if config.run.seed not in (None, seed):
+            logger.warning("--seed %d is not that of the state, %d: the run goes on otherwise", config.run.seed, seed)
+        return seed if config.run.seed is None else config.run.seed
+    return random.SystemRandom().randrange(2**32) if config.run.seed is None else config.run.seed
+
+
+def start_step(config: TrainConfig, resumed: Path | None, steps_per_epoch: int) -> int:
+    """Return how many steps were made before this run begins."""
+    if config.state.initial_step is not None:
+        return config.state.initial_step
+    if config.state.initial_epoch is not None:
+        return (config.state.initial_epoch - 1) * steps_per_epoch
+    if config.state.resume and resumed is None:
+        logger.info("--resume auto: no state of %s yet; the run begins", config.saving.output_name or "this name")
+    return 0 if resumed is None else read_position(resumed).current_step
+
+
+def plan_run(config: TrainConfig, sets: list[TrainingSet], runtime: Runtime, resumed: Path | None) -> RunPlan:
     """Return the plan of the run for this process; --max_train_epochs takes the place of --max_train_steps."""
     plan = RunPlan(
         sets=sets,
@@ -233,6 +277,15 @@ def plan_run(config: TrainConfig, sets: list[TrainingSet], runtime: Runtime) -> 
     )
     if config.run.max_train_epochs is not None:
         plan = dataclasses.replace(plan, num_steps=config.run.max_train_epochs * plan.steps_per_epoch)
+    plan = dataclasses.replace(plan, start_step=start_step(config, resumed, plan.steps_per_epoch))
+    if plan.start_step >= plan.num_steps:
+        raise UserError(
+            f"nothing is left to train: {plan.start_step} steps are made, and {plan.num_steps} are asked for"
+        )
+    if plan.start_step:
+        logger.info(
+            "goes on after step %d of %d%s", plan.start_step, plan.num_steps, f" from {resumed}" if resumed else ""
+        )
     return plan
 
 

@@ -1,0 +1,146 @@
+"""The state of a run: what it takes to go on as if it had never stopped.
+
+A state is a folder with `state.pt` (adapter, optimizer, schedule, gradient scaler), `train_state.json` (where
+the run is) and `options.toml`. It holds no random numbers: everything random is keyed by position. It
+appears under its name by one rename, so that a state that is there is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.config.saving import SavingConfig
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+POSITION_FILE, TENSOR_FILE, OPTIONS_FILE = "train_state.json", "state.pt", "options.toml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run is: optimizer steps made, epoch (from 1) they end in, its seed, and what it shows of itself."""
+
+    current_step: int
+    current_epoch: int
+    seed: int
+    losses: tuple[float, ...] = ()  # of the last micro-batches, for the average on the progress bar
+    columns: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the contact sheet: label, files
+
+
+def write_state(folder: Path, tensors: dict[str, Any], position: Position, options: str) -> None:
+    """Write a state under a temporary name and rename it; one that was there under the name goes."""
+    import torch
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    for path in (temporary, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        torch.save(tensors, temporary / TENSOR_FILE)
+        record = {"version": FORMAT_VERSION, **dataclasses.asdict(position)}
+        (temporary / POSITION_FILE).write_text(json.dumps(record), encoding="utf-8")
+        (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_state(resume: str, saving: SavingConfig) -> Path | None:
+    """Return the folder that --resume means; for "auto" the one furthest on under this output name, or None."""
+    if resume != "auto":
+        read_position(Path(resume))
+        return Path(resume)
+    name = saving.output_name or "*"
+    found = []
+    for folder in sorted(saving.output_dir.glob(f"{name}*-state")) if saving.output_dir.is_dir() else []:
+        rest = folder.name.removesuffix("-state").removeprefix(saving.output_name or "")
+        if saving.output_name is None or rest == "" or rest.lstrip("-").removeprefix("step").isdecimal():
+            try:
+                found.append((read_position(folder).current_step, folder))
+            except UserError:
+                continue  # another tool's, or damaged: the next best one serves
+    return max(found)[1] if found else None
+
+
+def read_position(folder: Path) -> Position:
+    """Return where the run of a state is; raises UserError for a folder that is no state of this suite."""
+    path = folder / POSITION_FILE
+    if not path.is_file() or not (folder / TENSOR_FILE).is_file():
+        raise UserError(f"--resume: {folder} is no state of this suite: it has no {POSITION_FILE} or no {TENSOR_FILE}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.pop("version") != FORMAT_VERSION:
+            raise UserError(f"--resume: {folder} was written by another version of the suite")
+        return Position(
+            current_step=record["current_step"],
+            current_epoch=record["current_epoch"],
+            seed=record["seed"],
+            losses=tuple(record["losses"]),
+            columns=tuple((label, tuple(files)) for label, files in record["columns"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--resume: {path} is damaged: {error}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Any]:
+    """Return the tensors of a state; of the pickle only weights are read."""
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(folder / TENSOR_FILE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"--resume: {folder / TENSOR_FILE} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def collect(
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Any]:
+    """Return what a state holds besides the position."""
+    schedule = {} if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+    return {
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule,
+        "scaler": scaler.state_dict(),
+    }
+
+
+def restore(
+    tensors: dict[str, Any],
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Put a state into the parts of a run; raises UserError where they do not fit each other."""
+    try:
+        network.load_state_dict(tensors["network"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(tensors["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+        scaler.load_state_dict(tensors["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--resume: the state does not fit this run ({reason}); use the options it has") from None
