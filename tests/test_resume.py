@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,8 @@ from library.config.saving import SavingConfig
 from library.errors import UserError
 from library.training import state
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture
 def data(tmp_path):
@@ -29,11 +34,11 @@ def data(tmp_path):
         (folder / f"{index}.txt").write_text(f"a, b, c, tag{index}", encoding="utf-8")
     path = tmp_path / "data.json"
     subset = {"image_dir": str(folder), "caption_extension": ".txt"}
-    random = {"flip_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.2, "caption_tag_dropout_rate": 0.2}
+    drawn = {"flip_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.2, "caption_tag_dropout_rate": 0.2}
     buckets = {"enable_bucket": True, "bucket_no_upscale": True}
     datasets = [
-        {"resolution": 96, **buckets, "batch_size": 2, "subsets": [subset | random]},
-        {"resolution": 64, "batch_size": 1, "subsets": [subset | random | {"random_crop": True}]},
+        {"resolution": 96, **buckets, "batch_size": 2, "subsets": [subset | drawn]},
+        {"resolution": 64, "batch_size": 1, "subsets": [subset | drawn | {"random_crop": True}]},
     ]
     path.write_text(json.dumps({"datasets": datasets}), encoding="utf-8")
     return path
@@ -44,7 +49,8 @@ def base(model_store):
     return model_store("sd1")[1]["safetensors"]
 
 
-def run(base, data, out, *more, steps=7, seed="3"):
+def arguments(base, data, out, *more, steps=7, seed="3"):
+    """Return the command line of a run."""
     argv = [
         "--pretrained_model_name_or_path",
         base,
@@ -77,7 +83,11 @@ def run(base, data, out, *more, steps=7, seed="3"):
     ]
     if seed is not None:
         argv += ["--seed", seed]
-    assert train_network.main([str(word) for word in argv]) == 0
+    return [str(word) for word in argv]
+
+
+def run(base, data, out, *more, **values):
+    assert train_network.main(arguments(base, data, out, *more, **values)) == 0
     return load_file(Path(out) / "x.safetensors")
 
 
@@ -197,3 +207,51 @@ def test_a_state_holds_only_what_is_trained(base, data, tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "x-state").iterdir())
     assert size < 4.5 * (tmp_path / "x.safetensors").stat().st_size
     assert (tmp_path / "x-state" / state.OPTIONS_FILE).read_text(encoding="utf-8").count("seed = 3") == 1
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import train_network
+print("ready", flush=True)
+train_network.main(sys.argv[1:])
+"""
+
+
+def kill_somewhere(argv, seed):
+    """Start a run, kill it after a random time without warning; return whether it had finished."""
+    code = KILLED.format(root=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    try:
+        process.wait(timeout=random.Random(seed).uniform(5, 14))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+    return process.returncode == 0
+
+
+@pytest.mark.parametrize("rounds", [pytest.param(2), pytest.param(30, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_path, rounds):
+    more = ["--save_state", "--save_every_n_steps", "1", "--cache_latents_to_disk"]
+    plain = json.loads(data.read_text(encoding="utf-8"))
+    plain["datasets"] = plain["datasets"][:1]
+    data.write_text(json.dumps(plain), encoding="utf-8")
+    expected = run(base, data, tmp_path / "whole", *more, steps=40)
+    argv = arguments(base, data, tmp_path / "parts", *more, "--resume", "auto", steps=40)
+    for number in range(rounds):
+        if kill_somewhere(argv, number):
+            break
+        for file in (tmp_path / "parts").glob("*.safetensors"):
+            assert load_file(file)  # whole under its name
+        for folder in (tmp_path / "parts").glob("*-state"):
+            assert state.read_position(folder).current_step > 0
+            state.read_tensors(folder)
+    final = tmp_path / "parts" / "x.safetensors"
+    same(
+        load_file(final)
+        if final.exists()
+        else run(base, data, tmp_path / "parts", *more, "--resume", "auto", steps=40),
+        expected,
+    )

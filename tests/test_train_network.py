@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -557,21 +558,40 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
         train_network.main([*argv, "--config_file", str(path), "--output_config"])
 
 
-def test_ctrl_c_keeps_what_was_learned(base, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_path, monkeypatch, caplog, number):
     from library.training.loop import Trainer
 
+    expected = train(base, pictures, tmp_path / "whole", max_train_steps=4)
     step = Trainer.step
 
-    def interrupted(self, number, batches):
-        if number == 2:
-            raise KeyboardInterrupt
-        return step(self, number, batches)
+    def interrupted(self, index, batches):
+        if index == 1:
+            signal.raise_signal(number)
+        return step(self, index, batches)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", interrupted)
+        train(base, pictures, tmp_path / "parts", max_train_steps=4)
+    assert metadata(tmp_path / "parts" / "x-step00000002.safetensors")["ss_steps"] == "2"
+    assert not (tmp_path / "parts" / "x.safetensors").exists()
+    folder = tmp_path / "parts" / "x-step00000002-state"
+    assert f"--resume {folder}" in caplog.text
+    same(train(base, pictures, tmp_path / "parts", max_train_steps=4, resume=folder), expected)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_stops_at_once(base, pictures, tmp_path, monkeypatch):
+    from library.training.loop import Trainer
+
+    def twice(self, index, batches):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "step", twice)
     with pytest.raises(KeyboardInterrupt):
         train(base, pictures, tmp_path)
-    assert metadata(tmp_path / "x-step00000002.safetensors")["ss_steps"] == "2"
-    assert not (tmp_path / "x.safetensors").exists()
+    assert not list(tmp_path.glob("x*.safetensors"))
 
 
 def test_a_folder_of_the_dataset_file_trains_like_the_folder_layout(base, pictures, tmp_path):

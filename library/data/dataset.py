@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -201,5 +202,16 @@ def draw_pixels(record: ImageRecord, bucketed: bool, mirrored: bool, rng: object
 def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.utils.data.DataLoader:
     """Return a loader over the whole run; its workers start once."""
     return torch.utils.data.DataLoader(
-        maker, batch_size=None, sampler=plan, num_workers=num_workers, generator=torch.Generator().manual_seed(0)
+        maker,
+        batch_size=None,
+        sampler=plan,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_ignore_interrupts,
     )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which finishes its step and needs the workers for it."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

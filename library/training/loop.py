@@ -31,6 +31,7 @@ from library.models.loading import LoadedModels
 from library.models.text_encoding import encode_text
 from library.optim.optimizers import current_rates
 from library.training import checkpoints, state
+from library.training.interruption import StopRequest
 from library.training.metadata import file_metadata
 from library.training.network_protocol import TrainableNetwork
 from library.training.preview import Preview
@@ -136,13 +137,9 @@ class Trainer:
             disable=not self.runtime.is_main,
             smoothing=0.1,
         )
-        with bar:
-            try:
-                for epoch, in_epoch in itertools.groupby(batches, key=lambda pair: pair[0].epoch):
-                    self._run_epoch(epoch, in_epoch, bar)
-            except KeyboardInterrupt:
-                self._save_interrupted()
-                raise
+        with bar, StopRequest() as self._stop:
+            for epoch, in_epoch in itertools.groupby(batches, key=lambda pair: pair[0].epoch):
+                self._run_epoch(epoch, in_epoch, bar)
         self.runtime.accelerator.end_training()
 
     def _run_epoch(self, epoch: int, batches: Iterator[tuple[BatchRequest, Batch]], bar: tqdm) -> None:
@@ -153,6 +150,9 @@ class Trainer:
             bar.update()
             bar.set_postfix(avr_loss=f"{sum(self._losses) / len(self._losses):.4g}", refresh=False)
             self._after_step(epoch)
+            if self._stop.asked(self.runtime):
+                self._save_interrupted(epoch)
+                raise KeyboardInterrupt
         self._log({"loss/epoch_average": sum(losses) / len(losses)})
         self._after_epoch(epoch)
 
@@ -273,11 +273,12 @@ class Trainer:
         if path is not None and self.runtime.is_main:
             path.unlink(missing_ok=True)
 
-    def _save_interrupted(self) -> None:
-        if self.num_done and self.runtime.is_main:
-            path = checkpoints.step_file(self.config.saving, self.num_done)
-            self.save(path, epoch=self.num_done // self.plan.steps_per_epoch)
-            logger.warning("stopped after step %d; what was learned so far is in %s", self.num_done, path)
+    def _save_interrupted(self, epoch: int) -> None:
+        path = checkpoints.step_file(self.config.saving, self.num_done)
+        self.save(path, epoch=epoch - 1)
+        self.save_state(path, epoch)
+        logger.warning("stopped after step %d: what was learned is in %s", self.num_done, path)
+        logger.warning("the same command with this goes on: --resume %s", checkpoints.state_folder(path))
 
     # ---- logs -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,49 @@
+"""Stopping in order: the first Ctrl-C or SIGTERM lets the step finish, a second one stops at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import torch
+
+from library.training.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While it is entered, remembers that a signal asked the run to stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        logger.warning("stopping after this step; once more stops at once, and loses what was not saved")
+
+    def asked(self, runtime: Runtime) -> bool:
+        """Return whether any process was asked; all of them must call this, and get the same answer."""
+        if runtime.num_processes == 1:
+            return self._asked
+        flag = torch.tensor(float(self._asked), device=runtime.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
