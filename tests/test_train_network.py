@@ -519,6 +519,8 @@ MISTAKES = {
         {"lr_scheduler": "polynomial", "learning_rate": 0, "unet_lr": "1e-4"},
         "--learning_rate must be above",
     ),
+    "output": ({"output_dir": str(Path(__file__) / "out")}, "--output_dir: nothing can be written to"),
+    "vae": ({"vae": __file__}, "is not a safetensors file"),
     "adaptive": ({"adaptive_noise_scale": "0.1"}, "--adaptive_noise_scale needs --noise_offset"),
     "range": ({"min_timestep": 500, "max_timestep": 400}, "--min_timestep 500 must be below --max_timestep 400"),
     "not v": ({"scale_v_pred_loss_like_noise_pred": True}, "needs --v_parameterization"),
@@ -536,9 +538,9 @@ def test_mistakes_are_told_before_the_model_is_loaded(base, pictures, tmp_path, 
     from library.training import recipe
 
     monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
-    more, message = MISTAKES[name]
+    more, message = dict(MISTAKES[name][0]), MISTAKES[name][1]
     with pytest.raises(UserError) as caught:
-        train_network.main(options(base, pictures, tmp_path / "out", **more))
+        train_network.main(options(base, pictures, more.pop("output_dir", tmp_path / "out"), **more))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from library.training.runtime import (
     use_attention,
 )
 from library.training.state import find_state, read_position
-from library.weights_io import replacing, tensors_sha256
+from library.weights_io import open_weights, replacing, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,9 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
         check_sampler(prompt.sample_sampler or config.preview.sample_sampler)
     detected = detect(config.model)
     check_prediction(config.loss, predicts_v=bool(detected.predicts_v))
+    if config.model.vae is not None and config.model.vae.is_file():
+        open_weights(config.model.vae)
+    check_output(config.saving.output_dir)
     return detected
 
 
@@ -128,6 +132,18 @@ def write_options(config: TrainConfig) -> None:
     with replacing(path) as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     logger.info("the options of this run are in %s", path)
+
+
+def check_output(folder: Path) -> None:
+    """Make the output folder; raises UserError where nothing can be written, which would show only after training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir: nothing can be written to {folder} ({error.strerror}); name another folder"
+        ) from None
 
 
 def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
