@@ -284,6 +284,7 @@ class LoRANetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.multiplier = multiplier
+        self.set_loraplus_lr_ratio(None, None, None)
         encoders = as_list(text_encoder)
 
         def build(targets: Iterable[Target]) -> list[LoRAModule]:
@@ -396,11 +397,24 @@ class LoRANetwork(nn.Module):
         named.append(("unet", self.unet_loras, unet_lr if unet_lr is not None else default_lr))
         groups, names = [], []
         for name, modules, rate in named:
-            if modules and rate != 0:
-                parameters = [parameter for module in modules for parameter in module.parameters()]
-                groups.append({"params": parameters} | ({} if rate is None else {"lr": rate}))
-                names.append(name)
+            if not modules or rate == 0:
+                continue
+            ratio = self._unet_ratio if name == "unet" else self._text_encoder_ratio
+            downs = [module.lora_down.weight for module in modules]
+            ups = [module.lora_up.weight for module in modules]
+            if ratio is None or rate is None:
+                split = [(name, [weight for pair in zip(downs, ups, strict=True) for weight in pair], rate)]
+            else:
+                split = [(name, downs, rate), (f"{name} plus", ups, rate * ratio)]
+            for group_name, parameters, group_rate in split:
+                groups.append({"params": parameters} | ({} if group_rate is None else {"lr": group_rate}))
+                names.append(group_name)
         return groups, names
+
+    def set_loraplus_lr_ratio(self, common: float | None, unet: float | None, text_encoder: float | None) -> None:
+        """Let the up matrices learn at a multiple of the rate (LoRA+, arXiv 2402.12354); None or 0 is off."""
+        self._unet_ratio = unet or common or None
+        self._text_encoder_ratio = text_encoder or common or None
 
     def enable_gradient_checkpointing(self) -> None:
         """Nothing to do: a change is computed again together with its layer."""
@@ -536,7 +550,9 @@ def create_network(
             return conv
         return linear if conv or target.container not in UNET_CONV_CONTAINERS else None
 
-    return LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
+    network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
+    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
+    return network
 
 
 def create_network_from_weights(
@@ -565,6 +581,7 @@ def create_network_from_weights(
 
     dropouts = Dropouts(neuron_dropout or 0.0, given["rank_dropout"], given["module_dropout"])
     network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
+    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
     matched = {module.lora_name for module in network.modules_in_order()}
     unmatched = {name.split(".")[0] for name in weights} - matched
     source = file or "the weights"
@@ -590,8 +607,14 @@ NETWORK_ARGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "conv_alpha": (float, 1.0),
     "rank_dropout": (float, 0.0),
     "module_dropout": (float, 0.0),
+    "loraplus_lr_ratio": (float, None),
+    "loraplus_unet_lr_ratio": (float, None),
+    "loraplus_text_encoder_lr_ratio": (float, None),
     "dropout": (lambda text: None if text in (None, "None") else float(text), None),
 }
+
+
+LORAPLUS_ARGS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
 
 def read_network_args(given: Mapping[str, Any]) -> dict[str, Any]:

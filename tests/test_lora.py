@@ -418,6 +418,20 @@ def test_parameter_groups_take_the_finer_rate_first(models):
     assert sum(p.numel() for group in groups for p in group["params"]) == count
 
 
+def test_loraplus_gives_the_up_matrices_their_own_rate(models):
+    text, unet = models
+    network = create_network(1.0, 4, 1, None, text, unet, loraplus_lr_ratio="16", loraplus_text_encoder_lr_ratio="4")
+    network.apply_to(text, unet)
+    groups, names = network.prepare_optimizer_params(1e-4, 1e-3, 1e-5)
+    assert names == ["textencoder", "textencoder plus", "unet", "unet plus"]
+    assert [group["lr"] for group in groups] == pytest.approx([1e-4, 4e-4, 1e-3, 16e-3])
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in network.parameters()}
+    ups = {id(module.lora_up.weight) for module in network.unet_loras}
+    assert {id(p) for p in groups[3]["params"]} == ups
+    network.set_loraplus_lr_ratio(0, None, 2)
+    assert network.prepare_optimizer_params(1e-4, 1e-3)[1] == ["textencoder", "textencoder plus", "unet"]
+
+
 # ---- the readers of the files -------------------------------------------------------------------------------
 
 

@@ -160,6 +160,8 @@ def test_counters_names_and_pictures_go_on(base, data, tmp_path, monkeypatch):
         "x-step00000006-state",
     ]
     assert state.read_position(tmp_path / "o" / "x-state").current_step == 7
+    lines = [json.loads(line) for line in (tmp_path / "o" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss/current" in line] == [1, 2, 3, 4, 5, 6, 7]
     with Image.open(tmp_path / "o" / "x-sheet.png") as sheet:
         assert sheet.width > 4 * 64, "the sheet holds the pictures of both runs"
 

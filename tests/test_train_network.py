@@ -431,6 +431,16 @@ def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path):
         assert sheet.height > 2 * 64
 
 
+def test_metrics_are_always_written_one_object_a_line(base, pictures, tmp_path):
+    for _ in range(2):
+        train(base, pictures, tmp_path, lr_scheduler="linear", max_train_steps=5)
+    lines = [json.loads(line) for line in (tmp_path / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss/current" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5], "a second run of the name begins anew"
+    assert [line["lr/unet"] for line in steps] == pytest.approx([0.01 * rest / 5 for rest in (5, 4, 3, 2, 1)])
+    assert [line["step"] for line in lines if "loss/epoch_average" in line] == [4, 5]
+
+
 def test_tensorboard_gets_loss_and_rates(base, pictures, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

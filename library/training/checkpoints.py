@@ -22,6 +22,11 @@ def options_file(config: SavingConfig) -> Path:
     return config.output_dir / f"{config.output_name or 'last'}-options.toml"
 
 
+def metrics_file(config: SavingConfig) -> Path:
+    """Return the path of the run's metrics: a JSON object on each line."""
+    return config.output_dir / f"{config.output_name or 'last'}-metrics.jsonl"
+
+
 def epoch_file(config: SavingConfig, epoch: int) -> Path:
     """Return the path of the network after an epoch (from 1)."""
     return _file(config, f"{config.output_name or 'epoch'}-{epoch:06d}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import shutil
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ from library.training.metadata import file_metadata
 from library.training.network_protocol import TrainableNetwork
 from library.training.preview import Preview
 from library.training.runtime import SAVE_DTYPES, Runtime, average_gradients, seed_micro_batch
-from library.weights_io import file_legacy_hash, file_sha256
+from library.weights_io import file_legacy_hash, file_sha256, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,8 @@ class Trainer:
         """Train from the first step to the last, with files and pictures on the way; prepare comes before."""
         if self.runtime.is_main and self.config.logs.logging_dir is not None:
             self.runtime.accelerator.init_trackers(self.config.logs.log_tracker_name or "network_train")
+        if self.runtime.is_main:
+            cut_metrics(checkpoints.metrics_file(self.config.saving), self.num_done)
         self.network.on_epoch_start()
         self._draw_if(not self.num_done and self.preview.due_at_step(0), suffix="e000000", label="start")
         batches = zip(iter(self.plan), loader, strict=True)
@@ -178,13 +182,14 @@ class Trainer:
 
         average_gradients(self._parameters, self.runtime.num_processes)
         advanced = self._update()
+        rates = current_rates(self.optimizer)
         if advanced and self.scheduler is not None:
             self.scheduler.step()
         if self.config.network.scale_weight_norms:
             self._scale_norms()
         self.num_done += 1
         self._losses.extend(values)
-        self._log_step(values)
+        self._log_step(values, rates)
         return values
 
     def _update(self) -> bool:
@@ -282,16 +287,27 @@ class Trainer:
 
     # ---- logs -----------------------------------------------------------------------------------------------
 
-    def _log_step(self, losses: list[float]) -> None:
-        if self.config.logs.logging_dir is None:
-            return
+    def _log_step(self, losses: list[float], rates: list[float]) -> None:
         values = {"loss/current": losses[-1], "loss/average": sum(self._losses) / len(self._losses)}
-        rates = zip(self.group_names, current_rates(self.optimizer), strict=True)
-        self._log(values | {f"lr/{name}": rate for name, rate in rates})
+        named = zip(self.group_names, rates, strict=True)
+        self._log(values | {f"lr/{name}": rate for name, rate in named})
 
     def _log(self, values: dict[str, float]) -> None:
-        if self.config.logs.logging_dir is not None and self.runtime.is_main:
+        if not self.runtime.is_main:
+            return
+        with checkpoints.metrics_file(self.config.saving).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.num_done, "time": round(time.time(), 3), **values}) + "\n")
+        if self.config.logs.logging_dir is not None:
             self.runtime.accelerator.log(values, step=self.num_done)
+
+
+def cut_metrics(path: Path, num_done: int) -> None:
+    """Keep of a metrics file what was before the run begins or goes on: lines of up to num_done steps."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and 0 < json.loads(line)["step"] <= num_done]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def check_finite(losses: list[float], batches: list[Batch], step: int) -> None:
