@@ -160,10 +160,7 @@ def test_options_named_in_the_text_exist(page):
 def test_the_first_command_works_as_pasted():
     first = next(commands(DOCS / "train_network.md")).split()
     assert first[0] == "--config_file"
-    config = ROOT / first[1]
-    if not config.exists():
-        pytest.skip(f"{first[1]} is not there yet")
-    read_config_file(config, root_options(TrainConfig))
+    read_config_file(ROOT / first[1], root_options(TrainConfig))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

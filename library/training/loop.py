@@ -322,10 +322,14 @@ def check_finite(losses: list[float], batches: list[Batch], step: int) -> None:
 
 
 class BackgroundHashes:
-    """Hashes of the base model's files, computed while training goes on; the first save waits for them."""
+    """Hashes of the base model's files, computed while training goes on; the first save waits for them.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._files = {"sd_model": Path(config.model.pretrained_model_name_or_path), "vae": config.model.vae}
+    Only the process that saves needs them.
+    """
+
+    def __init__(self, config: TrainConfig, *, is_needed: bool) -> None:
+        files = {"sd_model": Path(config.model.pretrained_model_name_or_path), "vae": config.model.vae}
+        self._files = files if is_needed else {}
         self._values: dict[str, str] = {}
         self._thread = threading.Thread(target=self._compute, daemon=True)
         self._thread.start()

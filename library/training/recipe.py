@@ -196,7 +196,7 @@ def build_trainer(
         schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
         preview=preview,
         metadata=describe(config, plan.sets, models, choice, plan),
-        hashes=BackgroundHashes(config),
+        hashes=BackgroundHashes(config, is_needed=runtime.is_main),
         is_flat=choice.elementwise,
     )
     trainer.prepare()
