@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,38 @@ def test_resumed_equals_never_stopped_with(base, data, tmp_path, monkeypatch, mo
         run(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "3", *more)
     folder = tmp_path / "parts" / "x-step00000003-state"
     same(run(base, data, tmp_path / "parts", "--resume", folder, *more), expected)
+
+
+def test_a_run_killed_after_its_last_step_still_gets_its_file(base, data, tmp_path, monkeypatch):
+    expected = run(base, data, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        stop_after(patch, 7)
+        run(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1")
+    assert not (tmp_path / "parts" / "x.safetensors").exists()
+    same(run(base, data, tmp_path / "parts", "--resume", "auto"), expected)
+
+
+@pytest.mark.parametrize(("step", "file"), [(4, "x-000001.safetensors"), (7, "x.safetensors")])
+def test_a_signal_in_the_last_step_of_an_epoch_or_the_run_leaves_its_file(
+    base, data, tmp_path, monkeypatch, step, file
+):
+    from library.training.loop import Trainer
+
+    plain = Trainer.step
+
+    def signalled(self, index, batches):
+        if index + 1 == step:
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, index, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled)
+        if step < 7:
+            with pytest.raises(KeyboardInterrupt):
+                run(base, data, tmp_path, "--save_every_n_epochs", "1")
+        else:
+            run(base, data, tmp_path, "--save_every_n_epochs", "1")
+    assert (tmp_path / file).exists()
 
 
 def test_counters_names_and_pictures_go_on(base, data, tmp_path, monkeypatch):

@@ -154,11 +154,11 @@ class Trainer:
             bar.update()
             bar.set_postfix(avr_loss=f"{sum(self._losses) / len(self._losses):.4g}", refresh=False)
             self._after_step(epoch)
-            if self._stop.asked(self.runtime):
-                self._save_interrupted(epoch)
-                raise KeyboardInterrupt
+            if self.num_done % self.plan.steps_per_epoch:
+                self._stop_if_asked(epoch)
         self._log({"loss/epoch_average": sum(losses) / len(losses)})
         self._after_epoch(epoch)
+        self._stop_if_asked(epoch)  # an epoch that is through has its file and its pictures first
 
     def step(self, step: int, batches: list[Batch]) -> list[float]:
         """Make one optimizer step from the mean gradient of some micro-batches; return their losses."""
@@ -278,12 +278,16 @@ class Trainer:
         if path is not None and self.runtime.is_main:
             path.unlink(missing_ok=True)
 
-    def _save_interrupted(self, epoch: int) -> None:
+    def _stop_if_asked(self, epoch: int) -> None:
+        """Save and raise KeyboardInterrupt if a signal came; a run that is through just ends."""
+        if not self._stop.asked(self.runtime) or self.num_done >= self.plan.num_steps:
+            return
         path = checkpoints.step_file(self.config.saving, self.num_done)
         self.save(path, epoch=epoch - 1)
         self.save_state(path, epoch)
         logger.warning("stopped after step %d: what was learned is in %s", self.num_done, path)
         logger.warning("the same command with this goes on: --resume %s", checkpoints.state_folder(path))
+        raise KeyboardInterrupt
 
     # ---- logs -----------------------------------------------------------------------------------------------
 

@@ -254,7 +254,7 @@ def enable_gradient_checkpointing(models: LoadedModels, network: TrainableNetwor
     models.unet.train()
     if network.trains_text_encoder:
         for encoder in models.text_encoders:
-            # The name before transformers 5.20; the present one goes first.
+            # Older transformers have only the second name; newer ones warn of it.
             enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
             enable({"use_reentrant": False})
             text_model(encoder).train()
@@ -294,7 +294,9 @@ def plan_run(config: TrainConfig, sets: list[TrainingSet], runtime: Runtime, res
     if config.run.max_train_epochs is not None:
         plan = dataclasses.replace(plan, num_steps=config.run.max_train_epochs * plan.steps_per_epoch)
     plan = dataclasses.replace(plan, start_step=start_step(config, resumed, plan.steps_per_epoch))
-    if plan.start_step >= plan.num_steps:
+    # A run that was stopped between its last step and its file has only the file left to write.
+    is_through = checkpoints.final_file(config.saving).exists()
+    if plan.start_step > plan.num_steps or (plan.start_step == plan.num_steps and is_through):
         raise UserError(
             f"nothing is left to train: {plan.start_step} steps are made, and {plan.num_steps} are asked for"
         )
