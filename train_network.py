@@ -11,30 +11,72 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from library.config.dataset_file import load_datasets
-from library.config.train import parse_train_config, write_config_file
-from library.logs import run_script
-from library.sampling.prompts import read_prompts
+from library.config.train import TrainConfig, check, parse_train_config, write_config_file
+from library.errors import Problems
+from library.logs import choose_log_lines, run_script
+from library.sampling.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from library.data.records import TrainingSet
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse_train_config(argv, description=__doc__)
+    config = parse_train_config(argv, description=__doc__, when_read=choose_logs)
     if config.file.output_config:
         logger.info("wrote %s", write_config_file(config))
         return 0
-    datasets = load_datasets(config.data, config.dataset, config.subset)
-    prompts = read_prompts(config.preview.sample_prompts) if config.preview.sample_prompts else []
+    problems = Problems()
+    with problems:
+        check(config)
+    prompts, sets = [], []
+    with problems:
+        prompts = load_prompts(config)
+    with problems:
+        sets = load_sets(config)
+    problems.raise_if_any()
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
-    from library.data.records import build_training_sets
     from library.training.recipe import train
 
-    train(config, build_training_sets(datasets, latents_cached=config.precision.cache_latents), prompts)
+    train(config, sets, prompts)
     return 0
+
+
+def choose_logs(config: TrainConfig) -> None:
+    """Show log lines as the options say."""
+    choose_log_lines(config.logs.console_log_level, config.logs.console_log_file)
+
+
+def load_prompts(config: TrainConfig) -> list[Prompt]:
+    """Return the prompts of the previews; none where their file is absent, which `check` tells."""
+    path = config.preview.sample_prompts
+    return read_prompts(path) if path is not None and path.exists() else []
+
+
+def load_sets(config: TrainConfig) -> list[TrainingSet]:
+    """Return the pictures to train on; none where it is open which, as `check` tells."""
+    from library.data.records import build_training_sets
+
+    data = config.data
+    if data.dataset_config is not None:
+        is_told = data.dataset_config.is_file()
+    else:
+        folder = data.train_data_dir or (data.in_json and data.in_json.parent)
+        is_told = folder is not None and folder.is_dir() and config.dataset.resolution is not None
+    if not is_told:
+        return []
+    return build_training_sets(
+        load_datasets(data, config.dataset, config.subset),
+        latents_cached=config.precision.cache_latents,
+        masked_loss=config.loss.masked_loss,
+        seed=config.run.seed,
+    )
 
 
 if __name__ == "__main__":

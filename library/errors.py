@@ -1,8 +1,35 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and how several are told at once."""
+
+from __future__ import annotations
+
+from types import TracebackType
 
 
 class UserError(ValueError):
-    """What a user can mend: one line that says what is wrong, the value received and what to do.
+    """What a user can mend: one line for each thing that is wrong, with the value received and what to do.
 
     Entry scripts print it without a traceback and end with exit code 2.
     """
+
+
+class Problems:
+    """Collects the UserErrors of several checks, each in a `with` block, so that they can be told together."""
+
+    def __init__(self) -> None:
+        self._messages: list[str] = []
+
+    def __enter__(self) -> Problems:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if isinstance(error, UserError):
+            self._messages.append(str(error))
+            return True
+        return False
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError for all that were collected, each in its own line."""
+        if self._messages:
+            raise UserError("\n".join(self._messages))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.config.options import option
-from library.config.values import parse_extension, parse_resolution
+from library.config.values import parse_extension, parse_range, parse_resolution
 
 EVERYWHERE = ("general", "datasets", "subsets")
 DATASET = ("general", "datasets")
@@ -27,6 +27,9 @@ class DataConfig:
     dataset_config: Path | None = option(None, "dataset definition file (.toml or .json)")
     train_data_dir: Path | None = option(None, "folder whose sub-folders N_name hold the training pictures")
     reg_data_dir: Path | None = option(None, "folder whose sub-folders N_name hold regularisation pictures")
+    in_json: Path | None = option(
+        None, "metadata file (.json or .jsonl) with the captions of the pictures in --train_data_dir itself"
+    )
     prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")
 
 
@@ -49,6 +52,9 @@ class DatasetOptions:
         64, "sides of buckets are multiples of this; itself a multiple of 64", minimum=64, levels=DATASET
     )
     bucket_no_upscale: bool = option(False, "never enlarge a picture to fill its bucket", levels=DATASET)
+    validation_seed: int | None = option(
+        None, "seed of what is held out and of its noise; unset: --seed", minimum=0, levels=DATASET
+    )
     network_multiplier: float = option(
         1.0, "strength of the adapter for this dataset; accepted, 1.0 only", file_only=True, levels=DATASET
     )
@@ -96,12 +102,34 @@ class SubsetOptions:
     resize_interpolation: Interpolation | None = option(
         None, "how pictures are resized; unset: area to shrink, lanczos to enlarge", levels=EVERYWHERE
     )
+    face_crop_aug_range: tuple[float, float] | None = option(
+        None,
+        "crop round the face that the file name tells (NAME_x_y_w_h), so that the crop is this many times its size",
+        parse=parse_range,
+        form='"LOW,HIGH", two numbers above 0',
+        levels=EVERYWHERE,
+    )
+    alpha_mask: bool = option(False, "weight the loss by the transparency of the pictures", levels=EVERYWHERE)
+    conditioning_data_dir: Path | None = option(
+        None, "folder of the masks of --masked_loss, named like the pictures", levels=SUBSET
+    )
+    validation_split: float = option(
+        0.0, "share of the pictures that is held out to measure the loss on", minimum=0, maximum=1, levels=EVERYWHERE
+    )
     class_tokens: str | None = option(
         None, "caption of pictures that have no caption file", file_only=True, levels=EVERYWHERE
     )
     image_dir: Path | None = option(None, "folder of the pictures", file_only=True, levels=SUBSET)
+    metadata_file: Path | None = option(
+        None, "metadata file (.json or .jsonl) that lists pictures with captions", file_only=True, levels=SUBSET
+    )
     is_reg: bool = option(False, "regularisation pictures", file_only=True, levels=SUBSET)
     custom_attributes: dict | None = option(None, "free table; kept, not used", file_only=True, levels=EVERYWHERE)
+
+    @property
+    def source(self) -> Path:
+        """Where the pictures come from: the metadata file that lists them, or their folder."""
+        return self.metadata_file or self.image_dir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

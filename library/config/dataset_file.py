@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,6 @@ from library.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Keys that sd-scripts reads and this version does not: what they would do, so that nobody trains without it.
-NOT_YET = {
-    "metadata_file": "metadata files",
-    "conditioning_data_dir": "loss masks",
-    "alpha_mask": "loss masks",
-    "face_crop_aug_range": "face crops",
-    "validation_split": "validation",
-    "validation_seed": "validation",
-}
 # Keys that change nothing here.
 IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}
 
@@ -43,7 +34,7 @@ def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
     Raises UserError where there is nothing to train on.
     """
     if data.dataset_config is not None:
-        for name in ("train_data_dir", "reg_data_dir"):
+        for name in ("train_data_dir", "reg_data_dir", "in_json"):
             if getattr(data, name) is not None:
                 logger.warning("--%s is ignored: --dataset_config says where the pictures are", name)
         datasets = read_dataset_file(data.dataset_config, dataset, subset)
@@ -54,8 +45,9 @@ def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
     if not any(not entry.is_reg for found in datasets for entry in found.subsets):
         source = data.dataset_config or f"{data.train_data_dir} (sub-folders are named like 10_name)"
         raise UserError(f"no subset to train on in {source}")
-    for entry in datasets:
-        check_dataset(entry.options)
+    problems = [problem for entry in datasets for problem in dataset_problems(entry.options)]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return datasets
 
 
@@ -107,7 +99,7 @@ def _read_dataset(
     for index, entry in enumerate(subset_tables):
         where = f"{place}.subsets[{index}]"
         values = inherited | _read_keys(_expect_table(entry, where), "subsets", where)
-        if values.get("image_dir") is None:
+        if values.get("image_dir") is None and values.get("metadata_file") is None:
             raise UserError(f"{where}.image_dir is missing: the folder of the pictures")
         subsets.append(dataclasses.replace(subset, **values))
     return DatasetConfig(options=options, subsets=tuple(subsets))
@@ -120,15 +112,11 @@ def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, An
         if key in IGNORED:
             logger.warning("%s.%s is ignored: %s", place, key, IGNORED[key])
             continue
-        if key in NOT_YET and value in (False, 0, ""):
-            continue  # it is off
         values[key] = _known_key(key, level, place).read(value, f"{place}.{key}")
     return values
 
 
 def _known_key(key: str, level: str, place: str) -> Option:
-    if key in NOT_YET:
-        raise UserError(f"{place}.{key}: {NOT_YET[key]} are planned, but not in this version")
     entry = ALL_KEYS.get(key)
     if entry is None:
         known = [name for name, option in ALL_KEYS.items() if level in option.spec.levels]
@@ -157,13 +145,30 @@ def _expect_table(value: Any, place: str) -> dict[str, Any]:
 
 
 def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOptions]:
-    """Return a subset for each sub-folder `N_name` (N repeats, class token name), sorted by name."""
+    """Return a subset for each sub-folder `N_name` (N repeats, class token name), sorted by name.
+
+    With --in_json there is one subset, of the pictures that the file lists.
+    """
+    if data.in_json is not None:
+        return [dataclasses.replace(subset, image_dir=data.train_data_dir, metadata_file=data.in_json)]
     return [
-        dataclasses.replace(subset, image_dir=folder, num_repeats=repeats, class_tokens=tokens, is_reg=is_reg)
+        dataclasses.replace(
+            subset,
+            image_dir=folder,
+            num_repeats=repeats,
+            class_tokens=tokens,
+            is_reg=is_reg,
+            conditioning_data_dir=_folder_of_masks(subset.conditioning_data_dir, folder),
+        )
         for parent, is_reg in ((data.train_data_dir, False), (data.reg_data_dir, True))
-        if parent is not None
+        if parent is not None and parent.is_dir()
         for folder, repeats, tokens in _numbered_folders(parent)
     ]
+
+
+def _folder_of_masks(parent: Path | None, folder: Path) -> Path | None:
+    """Return where the masks of a sub-folder lie: in the sub-folder of the same name, else all together."""
+    return parent / folder.name if parent is not None and (parent / folder.name).is_dir() else parent
 
 
 def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
@@ -186,36 +191,33 @@ def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, 
     usable: list[SubsetOptions] = []
     for subset in subsets:
         if subset.num_repeats < 1:
-            logger.warning("%s is skipped: num_repeats is %d", subset.image_dir, subset.num_repeats)
-        elif any(subset.image_dir == other.image_dir for other in usable):
-            logger.warning("%s stands twice in one dataset; the first counts", subset.image_dir)
+            logger.warning("%s is skipped: num_repeats is %d", subset.source, subset.num_repeats)
+        elif any(subset.source == other.source for other in usable):
+            logger.warning("%s stands twice in one dataset; the first counts", subset.source)
         else:
             usable.append(subset)
     return tuple(usable)
 
 
-def check_dataset(options: DatasetOptions) -> None:
-    """Raise UserError for a resolution or bucket sizes that do not fit together."""
-    if options.resolution is None:
-        raise UserError("resolution is missing: give it in [general], [[datasets]] or as --resolution")
+def dataset_problems(options: DatasetOptions) -> Iterator[str]:
+    """Yield what is wrong with the resolution and the bucket sizes of a dataset."""
     if options.network_multiplier != 1.0:
-        raise UserError(f"network_multiplier must be 1.0, got {options.network_multiplier:g}: nothing reads another")
-    if options.enable_bucket:
-        if options.bucket_reso_steps % 64:
-            raise UserError(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
-        if not options.bucket_no_upscale:
-            _check_bucket_range(options)
+        yield f"network_multiplier must be 1.0, got {options.network_multiplier:g}: nothing reads another"
+    if options.resolution is None:
+        yield "resolution is missing: give it in [general], [[datasets]] or as --resolution"
+    elif options.enable_bucket:
+        yield from _bucket_problems(options)
     elif options.resolution[0] % 8 or options.resolution[1] % 8:
-        raise UserError(f"resolution must be a multiple of 8 without buckets, got {options.resolution}")
+        yield f"resolution must be a multiple of 8 without buckets, got {options.resolution}"
 
 
-def _check_bucket_range(options: DatasetOptions) -> None:
+def _bucket_problems(options: DatasetOptions) -> Iterator[str]:
     shortest, longest = min(options.resolution), max(options.resolution)
+    if options.bucket_reso_steps % 64:
+        yield f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}"
+    if options.bucket_no_upscale:
+        return  # the range has no effect
     if options.min_bucket_reso > shortest:
-        raise UserError(
-            f"min_bucket_reso {options.min_bucket_reso} is more than the resolution's shorter side {shortest}"
-        )
+        yield f"min_bucket_reso {options.min_bucket_reso} is more than the resolution's shorter side {shortest}"
     if options.max_bucket_reso < longest:
-        raise UserError(
-            f"max_bucket_reso {options.max_bucket_reso} is less than the resolution's longer side {longest}"
-        )
+        yield f"max_bucket_reso {options.max_bucket_reso} is less than the resolution's longer side {longest}"

@@ -42,6 +42,8 @@ class LossConfig:
     v_pred_like_loss: float | None = option(None, "add this times the loss weighted like that of v", minimum=0)
     debiased_estimation_loss: bool = option(False, "weight the loss by 1 / sqrt(SNR), for v by 1 / (SNR + 1)")
 
+    masked_loss: bool = option(False, "weight the loss by masks: conditioning_data_dir of the dataset has them")
+
     @property
     def timestep_range(self) -> tuple[int, int]:
         """The lowest timestep that is drawn, and the first one above all that are."""

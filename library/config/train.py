@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
+from library.config.hub import STATE_FORM, HubConfig, parse_hub_state
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
@@ -15,7 +16,7 @@ from library.config.optimizer import POLYNOMIAL_END, OptimizerConfig, ScheduleCo
 from library.config.options import build, given_options, option, to_toml, with_toml_suffix
 from library.config.preview import PreviewConfig
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
-from library.config.training import PrecisionConfig, RunConfig, TextConfig
+from library.config.training import PrecisionConfig, RunConfig, TextConfig, ValidationConfig
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,25 +45,34 @@ class TrainConfig:
     run: RunConfig
     precision: PrecisionConfig
     text: TextConfig
+    validation: ValidationConfig
     saving: SavingConfig
     state: StateConfig
+    hub: HubConfig
     preview: PreviewConfig
     metadata: MetadataConfig
     logs: LoggingConfig
     file: FileConfig
 
 
-def parse_train_config(argv: Sequence[str] | None = None, *, description: str | None = None) -> TrainConfig:
-    """Return the complete, checked configuration of a run; raises UserError for a user's mistake.
+def parse_train_config(
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    when_read: Callable[[TrainConfig], None] | None = None,
+) -> TrainConfig:
+    """Return the complete configuration of a run; raises UserError for a value that cannot be read.
 
-    With --output_config it is returned as given, since nothing will be run.
+    Whether the options fit together is for `check`. With --output_config they are returned as given, since
+    nothing will be run. when_read gets the options as given, before they are spoken of.
     """
     given = given_options(TrainConfig, argv, description=description)
     config = build(TrainConfig, given)
     if config.file.output_config:
         return config
+    if when_read is not None:
+        when_read(config)
     config = resolve(config)
-    check(config)
     if "learning_rate" not in given and falls_back_on_learning_rate(config):
         logger.warning("--learning_rate is not given: 2e-06 is the default, 1e-4 to 1e-3 suits a LoRA")
     return config
@@ -89,15 +99,20 @@ def write_config_file(config: TrainConfig) -> Path:
     return path
 
 
+OLD_SPELLINGS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return config with everything that one option implies for another; each change is logged."""
     changes = []
     if config.precision.cache_latents_to_disk and not config.precision.cache_latents:
         changes.append(("precision", "cache_latents", True, "--cache_latents_to_disk implies it"))
-    if config.optimizer.use_8bit_adam:
-        if config.optimizer.optimizer_type.lower() not in ("adamw", "adamw8bit"):
-            raise UserError(f"--use_8bit_adam contradicts --optimizer_type {config.optimizer.optimizer_type}: give one")
-        changes.append(("optimizer", "optimizer_type", "AdamW8bit", "--use_8bit_adam stands for it"))
+    for flag, name in OLD_SPELLINGS.items():
+        given = config.optimizer.optimizer_type.lower()
+        if getattr(config.optimizer, flag):
+            if given not in ("adamw", name.lower()):
+                raise UserError(f"--{flag} contradicts --optimizer_type {config.optimizer.optimizer_type}: give one")
+            changes.append(("optimizer", "optimizer_type", name, f"--{flag} stands for it"))
     for name in ("sample_every_n_steps", "sample_every_n_epochs"):
         interval = getattr(config.preview, name)
         if interval is not None and interval <= 0:
@@ -115,70 +130,95 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise UserError for options that are missing, contradict each other, or name files that are not there."""
-    _check_required(config)
-    _check_conflicts(config)
-    _check_files(config)
+    """Raise UserError that lists every option that is missing, contradicts another, or names an absent file."""
+    problems = [*_missing(config), *_conflicts(config), *_absent_files(config)]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
-def _check_required(config: TrainConfig) -> None:
-    required = {
-        "pretrained_model_name_or_path": config.model.pretrained_model_name_or_path,
-        "network_module": config.network.network_module,
-        "output_dir": config.saving.output_dir,
-    }
-    meanings = {
-        "pretrained_model_name_or_path": "the base model: a file or a Diffusers folder",
-        "network_module": "networks.lora trains a LoRA",
-        "output_dir": "the folder to write to",
-    }
-    for name, value in required.items():
-        if not value:
-            raise UserError(f"--{name} is missing: {meanings[name]}")
-    if config.data.dataset_config is None and config.data.train_data_dir is None:
-        raise UserError("no training data: give --dataset_config, or --train_data_dir with N_name folders")
-    if config.data.dataset_config is None and config.dataset.resolution is None:
-        raise UserError("--resolution is missing: the training size in pixels, such as 512 or 512,768")
+def _missing(config: TrainConfig) -> Iterator[str]:
+    required = (
+        ("pretrained_model_name_or_path", config.model, "the base model: a file or a Diffusers folder"),
+        ("network_module", config.network, "networks.lora trains a LoRA"),
+        ("output_dir", config.saving, "the folder to write to"),
+    )
+    for name, section, meaning in required:
+        if not getattr(section, name):
+            yield f"--{name} is missing: {meaning}"
+    data = config.data
+    if data.dataset_config is None and data.train_data_dir is None and data.in_json is None:
+        yield "no training data: give --dataset_config, or --train_data_dir with N_name folders"
+    if data.dataset_config is None and config.dataset.resolution is None:
+        yield "--resolution is missing: the training size in pixels, such as 512 or 512,768"
 
 
-def _check_conflicts(config: TrainConfig) -> None:
-    network, preview = config.network, config.preview
-    _check_schedule(config.schedule, config.optimizer)
-    if network.network_train_unet_only and network.network_train_text_encoder_only:
-        raise UserError(
-            "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
-        )
-    if network.dim_from_weights and network.network_weights is None:
-        raise UserError("--dim_from_weights needs --network_weights, the file to take ranks from")
-    if network.dim_from_weights and network.network_dim is not None:
-        logger.warning("--network_dim is ignored: --dim_from_weights takes the ranks of %s", network.network_weights)
+def _conflicts(config: TrainConfig) -> Iterator[str]:
+    yield from _network_conflicts(config)
+    yield from _schedule_conflicts(config.schedule, config.optimizer)
+    yield from _noise_conflicts(config.loss)
+    yield from _precision_conflicts(config.precision)
+    yield from _log_conflicts(config.logs)
+    yield from _hub_conflicts(config.hub, config.state)
+    preview = config.preview
     draws = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
     if draws and preview.sample_prompts is None:
-        raise UserError("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
-    if config.logs.log_with and config.logs.logging_dir is None:
-        raise UserError("--log_with tensorboard needs --logging_dir, the folder for the logs")
-    _check_noise(config.loss)
+        yield "previews are asked for, but --sample_prompts, the file with their prompts, is missing"
+
+
+def _network_conflicts(config: TrainConfig) -> Iterator[str]:
+    network = config.network
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
+    if network.dim_from_weights and network.network_weights is None:
+        yield "--dim_from_weights needs --network_weights, the file to take ranks from"
+    if network.dim_from_weights and network.network_dim is not None:
+        logger.warning("--network_dim is ignored: --dim_from_weights takes the ranks of %s", network.network_weights)
     if len(network.base_weights_multiplier or ()) > len(network.base_weights or ()):
-        raise UserError("--base_weights_multiplier has more numbers than --base_weights has files")
+        yield "--base_weights_multiplier has more numbers than --base_weights has files"
 
 
-def _check_noise(loss: LossConfig) -> None:
+def _noise_conflicts(loss: LossConfig) -> Iterator[str]:
     if loss.adaptive_noise_scale is not None and loss.noise_offset is None:
-        raise UserError("--adaptive_noise_scale needs --noise_offset, to which it adds")
+        yield "--adaptive_noise_scale needs --noise_offset, to which it adds"
     lowest, limit = loss.timestep_range
     if lowest >= limit:
-        raise UserError(f"--min_timestep {lowest} must be below --max_timestep {limit}")
+        yield f"--min_timestep {lowest} must be below --max_timestep {limit}"
 
 
-def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> None:
+def _precision_conflicts(precision: PrecisionConfig) -> Iterator[str]:
+    for name in ("fp16", "bf16"):
+        if getattr(precision, f"full_{name}") and precision.mixed_precision != name:
+            yield f"--full_{name} needs --mixed_precision {name}, got {precision.mixed_precision}"
+
+
+def _log_conflicts(logs: LoggingConfig) -> Iterator[str]:
+    if logs.log_with in ("tensorboard", "all") and logs.logging_dir is None:
+        yield f"--log_with {logs.log_with} needs --logging_dir, the folder for the logs"
+
+
+def _hub_conflicts(hub: HubConfig, state: StateConfig) -> Iterator[str]:
+    reading = {"resume_from_huggingface"} | ({"huggingface_token"} if hub.resume_from_huggingface else set())
+    given = [name for name, value in vars(hub).items() if value and name not in reading]
+    if given and hub.huggingface_repo_id is None:
+        yield f"--{given[0]} needs --huggingface_repo_id, the repository to upload to"
+    if hub.save_state_to_huggingface and not (state.save_state or state.save_state_on_train_end):
+        yield "--save_state_to_huggingface needs --save_state or --save_state_on_train_end"
+    if hub.resume_from_huggingface:
+        try:
+            parse_hub_state(state.resume or "")
+        except ValueError:
+            yield f"--resume_from_huggingface: --resume must be {STATE_FORM}, got {state.resume!r}"
+
+
+def _schedule_conflicts(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[str]:
     if schedule.lr_scheduler == "constant" and not schedule.lr_scheduler_type and schedule.lr_warmup_steps:
-        raise UserError("--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0")
+        yield "--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0"
     if schedule.lr_warmup_steps and (schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"):
-        raise UserError(f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up")
+        yield f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up"
     if schedule.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
-        raise UserError(f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that")
+        yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that"
     if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
-        raise UserError("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")
+        yield "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio"
 
 
 def _schedule_option(schedule: ScheduleConfig) -> str:
@@ -187,30 +227,31 @@ def _schedule_option(schedule: ScheduleConfig) -> str:
     return f"--lr_scheduler {schedule.lr_scheduler}"
 
 
-def _check_files(config: TrainConfig) -> None:
+def _absent_files(config: TrainConfig) -> Iterator[str]:
+    by_file = config.data.dataset_config is not None  # then the folders go unused
     paths = {
         "vae": config.model.vae,
         "tokenizer_cache_dir": config.model.tokenizer_cache_dir,
         "dataset_config": config.data.dataset_config,
-        "train_data_dir": None if config.data.dataset_config else config.data.train_data_dir,
-        "reg_data_dir": None if config.data.dataset_config else config.data.reg_data_dir,
+        "train_data_dir": None if by_file else config.data.train_data_dir,
+        "reg_data_dir": None if by_file else config.data.reg_data_dir,
+        "in_json": None if by_file else config.data.in_json,
         "network_weights": config.network.network_weights,
         "sample_prompts": config.preview.sample_prompts,
+        "log_tracker_config": config.logs.log_tracker_config,
     }
-    for name, path in paths.items():
-        if path is not None and not path.exists():
-            raise UserError(f"--{name}: {path} does not exist")
-        if path is not None and name.endswith("_data_dir") and not path.is_dir():
-            raise UserError(f"--{name}: {path} is a file; name the folder above the N_name folders")
-    for path in config.network.base_weights or ():
+    named = [(name, path) for name, path in paths.items() if path is not None]
+    for name, path in [*named, *(("base_weights", path) for path in config.network.base_weights or ())]:
         if not path.exists():
-            raise UserError(f"--base_weights: {path} does not exist")
-    model = Path(config.model.pretrained_model_name_or_path or "")
-    if not model.exists():
-        raise UserError(
+            yield f"--{name}: {path} does not exist"
+        elif name.endswith("_data_dir") and not path.is_dir():
+            yield f"--{name}: {path} is a file; name the folder above the N_name folders"
+    model = config.model.pretrained_model_name_or_path
+    if model and not Path(model).exists():
+        yield (
             f"--pretrained_model_name_or_path: {model} does not exist here, and nothing is downloaded: "
             "name a .safetensors or .ckpt file or a Diffusers folder"
         )
     output = config.saving.output_dir
     if output is not None and output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir: {output} is a file, not a folder")
+        yield f"--output_dir: {output} is a file, not a folder"

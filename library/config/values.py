@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def parse_text(value: Any) -> str | None:
+    """Return a text; None from "", which GUIs write for unset."""
+    if not isinstance(value, str):
+        raise ValueError
+    return value.strip() or None
+
+
 def parse_resolution(value: Any) -> tuple[int, int]:
     """Return (width, height) in pixels from 512, "512", "512,768" or [512, 768]."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
@@ -42,6 +49,21 @@ def parse_pairs(value: Any) -> tuple[str, ...]:
 def split_pairs(words: tuple[str, ...] | None) -> dict[str, str]:
     """Return key -> value text of a list of key=value, split at the first "="."""
     return {key.strip(): text.strip() for key, text in (word.split("=", 1) for word in words or ())}
+
+
+def parse_range(value: Any) -> tuple[float, float] | None:
+    """Return (low, high) from "2.0,4.0" or [2.0, 4.0]; None from "", which GUIs write for unset."""
+    if value == "":
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        raise ValueError
+    if any(isinstance(part, bool) or not isinstance(part, int | float | str) for part in parts):
+        raise ValueError
+    low, high = float(parts[0]), float(parts[1])
+    if not 0 < low <= high:
+        raise ValueError("the first must be above 0 and at most the second")
+    return low, high
 
 
 def parse_extension(value: Any) -> str:

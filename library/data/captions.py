@@ -68,6 +68,18 @@ def draw_caption(caption: str, options: SubsetOptions, moment: Moment, rng: rand
     return caption
 
 
+def possible_captions(caption: str, options: SubsetOptions) -> set[str] | None:
+    """Return all texts that a caption can be in a run, or None where rules make many of it."""
+    varies = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
+    has_choices = "\n" in caption or WILDCARD.search(caption) is not None
+    if varies or (options.enable_wildcard and has_choices):
+        return None
+    undropped = dataclasses.replace(options, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
+    text = draw_caption(caption, undropped, Moment(1, 0, 1), random.Random(0))
+    is_droppable = options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0
+    return {text, ""} if is_droppable else {text}
+
+
 def with_affixes(caption: str, options: SubsetOptions) -> str:
     """Return the caption with prefix and suffix on each of its lines."""
     before = f"{options.caption_prefix} " if options.caption_prefix else ""

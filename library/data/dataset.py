@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from library.data import images
+from library.data.buckets import Size
 from library.data.captions import Moment, draw_caption
-from library.data.latent_cache import LatentCache
+from library.data.latent_cache import LatentCache, load_mask
 from library.data.records import ImageRecord, TrainingSet
 from library.randomness import random_for
 
@@ -50,6 +52,7 @@ class Batch:
     loss_weights: torch.Tensor  # (B,)
     moments: torch.Tensor | None  # (B, 8, H/8, W/8): mean and log-variance of the latents, from the cache
     pixels: torch.Tensor | None  # (B, 3, H, W) in [-1, 1]
+    masks: torch.Tensor | None  # (B, 1, H/8, W/8) in [0, 1], weights of the loss; None where no picture has one
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -152,51 +155,85 @@ class BatchMaker(torch.utils.data.Dataset):
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         records = [self.sets[sample.dataset].records[sample.record] for sample in request.samples]
-        moment = Moment(request.epoch, request.step, self.num_steps)
-        drawn = [self._draw(sample, request.epoch) for sample in request.samples]
+        draws = [self._draw(sample, request.epoch) for sample in request.samples]
         return Batch(
             epoch=request.epoch,
             samples=request.samples,
             names=tuple(str(record.path) for record in records),
-            captions=tuple(
-                draw_caption(
-                    record.caption, record.subset, moment, random_for(self.seed, "caption", request.epoch, *sample)
-                )
-                for record, sample in zip(records, request.samples, strict=True)
-            ),
+            captions=self.captions(request),
             loss_weights=torch.tensor([self.prior_loss_weight if record.subset.is_reg else 1.0 for record in records]),
-            moments=torch.stack(drawn) if self.cache is not None else None,
-            pixels=torch.stack(drawn) if self.cache is None else None,
+            moments=torch.stack([drawn.values for drawn in draws]) if self.cache is not None else None,
+            pixels=torch.stack([drawn.values for drawn in draws]) if self.cache is None else None,
+            masks=stack_masks([drawn.mask for drawn in draws], [record.placement.bucket for record in records]),
         )
 
-    def _draw(self, sample: Sample, epoch: int) -> torch.Tensor:
-        """Return the moments (8, H/8, W/8) or the pixels (3, H, W) of one sample."""
+    def captions(self, request: BatchRequest) -> tuple[str, ...]:
+        """Return the captions of a batch as they are fed to the text encoder."""
+        moment = Moment(request.epoch, request.step, self.num_steps)
+        records = [self.sets[sample.dataset].records[sample.record] for sample in request.samples]
+        return tuple(
+            draw_caption(
+                record.caption, record.subset, moment, random_for(self.seed, "caption", request.epoch, *sample)
+            )
+            for record, sample in zip(records, request.samples, strict=True)
+        )
+
+    def _draw(self, sample: Sample, epoch: int) -> Draw:
         entry = self.sets[sample.dataset]
         record = entry.records[sample.record]
         rng = random_for(self.seed, "picture", epoch, *sample)
         mirrored = record.subset.flip_aug and rng.random() < 0.5
-        if self.cache is not None:
-            return self.cache.moments(record, mirrored=mirrored)
-        return images.to_tensor(draw_pixels(record, entry.options.enable_bucket, mirrored, rng))
+        if self.cache is None:
+            return draw_picture(record, draw_frame(record, entry.options.enable_bucket, rng), mirrored, rng)
+        mask = None if record.mask is None else self.cache.mask(record, mirrored=mirrored)
+        return Draw(self.cache.moments(record, mirrored=mirrored), mask)
 
 
-def draw_pixels(record: ImageRecord, bucketed: bool, mirrored: bool, rng: object) -> np.ndarray:
-    """Return the pixels of one draw, uint8 (H, W, 3): cropped, varied in colour, mirrored.
+class Draw(NamedTuple):
+    """One draw of a picture."""
+
+    values: Tensor  # pixels (3, H, W) in [-1, 1], or moments (8, H/8, W/8)
+    mask: Tensor | None  # (H/8, W/8)
+
+
+def draw_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
+    """Return what of a picture is seen in one draw.
 
     Without buckets a random crop is a window of the picture as it is, unless it is too small for one.
     """
     subset, placement = record.subset, record.placement
-    if subset.random_crop:
-        width, height = placement.bucket
-        if not bucketed and record.size[0] >= width and record.size[1] >= height:
-            placement = dataclasses.replace(placement, resized=record.size)
-        offset = images.random_offset(placement, rng)
-    else:
-        offset = images.centre_offset(placement)
-    pixels = images.fit(images.load_picture(record.path), placement, offset, subset.resize_interpolation)
-    if subset.color_aug:
+    if subset.face_crop_aug_range and not bucketed:
+        face = images.face_in_name(record.path)
+        if face is not None:
+            target, times = placement.bucket, subset.face_crop_aug_range
+            return images.face_frame(record.size, face, target, times, anywhere=subset.random_crop, rng=rng)
+    if not subset.random_crop:
+        return images.centre_frame(placement)
+    width, height = placement.bucket
+    if not bucketed and record.size[0] >= width and record.size[1] >= height:
+        placement = dataclasses.replace(placement, resized=record.size)
+    return images.random_frame(placement, rng)
+
+
+def draw_picture(record: ImageRecord, frame: images.Frame, mirrored: bool, rng: random.Random) -> Draw:
+    """Return the pixels of one draw, varied in colour and mirrored, and the mask that went the same way."""
+    pixels = images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation)
+    if record.subset.color_aug:
         pixels = images.vary_colour(pixels, rng)
-    return pixels[:, ::-1] if mirrored else pixels
+    mask = None if record.mask is None else torch.from_numpy(images.fit_mask(load_mask(record), frame))
+    if mirrored:
+        pixels = pixels[:, ::-1]
+        mask = None if mask is None else mask.flip(-1)
+    return Draw(images.to_tensor(pixels), mask)
+
+
+def stack_masks(masks: list[Tensor | None], sizes: list[Size]) -> Tensor | None:
+    """Return the masks of a batch (B, 1, H/8, W/8), all ones for a picture without; None if no picture has one."""
+    if all(mask is None for mask in masks):
+        return None
+    scale = images.LATENT_SCALE
+    whole = [torch.ones(height // scale, width // scale) for width, height in sizes]
+    return torch.stack([one if mask is None else mask for mask, one in zip(masks, whole, strict=True)])[:, None]
 
 
 def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.utils.data.DataLoader:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -56,10 +57,24 @@ def read_size(path: Path) -> Size:
 
 def load_picture(path: Path) -> np.ndarray:
     """Return the pixels of a picture, uint8 (H, W, 3); raises UnreadablePictureError."""
+    return _load(path, _to_rgb)
+
+
+def load_alpha(path: Path) -> np.ndarray:
+    """Return the opacity of a picture, uint8 (H, W), 255 where it has none; raises UnreadablePictureError."""
+    return _load(path, lambda picture: picture.convert("RGBA").getchannel("A"))
+
+
+def load_red(path: Path) -> np.ndarray:
+    """Return the red channel of a picture, uint8 (H, W); raises UnreadablePictureError."""
+    return _load(path, lambda picture: _to_rgb(picture).getchannel("R"))
+
+
+def _load(path: Path, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     try:
         with _open(path) as picture:
             orientation = _orientation(picture)
-            pixels = _to_rgb(picture)
+            pixels = convert(picture)
             return np.asarray(pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels)
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
@@ -105,24 +120,101 @@ def _reason(path: Path, error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def fit(pixels: np.ndarray, placement: Placement, offset: Size, interpolation: str | None) -> np.ndarray:
-    """Return the pixels resized and cut to the bucket, uint8 (bucket height, bucket width, 3).
+class Frame(NamedTuple):
+    """What of a picture is seen: it is resized, then a window of a size is cut out at a corner (left, top)."""
 
-    offset is the corner (left, top) of the crop within the resized picture.
+    resized: Size
+    corner: Size
+    size: Size
+
+    def cut(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the window of resized pixels (H, W, ...)."""
+        (left, top), (width, height) = self.corner, self.size
+        return pixels[top : top + height, left : left + width]
+
+
+def centre_frame(placement: Placement) -> Frame:
+    """Return the window in the middle."""
+    return Frame(placement.resized, (placement.surplus[0] // 2, placement.surplus[1] // 2), placement.bucket)
+
+
+def random_frame(placement: Placement, rng: random.Random) -> Frame:
+    """Return a window from anywhere."""
+    corner = rng.randint(0, placement.surplus[0]), rng.randint(0, placement.surplus[1])
+    return Frame(placement.resized, corner, placement.bucket)
+
+
+class Face(NamedTuple):
+    """A face as the name of a cropped picture tells it: centre and size in pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def side(self) -> int:
+        """The longer side."""
+        return max(self.width, self.height)
+
+
+def face_in_name(path: Path) -> Face | None:
+    """Return the face that a file name tells at its end, NAME_x_y_w_h; None without one."""
+    parts = path.stem.split("_")
+    if len(parts) < 5 or not all(part.isdecimal() for part in parts[-4:]) or int(parts[-4]) == 0:
+        return None
+    return Face(*map(int, parts[-4:]))
+
+
+SMALLEST_SHIFTED_FACE = 40  # pixels; a smaller one stays in the middle of its crop
+
+
+def face_frame(
+    size: Size, face: Face, target: Size, times: tuple[float, float], *, anywhere: bool, rng: random.Random
+) -> Frame:
+    """Return a window of the target size round a face, as large as between `times[0]` and `times[1]` faces.
+
+    The picture is never enlarged for it, unless it would not fill the window. The face is in the middle,
+    give or take a twentieth of it where the range is one, or anywhere near the middle with `anywhere`; the
+    window stays within the picture.
     """
-    pixels = resize(pixels, placement.resized, interpolation)
-    (left, top), (width, height) = offset, placement.bucket
-    return pixels[top : top + height, left : left + width]
+    cover = max(target[0] / size[0], target[1] / size[1])
+    low, high = times
+    smallest = max(cover, min(1.0, min(target) / (face.side * high)))
+    largest = max(smallest, min(1.0, min(target) / (face.side * low)))
+    scale = rng.uniform(smallest, largest)
+    resized = max(target[0], int(size[0] * scale + 0.5)), max(target[1], int(size[1] * scale + 0.5))
+    side = int(face.side * scale + 0.5)
+    corner = []
+    for position, length, window in zip((face.x, face.y), resized, target, strict=True):
+        centre = int(position * scale + 0.5)
+        if anywhere:
+            reach = max(length - centre, centre)  # the sum of two draws favours the middle
+            centre += rng.randint(0, reach) + rng.randint(0, reach) - reach
+        elif low != high and side > min(target) // 10 and side >= SMALLEST_SHIFTED_FACE:
+            centre += rng.randint(-(side // 20), side // 20)
+        corner.append(min(max(0, centre - window // 2), length - window))
+    return Frame(resized, (corner[0], corner[1]), target)
 
 
-def centre_offset(placement: Placement) -> Size:
-    """Return the corner of a crop from the middle."""
-    return placement.surplus[0] // 2, placement.surplus[1] // 2
+def fit(pixels: np.ndarray, frame: Frame, interpolation: str | None) -> np.ndarray:
+    """Return the pixels of a frame, uint8 (height, width, 3)."""
+    return frame.cut(resize(pixels, frame.resized, interpolation))
 
 
-def random_offset(placement: Placement, rng: random.Random) -> Size:
-    """Return the corner of a crop from anywhere."""
-    return rng.randint(0, placement.surplus[0]), rng.randint(0, placement.surplus[1])
+LATENT_SCALE = 8  # pixels to a side of one latent
+
+
+def fit_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return the mean weight over each latent's pixels, float32 (height / 8, width / 8) in [0, 1].
+
+    mask is uint8 (H, W) of the picture, or of any size with its aspect ratio.
+    """
+    height, width = mask.shape
+    shrinks = frame.resized[0] <= width and frame.resized[1] <= height
+    fitted = frame.cut(resize(mask, frame.resized, "area" if shrinks else "linear")).astype(np.float32) / 255
+    rows, columns = fitted.shape[0] // LATENT_SCALE, fitted.shape[1] // LATENT_SCALE
+    return fitted.reshape(rows, LATENT_SCALE, columns, LATENT_SCALE).mean(axis=(1, 3))
 
 
 PIL_FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from library.weights_io import read_header, read_tensors, write_weights
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
-PLAIN, MIRRORED = "moments", "moments_flipped"
+PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, 3, H, W) in [-1, 1] -> moments (B, 8, H/8, W/8)
 Entry = dict[str, torch.Tensor]
@@ -44,7 +44,7 @@ class Source:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors in the entry."""
-        return (PLAIN, MIRRORED) if self.mirrored else (PLAIN,)
+        return PLAIN, *([MIRRORED] if self.mirrored else []), *([MASK] if self.record.mask else [])
 
     @property
     def file(self) -> Path:
@@ -62,27 +62,41 @@ class LatentCache:
 
     def moments(self, record: ImageRecord, *, mirrored: bool) -> torch.Tensor:
         """Return the moments (8, H/8, W/8) of a record."""
-        return self.entries[self.fingerprints[record_key(record)]][MIRRORED if mirrored else PLAIN]
+        return self._entry(record)[MIRRORED if mirrored else PLAIN]
+
+    def mask(self, record: ImageRecord, *, mirrored: bool) -> torch.Tensor:
+        """Return the loss mask (H/8, W/8) of a record that has one."""
+        mask = self._entry(record)[MASK]
+        return mask.flip(-1) if mirrored else mask
+
+    def _entry(self, record: ImageRecord) -> Entry:
+        return self.entries[self.fingerprints[record_key(record)]]
 
 
 def record_key(record: ImageRecord) -> RecordKey:
     """Return what tells records with different pixels apart within a run."""
     placement = record.placement
-    return record.path, (*placement.resized, *placement.bucket, record.subset.resize_interpolation or "")
+    interpolation = record.subset.resize_interpolation or ""
+    return record.path, (*placement.resized, *placement.bucket, interpolation, str(record.mask or ""))
 
 
-def fingerprint(record: ImageRecord, file_hash: str, encoder: str) -> str:
-    """Return the hash of everything that an entry depends on; encoder names VAE weights and precision."""
+def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -> str:
+    """Return the hash of everything that an entry depends on; encoder names VAE weights and precision.
+
+    hashes holds those of the files of picture and mask.
+    """
     placement = record.placement
-    parts = (
+    parts: tuple[object, ...] = (
         FORMAT_VERSION,
-        file_hash,
+        hashes[record.path],
         placement.resized,
-        images.centre_offset(placement),
+        images.centre_frame(placement).corner,
         placement.bucket,
         record.subset.resize_interpolation,
         encoder,
     )
+    if record.mask is not None:
+        parts += ("alpha" if record.mask == record.path else hashes[record.mask],)
     return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()
 
 
@@ -119,13 +133,20 @@ def build_cache(
     return LatentCache(entries, fingerprints)
 
 
+def count_valid(sets: list[TrainingSet], encoder: str) -> tuple[int, int]:
+    """Return (entries that are valid on disk, entries that a run uses)."""
+    sources, _ = _sources(sets, encoder)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return sum(entry is not None for entry in pool.map(read_entry, sources)), len(sources)
+
+
 def _sources(sets: list[TrainingSet], encoder: str) -> tuple[list[Source], dict[RecordKey, str]]:
     """Return one source for each distinct entry, sorted by bucket so that batches fill, and record -> fingerprint."""
-    records = [record for entry in sets for record in entry.records]
-    paths = sorted({record.path for record in records})
+    records = [record for entry in sets for record in entry.all_records]
+    paths = sorted({path for record in records for path in (record.path, record.mask) if path is not None})
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         hashes = dict(zip(paths, pool.map(_hash_file, paths), strict=True))
-    fingerprints = {record_key(record): fingerprint(record, hashes[record.path], encoder) for record in records}
+    fingerprints = {record_key(record): fingerprint(record, hashes, encoder) for record in records}
     sources: dict[str, Source] = {}
     for record in records:
         key = fingerprints[record_key(record)]
@@ -173,7 +194,9 @@ def _encode(sources: list[Source], encode: Encode, batch_size: int) -> Iterator[
             loaded = list(ahead.pop(0))
             results += loaded
             readable = [
-                (source, pixels) for source, pixels in zip(batch, loaded, strict=True) if isinstance(pixels, np.ndarray)
+                (source, *layers)
+                for source, layers in zip(batch, loaded, strict=True)
+                if not isinstance(layers, Exception)
             ]
             for source, entry in _encode_batch(readable, encode):
                 if all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
@@ -199,23 +222,31 @@ def _batches(sources: list[Source], batch_size: int) -> Iterator[list[Source]]:
 def _load(source: Source) -> object:
     record = source.record
     try:
-        offset = images.centre_offset(record.placement)
-        return images.fit(
-            images.load_picture(record.path), record.placement, offset, record.subset.resize_interpolation
-        )
+        frame = images.centre_frame(record.placement)
+        pixels = images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation)
+        return pixels, None if record.mask is None else images.fit_mask(load_mask(record), frame)
     except images.UnreadablePictureError as error:
         return error
 
 
-def _encode_batch(loaded: list[tuple[Source, np.ndarray]], encode: Encode) -> Iterator[tuple[Source, Entry]]:
+def load_mask(record: ImageRecord) -> np.ndarray:
+    """Return the loss mask of a record that has one, uint8 (H, W): its own opacity, or the red of another file."""
+    return images.load_alpha(record.path) if record.mask == record.path else images.load_red(record.mask)
+
+
+def _encode_batch(
+    loaded: list[tuple[Source, np.ndarray, np.ndarray | None]], encode: Encode
+) -> Iterator[tuple[Source, Entry]]:
     if not loaded:
         return
-    plain = encode(torch.stack([images.to_tensor(pixels) for _, pixels in loaded]))
-    wanted = [index for index, (source, _) in enumerate(loaded) if source.mirrored]
+    plain = encode(torch.stack([images.to_tensor(pixels) for _, pixels, _ in loaded]))
+    wanted = [index for index, (source, _, _) in enumerate(loaded) if source.mirrored]
     if wanted:
         flipped = encode(torch.stack([images.to_tensor(loaded[index][1][:, ::-1]) for index in wanted]))
-    for index, (source, _) in enumerate(loaded):
+    for index, (source, _, mask) in enumerate(loaded):
         entry = {PLAIN: plain[index].clone()}
         if source.mirrored:
             entry[MIRRORED] = flipped[wanted.index(index)].clone()
+        if mask is not None:
+            entry[MASK] = torch.from_numpy(mask)
         yield source, entry

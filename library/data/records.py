@@ -1,4 +1,4 @@
-"""From folders to records: which pictures there are, their captions, buckets and repeats."""
+"""From datasets to records: which pictures there are, their captions, masks, buckets and repeats."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data import buckets
 from library.data.buckets import Placement, Size
-from library.data.captions import read_caption
-from library.data.images import UnreadablePictureError, list_pictures, load_picture, read_size
+from library.data.images import UnreadablePictureError, load_picture, read_size
+from library.data.sources import MOST_NAMED, Listed, find_masks, list_subset
 from library.errors import UserError
+from library.randomness import random_for
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 8  # for reading headers and files: mostly waiting for the disk
 MOST_TIMES_BUCKET = 32  # a resized picture's area, in areas of its bucket
-MOST_NAMED = 5  # pictures named in a warning
+SAME_RATIO = 0.01  # by which the aspect ratios of a picture and its mask may differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,50 +33,91 @@ class ImageRecord:
     repeats: int
     subset: SubsetOptions
     placement: Placement
+    tags: str = ""  # what tag statistics count
+    mask: Path | None = None  # weights of the loss: the picture itself for its opacity, else the file whose red counts
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
-    """One dataset, ready to be drawn from: its options and its records."""
+    """One dataset, ready to be drawn from: its options, its records, and those held out for validation."""
 
     options: DatasetOptions
     records: tuple[ImageRecord, ...]
+    held_out: tuple[ImageRecord, ...] = ()
+
+    @property
+    def all_records(self) -> tuple[ImageRecord, ...]:
+        """All pictures, trained on or held out."""
+        return self.records + self.held_out
 
     def num_images(self, *, is_reg: bool) -> int:
         """Return the number of draws in an epoch, repeats included."""
         return sum(record.repeats for record in self.records if record.subset.is_reg == is_reg)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    path: Path
-    size: Size
-    subset: SubsetOptions
-
-
-def build_training_sets(datasets: list[DatasetConfig], *, latents_cached: bool) -> list[TrainingSet]:
+def build_training_sets(
+    datasets: list[DatasetConfig], *, latents_cached: bool, masked_loss: bool = False, seed: int | None = None
+) -> list[TrainingSet]:
     """Return the datasets with their records; reads headers and captions, no pixels.
 
-    Raises UserError for folders that are not there, pictures whose header cannot be read, and options that
-    cached latents cannot honour.
+    seed serves datasets that hold pictures out and have no validation_seed. Raises UserError that lists folders
+    that are not there, pictures whose header cannot be read, and options that contradict each other.
     """
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    for subset in subsets:
-        _check_subset(subset, latents_cached=latents_cached)
-    sizes = read_sizes({path for subset in subsets for path in list_pictures(subset.image_dir)})
-    sets = [_build(dataset, sizes) for dataset in datasets]
-    sets = [entry for entry in sets if entry.records]
+    problems = [problem for subset in subsets for problem in subset_problems(subset, latents_cached, masked_loss)]
+    if masked_loss and not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
+        problems.append("--masked_loss needs masks: conditioning_data_dir of a subset, or --alpha_mask")
+    if problems:
+        raise UserError("\n".join(problems))
+    listed = [[list_subset(subset) for subset in dataset.subsets] for dataset in datasets]
+    masks = [{path: mask for entries in found for path, mask in find_masks(entries).items()} for found in listed]
+    pictures = {entry.path for found in listed for entries in found for entry in entries}
+    sizes = read_sizes(pictures | {mask for found in masks for mask in found.values()})
+    held_out = split_validation(datasets, listed, seed)
+    sets = [
+        _build(dataset, found, masks=found_masks, sizes=sizes, held_out=held_out)
+        for dataset, found, found_masks in zip(datasets, listed, masks, strict=True)
+    ]
+    sets = [entry for entry in sets if entry.all_records]
     if not any(entry.num_images(is_reg=False) for entry in sets):
-        raise UserError(f"no pictures in {', '.join(str(subset.image_dir) for subset in subsets)}")
+        raise UserError(f"no pictures in {', '.join(str(subset.source) for subset in subsets)}")
     return sets
 
 
-def _check_subset(subset: SubsetOptions, *, latents_cached: bool) -> None:
-    if not subset.image_dir.is_dir():
-        raise UserError(f"image_dir {subset.image_dir} is not a folder")
+def subset_problems(subset: SubsetOptions, latents_cached: bool, masked_loss: bool) -> list[str]:
+    """Return what is wrong with the options of a subset; warn of what goes unused."""
+    problems = []
+    if subset.image_dir is not None and not subset.image_dir.is_dir():
+        problems.append(f"image_dir {subset.image_dir} is not a folder")
+    if subset.metadata_file is not None and not subset.metadata_file.is_file():
+        problems.append(f"metadata_file {subset.metadata_file} is not a file")
     for name in ("color_aug", "random_crop"):
         if latents_cached and getattr(subset, name):
-            raise UserError(f"{name} of {subset.image_dir} needs pixels in every step: leave out it or --cache_latents")
+            problems.append(f"{name} of {subset.source} needs pixels in every step: leave out it or --cache_latents")
+    if latents_cached and subset.face_crop_aug_range:
+        logger.warning("face_crop_aug_range of %s goes unused: the latents are cached", subset.source)
+    folder = subset.conditioning_data_dir
+    if folder is not None and not masked_loss:
+        problems.append(f"conditioning_data_dir {folder} holds masks for the loss: add --masked_loss")
+    if folder is not None and not folder.is_dir():
+        problems.append(f"conditioning_data_dir {folder} is not a folder")
+    return problems
+
+
+def split_validation(datasets: list[DatasetConfig], listed: list[list[list[Listed]]], seed: int | None) -> set[Path]:
+    """Return the pictures that are held out: of each subset its share, chosen by a shuffle of its own.
+
+    A picture that one subset holds out is trained on in none. Regularisation pictures are never held out.
+    """
+    held_out: set[Path] = set()
+    for dataset, found in zip(datasets, listed, strict=True):
+        chosen = dataset.options.validation_seed if dataset.options.validation_seed is not None else seed or 0
+        for entries in found:
+            paths = sorted({entry.path for entry in entries if not entry.subset.is_reg})
+            number = round(len(paths) * entries[0].subset.validation_split) if paths else 0
+            random_for(chosen, "validation").shuffle(paths)
+            held_out.update(paths[len(paths) - number :])
+    return held_out
 
 
 def read_sizes(paths: set[Path]) -> dict[Path, Size]:
@@ -90,7 +132,7 @@ def verify_pictures(sets: list[TrainingSet]) -> None:
     """Decode every picture once, so that one that cannot be read is told before training, not in its midst."""
     from tqdm import tqdm
 
-    paths = sorted({record.path for entry in sets for record in entry.records})
+    paths = sorted({record.path for entry in sets for record in entry.all_records})
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         checks = pool.map(lambda path: _or_error(lambda p: load_picture(p).shape, path), paths)
         results = list(tqdm(checks, total=len(paths), desc="checking pictures", unit="picture"))
@@ -116,24 +158,69 @@ def raise_for_unreadable(paths: list[Path], results: list) -> list:
     return results
 
 
-def _build(dataset: DatasetConfig, sizes: dict[Path, Size]) -> TrainingSet:
-    found = [
-        _Found(path, sizes[path], subset) for subset in dataset.subsets for path in list_pictures(subset.image_dir)
+def _build(
+    dataset: DatasetConfig,
+    found: list[list[Listed]],
+    *,
+    masks: dict[Path, Path],
+    sizes: dict[Path, Size],
+    held_out: set[Path],
+) -> TrainingSet:
+    for subset, entries in zip(dataset.subsets, found, strict=True):
+        if not entries:
+            logger.warning("%s has no pictures; it is skipped", subset.source)
+    listed = [entry for entries in found for entry in entries]
+    training = [entry for entry in listed if not entry.subset.is_reg and entry.path not in held_out]
+    num_training = sum(entry.subset.num_repeats for entry in training)
+    regularisation = regularisation_repeats([entry for entry in listed if entry.subset.is_reg], num_training)
+
+    def record(entry: Listed, repeats: int, subset: SubsetOptions) -> ImageRecord:
+        size = sizes[entry.path]
+        placement = place_picture(size, dataset.options)
+        return ImageRecord(
+            entry.path, size, entry.caption, repeats, subset, placement, entry.tags, masks.get(entry.path)
+        )
+
+    repeated = [(entry, entry.subset.num_repeats) for entry in training] + regularisation
+    records = [record(entry, repeats, entry.subset) for entry, repeats in repeated]
+    validation = [
+        record(entry, 1, as_they_are(entry.subset))
+        for entry in listed
+        if entry.path in held_out and entry.subset.validation_split and not entry.subset.is_reg
     ]
-    for subset in dataset.subsets:
-        if not any(entry.subset is subset for entry in found):
-            logger.warning("%s has no pictures; it is skipped", subset.image_dir)
-    training = [(entry, entry.subset.num_repeats) for entry in found if not entry.subset.is_reg]
-    num_training = sum(repeats for _, repeats in training)
-    regularisation = regularisation_repeats([entry for entry in found if entry.subset.is_reg], num_training)
-    records = []
-    for entry, repeats in training + regularisation:
-        caption = read_caption(entry.path, entry.subset)
-        placement = place_picture(entry.size, dataset.options)
-        records.append(ImageRecord(entry.path, entry.size, caption, repeats, entry.subset, placement))
-    _check_shapes(records)
-    _warn_without_caption([record for record in records if not record.caption])
-    return TrainingSet(dataset.options, tuple(records))
+    _check_shapes(records + validation)
+    _check_masks(records + validation, sizes)
+    _warn_without_caption([entry for entry in records if not entry.caption])
+    return TrainingSet(dataset.options, tuple(records), tuple(validation))
+
+
+def as_they_are(subset: SubsetOptions) -> SubsetOptions:
+    """Return the options for validation: pictures and captions are not varied."""
+    return dataclasses.replace(
+        subset,
+        num_repeats=1,
+        flip_aug=False,
+        color_aug=False,
+        random_crop=False,
+        face_crop_aug_range=None,
+        shuffle_caption=False,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+        token_warmup_step=0.0,
+    )
+
+
+def _check_masks(records: list[ImageRecord], sizes: dict[Path, Size]) -> None:
+    """Raise UserError for masks of another shape than their picture."""
+    others = []
+    for record in records:
+        if record.mask is not None and record.mask != record.path:
+            (width, height), mask = record.size, sizes[record.mask]
+            if abs(mask[0] / mask[1] * height / width - 1) > SAME_RATIO:
+                others.append(f"  {record.mask}: {mask[0]}x{mask[1]}, the picture is {width}x{height}")
+    if others:
+        raise UserError("\n".join([f"{len(others)} masks have another aspect ratio than their picture:", *others]))
 
 
 def _check_shapes(records: list[ImageRecord]) -> None:
@@ -147,7 +234,7 @@ def _check_shapes(records: list[ImageRecord]) -> None:
         raise UserError("\n".join([f"{len(extreme)} pictures are too long and narrow; crop or remove them:", *extreme]))
 
 
-def regularisation_repeats(found: list[_Found], num_training: int) -> list[tuple[_Found, int]]:
+def regularisation_repeats(found: list[Listed], num_training: int) -> list[tuple[Listed, int]]:
     """Return the regularisation pictures in use with their repeats.
 
     Each is taken with its own repeats, in order, until there are as many as training pictures; if they are

@@ -49,12 +49,22 @@ def huber_threshold(timesteps: Tensor, schedule: NoiseSchedule, config: LossConf
 
 
 def per_sample_loss(
-    prediction: Tensor, target: Tensor, timesteps: Tensor, schedule: NoiseSchedule, config: LossConfig
+    prediction: Tensor,
+    target: Tensor,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    config: LossConfig,
+    *,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean distance of each sample, (B,), float32."""
+    """Return the mean distance of each sample, (B,), float32; masks (B, 1, H, W) weight its elements.
+
+    The mean is over all elements, as in sd-scripts: what a mask hides counts as a distance of 0.
+    """
     threshold = huber_threshold(timesteps, schedule, config)[:, None, None, None]
     difference = prediction.float() - target.float()
-    return DISTANCES[config.loss_type](difference, threshold).mean(dim=(1, 2, 3))
+    distances = DISTANCES[config.loss_type](difference, threshold)
+    return (distances if masks is None else distances * masks).mean(dim=(1, 2, 3))
 
 
 MOST_SNR = 1000.0  # bounds of the SNR in the weightings that sd-scripts bounds so
