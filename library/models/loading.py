@@ -45,6 +45,8 @@ class LoadedModels:
     unet: nn.Module
     vae: nn.Module
     predicts_v: bool
+    # Conditioning of all texts of a run, where it cannot change: see text_encoding.remember_texts.
+    text_memory: dict[Any, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +117,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def load_models(config: ModelConfig, detected: Detected, *, dtype: torch.dtype, vae_dtype: torch.dtype) -> LoadedModels:
-    """Return the base model with U-Net and text encoder in dtype, the VAE in vae_dtype."""
+def load_models(
+    config: ModelConfig, detected: Detected, *, dtype: torch.dtype | None, vae_dtype: torch.dtype | None
+) -> LoadedModels:
+    """Return the base model with U-Net and text encoder in dtype, the VAE in vae_dtype; None leaves out the weights."""
     path = Path(config.pretrained_model_name_or_path)
     parts = ("unet", "text_encoder") if config.vae else ("unet", "text_encoder", "vae")
     if detected.file is not None:
@@ -161,7 +165,7 @@ def _is_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_original_unet(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+def load_original_unet(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the U-Net of an original-layout file."""
     shapes = _without_prefix(file.shapes, keys.UNET_PREFIX)
     try:
@@ -179,7 +183,7 @@ def unet_rule_for(config: Mapping[str, Any]) -> Any:
     return keys.unet_rule(config["layers_per_block"], frozenset(with_attention))
 
 
-def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the VAE of an original-layout file: a whole checkpoint, or a VAE by itself without prefix."""
     prefix = keys.VAE_PREFIX if any(name.startswith(keys.VAE_PREFIX) for name in file.shapes) else ""
     shapes = _without_prefix(file.shapes, prefix)
@@ -192,7 +196,7 @@ def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype)
     return _fill(vae, {prefix + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
 
 
-def load_original_text_encoder(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+def load_original_text_encoder(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the text encoder of an original-layout file."""
     prefix = next(
         (prefix for prefix in family.text_prefixes if any(name.startswith(prefix) for name in file.shapes)), None
@@ -243,7 +247,7 @@ ORIGINAL_LOADERS = {
 }
 
 
-def load_vae(path: Path, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+def load_vae(path: Path, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the VAE that --vae names: a Diffusers folder (or its parent), or a file in either layout."""
     if path.is_dir():
         return _load_folder_part(path if (path / "config.json").is_file() else path / "vae", "vae", dtype)
@@ -253,7 +257,7 @@ def load_vae(path: Path, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
     return load_original_vae(file, family, dtype)
 
 
-def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch.dtype) -> nn.Module:
+def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return a VAE from a weight file in Diffusers names without its configuration."""
     original_shapes = {
         keys.vae_rule(_count(file.shapes, "encoder.down_blocks.", 2))(name): shape
@@ -263,7 +267,7 @@ def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch
     return _fill(vae, _vae_folder_places(vae, file.shapes), [file], dtype)
 
 
-def _load_folder_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+def _load_folder_part(folder: Path, part: str, dtype: torch.dtype | None) -> nn.Module:
     """Return one part of a Diffusers folder."""
     config = _read_config(folder)
     files = [open_weights(path) for path in _weight_files(folder, TEXT_FILES if part == "text_encoder" else UNET_FILES)]
@@ -342,8 +346,15 @@ def _without_prefix(shapes: families.Shapes, prefix: str) -> dict[str, tuple[int
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def _fill(model: nn.Module, places: dict[str, list[Wanted]], files: list[WeightFile], dtype: torch.dtype) -> nn.Module:
-    """Fill a model on the meta device from files (name in the file -> names in the model) and freeze it."""
+def _fill(
+    model: nn.Module, places: dict[str, list[Wanted]], files: list[WeightFile], dtype: torch.dtype | None
+) -> nn.Module:
+    """Fill a model on the meta device from files (name in the file -> names in the model) and freeze it.
+
+    Without a dtype it stays empty.
+    """
+    if dtype is None:
+        return model.requires_grad_(False).eval()
     holder = text_model(model)
     expected = holder.state_dict()
     state: dict[str, torch.Tensor] = {}

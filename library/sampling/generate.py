@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.models.loading import LoadedModels
-from library.models.text_encoding import PER_WINDOW, encode_text
+from library.models.text_encoding import PER_WINDOW, TextOptions, encode_text
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import build_sampler
 
@@ -46,8 +46,8 @@ def generate(
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         pipeline = StableDiffusionPipeline(
             vae=models.vae,
-            text_encoder=models.text_encoders[0],
-            tokenizer=models.tokenizers[0],
+            text_encoder=None,
+            tokenizer=None,
             unet=models.unet,
             scheduler=build_sampler(prompt.sample_sampler or sampler, predicts_v=models.predicts_v),
             safety_checker=None,
@@ -72,10 +72,15 @@ def generate(
 def encode_pair(models: LoadedModels, prompt: Prompt, clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the conditioning of prompt and negative prompt, both (1, 75 K + 2, D) with the same K up to 3."""
     texts = [prompt.prompt, prompt.negative_prompt]
-    longest = max(len(ids) - 2 for ids in models.tokenizers[0](texts).input_ids)
-    windows = min(MOST_WINDOWS, max(1, -(-longest // PER_WINDOW)))
-    hidden = encode_text(models, texts, max_tokens=windows * PER_WINDOW, clip_skip=clip_skip).hidden
+    hidden = encode_text(models, texts, **text_options(models, prompt, clip_skip)._asdict()).hidden
     return hidden[:1], hidden[1:]
+
+
+def text_options(models: LoadedModels, prompt: Prompt, clip_skip: int | None) -> TextOptions:
+    """Return how the texts of a prompt are read: as many windows as the longer of the two needs, up to 3."""
+    longest = max(len(ids) - 2 for ids in models.tokenizers[0]([prompt.prompt, prompt.negative_prompt]).input_ids)
+    windows = min(MOST_WINDOWS, max(1, -(-longest // PER_WINDOW)))
+    return TextOptions(windows * PER_WINDOW, clip_skip, weighted=False)
 
 
 def decode(models: LoadedModels, latents: torch.Tensor) -> list[Image]:
