@@ -34,8 +34,10 @@ setup(
         "toml>=0.10.2; python_version < '3.11'",
     ],
     extras_require={
+        "optimizers": ["pytorch-optimizer>=4.0"],
         "bitsandbytes": ["bitsandbytes>=0.49"],
         "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.31"],
         "xformers": ["xformers>=0.0.33"],
     },
 )

@@ -35,6 +35,7 @@ class OptimizerConfig:
         None, "further arguments, each key=value", parse=parse_pairs, form="a list of key=value"
     )
     use_8bit_adam: bool = option(False, "old spelling of --optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = option(False, "old spelling of --optimizer_type Lion")
     learning_rate: float = option(2e-6, "learning rate where no finer one is given; LoRA likes 1e-4 to 1e-3", minimum=0)
     unet_lr: float | None = option(None, "learning rate of the U-Net's adapter", minimum=0)
     text_encoder_lr: tuple[float, ...] | None = option(None, "learning rate of the text encoder's adapter", minimum=0)

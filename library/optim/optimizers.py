@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
+import importlib.util
+import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,17 +23,45 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Substitute:
+    """The same algorithm in pytorch-optimizer, for machines without the package that a name comes from.
+
+    renames maps arguments of the original to its own; defaults are the original's where the two differ.
+    """
+
+    path: str
+    renames: dict[str, str] = dataclasses.field(default_factory=dict)
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerRow:
     """A name users know, the class it stands for, arguments that apply unless given.
 
-    An elementwise optimizer treats every number by itself, so that parameters can be laid out flat.
+    An elementwise optimizer treats all numbers alike, whatever matrix they are in, so that parameters can be
+    laid out flat.
     """
 
     name: str
     path: str
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     elementwise: bool = False
+    substitute: Substitute | None = None
 
+
+def _adaptive(name: str, package: str, renames: dict[str, str], defaults: dict[str, Any]) -> OptimizerRow:
+    """Return the row of an optimizer that finds its step size, by D-adaptation."""
+    substitute = Substitute(f"pytorch_optimizer.{name}", renames, defaults)
+    return OptimizerRow(name, f"{package}.{name}", elementwise=True, substitute=substitute)
+
+
+def _schedule_free(name: str, substitute: str) -> OptimizerRow:
+    return OptimizerRow(
+        name, f"schedulefree.{name}", elementwise=True, substitute=Substitute(f"pytorch_optimizer.{substitute}")
+    )
+
+
+ADAM_NAMES = {"decouple": "weight_decouple", "use_bias_correction": "bias_correction"}
 
 ROWS = (
     OptimizerRow("AdamW", "torch.optim.AdamW", {"fused": True}, elementwise=True),
@@ -41,7 +73,24 @@ ROWS = (
     OptimizerRow("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit"),
     OptimizerRow("SGDNesterov", "torch.optim.SGD", {"nesterov": True, "momentum": 0.9}, elementwise=True),
     OptimizerRow("SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", {"nesterov": True, "momentum": 0.9}),
-    OptimizerRow("Lion", "lion_pytorch.Lion", elementwise=True),
+    OptimizerRow(
+        "Lion",
+        "lion_pytorch.Lion",
+        elementwise=True,
+        substitute=Substitute("pytorch_optimizer.Lion", {"decoupled_weight_decay": "fixed_decay"}),
+    ),
+    _adaptive("Prodigy", "prodigyopt", ADAM_NAMES, {}),
+    _adaptive("DAdaptAdaGrad", "dadaptation", {}, {"eps": 1e-6}),
+    _adaptive("DAdaptAdam", "dadaptation", ADAM_NAMES, {}),
+    _adaptive("DAdaptAdan", "dadaptation", {}, {"weight_decay": 0.02}),
+    _adaptive("DAdaptLion", "dadaptation", {}, {"betas": (0.9, 0.99)}),
+    _adaptive("DAdaptSGD", "dadaptation", {}, {"momentum": 0.0}),
+    OptimizerRow("DAdaptation", "dadaptation.experimental.DAdaptAdamPreprint", elementwise=True),
+    OptimizerRow("DAdaptAdamPreprint", "dadaptation.experimental.DAdaptAdamPreprint", elementwise=True),
+    OptimizerRow("DAdaptAdanIP", "dadaptation.experimental.DAdaptAdanIP", elementwise=True),
+    _schedule_free("AdamWScheduleFree", "ScheduleFreeAdamW"),
+    _schedule_free("RAdamScheduleFree", "ScheduleFreeRAdam"),
+    _schedule_free("SGDScheduleFree", "ScheduleFreeSGD"),
     OptimizerRow("AdaFactor", "transformers.optimization.Adafactor", {"relative_step": True}),
 )
 BY_NAME = {row.name.lower(): row for row in ROWS}
@@ -62,6 +111,16 @@ class OptimizerChoice:
         return bool(self.arguments.get("relative_step"))
 
     @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer averages weights in place of a schedule (Defazio et al. 2024, arXiv 2405.15682)."""
+        return "schedulefree" in self.kind.__name__.lower()
+
+    @property
+    def finds_step_size(self) -> bool:
+        """Whether the optimizer multiplies the learning rate by a step size that it estimates (D-adaptation)."""
+        return self.kind.__name__.lower().startswith(("dadapt", "prodigy"))
+
+    @property
     def record(self) -> str:
         """The text for ss_optimizer: class, and the arguments that were given."""
         arguments = ",".join(f"{key}={value}" for key, value in self.arguments.items())
@@ -75,9 +134,26 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
     if row is None:
         row = OptimizerRow(name, name if "." in name else f"torch.optim.{name}")
     given = {key: read_literal(key, text) for key, text in split_pairs(config.optimizer_args).items()}
-    return OptimizerChoice(
-        row.path, import_class(row.path, "--optimizer_type"), _with_defaults(row, given), row.elementwise
-    )
+    if row.substitute is not None and not _is_installed(row.path) and _is_installed(row.substitute.path):
+        return _substituted(row, row.substitute, given)
+    kind = import_class(row.path, "--optimizer_type", package="pytorch-optimizer" if row.substitute else None)
+    return OptimizerChoice(row.path, kind, _with_defaults(row, given), row.elementwise)
+
+
+def _is_installed(path: str) -> bool:
+    return importlib.util.find_spec(path.split(".", maxsplit=1)[0]) is not None
+
+
+def _substituted(row: OptimizerRow, substitute: Substitute, given: dict[str, Any]) -> OptimizerChoice:
+    kind = import_class(substitute.path, "--optimizer_type")
+    arguments = substitute.defaults | {substitute.renames.get(key, key): value for key, value in given.items()}
+    known = list(inspect.signature(kind.__init__).parameters)
+    for key in arguments:
+        if key not in known:  # the class would take it without a word
+            raise UserError(f"--optimizer_args: {kind.__name__} has no {key}{nearest(key, known)}")
+    package = row.path.split(".")[0]
+    logger.info("%s is that of pytorch-optimizer, since %s is not installed", row.name, package)
+    return OptimizerChoice(substitute.path, kind, arguments, row.elementwise)
 
 
 def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:
@@ -99,13 +175,13 @@ def read_literal(key: str, text: str) -> Any:
         ) from None
 
 
-def import_class(path: str, option: str) -> type:
+def import_class(path: str, option: str, *, package: str | None = None) -> type:
     """Return the class at a dotted path; raises UserError that names the option and what to install or to write."""
     module_name, _, class_name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        package = module_name.split(".")[0].replace("_", "-")
+        package = package or module_name.split(".")[0].replace("_", "-")
         raise UserError(f"{option} {path}: {error}; try `pip install {package}`") from None
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
@@ -123,17 +199,60 @@ def build_optimizer(
         groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
     rate = None if choice.sets_own_rate else learning_rate
     try:
-        return choice.kind(groups, lr=rate, **choice.arguments)
+        optimizer = choice.kind(groups, lr=rate, **choice.arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {error}") from None
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
+
+
+@contextlib.contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the parameters are those that a schedule-free optimizer stands for; no change with any other.
+
+    The way there and back rounds, and a run that saves would differ from one that does not; so afterwards the
+    parameters are put back from a copy.
+    """
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, values in zip(parameters, kept, strict=True):
+                parameter.copy_(values)
+
+
+def warn_of_rates(choice: OptimizerChoice, config: OptimizerConfig) -> None:
+    """Warn of learning rates that make little sense with an optimizer that finds its own step size."""
+    if not choice.finds_step_size:
+        return
+    rates = {config.learning_rate, config.unet_lr, *(config.text_encoder_lr or ())} - {None}
+    if min(rates) <= 0.1:
+        logger.warning(
+            "%s finds the step size itself and multiplies it by the learning rate: 1.0 suits, got %g",
+            choice.kind.__name__,
+            min(rates),
+        )
+    if len(rates) > 1:
+        logger.warning(
+            "%s estimates one step size for all parts: give them the same learning rate", choice.kind.__name__
+        )
+
+
+def adapted_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return learning rate times estimated step size of each group; empty for optimizers that estimate none."""
+    return [float(group["d"] * group["lr"]) for group in optimizer.param_groups if group.get("d") is not None]
 
 
 def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
     """Return the optimizer over one small matrix after a step; raises UserError if it cannot be used so."""
-    if choice.kind.__name__.lower().endswith("schedulefree"):
-        raise UserError(
-            f"--optimizer_type {choice.kind.__name__}: schedule-free optimizers are planned, but not in this version"
-        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = torch.nn.Parameter(torch.ones(2, 2, device=device))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)

@@ -158,8 +158,8 @@ def check_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, le
 def build_scheduler(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, num_steps: int, learning_rate: float
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the schedule over an optimizer; None where the optimizer sets its own rate."""
-    if any(group["lr"] is None for group in optimizer.param_groups):
+    """Return the schedule over an optimizer; None where the optimizer sets its own rate, or averages instead."""
+    if any(group["lr"] is None for group in optimizer.param_groups) or hasattr(optimizer, "eval"):
         return None
     if config.lr_scheduler_type:
         path = config.lr_scheduler_type
