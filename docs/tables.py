@@ -37,7 +37,6 @@ WORDS = {
     "command line": ("command line", "コマンドライン"),
     "effect": ("effect", "扱い"),
     "reason": ("reason", "理由"),
-    "what it does": ("what it does in sd-scripts", "sd-scriptsでの働き"),
     "off": ("off", "オフ"),
     "refused": ("refused", "エラー"),
     "ignored": ("ignored", "警告して無視"),
@@ -54,9 +53,11 @@ TYPES_JA = {
     "int or int,int": "整数、または「整数,整数」",
     "int or [int, int]": "整数、または[整数, 整数]",
     "int or share": "整数、または割合",
+    "float,float": "数値,数値",
+    "[float, float]": "[数値, 数値]",
 }
 # Where the kind alone tells too little.
-OWN_TYPES = {"lr_warmup_steps": "int or share", "lr_decay_steps": "int or share"}
+OWN_TYPES = {"face_crop_aug_range": "float,float", "lr_warmup_steps": "int or share", "lr_decay_steps": "int or share"}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def type_text(entry: Option, language: str, *, in_file: bool) -> str:
     """Return the type of an option with its range."""
     name = OWN_TYPES.get(entry.field, entry.kind.name)
     if in_file:
-        name = {"flag": "bool", "int or int,int": "int or [int, int]"}.get(name, name)
+        name = {"flag": "bool", "int or int,int": "int or [int, int]", "float,float": "[float, float]"}.get(name, name)
     if language == "ja":
         name = f"{TYPES_JA[item]}のリスト" if (item := name.removeprefix("list of ")) != name else TYPES_JA[name]
     low, high = entry.spec.minimum, entry.spec.maximum
@@ -146,7 +147,7 @@ def read_meanings() -> dict[str, dict[str, str]]:
 
 def expected_meanings() -> dict[str, set[str]]:
     """Return kind -> names for which there must be a Japanese text."""
-    from library.config.dataset_file import ALL_KEYS, IGNORED, NOT_YET
+    from library.config.dataset_file import ALL_KEYS, IGNORED
     from library.config.options import root_options, sections_of
     from library.config.retired import RETIRED
     from library.config.train import TrainConfig
@@ -156,7 +157,7 @@ def expected_meanings() -> dict[str, set[str]]:
         "options": set(root_options(TrainConfig)),
         "dataset_keys": {key for key, entry in ALL_KEYS.items() if entry.spec.file_only},
         "retired": {entry.reason for entry in RETIRED.values()},
-        "refused_keys": {*NOT_YET.values(), *IGNORED.values()},
+        "ignored_keys": set(IGNORED.values()),
     }
 
 
@@ -241,19 +242,12 @@ def subset_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]]) 
     return dataset_block(SubsetOptions, language, meanings)
 
 
-def refused_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the keys of sd-scripts' dataset files that are refused, or that change nothing."""
-    from library.config.dataset_file import IGNORED, NOT_YET
+def ignored_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the table of the keys of sd-scripts that change nothing here."""
+    from library.config.dataset_file import IGNORED
 
-    rows = [
-        (
-            code(key),
-            word("refused" if key in NOT_YET else "ignored", language),
-            meanings["refused_keys"][text] if language == "ja" else text,
-        )
-        for key, text in (NOT_YET | IGNORED).items()
-    ]
-    return table(("key", "effect", "what it does"), rows, language)
+    rows = [[f"`{key}`", meanings["ignored_keys"][text] if language == "ja" else text] for key, text in IGNORED.items()]
+    return table(["key", "reason"], rows, language)
 
 
 BLOCKS: dict[str, Callable[[str, Mapping[str, Mapping[str, str]]], str]] = {
@@ -261,7 +255,7 @@ BLOCKS: dict[str, Callable[[str, Mapping[str, Mapping[str, str]]], str]] = {
     "retired": retired_block,
     "dataset-keys": dataset_keys_block,
     "subset-keys": subset_keys_block,
-    "refused-keys": refused_keys_block,
+    "ignored-keys": ignored_keys_block,
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from library.errors import UserError
 
+SUITE = ("library", "networks", "tools", "__main__", "train_network")  # whose lines below warnings are shown
 USER_ERROR = 2  # exit code, as argparse has it
 FAILURE = 1  # the machine refused: disk, permissions, memory
 OUT_OF_MEMORY = (
@@ -27,13 +28,40 @@ def set_up_logging(level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     # Below errors these speak of their own affairs: optional packages, names that will change.
-    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if os.environ.get("RANK", "0") != "0":
-        level = logging.ERROR  # of several processes the first one speaks
-    for name in ("library", "networks", "tools", "__main__", "train_network"):
-        logging.getLogger(name).setLevel(level)
+    for name in SUITE:
+        logging.getLogger(name).setLevel(level if _is_first_process() else logging.ERROR)
+
+
+def choose_log_lines(level: str | None, file: Path | None) -> None:
+    """Show log lines from a level up, and send them to a file (UTF-8, begun anew) in place of the console.
+
+    Of several processes the first one speaks; the others keep to errors, on the console.
+    """
+    if not _is_first_process():
+        return
+    if level is not None:
+        for name in SUITE:
+            logging.getLogger(name).setLevel(level)
+        logging.getLogger().setLevel(max(logging.WARNING, getattr(logging, level)))
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--console_log_file: {file} cannot be written ({error.strerror})") from None
+        handler.setFormatter(_MarkedFormatter())
+        root = logging.getLogger()
+        for former in [one for one in root.handlers if isinstance(one.formatter, _MarkedFormatter)]:
+            root.removeHandler(former)
+            former.close()
+        root.addHandler(handler)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _MarkedFormatter(logging.Formatter):

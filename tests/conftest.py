@@ -7,7 +7,9 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -54,3 +56,20 @@ def model_store(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Return a folder in the N_name layout, with four pictures of two shapes."""
+    folder = tmp_path / "train" / "1_sks dog"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index, size in enumerate([(64, 64), (64, 64), (64, 128), (64, 128)]):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a dog, tag{index}, x", encoding="utf-8")
+    return folder.parent
+
+
+@pytest.fixture
+def base(model_store):
+    return model_store("sd1")[1]["safetensors"]

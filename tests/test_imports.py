@@ -28,6 +28,8 @@ ONLY_IN = {
     "transformers": ("library/models",),
     "accelerate": ("library/training",),
     "xformers": ("library/training",),
+    "huggingface_hub": ("library/training",),
+    "wandb": ("library/training",),
     "argparse": ("library/config/options.py", "library/training/network_protocol.py"),
 }
 NO_TORCH_AT_THE_TOP = ["train_network.py", "library/config", "library/sampling/prompts.py", "library/data/records.py"]

@@ -11,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from runs import metadata, options, same, train
 from safetensors.torch import load_file
 
 import train_network
@@ -23,75 +22,6 @@ from library.errors import UserError
 from library.weights_io import file_legacy_hash, file_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Return a folder in the N_name layout, with four pictures of two shapes."""
-    folder = tmp_path / "train" / "1_sks dog"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index, size in enumerate([(64, 64), (64, 64), (64, 128), (64, 128)]):
-        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"a dog, tag{index}, x", encoding="utf-8")
-    return folder.parent
-
-
-@pytest.fixture
-def base(model_store):
-    return model_store("sd1")[1]["safetensors"]
-
-
-def options(base, pictures, out, **more):
-    """Return a command line; None leaves an option out, True makes it a switch."""
-    values = {
-        "pretrained_model_name_or_path": base,
-        "train_data_dir": pictures,
-        "caption_extension": ".txt",
-        "resolution": "96",
-        "enable_bucket": True,
-        "min_bucket_reso": 64,
-        "max_bucket_reso": 128,
-        "bucket_no_upscale": True,
-        "output_dir": out,
-        "output_name": "x",
-        "network_module": "networks.lora",
-        "learning_rate": "1e-2",
-        "max_train_steps": 3,
-        "max_data_loader_n_workers": 0,
-        "seed": 7,
-    } | more
-    argv = []
-    for name, value in values.items():
-        if value is True:
-            argv.append(f"--{name}")
-        elif isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv += [f"--{name}", str(value)]
-    return argv
-
-
-def train(base, pictures, out, **more):
-    assert train_network.main(options(base, pictures, out, **more)) == 0
-    path = out / f"x.{more.get('save_model_as', 'safetensors')}"
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-
-
-def metadata(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def same(one, other, tolerance=0.0):
-    assert one.keys() == other.keys()
-    size = max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_up" in name)
-    assert size > 0
-    for name, tensor in one.items():
-        if tolerance:
-            torch.testing.assert_close(tensor, other[name], rtol=tolerance, atol=tolerance * size)
-        else:
-            assert torch.equal(tensor, other[name]), name
 
 
 # ---- what it trains -----------------------------------------------------------------------------------------

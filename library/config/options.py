@@ -36,6 +36,7 @@ class Spec:
     form: str | None = None  # how a value looks, in words, for the error and the help
     minimum: float | None = None
     maximum: float | None = None
+    secret: bool = False  # a key or a token: neither recorded nor shown
     file_only: bool = False  # a key of the dataset file, not a command line option
     levels: tuple[str, ...] = ()  # where the dataset file takes it: "general", "datasets", "subsets"
 
@@ -63,7 +64,8 @@ class Option:
             result = (self.spec.parse or self.kind.read)(value)
         except ValueError as error:
             detail = f" ({error})" if str(error) and self.spec.parse else ""
-            raise UserError(f"{label} must be {form}, got {value!r}{detail}") from None
+            got = "something else" if self.spec.secret else repr(value)
+            raise UserError(f"{label} must be {form}, got {got}{detail}") from None
         for number in result if isinstance(result, tuple) else (result,):
             self._check_range(number, label)
         return result
@@ -346,11 +348,12 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
     """Return flag -> typed value from a TOML file; its sections only group, a later duplicate wins."""
     path = with_toml_suffix(path)
     values: dict[str, Any] = {}
+    names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
     for key, value in _flat(toml_text.load(path)):
         if key in values and values[key] != value:
-            _warn(f"{path}: {key} is given twice; the later value {value!r} counts")
+            is_secret = key in names and names[key].spec.secret
+            _warn(f"{path}: {key} is given twice; the later value {'' if is_secret else f'{value!r} '}counts")
         values[key] = value
-    names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
     given = {}
     for key, value in values.items():
         if key in RETIRED and value in RETIRED[key].neutral:
@@ -384,7 +387,8 @@ def changed_options(config: Any) -> dict[str, dict[str, Any]]:
         section = getattr(config, name)
         for entry in section_options(section_class, name):
             value = getattr(section, entry.field)
-            if value != entry.default and not entry.spec.file_only and entry.flag not in NOT_RECORDED:
+            is_recorded = not (entry.spec.file_only or entry.spec.secret or entry.flag in NOT_RECORDED)
+            if value != entry.default and is_recorded:
                 changed.setdefault(name, {})[entry.flag] = value
     return changed
 

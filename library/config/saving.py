@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.config.options import option
+from library.config.values import parse_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,21 @@ class MetadataConfig:
 class LoggingConfig:
     """Logs."""
 
-    logging_dir: Path | None = option(None, "folder for TensorBoard logs")
-    log_with: Literal["tensorboard"] | None = option(None, "where to log; unset: TensorBoard if --logging_dir is given")
+    logging_dir: Path | None = option(None, "folder for the logs of TensorBoard and wandb")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = option(
+        None, "where to log; unset: TensorBoard if --logging_dir is given"
+    )
     log_prefix: str | None = option(None, "text before the date in the name of the log folder")
-    log_tracker_name: str | None = option(None, "name of the tracker; unset: network_train")
+    log_tracker_name: str | None = option(None, "name of the tracker, the project of wandb; unset: network_train")
+    log_tracker_config: Path | None = option(
+        None, "TOML file with arguments for the trackers, in the tables [tensorboard] and [wandb]"
+    )
+    log_config: bool = option(False, "give the trackers the options, too, but for paths and keys")
+    wandb_run_name: str | None = option(None, "name of the run in wandb; unset: wandb makes one up", parse=parse_text)
+    wandb_api_key: str | None = option(
+        None, "key of wandb; unset: WANDB_API_KEY, or the login of this machine", parse=parse_text, secret=True
+    )
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
+        None, "least weight of the log lines that are shown; unset: INFO"
+    )
+    console_log_file: Path | None = option(None, "write the log lines to this file instead of the console")

@@ -22,6 +22,11 @@ def options_file(config: SavingConfig) -> Path:
     return config.output_dir / f"{config.output_name or 'last'}-options.toml"
 
 
+def loss_curve_file(config: SavingConfig) -> Path:
+    """Return the path of the picture of the loss."""
+    return config.output_dir / f"{config.output_name or 'last'}-loss.png"
+
+
 def metrics_file(config: SavingConfig) -> Path:
     """Return the path of the run's metrics: a JSON object on each line."""
     return config.output_dir / f"{config.output_name or 'last'}-metrics.jsonl"

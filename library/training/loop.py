@@ -1,20 +1,21 @@
-"""The loop of a training: from a batch to its loss, from losses to a step, and what happens between steps.
+"""The loop of a training: from losses to a step, and what happens between steps.
 
-The path from latents to loss is `batch_loss`; a step is `Trainer.step`. Everything that a batch needs is a
-function of its position, so nothing here keeps random state.
+A step is `Trainer.step`; the path from a batch to its loss is in `objective`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import logging
+import math
 import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,68 +26,24 @@ from tqdm import tqdm
 from library.config.options import to_toml
 from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
-from library.diffusion.losses import per_sample_loss, target_for, timestep_weights
-from library.diffusion.noise import draw_noise, draw_timesteps, perturbed_noise, sample_latents
-from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
-from library.models.loading import LoadedModels
-from library.models.text_encoding import encode_text
-from library.optim.optimizers import current_rates
+from library.optim.optimizers import adapted_rates, averaged_weights, current_rates
 from library.training import checkpoints, state
 from library.training.interruption import StopRequest
 from library.training.metadata import file_metadata
 from library.training.network_protocol import TrainableNetwork
+from library.training.objective import Objective
 from library.training.preview import Preview
 from library.training.runtime import SAVE_DTYPES, Runtime, average_gradients, seed_micro_batch
+from library.training.tracking import log_pictures, start_trackers
+from library.training.upload import Uploads
+from library.training.validation import Validation
 from library.weights_io import file_legacy_hash, file_sha256, replacing
 
 logger = logging.getLogger(__name__)
 
 
-def batch_loss(
-    batch: Batch,
-    models: LoadedModels,
-    schedule: NoiseSchedule,
-    config: TrainConfig,
-    runtime: Runtime,
-    *,
-    train_text: bool,
-) -> Tensor:
-    """Return the mean loss of one batch (0-D, float32)."""
-    # Keyed by seed, epoch and sample: neither the batch nor the process it falls to changes what is drawn.
-    keys = [(config.run.seed, batch.epoch, *sample) for sample in batch.samples]
-    latents = batch_latents(batch, keys, models, config, runtime)  # (B, 4, H/8, W/8)
-    noise = draw_noise(latents, keys, config.loss)
-    timesteps = draw_timesteps(keys, *config.loss.timestep_range).to(runtime.device)
-    noisy = schedule.add_noise(latents, perturbed_noise(noise, keys, config.loss), timesteps)
-
-    with runtime.autocast():
-        with torch.set_grad_enabled(train_text):
-            limits = {"max_tokens": config.text.max_token_length, "clip_skip": config.text.clip_skip}
-            text = encode_text(models, batch.captions, **limits)
-        prediction = models.unet(noisy.to(runtime.dtype), timesteps, **text.unet_arguments(runtime.dtype)).sample
-
-    target = target_for(latents, noise, timesteps, schedule, predicts_v=models.predicts_v)
-    losses = per_sample_loss(prediction, target, timesteps, schedule, config.loss)  # (B,)
-    losses = losses * batch.loss_weights.to(runtime.device)
-    losses = losses * timestep_weights(timesteps, schedule, config.loss, predicts_v=models.predicts_v)
-    return losses.mean()
-
-
-def batch_latents(batch: Batch, keys: list, models: LoadedModels, config: TrainConfig, runtime: Runtime) -> Tensor:
-    """Return scaled latents (B, 4, H/8, W/8), float32: from the cache, or encoded now."""
-    if batch.moments is not None:
-        moments = batch.moments.to(runtime.device)
-    else:
-        parts = batch.pixels.split(config.precision.vae_batch_size)
-        moments = torch.cat([encode_pixels(models, runtime, part) for part in parts])
-    return sample_latents(moments, keys) * models.vae.config.scaling_factor
-
-
-@torch.no_grad()
-def encode_pixels(models: LoadedModels, runtime: Runtime, pixels: Tensor) -> Tensor:
-    """Return the moments (B, 8, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1], in the VAE's type on its device."""
-    return models.vae.encode(pixels.to(runtime.device, runtime.vae_dtype)).latent_dist.parameters
+MOST_LEFT_OUT = 10  # steps in a row that are not finite before a run with --on_nan skip gives up
 
 
 @dataclasses.dataclass
@@ -95,41 +52,44 @@ class Trainer:
 
     config: TrainConfig
     runtime: Runtime
-    models: LoadedModels
+    objective: Objective
     network: TrainableNetwork
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     group_names: list[str]
     plan: RunPlan
-    schedule: NoiseSchedule
     preview: Preview
+    validation: Validation | None
     metadata: dict[str, Any]
     hashes: BackgroundHashes
+    uploads: Uploads
     is_flat: bool  # whether gradients are views of flat ones, to be zeroed in place
     num_done: int = 0  # optimizer steps
+    best: tuple[float, int] | None = None  # lowest loss of the validation, and the step of it
 
     def resume(self, folder: Path) -> None:
         """Take over the state of a run that stopped; the plan begins where it was."""
         position = state.read_position(folder)
         state.restore(state.read_tensors(folder), *self._parts())
         self._losses.extend(position.losses)
+        self.best = position.best
         there = [entry for entry in position.columns if all(Path(file).is_file() for file in entry[1])]
         self.preview.columns = [(label, [Path(file) for file in files]) for label, files in there]
 
     def _parts(self) -> tuple:
-        return self.network.network, self.optimizer, self.scheduler, self.runtime.scaler
+        return self.network, self.optimizer, self.scheduler, self.runtime.scaler
 
     def prepare(self) -> None:
         """Collect what the steps use again and again."""
         self.num_done = self.plan.start_step
+        self._left_out = 0  # steps that were not finite, in a row
         self._losses: deque[float] = deque(maxlen=self.plan.batches_per_epoch)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def run(self, loader: torch.utils.data.DataLoader) -> None:
         """Train from the first step to the last, with files and pictures on the way; prepare comes before."""
-        if self.runtime.is_main and self.config.logs.logging_dir is not None:
-            self.runtime.accelerator.init_trackers(self.config.logs.log_tracker_name or "network_train")
         if self.runtime.is_main:
+            start_trackers(self.config, self.runtime.accelerator)
             cut_metrics(checkpoints.metrics_file(self.config.saving), self.num_done)
         self.network.on_epoch_start()
         self._draw_if(not self.num_done and self.preview.due_at_step(0), suffix="e000000", label="start")
@@ -152,11 +112,12 @@ class Trainer:
         for step, group in itertools.groupby(batches, key=lambda pair: pair[0].step):
             losses += self.step(step, [batch for _, batch in group])
             bar.update()
-            bar.set_postfix(avr_loss=f"{sum(self._losses) / len(self._losses):.4g}", refresh=False)
+            bar.set_postfix(avr_loss=f"{mean(self._losses):.4g}", refresh=False)
             self._after_step(epoch)
             if self.num_done % self.plan.steps_per_epoch:
                 self._stop_if_asked(epoch)
-        self._log({"loss/epoch_average": sum(losses) / len(losses)})
+        if losses:
+            self._log({"loss/epoch_average": mean(losses)})
         self._after_epoch(epoch)
         self._stop_if_asked(epoch)  # an epoch that is through has its file and its pictures first
 
@@ -166,53 +127,85 @@ class Trainer:
         for index, batch in enumerate(batches):
             seed_micro_batch(self.config.run.seed, step, index, self.runtime.rank)
             self.network.on_step_start()
-            loss = batch_loss(
-                batch,
-                self.models,
-                self.schedule,
-                self.config,
-                self.runtime,
-                train_text=self.network.trains_text_encoder,
-            )
+            loss = self.objective.training_loss(batch)
             self.runtime.scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
-        # One wait for the device in a step; before the update, so that what is not finite never enters a weight.
-        values = torch.stack(losses).tolist()
-        check_finite(values, batches, step)
-
         average_gradients(self._parameters, self.runtime.num_processes)
-        advanced = self._update()
+        norm = self._clip()
+        # One wait for the device in a step; before the update, so that what is not finite never enters a weight.
+        *values, size = torch.stack([*losses, norm]).tolist()
+        problem = self._not_finite(values, size, batches)
+        advanced = self._update() if problem is None else self._leave_out(problem)
         rates = current_rates(self.optimizer)
         if advanced and self.scheduler is not None:
             self.scheduler.step()
-        if self.config.network.scale_weight_norms:
-            self._scale_norms()
+        norms = self._scale_norms() if self.config.network.scale_weight_norms else self.network.norms()
         self.num_done += 1
+        values = [value for value in values if math.isfinite(value)]  # of a step that was left out
         self._losses.extend(values)
-        self._log_step(values, rates)
+        self._log_step(values, rates, norms)
         return values
 
-    def _update(self) -> bool:
-        """Clip and apply the gradients; return False where the scaler found an overflow and left the step out."""
-        scaler, scale = self.runtime.scaler, self.runtime.scaler.get_scale()
-        scaler.unscale_(self.optimizer)
+    def _clip(self) -> Tensor:
+        """Clip the gradients to --max_grad_norm; return their norm before (0-D)."""
+        self.runtime.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
         if self.config.optimizer.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.max_grad_norm, foreach=True)
+            limit = self.config.optimizer.max_grad_norm
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm, foreach=True)
+        self.network.after_clipping()
+        return norm.float()
+
+    def _not_finite(self, losses: list[float], norm: float, batches: list[Batch]) -> str | None:
+        """Return what is not a finite number and with which pictures, or None.
+
+        A gradient that overflows under a scaler is the scaler's business: it leaves the step out.
+        """
+        bad = [(loss, batch) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
+        if bad:
+            return f"the loss became {bad[0][0]} in step {self.num_done + 1} with {described(bad[0][1])}"
+        if not math.isfinite(norm) and not self.runtime.scaler.is_enabled():
+            pictures = "; ".join(described(batch) for batch in batches)
+            return f"the gradient became {norm} in step {self.num_done + 1} with {pictures}"
+        return None
+
+    def _update(self) -> bool:
+        """Apply the gradients; return False where the scaler found an overflow and left the step out."""
+        self._left_out = 0
+        scaler, scale = self.runtime.scaler, self.runtime.scaler.get_scale()
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=not self.is_flat)
         return scaler.get_scale() >= scale
 
-    def _scale_norms(self) -> None:
+    def _leave_out(self, problem: str) -> bool:
+        """Drop the gradients of a step that is not finite, or end the run, as --on_nan says; return False."""
+        if self.config.run.on_nan == "stop":
+            raise UserError(
+                f"{problem}: nothing was overwritten; try a lower learning rate, --no_half_vae, bf16 in place of "
+                "fp16, or --on_nan skip"
+            )
+        self._left_out += 1
+        if self._left_out >= MOST_LEFT_OUT:
+            raise UserError(
+                f"{problem}, as in the {MOST_LEFT_OUT - 1} steps before: the run does not come back from it"
+            )
+        logger.warning("%s; the step is left out", problem)
+        self.runtime.scaler.update()
+        self.optimizer.zero_grad(set_to_none=not self.is_flat)
+        return False
+
+    def _scale_norms(self) -> dict[str, float]:
         result = self.network.scale_norms(self.config.network.scale_weight_norms, self.runtime.device)
-        if result is not None:
-            names = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
-            self._log(dict(zip(names, result, strict=True)))
+        names = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
+        return {} if result is None else dict(zip(names, result, strict=True))
 
     # ---- between steps --------------------------------------------------------------------------------------
 
     def _after_step(self, epoch: int) -> None:
         done, saving = self.num_done, self.config.saving
+        if self.validation is not None and self.validation.due_at_step(done):
+            self._validate("step")
         self._draw_if(self.preview.due_at_step(done), suffix=f"{done:06d}", label=f"step {done}")
         if checkpoints.saves_step(saving, done):
             path = checkpoints.step_file(saving, done)
@@ -225,6 +218,8 @@ class Trainer:
 
     def _after_epoch(self, epoch: int) -> None:
         saving, num_epochs = self.config.saving, self.plan.num_epochs
+        if self.validation is not None and self.validation.due_at_epoch(epoch):
+            self._validate("epoch")
         if checkpoints.saves_epoch(saving, epoch, num_epochs):
             path = checkpoints.epoch_file(saving, epoch)
             self.save(path, epoch=epoch)
@@ -237,24 +232,48 @@ class Trainer:
 
     def _draw_if(self, is_due: bool, *, suffix: str, label: str) -> None:
         if is_due and self.runtime.is_main:
-            self.preview.draw(self.models, self.network, self.runtime, suffix=suffix, label=label)
+            with self._evaluation():
+                self.preview.draw(self.objective.models, self.runtime, suffix=suffix, label=label)
+            log_pictures(self.runtime.accelerator, self.preview.columns[-1][1], self.num_done)
         if is_due:
             self.runtime.barrier()
+
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Within it the network is what a reader of its file will have: no dropouts, averaged weights."""
+        self.network.network.eval()
+        with averaged_weights(self.optimizer):
+            yield
+        self.network.network.train()
+
+    def _validate(self, kind: str) -> None:
+        """Measure the loss on what is held out; kind is "step" or "epoch"."""
+        with self._evaluation():
+            loss = self.validation.measure(self.objective)
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, self.num_done)
+        logger.info("validation after step %d: %.4g (lowest: %.4g, step %d)", self.num_done, loss, *self.best)
+        self._log(
+            {f"loss/validation/{kind}_average": loss, f"loss/validation/{kind}_divergence": loss - mean(self._losses)}
+        )
 
     def save(self, path: Path, *, epoch: int) -> None:
         """Write the network's file with its metadata."""
         if not self.runtime.is_main:
             return
+        best = dict(zip(("ss_best_validation_loss", "ss_best_validation_step"), self.best or (), strict=False))
         metadata = file_metadata(
-            self.metadata | self.hashes.values(),
+            self.metadata | self.hashes.values() | best,
             self.config,
-            self.models.family,
-            predicts_v=self.models.predicts_v,
+            self.objective.models.family,
+            predicts_v=self.objective.models.predicts_v,
             resolution=self.plan.sets[0].options.resolution,
             step=self.num_done,
             epoch=epoch,
         )
-        self.network.save(path, SAVE_DTYPES[self.config.saving.save_precision], metadata)
+        with self._evaluation():
+            self.network.save(path, SAVE_DTYPES[self.config.saving.save_precision], metadata)
+        self.uploads.add(path)
 
     def save_state(self, file: Path, epoch: int) -> None:
         """Write the state that belongs to a saved file; the processes agree in everything, so the first one does."""
@@ -264,19 +283,22 @@ class Trainer:
                 current_epoch=epoch,
                 seed=self.config.run.seed,
                 losses=tuple(self._losses),
+                best=self.best,
                 columns=tuple((label, tuple(map(str, files))) for label, files in self.preview.columns),
             )
             state.write_state(
                 checkpoints.state_folder(file), state.collect(*self._parts()), position, to_toml(self.config)
             )
+            if self.config.hub.save_state_to_huggingface:
+                self.uploads.add(checkpoints.state_folder(file))
 
     def _remove_state(self, file: Path | None) -> None:
         if file is not None and self.runtime.is_main:
-            shutil.rmtree(checkpoints.state_folder(file), ignore_errors=True)
+            self.uploads.after(lambda: shutil.rmtree(checkpoints.state_folder(file), ignore_errors=True))
 
     def _remove(self, path: Path | None) -> None:
         if path is not None and self.runtime.is_main:
-            path.unlink(missing_ok=True)
+            self.uploads.after(lambda: path.unlink(missing_ok=True))
 
     def _stop_if_asked(self, epoch: int) -> None:
         """Save and raise KeyboardInterrupt if a signal came; a run that is through just ends."""
@@ -287,22 +309,24 @@ class Trainer:
         self.save_state(path, epoch)
         logger.warning("stopped after step %d: what was learned is in %s", self.num_done, path)
         logger.warning("the same command with this goes on: --resume %s", checkpoints.state_folder(path))
+        self.uploads.wait()
         raise KeyboardInterrupt
 
     # ---- logs -----------------------------------------------------------------------------------------------
 
-    def _log_step(self, losses: list[float], rates: list[float]) -> None:
-        values = {"loss/current": losses[-1], "loss/average": sum(self._losses) / len(self._losses)}
-        named = zip(self.group_names, rates, strict=True)
-        self._log(values | {f"lr/{name}": rate for name, rate in named})
+    def _log_step(self, losses: list[float], rates: list[float], norms: dict[str, float]) -> None:
+        values = {"loss/current": losses[-1], "loss/average": mean(self._losses)} if losses else {"left_out": 1}
+        values |= {f"lr/{name}": rate for name, rate in zip(self.group_names, rates, strict=True)}
+        adapted = adapted_rates(self.optimizer)
+        values |= {f"lr/d*lr/{name}": rate for name, rate in zip(self.group_names, adapted, strict=False)}
+        self._log(values | norms)
 
     def _log(self, values: dict[str, float]) -> None:
         if not self.runtime.is_main:
             return
         with checkpoints.metrics_file(self.config.saving).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.num_done, "time": round(time.time(), 3), **values}) + "\n")
-        if self.config.logs.logging_dir is not None:
-            self.runtime.accelerator.log(values, step=self.num_done)
+        self.runtime.accelerator.log(values, step=self.num_done)
 
 
 def cut_metrics(path: Path, num_done: int) -> None:
@@ -314,15 +338,15 @@ def cut_metrics(path: Path, num_done: int) -> None:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def check_finite(losses: list[float], batches: list[Batch], step: int) -> None:
-    """Raise UserError that names step and pictures where a loss is not a finite number."""
-    for loss, batch in zip(losses, batches, strict=True):
-        if not abs(loss) < float("inf"):
-            names = ", ".join(batch.names)
-            raise UserError(
-                f"the loss became {loss} in step {step + 1} with {names}: nothing was overwritten; "
-                "try a lower learning rate, --no_half_vae, or bf16 in place of fp16"
-            )
+def mean(values: Collection[float]) -> float:
+    """Return the mean; NaN of nothing, as when all steps were left out."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def described(batch: Batch) -> str:
+    """Return the pictures of a batch with their captions, for a message."""
+    pairs = zip(batch.names, batch.captions, strict=True)
+    return ", ".join(f"{name} ({caption!r})" for name, caption in pairs)
 
 
 class BackgroundHashes:

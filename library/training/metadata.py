@@ -76,11 +76,13 @@ RECORDED = {
     "ss_huber_scale": ("loss", "huber_scale"),
     "ss_huber_c": ("loss", "huber_c"),
     "ss_resize_interpolation": ("subset", "resize_interpolation"),
+    "ss_face_crop_aug_range": ("subset", "face_crop_aug_range"),
+    "ss_validation_seed": ("dataset", "validation_seed"),
+    "ss_validation_split": ("subset", "validation_split"),
 }
 FIXED = {
     "ss_full_fp16": False,
     "ss_lowram": False,
-    "ss_face_crop_aug_range": None,
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
     "ss_sd_scripts_commit_hash": "(unknown)",
@@ -119,7 +121,7 @@ def training_metadata(
         "ss_base_model_version": family.base_version + ("_v" if predicts_v else ""),
         "ss_optimizer": optimizer,
         "ss_num_train_images": sum(entry.num_images(is_reg=False) for entry in sets),
-        "ss_num_validation_images": 0,
+        "ss_num_validation_images": sum(len(entry.held_out) for entry in sets),
         "ss_num_reg_images": sum(entry.num_images(is_reg=True) for entry in sets),
         "ss_text_encoder_lr": _single(config.optimizer.text_encoder_lr),
         "ss_sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
@@ -155,10 +157,10 @@ def describe_datasets(sets: list[TrainingSet]) -> dict[str, Any]:
 
 
 def _describe_set(entry: TrainingSet, index: int) -> dict[str, Any]:
-    folders: list[Path] = list(dict.fromkeys(record.subset.image_dir for record in entry.records))
+    sources: list[Path] = list(dict.fromkeys(record.subset.source for record in entry.records))
     options = entry.options
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(record.subset.metadata_file for record in entry.records),
         "batch_size_per_device": options.batch_size,
         "num_train_images": entry.num_images(is_reg=False),
         "num_reg_images": entry.num_images(is_reg=True),
@@ -169,19 +171,21 @@ def _describe_set(entry: TrainingSet, index: int) -> dict[str, Any]:
         "tag_frequency": tag_frequency(list(entry.records)),
         "bucket_info": bucket_info(entry, index),
         "resize_interpolation": None,
-        "subsets": [_describe_subset(entry, folder) for folder in folders],
+        "subsets": [_describe_subset(entry, source) for source in sources],
     }
 
 
-def _describe_subset(entry: TrainingSet, folder: Path) -> dict[str, Any]:
-    records = [record for record in entry.records if record.subset.image_dir == folder]
+def _describe_subset(entry: TrainingSet, source: Path) -> dict[str, Any]:
+    records = [record for record in entry.records if record.subset.source == source]
     subset = records[0].subset
+    kind = {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+    if subset.metadata_file is not None:
+        kind = {"metadata_file": subset.metadata_file.name}
     return {
         "img_count": len(records),
         **{key: getattr(subset, key) for key in SUBSET_RECORDED},
-        "image_dir": folder.name,
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        "image_dir": subset.image_dir.name if subset.image_dir else None,
+        **kind,
     }
 
 
@@ -210,11 +214,11 @@ def describe_folders(config: TrainConfig, sets: list[TrainingSet], num_processes
 
 
 def tag_frequency(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
-    """Return folder name -> tag -> count over captions."""
-    captions: dict[str, list[str]] = {}
+    """Return name of the source -> tag -> count over captions, or over the tags of a metadata file."""
+    texts: dict[str, list[str]] = {}
     for record in records:
-        captions.setdefault(record.subset.image_dir.name, []).append(record.caption)
-    return {name: tag_counts(texts) for name, texts in captions.items()}
+        texts.setdefault(record.subset.source.name, []).append(record.tags)
+    return {name: tag_counts(tags) for name, tags in texts.items()}
 
 
 def bucket_info(entry: TrainingSet, index: int) -> dict[str, Any] | None:
@@ -232,13 +236,13 @@ def bucket_info(entry: TrainingSet, index: int) -> dict[str, Any] | None:
 
 
 def dataset_dirs(sets: list[TrainingSet], *, is_reg: bool) -> dict[str, dict[str, int]]:
-    """Return folder name -> repeats and pictures; equal names get " (2)" and so on."""
+    """Return name of the source -> repeats and pictures; equal names get " (2)" and so on."""
     found: dict[str, dict[str, int]] = {}
     for entry in sets:
         folders: dict[Path, list[ImageRecord]] = {}
         for record in entry.records:
             if record.subset.is_reg == is_reg:
-                folders.setdefault(record.subset.image_dir, []).append(record)
+                folders.setdefault(record.subset.source, []).append(record)
         for folder, records in folders.items():
             name, number = folder.name, 2
             while name in found:

@@ -17,7 +17,6 @@ from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.generate import Picture, generate
 from library.sampling.prompts import Prompt
-from library.training.network_protocol import TrainableNetwork
 from library.training.runtime import Runtime
 from library.weights_io import replacing
 
@@ -59,20 +58,17 @@ class Preview:
         interval = self.config.sample_every_n_epochs
         return interval is not None and epoch % interval == 0
 
-    def draw(
-        self, models: LoadedModels, network: TrainableNetwork, runtime: Runtime, *, suffix: str, label: str
-    ) -> None:
-        """Draw all prompts and bring the contact sheet up to date.
+    def draw(self, models: LoadedModels, runtime: Runtime, *, suffix: str, label: str) -> None:
+        """Draw all prompts and bring the contact sheet up to date; the caller has put the network in evaluation mode.
 
-        suffix goes into the names of the files, label over the column of the sheet. Dropouts are off, and no
-        random state of the training is touched, because training seeds each micro-batch by its position.
+        suffix goes into the names of the files, label over the column of the sheet. No random state of the
+        training is touched, because training seeds each micro-batch by its position.
         """
         from tqdm import tqdm
 
         seeds = [self._seed_of(index) for index in range(len(self.prompts))]
         vae_device = next(models.vae.parameters()).device
         models.vae.to(runtime.device)
-        network.network.eval()
         paths = []
         with runtime.autocast():
             pictures = generate(
@@ -82,7 +78,6 @@ class Preview:
                 pictures, total=len(self.prompts), desc=f"drawing ({label})", unit="picture", leave=False
             ):
                 paths.append(self._save(picture, suffix))
-        network.network.train()
         models.vae.to(vae_device)
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them

@@ -2,65 +2,86 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from library.config.loss import LossConfig
 from library.config.options import to_toml
 from library.config.train import TrainConfig, with_seed
 from library.data.dataset import BatchMaker, RunPlan, make_loader
-from library.data.latent_cache import LatentCache, build_cache
 from library.data.records import TrainingSet, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
-from library.errors import UserError
-from library.models.loading import Detected, LoadedModels, detect, load_models, text_model
-from library.models.text_encoding import PER_WINDOW, num_cut_captions
+from library.models.loading import LoadedModels, load_models
 from library.optim.flat import flatten_groups
-from library.optim.optimizers import OptimizerChoice, build_optimizer, check_optimizer, choose_optimizer
-from library.optim.schedulers import build_scheduler, check_scheduler
+from library.optim.optimizers import (
+    OptimizerChoice,
+    build_optimizer,
+    choose_optimizer,
+)
+from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.sampling.prompts import Prompt
-from library.sampling.samplers import check_sampler
 from library.training import checkpoints, report
-from library.training.loop import BackgroundHashes, Trainer, encode_pixels
-from library.training.metadata import thumbnail, training_metadata
-from library.training.network_protocol import TrainableNetwork, build_network, check_network, trained_parts
+from library.training.dry_run import dry_run
+from library.training.loop import BackgroundHashes, Trainer
+from library.training.loss_curve import draw_loss_curve
+from library.training.metadata import training_metadata
+from library.training.network_protocol import TrainableNetwork, build_network, merge_base_weights
+from library.training.objective import Objective
+from library.training.preparation import (
+    build_validation,
+    cache_latents,
+    check_before_loading,
+    check_clip_skip,
+    choose_seed,
+    enable_gradient_checkpointing,
+    encode_captions,
+    find_resumed,
+    num_workers,
+    place_models,
+    plan_run,
+    warn_of_cut_captions,
+)
 from library.training.preview import Preview
 from library.training.runtime import (
     Runtime,
     broadcast_parameters,
     shared,
     start_runtime,
-    use_attention,
 )
-from library.training.state import find_state, read_position
-from library.weights_io import open_weights, replacing, tensors_sha256
+from library.training.upload import Uploads, make_repository
+from library.training.validation import Validation
+from library.weights_io import replacing
 
 logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -> Path:
-    """Train a network as config says and return the path of its file; raises UserError for a user's mistake."""
+    """Train a network as config says and return the path of its file; raises UserError for a user's mistake.
+
+    With --dry_run nothing is trained, and the path is that of the report.
+    """
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
     detected = check_before_loading(config, prompts, choice)
-    resumed = find_state(config.state.resume, config.saving) if config.state.resume else None
     report.describe_data(sets)
-    if not config.precision.cache_latents:
+    if config.run.dry_run or not config.precision.cache_latents:
         verify_pictures(sets)
+    if config.run.dry_run:
+        return dry_run(config, sets, choice=choice, detected=detected)
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
+    resumed = find_resumed(config, runtime)
     config = with_seed(config, shared(choose_seed(config, resumed), runtime))
+    if runtime.is_main:
+        make_repository(config.hub)
     models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
     del detected  # with what it holds of the file
     check_clip_skip(config, models)
+    merge_base_weights(config.network, models)
     place_models(config, models, runtime)
     warn_of_cut_captions(config, sets, models)
 
@@ -74,19 +95,26 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     network = build_network(
         config.network, config.optimizer, models, checkpointing=checkpointing, device=runtime.device
     )
+    network.network.to(runtime.adapter_dtype)
     broadcast_parameters(network.network.parameters(), runtime.num_processes)
     if checkpointing:
         enable_gradient_checkpointing(models, network)
+    if not network.trains_text_encoder:
+        encode_captions(config, sets, prompts, models, runtime)
 
     # Train and save.
-    plan = plan_run(config, sets, runtime, resumed)
+    plan = plan_run(config, sets, resumed, rank=runtime.rank, num_processes=runtime.num_processes)
     preview = Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip)
-    trainer = build_trainer(config, runtime, models, network, choice=choice, plan=plan, preview=preview)
+    validation = build_validation(config, sets, cache)
+    trainer = build_trainer(
+        config, runtime, models, network, choice=choice, plan=plan, preview=preview, validation=validation
+    )
     if resumed is not None:
         trainer.resume(resumed)
     maker = BatchMaker(sets, config.run.seed, plan.num_steps, config.data.prior_loss_weight, cache)
-    trainer.run(make_loader(maker, plan, num_workers(config, cache)))
-    return finish(config, trainer)
+    with trainer.uploads:
+        trainer.run(make_loader(maker, plan, num_workers(config, cache)))
+        return finish(config, trainer)
 
 
 def finish(config: TrainConfig, trainer: Trainer) -> Path:
@@ -99,31 +127,10 @@ def finish(config: TrainConfig, trainer: Trainer) -> Path:
         report.describe_result(trainer.network, final)
         if trainer.preview.columns:
             logger.info("pictures: %s", trainer.preview.sheet)
+        curve = checkpoints.loss_curve_file(config.saving)
+        if draw_loss_curve(checkpoints.metrics_file(config.saving), curve):
+            logger.info("course of the loss: %s", curve)
     return final
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Preparation
-# --------------------------------------------------------------------------------------------------------------
-
-
-def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> Detected:
-    """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
-    check_network(config.network)
-    trained_parts(config.network, config.optimizer)
-    probe = check_optimizer(choice, config.optimizer.learning_rate)
-    check_scheduler(config.schedule, probe, config.optimizer.learning_rate)
-    if choice.sets_own_rate:
-        logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
-    thumbnail(config.metadata)
-    for prompt in prompts:
-        check_sampler(prompt.sample_sampler or config.preview.sample_sampler)
-    detected = detect(config.model)
-    check_prediction(config.loss, predicts_v=bool(detected.predicts_v))
-    if config.model.vae is not None and config.model.vae.is_file():
-        open_weights(config.model.vae)
-    check_output(config.saving.output_dir)
-    return detected
 
 
 def write_options(config: TrainConfig) -> None:
@@ -132,37 +139,6 @@ def write_options(config: TrainConfig) -> None:
     with replacing(path) as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     logger.info("the options of this run are in %s", path)
-
-
-def check_output(folder: Path) -> None:
-    """Make the output folder; raises UserError where nothing can be written, which would show only after training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--output_dir: nothing can be written to {folder} ({error.strerror}); name another folder"
-        ) from None
-
-
-def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
-    """Raise UserError for a weighting that belongs to the other kind of prediction."""
-    if loss.scale_v_pred_loss_like_noise_pred and not predicts_v:
-        raise UserError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization")
-    if loss.v_pred_like_loss and predicts_v:
-        raise UserError("--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization")
-    if loss.zero_terminal_snr and not predicts_v:
-        logger.warning(
-            "--zero_terminal_snr without --v_parameterization: at the last timestep there is nothing to predict from"
-        )
-
-
-def place_models(config: TrainConfig, models: LoadedModels, runtime: Runtime) -> None:
-    """Move what every step needs to the device, with the attention that was asked for."""
-    use_attention(config.precision, models.unet, models.vae, runtime.device)
-    for model in (models.unet, *models.text_encoders):
-        model.to(runtime.device)
 
 
 def build_trainer(
@@ -174,6 +150,7 @@ def build_trainer(
     choice: OptimizerChoice,
     plan: RunPlan,
     preview: Preview,
+    validation: Validation | None,
 ) -> Trainer:
     """Return the loop with its optimizer and schedule; tell in numbers what it will do."""
     groups, names = network.groups(config.optimizer)
@@ -187,131 +164,27 @@ def build_trainer(
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        models=models,
+        objective=Objective(
+            config=config,
+            models=models,
+            schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
+            runtime=runtime,
+            trains_text_encoder=network.trains_text_encoder,
+        ),
         network=network,
         optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, plan.num_steps, rate),
         group_names=names,
         plan=plan,
-        schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
         preview=preview,
+        validation=validation,
         metadata=describe(config, plan.sets, models, choice, plan),
         hashes=BackgroundHashes(config, is_needed=runtime.is_main),
+        uploads=Uploads(config.hub, is_main=runtime.is_main),
         is_flat=choice.elementwise,
     )
     trainer.prepare()
     return trainer
-
-
-def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:
-    """Raise UserError for a --clip_skip beyond the layers of the text encoder."""
-    layers = len(text_model(models.text_encoders[0]).encoder.layers)
-    if (config.text.clip_skip or 1) > layers:
-        raise UserError(
-            f"--clip_skip must be at most {layers}, the layers of this text encoder, got {config.text.clip_skip}"
-        )
-
-
-def warn_of_cut_captions(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels) -> None:
-    """Warn of captions longer than what the text encoder is given."""
-    limit = config.text.max_token_length or PER_WINDOW
-    captions = sorted({line for entry in sets for record in entry.records for line in record.caption.split("\n")})
-    number = num_cut_captions(models.tokenizers[0], captions, limit)
-    if number:
-        logger.warning(
-            "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225", number, limit
-        )
-
-
-def cache_latents(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels, runtime: Runtime) -> LatentCache:
-    """Return the cache of all pictures; entries on disk are made by all processes together."""
-    on_disk = config.precision.cache_latents_to_disk
-    weights = tensors_sha256(models.vae.state_dict()) if on_disk else "in memory"
-    models.vae.to(runtime.device)
-
-    def build(share: tuple[int, int]) -> LatentCache:
-        return build_cache(
-            sets,
-            lambda pixels: encode_pixels(models, runtime, pixels).cpu(),
-            encoder=f"{weights} {runtime.vae_dtype}",
-            batch_size=config.precision.vae_batch_size,
-            on_disk=on_disk,
-            share=share,
-        )
-
-    if on_disk and runtime.num_processes > 1:
-        build((runtime.rank, runtime.num_processes))
-        runtime.barrier()
-    return build((0, 1))
-
-
-def enable_gradient_checkpointing(models: LoadedModels, network: TrainableNetwork) -> None:
-    """Compute activations again in the backward pass; transformers does so only in training mode.
-
-    Neither model has a dropout, so training mode changes nothing else.
-    """
-    models.unet.enable_gradient_checkpointing()
-    models.unet.train()
-    if network.trains_text_encoder:
-        for encoder in models.text_encoders:
-            # Older transformers have only the second name; newer ones warn of it.
-            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            text_model(encoder).train()
-
-
-def choose_seed(config: TrainConfig, resumed: Path | None) -> int:
-    """Return the seed of the options, else of the state that is resumed, else a new one."""
-    if resumed is not None:
-        seed = read_position(resumed).seed
-        if config.run.seed not in (None, seed):
-            logger.warning("--seed %d is not that of the state, %d: the run goes on otherwise", config.run.seed, seed)
-        return seed if config.run.seed is None else config.run.seed
-    return random.SystemRandom().randrange(2**32) if config.run.seed is None else config.run.seed
-
-
-def start_step(config: TrainConfig, resumed: Path | None, steps_per_epoch: int) -> int:
-    """Return how many steps were made before this run begins."""
-    if config.state.initial_step is not None:
-        return config.state.initial_step
-    if config.state.initial_epoch is not None:
-        return (config.state.initial_epoch - 1) * steps_per_epoch
-    if config.state.resume and resumed is None:
-        logger.info("--resume auto: no state of %s yet; the run begins", config.saving.output_name or "this name")
-    return 0 if resumed is None else read_position(resumed).current_step
-
-
-def plan_run(config: TrainConfig, sets: list[TrainingSet], runtime: Runtime, resumed: Path | None) -> RunPlan:
-    """Return the plan of the run for this process; --max_train_epochs takes the place of --max_train_steps."""
-    plan = RunPlan(
-        sets=sets,
-        seed=config.run.seed,
-        num_steps=config.run.max_train_steps,
-        accumulation=config.run.gradient_accumulation_steps,
-        rank=runtime.rank,
-        num_processes=runtime.num_processes,
-    )
-    if config.run.max_train_epochs is not None:
-        plan = dataclasses.replace(plan, num_steps=config.run.max_train_epochs * plan.steps_per_epoch)
-    plan = dataclasses.replace(plan, start_step=start_step(config, resumed, plan.steps_per_epoch))
-    # A run that was stopped between its last step and its file has only the file left to write.
-    is_through = checkpoints.final_file(config.saving).exists()
-    if plan.start_step > plan.num_steps or (plan.start_step == plan.num_steps and is_through):
-        raise UserError(
-            f"nothing is left to train: {plan.start_step} steps are made, and {plan.num_steps} are asked for"
-        )
-    if plan.start_step:
-        logger.info(
-            "goes on after step %d of %d%s", plan.start_step, plan.num_steps, f" from {resumed}" if resumed else ""
-        )
-    return plan
-
-
-def num_workers(config: TrainConfig, cache: LatentCache | None) -> int:
-    """Return how many processes load pictures; cached latents need none."""
-    import os
-
-    return 0 if cache is not None else min(config.run.max_data_loader_n_workers, max(0, (os.cpu_count() or 1) - 1))
 
 
 def describe(

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from library.config.saving import LoggingConfig
 from library.config.training import PrecisionConfig
 from library.errors import UserError
 from library.randomness import seed_for
+from library.training.tracking import tracker_names
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +33,16 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class GradientScaler(torch.amp.GradScaler):
+    """Torch's scaler, for gradients in fp16 as well: torch refuses those, lest their own range be overlooked."""
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        del allow_fp16
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """The processes of a run as one of them sees them."""
@@ -38,6 +50,7 @@ class Runtime:
     accelerator: Accelerator
     dtype: torch.dtype  # of the U-Net's and text encoder's weights and of their arithmetic
     vae_dtype: torch.dtype
+    adapter_dtype: torch.dtype  # of the network's weights and of their gradients
     scaler: torch.amp.GradScaler
 
     @property
@@ -75,7 +88,7 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
 
     accelerator = Accelerator(
         mixed_precision="no",
-        log_with="tensorboard" if logs.logging_dir else None,
+        log_with=tracker_names(logs) or None,
         project_dir=str(log_folder(logs)) if logs.logging_dir else None,
     )
     dtype = resolve_dtype(precision.mixed_precision, accelerator.device)
@@ -90,7 +103,8 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
         accelerator=accelerator,
         dtype=dtype,
         vae_dtype=torch.float32 if precision.no_half_vae else dtype,
-        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=dtype is torch.float16),
+        adapter_dtype=dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
+        scaler=GradientScaler(accelerator.device.type, enabled=dtype is torch.float16),
     )
 
 
@@ -147,10 +161,13 @@ def shared(value: int, runtime: Runtime) -> int:
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Seed torch's global generators for one micro-batch.
 
-    Dropouts, ours and those of foreign network modules, draw from the global generators. Keyed by position,
-    they are the same whether or not a run was interrupted, and previews cannot disturb them.
+    Dropouts, ours and those of foreign network modules, draw from the global generators, some of them from
+    Python's. Keyed by position, they are the same whether or not a run was interrupted, and previews cannot
+    disturb them.
     """
-    torch.manual_seed(seed_for(seed, "micro-batch", step, micro_batch, rank))
+    key = seed_for(seed, "micro-batch", step, micro_batch, rank)
+    torch.manual_seed(key)
+    random.seed(key)
 
 
 def broadcast_parameters(parameters: Iterable[nn.Parameter], num_processes: int) -> None:

@@ -20,6 +20,8 @@ from library.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from library.training.network_protocol import TrainableNetwork
+
 FORMAT_VERSION = 1
 POSITION_FILE, TENSOR_FILE, OPTIONS_FILE = "train_state.json", "state.pt", "options.toml"
 
@@ -33,6 +35,7 @@ class Position:
     seed: int
     losses: tuple[float, ...] = ()  # of the last micro-batches, for the average on the progress bar
     columns: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the contact sheet: label, files
+    best: tuple[float, int] | None = None  # lowest loss of the validation, and its step
 
 
 def write_state(folder: Path, tensors: dict[str, Any], position: Position, options: str) -> None:
@@ -92,6 +95,7 @@ def read_position(folder: Path) -> Position:
             seed=record["seed"],
             losses=tuple(record["losses"]),
             columns=tuple((label, tuple(files)) for label, files in record["columns"]),
+            best=tuple(record["best"]) if record.get("best") else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
@@ -112,7 +116,7 @@ def read_tensors(folder: Path) -> dict[str, Any]:
 
 
 def collect(
-    network: torch.nn.Module,
+    network: TrainableNetwork,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     scaler: torch.amp.GradScaler,
@@ -129,7 +133,7 @@ def collect(
 
 def restore(
     tensors: dict[str, Any],
-    network: torch.nn.Module,
+    network: TrainableNetwork,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     scaler: torch.amp.GradScaler,

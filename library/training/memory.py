@@ -1,0 +1,148 @@
+"""How much memory a run will need, found by making one step with tensors that have sizes and no contents.
+
+Torch's FakeTensorMode runs the true forward and backward pass, gradient checkpointing and attention kernels
+included, on shapes alone; what is alive at each operation is added up. The figures are those of the tensors:
+a GPU's own context and the gaps between allocations (together some 0.5 to 1 GB) come on top.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from library.data.buckets import Size
+from library.data.images import LATENT_SCALE
+from library.models.eight_bit import STORAGE
+from library.models.loading import LoadedModels
+from library.models.tokenizer import WINDOW
+from library.optim.optimizers import OptimizerChoice, build_optimizer
+from library.training.network_protocol import TrainableNetwork
+
+PROBE_SIDE = 128  # of the matrix on which an optimizer's state is measured; 8-bit ones keep smaller ones in 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part, in float32 or the run's types, and the most that a step holds besides."""
+
+    unet: int
+    text_encoder: int
+    vae: int  # 0 where latents are cached: it leaves the device
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int  # of the step that needs most: forward and backward of the largest batch
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(dataclasses.astuple(self))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors made within it: how many are alive, and how many were at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Leave tensors out that were there before."""
+        for tensor in tensors:
+            self._known[tensor.untyped_storage()._cdata] = 0
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.alive -= self._known.pop(key, 0)
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype, *, in_eight_bits: bool = False) -> int:
+    """Return the bytes of a model's weights in a type; in 8 bits those of linear layers and convolutions."""
+    total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    if in_eight_bits:
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        total -= sum(layer.weight.numel() * (dtype.itemsize - STORAGE.itemsize) for layer in layers)
+    return total
+
+
+def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float) -> float:
+    """Return the bytes of state that an optimizer keeps for each trained number."""
+    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE))
+    optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
+    probe.grad = torch.ones_like(probe)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / probe.numel()
+
+
+def step_activations(
+    models: LoadedModels, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
+) -> int:
+    """Return the most bytes that a forward and backward pass holds besides weights and gradients.
+
+    The batch has pictures of a size (width, height) and captions of windows of 77 tokens. models and network are
+    on the meta device; they get fake weights here, and are of no other use afterwards.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parts = [models.unet, *models.text_encoders, network.network]
+        for part in parts:
+            _make_fake(part, torch.float32 if part is network.network else dtype)
+        with PeakMemory() as memory:
+            memory.ignore(tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
+            _make_step(models, network, dtype, size=size, batch=batch, windows=windows)
+    trained = sum(p.numel() * p.element_size() for p in network.network.parameters() if p.requires_grad)
+    return max(0, memory.peak - trained)
+
+
+def _make_step(
+    models: LoadedModels, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
+) -> None:
+    """Go forward and backward through text encoder and U-Net."""
+    width, height = size
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        if network.trains_text_encoder:
+            tokens = torch.zeros(batch * windows, WINDOW, dtype=torch.int64)
+            hidden = models.text_encoders[0](tokens).last_hidden_state.unflatten(0, (batch, windows)).flatten(1, 2)
+        else:
+            hidden = torch.empty(batch, windows * WINDOW, models.unet.config.cross_attention_dim, dtype=dtype)
+        latents = torch.empty(batch, 4, height // LATENT_SCALE, width // LATENT_SCALE, dtype=dtype)
+        timesteps = torch.zeros(batch, dtype=torch.int64)
+        prediction = models.unet(latents, timesteps, encoder_hidden_states=hidden).sample
+        prediction.float().square().mean().backward()
+
+
+def _make_fake(part: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model on the meta device weights that claim to be on the CPU, whose kernels are then assumed."""
+    for module in part.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,289 @@
+"""What a run needs before its first step: checks without loading, models in place, caches, the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import tempfile
+from pathlib import Path
+
+from library.config.hub import parse_hub_state
+from library.config.loss import LossConfig
+from library.config.train import TrainConfig
+from library.data.captions import possible_captions
+from library.data.dataset import BatchMaker, RunPlan
+from library.data.latent_cache import LatentCache, build_cache
+from library.data.records import TrainingSet
+from library.errors import Problems, UserError
+from library.models.eight_bit import store_in_eight_bits
+from library.models.loading import Detected, LoadedModels, detect, text_model
+from library.models.text_encoding import PER_WINDOW, TextOptions, num_cut_captions, remember_texts
+from library.optim.optimizers import (
+    OptimizerChoice,
+    check_optimizer,
+    warn_of_rates,
+)
+from library.optim.schedulers import check_scheduler
+from library.sampling.generate import text_options
+from library.sampling.prompts import Prompt
+from library.sampling.samplers import check_sampler
+from library.training import checkpoints
+from library.training.metadata import thumbnail
+from library.training.network_protocol import TrainableNetwork, check_network, trained_parts
+from library.training.objective import encode_pixels
+from library.training.runtime import (
+    Runtime,
+    use_attention,
+)
+from library.training.state import find_state, read_position
+from library.training.tracking import check_trackers
+from library.training.upload import fetch_state
+from library.training.validation import Validation
+from library.weights_io import open_weights, tensors_sha256
+
+logger = logging.getLogger(__name__)
+
+DOWNLOADED = "from_hub"  # folder in --output_dir for states from the hub
+
+
+def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> Detected:
+    """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
+    problems = Problems()
+    with problems:
+        check_network(config.network)
+    with problems:
+        trained_parts(config.network, config.optimizer)
+    with problems:
+        probe = check_optimizer(choice, config.optimizer.learning_rate)
+        check_scheduler(config.schedule, probe, config.optimizer.learning_rate)
+    warn_of_rates(choice, config.optimizer)
+    if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
+        logger.warning("%s needs no schedule; --lr_scheduler goes unused", choice.kind.__name__)
+    if choice.sets_own_rate:
+        logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
+    with problems:
+        thumbnail(config.metadata)
+    with problems:
+        check_trackers(config.logs)
+    for name in {prompt.sample_sampler or config.preview.sample_sampler for prompt in prompts}:
+        with problems:
+            check_sampler(name)
+    with problems:
+        detected = detect(config.model)
+        check_prediction(config.loss, predicts_v=bool(detected.predicts_v))
+    with problems:
+        if config.model.vae is not None and config.model.vae.is_file():
+            open_weights(config.model.vae)
+    problems.raise_if_any()
+    check_output(config.saving.output_dir)  # last, for it makes the folder
+    return detected
+
+
+def check_output(folder: Path) -> None:
+    """Make the output folder; raises UserError where nothing can be written, which would show only after training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir: nothing can be written to {folder} ({error.strerror}); name another folder"
+        ) from None
+
+
+def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
+    """Raise UserError for a weighting that belongs to the other kind of prediction."""
+    if loss.scale_v_pred_loss_like_noise_pred and not predicts_v:
+        raise UserError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization")
+    if loss.v_pred_like_loss and predicts_v:
+        raise UserError("--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization")
+    if loss.zero_terminal_snr and not predicts_v:
+        logger.warning(
+            "--zero_terminal_snr without --v_parameterization: at the last timestep there is nothing to predict from"
+        )
+
+
+def place_models(config: TrainConfig, models: LoadedModels, runtime: Runtime) -> None:
+    """Move what every step needs to the device, with the attention and the storage that were asked for."""
+    use_attention(config.precision, models.unet, models.vae, runtime.device)
+    in_eight_bits = [models.unet] if config.precision.fp8_base or config.precision.fp8_base_unet else []
+    if config.precision.fp8_base and not config.precision.fp8_base_unet:
+        in_eight_bits += models.text_encoders
+    if in_eight_bits:
+        saved = sum(store_in_eight_bits(model) for model in in_eight_bits)
+        logger.info("weights in 8 bits: %.2f GB less", saved / 1e9)
+    for model in (models.unet, *models.text_encoders):
+        model.to(runtime.device)
+
+
+def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:
+    """Raise UserError for a --clip_skip beyond the layers of the text encoder."""
+    layers = len(text_model(models.text_encoders[0]).encoder.layers)
+    if (config.text.clip_skip or 1) > layers:
+        raise UserError(
+            f"--clip_skip must be at most {layers}, the layers of this text encoder, got {config.text.clip_skip}"
+        )
+
+
+def warn_of_cut_captions(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels) -> None:
+    """Warn of captions longer than what the text encoder is given."""
+    limit = config.text.max_token_length or PER_WINDOW
+    captions = sorted({line for entry in sets for record in entry.all_records for line in record.caption.split("\n")})
+    number = num_cut_captions(models.tokenizers[0], captions, limit)
+    if number:
+        logger.warning(
+            "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225", number, limit
+        )
+
+
+def cache_latents(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels, runtime: Runtime) -> LatentCache:
+    """Return the cache of all pictures; entries on disk are made by all processes together."""
+    on_disk = config.precision.cache_latents_to_disk
+    weights = tensors_sha256(models.vae.state_dict()) if on_disk else "in memory"
+    models.vae.to(runtime.device)
+
+    def build(share: tuple[int, int]) -> LatentCache:
+        return build_cache(
+            sets,
+            lambda pixels: encode_pixels(models, runtime, pixels).cpu(),
+            encoder=f"{weights} {runtime.vae_dtype}",
+            batch_size=config.precision.vae_batch_size,
+            on_disk=on_disk,
+            share=share,
+        )
+
+    if on_disk and runtime.num_processes > 1:
+        build((runtime.rank, runtime.num_processes))
+        runtime.barrier()
+    return build((0, 1))
+
+
+MOST_REMEMBERED = 2 * 2**30  # bytes of text conditioning that are kept rather than computed in every step
+
+
+def encode_captions(
+    config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt], models: LoadedModels, runtime: Runtime
+) -> None:
+    """Encode all captions and prompts once and give up the text encoder, where captions cannot change."""
+    captions = all_captions(sets)
+    if captions is None:
+        return
+    options = TextOptions(
+        config.text.max_token_length or PER_WINDOW, config.text.clip_skip, config.text.weighted_captions
+    )
+    width = models.unet.config.cross_attention_dim
+    if len(captions) * (options.max_tokens + 2) * width * runtime.dtype.itemsize > MOST_REMEMBERED:
+        return
+    wanted = [(caption, options) for caption in captions]
+    for prompt in prompts:
+        of_prompt = text_options(models, prompt, config.text.clip_skip)
+        wanted += [(prompt.prompt, of_prompt), (prompt.negative_prompt, of_prompt)]
+    with runtime.autocast():
+        remember_texts(models, wanted)
+
+
+def all_captions(sets: list[TrainingSet]) -> set[str] | None:
+    """Return every text that a caption can be in the run, or None where captions change as they are drawn."""
+    captions: set[str] = set()
+    for record in (record for entry in sets for record in entry.all_records):
+        possible = possible_captions(record.caption, record.subset)
+        if possible is None:
+            return None
+        captions |= possible
+    return captions
+
+
+def build_validation(config: TrainConfig, sets: list[TrainingSet], cache: LatentCache | None) -> Validation | None:
+    """Return what measures the loss on the pictures that are held out; None if there are none."""
+    held_out = [TrainingSet(entry.options, entry.held_out) for entry in sets]
+    if not any(entry.records for entry in held_out):
+        return None
+    given = config.dataset.validation_seed
+    seed = config.run.seed if given is None else given
+    # The number of steps serves the token warm-up only, which is off here.
+    maker = BatchMaker(held_out, seed, 1, config.data.prior_loss_weight, cache)
+    return Validation(config.validation, held_out, maker, seed)
+
+
+def enable_gradient_checkpointing(models: LoadedModels, network: TrainableNetwork) -> None:
+    """Compute activations again in the backward pass; transformers does so only in training mode.
+
+    Neither model has a dropout, so training mode changes nothing else.
+    """
+    models.unet.enable_gradient_checkpointing()
+    models.unet.train()
+    if network.trains_text_encoder:
+        for encoder in models.text_encoders:
+            # Older transformers have only the second name; newer ones warn of it.
+            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            text_model(encoder).train()
+
+
+def find_resumed(config: TrainConfig, runtime: Runtime) -> Path | None:
+    """Return the state to go on from; the first process downloads one that is on the hub."""
+    if not config.hub.resume_from_huggingface:
+        return find_state(config.state.resume, config.saving) if config.state.resume else None
+    place = parse_hub_state(config.state.resume)
+    folder = config.saving.output_dir / DOWNLOADED / place.name
+    if runtime.is_main:
+        fetch_state(place, config.hub, folder)
+    runtime.barrier()
+    return find_state(str(folder), config.saving)
+
+
+def choose_seed(config: TrainConfig, resumed: Path | None) -> int:
+    """Return the seed of the options, else of the state that is resumed, else a new one."""
+    if resumed is not None:
+        seed = read_position(resumed).seed
+        if config.run.seed not in (None, seed):
+            logger.warning("--seed %d is not that of the state, %d: the run goes on otherwise", config.run.seed, seed)
+        return seed if config.run.seed is None else config.run.seed
+    return random.SystemRandom().randrange(2**32) if config.run.seed is None else config.run.seed
+
+
+def start_step(config: TrainConfig, resumed: Path | None, steps_per_epoch: int) -> int:
+    """Return how many steps were made before this run begins."""
+    if config.state.initial_step is not None:
+        return config.state.initial_step
+    if config.state.initial_epoch is not None:
+        return (config.state.initial_epoch - 1) * steps_per_epoch
+    if config.state.resume and resumed is None:
+        logger.info("--resume auto: no state of %s yet; the run begins", config.saving.output_name or "this name")
+    return 0 if resumed is None else read_position(resumed).current_step
+
+
+def plan_run(
+    config: TrainConfig, sets: list[TrainingSet], resumed: Path | None, *, rank: int, num_processes: int
+) -> RunPlan:
+    """Return the plan of the run for one process; --max_train_epochs takes the place of --max_train_steps."""
+    plan = RunPlan(
+        sets=sets,
+        seed=config.run.seed,
+        num_steps=config.run.max_train_steps,
+        accumulation=config.run.gradient_accumulation_steps,
+        rank=rank,
+        num_processes=num_processes,
+    )
+    if config.run.max_train_epochs is not None:
+        plan = dataclasses.replace(plan, num_steps=config.run.max_train_epochs * plan.steps_per_epoch)
+    plan = dataclasses.replace(plan, start_step=start_step(config, resumed, plan.steps_per_epoch))
+    # A run that was stopped between its last step and its file has only the file left to write.
+    is_through = checkpoints.final_file(config.saving).exists()
+    if plan.start_step > plan.num_steps or (plan.start_step == plan.num_steps and is_through):
+        raise UserError(
+            f"nothing is left to train: {plan.start_step} steps are made, and {plan.num_steps} are asked for"
+        )
+    if plan.start_step:
+        logger.info(
+            "goes on after step %d of %d%s", plan.start_step, plan.num_steps, f" from {resumed}" if resumed else ""
+        )
+    return plan
+
+
+def num_workers(config: TrainConfig, cache: LatentCache | None) -> int:
+    """Return how many processes load pictures; cached latents need none."""
+    import os
+
+    return 0 if cache is not None else min(config.run.max_data_loader_n_workers, max(0, (os.cpu_count() or 1) - 1))

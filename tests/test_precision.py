@@ -1,0 +1,248 @@
+"""What is kept in fewer bits, what is done about numbers that are not finite, and what a mask weighs."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import options, same, train
+from safetensors.torch import load_file
+
+import train_network
+from library.config.loss import LossConfig
+from library.diffusion.losses import per_sample_loss
+from library.diffusion.schedule import stable_diffusion_schedule
+from library.errors import UserError
+from library.models.eight_bit import STORAGE, store_in_eight_bits
+from library.training import objective, preparation
+from library.training.runtime import GradientScaler
+
+# ---- 8 bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_eight_bit_weights_compute_as_their_rounded_values_do(model_store, autocast):
+    unet = copy.deepcopy(model_store("sd1")[0]["unet"])
+    rounded = copy.deepcopy(unet)
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.weight.data = module.weight.data.to(STORAGE).float()
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    saved = store_in_eight_bits(unet)
+    assert saved > 0.9 * 3 * count  # three of the four bytes of nearly all numbers
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(2, 77, 64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for model in (unet, rounded):
+        latents = x.clone().requires_grad_()
+        with torch.autocast("cpu", autocast or torch.float32, enabled=autocast is not None):
+            output = model(latents, torch.tensor([5, 900]), encoder_hidden_states=text).sample
+        output.float().square().mean().backward()
+        results.append((output.float(), latents.grad))
+    tolerance = 1e-5 if autocast is None else 3e-2
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("more", [{"fp8_base": True}, {"fp8_base_unet": True, "network_train_unet_only": True}])
+def test_a_network_trains_over_a_base_in_eight_bits(base, pictures, tmp_path, more):
+    weights = train(base, pictures, tmp_path, mixed_precision="bf16", **more)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_up" in name)
+
+
+def test_base_weights_are_merged_before_the_base_is_rounded(base, pictures, tmp_path):
+    train(base, pictures, tmp_path / "first")
+    more = {"fp8_base": True, "mixed_precision": "bf16", "max_train_steps": 1}
+    merged = train(base, pictures, tmp_path / "a", **more, base_weights=tmp_path / "first" / "x.safetensors")
+    plain = train(base, pictures, tmp_path / "b", **more)
+    assert any(not torch.equal(merged[name], plain[name]) for name in merged)
+
+
+# ---- half-precision adapters --------------------------------------------------------------------------------
+
+
+def test_full_bf16_trains_and_saves_in_bf16(base, pictures, tmp_path):
+    weights = train(base, pictures, tmp_path, mixed_precision="bf16", full_bf16=True, learning_rate="1e-1")
+    assert {tensor.dtype for name, tensor in weights.items() if "lora_" in name} == {torch.bfloat16}
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_up" in name)
+
+
+def test_full_precision_options_need_their_arithmetic(base, pictures, tmp_path):
+    with pytest.raises(UserError, match="--full_fp16 needs --mixed_precision fp16, got no"):
+        train_network.main(options(base, pictures, tmp_path, full_fp16=True))
+
+
+def test_gradients_in_fp16_can_be_unscaled():
+    """As torch's own does for float32 (Micikevicius et al. 2018): the step is that of the true gradient."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    scaler = GradientScaler("cpu", init_scale=1024.0)
+    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)).sum()).backward()
+    scaler.unscale_(optimizer)
+    assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
+    scaler.step(optimizer)
+    assert parameter.tolist() == [0.5, 0.0, -0.5]
+    parameter.grad.fill_(float("inf"))
+    scaler.update()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert parameter.tolist() == [0.5, 0.0, -0.5]  # left out
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Make the loss of the second step, or its gradient, NaN."""
+
+    def poison(kind):
+        calls = []
+        real = objective.Objective.training_loss
+
+        def spoiled(self, batch):
+            calls.append(batch.names)
+            loss = real(self, batch)
+            if len(calls) != 2:
+                return loss
+            if kind == "gradient":
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+                return loss
+            return loss * float("nan")
+
+        monkeypatch.setattr(objective.Objective, "training_loss", spoiled)
+        return calls
+
+    return poison
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(base, pictures, tmp_path, poisoned, kind):
+    calls = poisoned(kind)
+    with pytest.raises(UserError) as caught:
+        train_network.main(options(base, pictures, tmp_path))
+    text = str(caught.value)
+    assert f"the {kind} became nan in step 2 with " in text
+    assert calls[1][0] in text
+    assert "tag" in text  # the caption
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_or_the_step_is_left_out(base, pictures, tmp_path, poisoned, kind, caplog):
+    poisoned(kind)
+    weights = train(base, pictures, tmp_path, on_nan="skip")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_up" in name)
+    assert sum("the step is left out" in record.message for record in caplog.records) == 1
+    lines = (tmp_path / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(np.isfinite(value) for line in lines for value in json.loads(line).values())
+
+
+def test_a_run_that_never_comes_back_gives_up(base, pictures, tmp_path, monkeypatch):
+    real = objective.Objective.training_loss
+    monkeypatch.setattr(objective.Objective, "training_loss", lambda self, batch: real(self, batch) * float("nan"))
+    with pytest.raises(UserError, match="as in the 9 steps before"):
+        train_network.main(options(base, pictures, tmp_path, on_nan="skip", max_train_steps=30))
+
+
+class OverflowingVae(torch.nn.Module):
+    """A VAE that gives infinities in half precision for bright pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def encode(self, pixels):
+        moments = torch.nn.functional.avg_pool2d(pixels.float(), 8).repeat(1, 3, 1, 1)[:, :8] * self.weight.float()
+        if pixels.dtype != torch.float32:
+            bright = pixels.float().mean(dim=(1, 2, 3)) > 0
+            moments = torch.where(bright[:, None, None, None], float("inf"), moments)
+        moments = moments.to(pixels.dtype)
+        return type("Output", (), {"latent_dist": type("Distribution", (), {"parameters": moments})})
+
+
+def test_pictures_that_overflow_in_half_precision_are_encoded_in_float32(caplog):
+    models = type("Models", (), {"vae": OverflowingVae().to(torch.bfloat16)})
+    runtime = type("Runtime", (), {"device": torch.device("cpu"), "vae_dtype": torch.bfloat16})
+    pixels = torch.cat([torch.full((1, 3, 16, 16), value) for value in (-0.5, 0.5, -0.25)])
+    moments = objective.encode_pixels(models, runtime, pixels)
+    assert moments.dtype == torch.bfloat16
+    assert moments[:, 0, 0, 0].tolist() == [-0.5, 0.5, -0.25]
+    assert models.vae.weight.dtype == torch.bfloat16
+    assert any("--no_half_vae" in record.message for record in caplog.records)
+
+
+# ---- masks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "huber", "smooth_l1"])
+def test_a_mask_multiplies_the_distance_of_each_element(kind):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(3, 4, 6, 8, generator=generator) for _ in range(2))
+    masks = torch.rand(3, 1, 6, 8, generator=generator)
+    config = LossConfig(loss_type=kind, huber_schedule="constant", huber_c=0.3)
+    timesteps = torch.tensor([1, 500, 900])
+    schedule = stable_diffusion_schedule()
+    found = per_sample_loss(prediction, target, timesteps, schedule, config, masks=masks)
+    d = (prediction.double() - target.double()).numpy()
+    c = 0.3
+    root = np.sqrt(d**2 + c**2)
+    distances = {"l2": d**2, "l1": np.abs(d), "huber": 2 * c * (root - c), "smooth_l1": 2 * (root - c)}[kind]
+    np.testing.assert_allclose(found.numpy(), (distances * masks.double().numpy()).mean(axis=(1, 2, 3)), rtol=1e-5)
+
+
+def masked_run(base, pictures, out, value, **more):
+    masks = out.parent / f"masks{value}"
+    masks.mkdir(exist_ok=True)
+    for path in pictures.rglob("*.png"):
+        with Image.open(path) as picture:
+            Image.new("L", picture.size, value).save(masks / path.name)
+    return train(base, pictures, out, masked_loss=True, conditioning_data_dir=masks, **more)
+
+
+def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(base, pictures, tmp_path):
+    plain = train(base, pictures, tmp_path / "plain")
+    same(plain, masked_run(base, pictures, tmp_path / "white", 255))
+    black = masked_run(base, pictures, tmp_path / "black", 0, cache_latents=True)
+    assert not any(bool(tensor.any()) for name, tensor in black.items() if "lora_up" in name)
+
+
+# ---- text that is encoded once ------------------------------------------------------------------------------
+
+
+def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
+    seen = []
+    real = preparation.remember_texts
+    monkeypatch.setattr(
+        "library.training.preparation.remember_texts",
+        lambda models, wanted: (real(models, wanted), seen.append(models)),
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog --w 64 --h 64 --s 2 --n bad", encoding="utf-8")
+    more = {"network_train_unet_only": True, "sample_prompts": prompts, "sample_every_n_steps": 3}
+    remembered = train(base, pictures, tmp_path / "a", **more)
+    assert len(seen) == 1
+    assert all(parameter.is_meta for parameter in seen[0].text_encoders[0].parameters())
+    assert len(list((tmp_path / "a" / "sample").glob("*.png"))) == 1
+    monkeypatch.setattr("library.training.preparation.MOST_REMEMBERED", 0)
+    computed = train(base, pictures, tmp_path / "b", **more)
+    assert len(seen) == 1
+    same(computed, remembered, tolerance=2e-3)
+    train(base, pictures, tmp_path / "c", **more, shuffle_caption=True)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"network_train_unet_only": True}])
+def test_weighted_captions_train_on_other_states(base, pictures, tmp_path, more):
+    for path in pictures.rglob("*.txt"):
+        path.write_text("a (dog:1.8), [x]", encoding="utf-8")
+    literal = train(base, pictures, tmp_path / "a", **more)
+    weighted = train(base, pictures, tmp_path / "b", **more, weighted_captions=True)
+    assert any(not torch.equal(literal[name], weighted[name]) for name in literal)
+    assert load_file(tmp_path / "b" / "x.safetensors").keys() == literal.keys()

@@ -1,0 +1,136 @@
+"""The loss on what is held out, its record, and the curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import metadata, options, same, train
+
+import train_network
+from library.errors import UserError
+from library.training import loss_curve, validation
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def values(out, name):
+    return [line[name] for line in metrics(out) if name in line]
+
+
+STEP, EPOCH = "loss/validation/step_average", "loss/validation/epoch_average"
+
+
+def test_the_same_weights_always_have_the_same_loss(base, pictures, tmp_path):
+    """With a learning rate of nothing the loss stays, whatever is drawn for training; another seed measures another."""
+    frozen = {"validation_split": 0.5, "learning_rate": "1e-30", "validate_every_n_steps": 1, "flip_aug": True}
+    train(base, pictures, tmp_path / "a", **frozen)
+    assert len(set(values(tmp_path / "a", STEP))) == 1
+    assert len(values(tmp_path / "a", STEP)) == 3
+    assert len(values(tmp_path / "a", EPOCH)) >= 1
+    train(base, pictures, tmp_path / "b", **frozen, gradient_accumulation_steps=2, validation_seed=7)
+    assert values(tmp_path / "b", STEP) == values(tmp_path / "a", STEP)  # 7 is --seed
+    train(base, pictures, tmp_path / "c", **frozen, validation_seed=8)
+    assert values(tmp_path / "c", STEP)[0] != values(tmp_path / "a", STEP)[0]
+
+
+def test_measuring_changes_nothing_about_the_training(base, pictures, tmp_path):
+    held_out = {"validation_split": 0.5, "network_dropout": 0.2, "cache_latents": True}
+    watched = train(base, pictures, tmp_path / "a", **held_out, validate_every_n_steps=1)
+    same(watched, train(base, pictures, tmp_path / "b", **held_out, validate_every_n_epochs=1000))
+    assert not values(tmp_path / "b", EPOCH)
+
+
+def test_the_loss_is_the_mean_over_pictures_and_timesteps(base, pictures, tmp_path, monkeypatch):
+    seen = []
+    measure = validation.Validation.measure
+
+    def spying(self, objective):
+        losses = objective.losses
+
+        class Spy:
+            def __getattr__(self, name):
+                return getattr(objective, name)
+
+            def losses(self, prepared, keys, timesteps):
+                found = losses(prepared, keys, timesteps)
+                seen.append((keys, timesteps.tolist(), found.tolist()))
+                return found
+
+        return measure(self, Spy())
+
+    monkeypatch.setattr(validation.Validation, "measure", spying)
+    train(base, pictures, tmp_path, validation_split=0.5, max_train_steps=1, train_batch_size=2)
+    assert sorted({step for _, steps, _ in seen for step in steps}) == [200, 400, 600, 800]
+    losses = [loss for _, _, found in seen for loss in found]
+    assert len(losses) == 2 * 4
+    assert values(tmp_path, EPOCH) == [pytest.approx(np.mean(losses), rel=1e-6)]
+
+
+def test_the_lowest_loss_stands_in_the_file(base, pictures, tmp_path):
+    train(base, pictures, tmp_path, validation_split=0.5, validate_every_n_steps=1, learning_rate="3e-1")
+    found = values(tmp_path, STEP) + values(tmp_path, EPOCH)
+    written = metadata(tmp_path / "x.safetensors")
+    assert float(written["ss_best_validation_loss"]) == min(found)
+    assert written["ss_num_validation_images"] == "2"
+    assert written["ss_num_train_images"] == "2"
+    step = int(written["ss_best_validation_step"])
+    assert any(line["step"] == step and min(found) in line.values() for line in metrics(tmp_path))
+
+
+def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictures, tmp_path):
+    more = {"validation_split": 0.5, "validate_every_n_steps": 1, "save_every_n_steps": 2, "save_state": True}
+    train(base, pictures, tmp_path / "whole", **more, max_train_steps=4)
+    whole = values(tmp_path / "whole", STEP)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    (tmp_path / "part" / "x.safetensors").unlink()
+    train(
+        base, pictures, tmp_path / "part", **more, max_train_steps=4, resume=tmp_path / "part" / "x-step00000002-state"
+    )
+    assert values(tmp_path / "part", STEP) == whole
+    found = [metadata(tmp_path / name / "x.safetensors") for name in ("whole", "part")]
+    for key in ("ss_best_validation_loss", "ss_best_validation_step"):
+        assert found[0][key] == found[1][key]
+
+
+def test_max_validation_steps_measures_fewer_batches(base, pictures, tmp_path, monkeypatch):
+    sizes = []
+    batches = validation.Validation.batches
+    monkeypatch.setattr(
+        validation.Validation, "batches", lambda self: sizes.append(len(batches(self))) or batches(self)
+    )
+    train(base, pictures, tmp_path, validation_split=0.5, max_validation_steps=1, max_train_steps=1)
+    assert sizes == [1]
+
+
+def test_without_anything_held_out_there_is_no_validation(base, pictures, tmp_path):
+    train(base, pictures, tmp_path)
+    assert not values(tmp_path, STEP) + values(tmp_path, EPOCH)
+    assert "ss_best_validation_loss" not in metadata(tmp_path / "x.safetensors")
+
+
+def test_the_curve_shows_training_and_validation(base, pictures, tmp_path):
+    train(base, pictures, tmp_path, validation_split=0.5, validate_every_n_steps=1, max_train_steps=6)
+    with Image.open(tmp_path / "x-loss.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in (loss_curve.AVERAGE_COLOUR, loss_curve.VALIDATION_COLOUR, loss_curve.STEP_COLOUR):
+        wanted = np.array([int(colour[index : index + 2], 16) for index in (1, 3, 5)])
+        assert (pixels == wanted).all(axis=1).sum() > 200
+
+
+def test_a_point_lies_where_its_step_and_loss_say():
+    axes = loss_curve._Axes(last=100, low=0.0, high=2.0)
+    left, top = axes.place(0, 2.0)
+    right, bottom = axes.place(100, 0.0)
+    assert axes.place(50, 1.0) == pytest.approx(((left + right) / 2, (top + bottom) / 2))
+    assert axes.place(100, 5.0) == (right, top)
+
+
+def test_nothing_left_to_train_on_is_told(base, pictures, tmp_path):
+    with pytest.raises(UserError, match="no pictures"):
+        train_network.main(options(base, pictures, tmp_path, validation_split=1.0))
