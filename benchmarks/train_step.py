@@ -140,9 +140,10 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.models.family import SD1
     from library.models.loading import LoadedModels
     from library.models.tokenizer import load_clip_tokenizer
-    from library.training import recipe
+    from library.training import preparation, recipe
     from library.training.loop import Trainer
     from library.training.network_protocol import build_network
+    from library.training.objective import Objective
     from library.training.runtime import start_runtime
 
     given = {
@@ -160,21 +161,23 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     models = LoadedModels(SD1, [load_clip_tokenizer()], [text_encoder], unet, vae, predicts_v=False)
     network = build_network(config.network, config.optimizer, models, checkpointing=False, device=runtime.device)
     if args.checkpointing:
-        recipe.enable_gradient_checkpointing(models, network)
+        preparation.enable_gradient_checkpointing(models, network)
     groups, names = network.groups(config.optimizer)
     choice = recipe.choose_optimizer(config.optimizer)
     optimizer = recipe.build_optimizer(choice, recipe.flatten_groups(groups), 1e-4)
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        models=models,
+        objective=Objective(
+            config, models, recipe.stable_diffusion_schedule(), runtime, network.trains_text_encoder
+        ),
         network=network,
         optimizer=optimizer,
         scheduler=None,
         group_names=names,
         plan=argparse.Namespace(batches_per_epoch=100, start_step=0),
-        schedule=recipe.stable_diffusion_schedule(),
         preview=None,
+        validation=None,
         metadata={},
         hashes=None,
         is_flat=True,
@@ -182,7 +185,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     trainer.prepare()
     moments, captions = batch_inputs(args)
     samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
-    batch = Batch(1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), moments, None)
+    batch = Batch(1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), moments, None, None)
     network.on_epoch_start()
     return lambda: trainer.step(trainer.num_done, [batch])
 

@@ -203,12 +203,37 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # the suffix tells writers the format
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with disk_errors(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn whatever says that the disk refuses into one OSError that names the file to be written."""
+    try:
+        yield
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise OSError(f"{path} could not be written: {reason}; what was saved before is whole") from error
+
+
+def refusal(error: Exception) -> str | None:
+    """Return why the disk refuses to write, or None where an error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and "I/O error: " in text:
+        return text.split("I/O error: ")[1]
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's writer does not tell why
+        return "the disk is full or refuses it"
+    return None
 
 
 def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -38,7 +38,7 @@ from library.training.runtime import SAVE_DTYPES, Runtime, average_gradients, se
 from library.training.tracking import log_pictures, start_trackers
 from library.training.upload import Uploads
 from library.training.validation import Validation
-from library.weights_io import file_legacy_hash, file_sha256, replacing
+from library.weights_io import disk_errors, file_legacy_hash, file_sha256, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -324,7 +324,8 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if not self.runtime.is_main:
             return
-        with checkpoints.metrics_file(self.config.saving).open("a", encoding="utf-8") as file:
+        path = checkpoints.metrics_file(self.config.saving)
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.num_done, "time": round(time.time(), 3), **values}) + "\n")
         self.runtime.accelerator.log(values, step=self.num_done)
 

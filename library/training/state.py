@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config.saving import SavingConfig
 from library.errors import UserError
+from library.weights_io import disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -47,17 +48,18 @@ def write_state(folder: Path, tensors: dict[str, Any], position: Position, optio
     for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        torch.save(tensors, temporary / TENSOR_FILE)
-        record = {"version": FORMAT_VERSION, **dataclasses.asdict(position)}
-        (temporary / POSITION_FILE).write_text(json.dumps(record), encoding="utf-8")
-        (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
+        with disk_errors(folder):
+            temporary.mkdir(parents=True)
+            torch.save(tensors, temporary / TENSOR_FILE)
+            record = {"version": FORMAT_VERSION, **dataclasses.asdict(position)}
+            (temporary / POSITION_FILE).write_text(json.dumps(record), encoding="utf-8")
+            (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
+            for path in temporary.iterdir():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
