@@ -168,9 +168,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        objective=Objective(
-            config, models, recipe.stable_diffusion_schedule(), runtime, network.trains_text_encoder
-        ),
+        objective=Objective(config, models, recipe.stable_diffusion_schedule(), runtime, network),
         network=network,
         optimizer=optimizer,
         scheduler=None,
@@ -185,7 +183,10 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     trainer.prepare()
     moments, captions = batch_inputs(args)
     samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
-    batch = Batch(1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), moments, None, None)
+    keep = torch.zeros(args.batch_size, dtype=torch.bool)
+    batch = Batch(
+        1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), keep, moments, None, None
+    )
     network.on_epoch_start()
     return lambda: trainer.step(trainer.num_done, [batch])
 

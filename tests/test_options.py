@@ -117,7 +117,7 @@ def test_the_file_is_checked_as_strictly_as_the_command_line(tmp_path, line, mes
     ("argv", "message"),
     [
         (["--shufle_caption"], "--shufle_caption is not known; did you mean shuffle_caption?"),
-        (["--max_train"], "--max_train is not known; did you mean max_train_steps?"),
+        (["--max_train"], "--max_train is not known; it could be --max_train_steps, --max_train_epochs"),
         (["--resolution", "512x512"], '--resolution must be one number or "WIDTH,HEIGHT"'),
         (["--resolution", "32"], "a side is less than 64 pixels"),
         (["--network_args", "conv_dim"], "--network_args must be a list of key=value"),
@@ -327,3 +327,14 @@ def test_folders_give_repeats_and_class_tokens_in_order_of_their_names(tmp_path,
     ]
     assert "nope is skipped" in caplog.text
     assert "num_repeats is 0" in caplog.text
+
+
+def test_the_beginning_of_a_name_is_read_as_in_sd_scripts_and_warned_of(base_argv, caplog):
+    config = parse_train_config([*base_argv, "--network_di", "7", "--save_every_n_ep=3", "--lowr"])
+    assert config.network.network_dim == 7
+    assert config.saving.save_every_n_epochs == 3
+    assert "--network_di is read as --network_dim" in caplog.text
+    assert "--lowram is ignored" in caplog.text
+    with pytest.raises(UserError, match="--save_every_n is not known; it could be --save_every_n_epochs, --save_every"):
+        parse_train_config([*base_argv, "--save_every_n", "3"])
+    assert parse_train_config([*base_argv, "--output_name", "x--network"]).saving.output_name == "x--network"

@@ -589,3 +589,37 @@ def test_it_starts_from_another_folder_and_through_accelerate(base, pictures, tm
     assert (tmp_path / "out" / "x.safetensors").exists()
     assert "steps: 1 in 1 epoch of 4 batches" in done.stderr
     assert "learned: 210 of 210 modules (100 %) changed" in done.stderr
+
+
+# ---- holding the network to the base model ------------------------------------------------------------------
+
+
+def preserving(pictures, tmp_path, preserved):
+    path = tmp_path / "data.toml"
+    tables = [
+        f"[[datasets.subsets]]\nimage_dir = '{pictures / '1_sks dog'}'\n"
+        + ("custom_attributes.diff_output_preservation = true\n" if preserved else "")
+    ]
+    path.write_text("[[datasets]]\nresolution = 64\n" + "\n".join(tables), encoding="utf-8")
+    return {"dataset_config": path, "train_data_dir": None, "resolution": None, "enable_bucket": None}
+
+
+def test_where_the_base_model_is_the_target_a_fresh_network_has_nothing_to_learn(base, pictures, tmp_path):
+    more = {"min_bucket_reso": None, "max_bucket_reso": None, "bucket_no_upscale": None}
+    learned = train(base, pictures, tmp_path / "a", **more, **preserving(pictures, tmp_path, False))
+    assert any(bool(tensor.any()) for name, tensor in learned.items() if "lora_up" in name)
+    kept = train(base, pictures, tmp_path / "b", **more, **preserving(pictures, tmp_path, True))
+    lines = (tmp_path / "b" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line).get("loss/current", 0.0) == 0.0 for line in lines)
+    assert not any(bool(tensor.any()) for name, tensor in kept.items() if "lora_up" in name)
+
+
+def test_a_network_that_went_astray_is_led_back_to_the_base_model(base, pictures, tmp_path):
+    more = {"min_bucket_reso": None, "max_bucket_reso": None, "bucket_no_upscale": None, "max_train_steps": 12}
+    train(base, pictures, tmp_path / "a", **more, **preserving(pictures, tmp_path, False))
+    start = {"network_weights": tmp_path / "a" / "x.safetensors", "optimizer_type": "SGD", "learning_rate": "1e-1"}
+    train(base, pictures, tmp_path / "b", **more, **start, **preserving(pictures, tmp_path, True))
+    lines = (tmp_path / "b" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss/current"] for line in lines if "loss/current" in line]
+    assert losses[0] > 0
+    assert sum(losses[-4:]) < sum(losses[:4])

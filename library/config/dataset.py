@@ -56,7 +56,7 @@ class DatasetOptions:
         None, "seed of what is held out and of its noise; unset: --seed", minimum=0, levels=DATASET
     )
     network_multiplier: float = option(
-        1.0, "strength of the adapter for this dataset; accepted, 1.0 only", file_only=True, levels=DATASET
+        1.0, "strength of the adapter for this dataset; accepted, no effect", file_only=True, levels=DATASET
     )
 
 
@@ -124,7 +124,17 @@ class SubsetOptions:
         None, "metadata file (.json or .jsonl) that lists pictures with captions", file_only=True, levels=SUBSET
     )
     is_reg: bool = option(False, "regularisation pictures", file_only=True, levels=SUBSET)
-    custom_attributes: dict | None = option(None, "free table; kept, not used", file_only=True, levels=EVERYWHERE)
+    custom_attributes: dict | None = option(
+        None,
+        "free table; diff_output_preservation = true makes the base model's own prediction the target",
+        file_only=True,
+        levels=EVERYWHERE,
+    )
+
+    @property
+    def preserves_output(self) -> bool:
+        """Whether the pictures hold the network to what the base model predicts."""
+        return bool((self.custom_attributes or {}).get("diff_output_preservation"))
 
     @property
     def source(self) -> Path:

@@ -202,7 +202,10 @@ def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, 
 def dataset_problems(options: DatasetOptions) -> Iterator[str]:
     """Yield what is wrong with the resolution and the bucket sizes of a dataset."""
     if options.network_multiplier != 1.0:
-        yield f"network_multiplier must be 1.0, got {options.network_multiplier:g}: nothing reads another"
+        logger.warning(
+            "network_multiplier %g has no effect, as in sd-scripts: the loss is that at full strength",
+            options.network_multiplier,
+        )
     if options.resolution is None:
         yield "resolution is missing: give it in [general], [[datasets]] or as --resolution"
     elif options.enable_bucket:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -227,7 +228,7 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
     parser = _Parser(
         description=description,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,  # with abbreviations a new option could change the meaning of an old command line
+        allow_abbrev=False,  # see with_whole_names
         formatter_class=_Formatter,
         usage="%(prog)s [options]",
     )
@@ -281,7 +282,8 @@ def given_options(root: type, argv: Sequence[str] | None, *, description: str | 
     With --output_config the file is the one to be written, so it is not read.
     """
     options = root_options(root)
-    known, unknown = build_parser(root, description).parse_known_args(argv)
+    words = with_whole_names(sys.argv[1:] if argv is None else argv, options)
+    known, unknown = build_parser(root, description).parse_known_args(words)
     ignored = _explain_unknown(unknown, options)
     given = {flag: options[flag].read(value, f"--{flag}") for flag, value in vars(known).items()}
     if given.get("config_file") is not None and not given.get("output_config"):
@@ -289,6 +291,27 @@ def given_options(root: type, argv: Sequence[str] | None, *, description: str | 
     for retired in ignored:
         _warn(f"--{retired.name} is ignored: {retired.reason}")
     return given
+
+
+def with_whole_names(words: Sequence[str], options: Mapping[str, Option]) -> list[str]:
+    """Return the words of a command line with the beginning of an option's name replaced by the name.
+
+    sd-scripts takes any beginning that fits one option only; so does this, with a warning, because a later
+    version may have a second option that it fits.
+    """
+    names = [alias for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)]
+    names += [*RETIRED, "help"]
+    return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
+
+
+def _with_whole_name(word: str, names: Sequence[str]) -> str:
+    name, sign, value = word.removeprefix("--").partition("=")
+    fitting = [] if name in names else [candidate for candidate in names if candidate.startswith(name)]
+    if len(fitting) > 1:
+        raise UserError(f"--{name} is not known; it could be --{', --'.join(fitting)}")
+    if fitting:
+        _warn(f"--{name} is read as --{fitting[0]}; write it in full")
+    return f"--{fitting[0] if fitting else name}{sign}{value}"
 
 
 def build(root: type[Root], given: Mapping[str, Any]) -> Root:

@@ -50,6 +50,7 @@ class Batch:
     names: tuple[str, ...]  # of the picture files, for messages
     captions: tuple[str, ...]
     loss_weights: torch.Tensor  # (B,)
+    preserved: torch.Tensor  # (B,), bool: whether the target is the base model's own prediction
     moments: torch.Tensor | None  # (B, 8, H/8, W/8): mean and log-variance of the latents, from the cache
     pixels: torch.Tensor | None  # (B, 3, H, W) in [-1, 1]
     masks: torch.Tensor | None  # (B, 1, H/8, W/8) in [0, 1], weights of the loss; None where no picture has one
@@ -162,6 +163,7 @@ class BatchMaker(torch.utils.data.Dataset):
             names=tuple(str(record.path) for record in records),
             captions=self.captions(request),
             loss_weights=torch.tensor([self.prior_loss_weight if record.subset.is_reg else 1.0 for record in records]),
+            preserved=torch.tensor([record.subset.preserves_output for record in records]),
             moments=torch.stack([drawn.values for drawn in draws]) if self.cache is not None else None,
             pixels=torch.stack([drawn.values for drawn in draws]) if self.cache is None else None,
             masks=stack_masks([drawn.mask for drawn in draws], [record.placement.bucket for record in records]),

@@ -77,14 +77,17 @@ RECORDED = {
     "ss_huber_c": ("loss", "huber_c"),
     "ss_resize_interpolation": ("subset", "resize_interpolation"),
     "ss_face_crop_aug_range": ("subset", "face_crop_aug_range"),
+    "ss_full_fp16": ("precision", "full_fp16"),
+    "ss_fp8_base": ("precision", "fp8_base"),
+    "ss_fp8_base_unet": ("precision", "fp8_base_unet"),
+    "ss_validate_every_n_steps": ("validation", "validate_every_n_steps"),
+    "ss_validate_every_n_epochs": ("validation", "validate_every_n_epochs"),
+    "ss_max_validation_steps": ("validation", "max_validation_steps"),
     "ss_validation_seed": ("dataset", "validation_seed"),
     "ss_validation_split": ("subset", "validation_split"),
 }
 FIXED = {
-    "ss_full_fp16": False,
     "ss_lowram": False,
-    "ss_fp8_base": False,
-    "ss_fp8_base_unet": False,
     "ss_sd_scripts_commit_hash": "(unknown)",
 }
 SUBSET_RECORDED = (

@@ -124,6 +124,19 @@ class TrainableNetwork:
         asked = {label: getattr(self.network, name)() for name, label in NORMS.items() if hasattr(self.network, name)}
         return {label: float(norms.mean()) for label, norms in asked.items() if norms is not None}
 
+    @contextlib.contextmanager
+    def absent(self) -> Iterator[None]:
+        """Within it the models are as they were without the network."""
+        if not hasattr(self.network, "set_multiplier"):
+            raise UserError(
+                f"diff_output_preservation: {self.options.network_module} cannot be switched off (no set_multiplier)"
+            )
+        self.network.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self.network.set_multiplier(1.0)
+
     def scale_norms(self, largest: float, device: torch.device) -> tuple[int, float, float] | None:
         """Scale changes down to a largest norm; return (number scaled, mean, largest), None if not offered."""
         scale = getattr(self.network, "apply_max_norm_regularization", None)
@@ -198,7 +211,7 @@ def find_module(config: NetworkConfig) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        package = PACKAGES.get(error.name or "")
+        package = PACKAGES.get((error.name or "").split(".")[0])
         advice = f"pip install {package}" if package else "networks.lora trains a LoRA"
         raise UserError(f"--network_module {name}: {error}; {advice}") from None
     except Exception as error:

@@ -16,6 +16,7 @@ from library.diffusion.noise import Key, draw_noise, draw_timesteps, perturbed_n
 from library.diffusion.schedule import NoiseSchedule
 from library.models.loading import LoadedModels
 from library.models.text_encoding import TextConditioning, encode_text
+from library.training.network_protocol import TrainableNetwork
 from library.training.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """What the U-Net is trained on, before noise is mixed in; B pictures."""
 
+    batch: Batch
     latents: Tensor  # (B, 4, H/8, W/8), scaled
     noise: Tensor  # (B, 4, H/8, W/8)
     text: TextConditioning
@@ -40,7 +42,7 @@ class Objective:
     models: LoadedModels
     schedule: NoiseSchedule
     runtime: Runtime
-    trains_text_encoder: bool
+    network: TrainableNetwork
 
     def training_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch at timesteps drawn for it (0-D, float32)."""
@@ -52,16 +54,11 @@ class Objective:
     def prepare(self, batch: Batch, keys: Sequence[Key]) -> Prepared:
         """Return a batch as latents, noise and text conditioning; the random parts come from the keys."""
         latents = self._latents(batch, keys)
-        with self.runtime.autocast(), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text_encoder):
-            text = encode_text(
-                self.models,
-                batch.captions,
-                max_tokens=self.config.text.max_token_length,
-                clip_skip=self.config.text.clip_skip,
-                weighted=self.config.text.weighted_captions,
-            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.network.trains_text_encoder):
+            text = self._encode(batch.captions)
         device = self.runtime.device
         return Prepared(
+            batch=batch,
             latents=latents,
             noise=draw_noise(latents, keys, self.config.loss),
             text=text,
@@ -74,14 +71,38 @@ class Objective:
         config, schedule, predicts_v = self.config.loss, self.schedule, self.models.predicts_v
         latents, noise = prepared.latents, prepared.noise
         noisy = schedule.add_noise(latents, perturbed_noise(noise, keys, config), timesteps)
-        dtype = self.runtime.dtype
-        with self.runtime.autocast():
-            prediction = self.models.unet(
-                noisy.to(dtype), timesteps, **prepared.text.unet_arguments(self.runtime.device, dtype)
-            ).sample  # (B, 4, H/8, W/8)
+        prediction = self._predict(noisy, timesteps, prepared.text)
         target = target_for(latents, noise, timesteps, schedule, predicts_v=predicts_v)
+        if bool(prepared.batch.preserved.any()):
+            preserved = prepared.batch.preserved.to(target.device)[:, None, None, None]
+            target = torch.where(preserved, self._base_prediction(noisy, timesteps, prepared.batch), target)
         losses = per_sample_loss(prediction, target, timesteps, schedule, config, masks=prepared.masks)
         return losses * prepared.weights * timestep_weights(timesteps, schedule, config, predicts_v=predicts_v)
+
+    def _encode(self, captions: Sequence[str]) -> TextConditioning:
+        text = self.config.text
+        with self.runtime.autocast():
+            return encode_text(
+                self.models,
+                captions,
+                max_tokens=text.max_token_length,
+                clip_skip=text.clip_skip,
+                weighted=text.weighted_captions,
+            )
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, text: TextConditioning) -> Tensor:
+        """Return the U-Net's output, (B, 4, H/8, W/8)."""
+        dtype = self.runtime.dtype
+        with self.runtime.autocast():
+            return self.models.unet(
+                noisy.to(dtype), timesteps, **text.unet_arguments(self.runtime.device, dtype)
+            ).sample
+
+    @torch.no_grad()
+    def _base_prediction(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """Return what the base model predicts without the network, (B, 4, H/8, W/8), float32."""
+        with self.network.absent():
+            return self._predict(noisy, timesteps, self._encode(batch.captions)).float()
 
     def _latents(self, batch: Batch, keys: Sequence[Key]) -> Tensor:
         """Return scaled latents (B, 4, H/8, W/8), float32: from the cache, or encoded now."""

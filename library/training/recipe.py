@@ -169,7 +169,7 @@ def build_trainer(
             models=models,
             schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
             runtime=runtime,
-            trains_text_encoder=network.trains_text_encoder,
+            network=network,
         ),
         network=network,
         optimizer=optimizer,
