@@ -15,6 +15,7 @@ import copy
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
         "network_dim": args.rank,
         "learning_rate": 1e-4,
         "seed": 1,
+        "output_dir": Path(tempfile.mkdtemp()),  # for the metrics, which a step writes
         "network_train_unet_only": args.unet_only,
         "network_args": (f"conv_dim={args.conv_dim}",) if args.conv_dim else None,
     }
@@ -178,6 +180,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
         validation=None,
         metadata={},
         hashes=None,
+        uploads=None,
         is_flat=True,
     )
     trainer.prepare()
