@@ -12,6 +12,22 @@ class UserError(ValueError):
     """
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """Return the beginning of a text."""
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def shown(value: object) -> str:
+    """Return a value that was received, as a message shows it."""
+    return shortened(repr(value), 120)
+
+
+def told(error: Exception) -> str:
+    """Return in one line what an exception of others says; some say no more than a key, or nothing."""
+    text = " ".join(str(error).split())
+    return shortened(text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}")
+
+
 class Problems:
     """Collects the UserErrors of several checks, each in a `with` block, so that they can be told together."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.config.options import option
-from library.config.values import parse_extension, parse_range, parse_resolution
+from library.config.values import parse_extension, parse_range, parse_resolution, parse_separator
 
 EVERYWHERE = ("general", "datasets", "subsets")
 DATASET = ("general", "datasets")
@@ -64,7 +64,9 @@ class DatasetOptions:
 class SubsetOptions:
     """Pictures and captions: of all subsets, unless the dataset file says otherwise."""
 
-    num_repeats: int = option(1, "times a picture is seen in an epoch", flag="dataset_repeats", levels=EVERYWHERE)
+    num_repeats: int = option(
+        1, "times a picture is seen in an epoch", flag="dataset_repeats", maximum=1_000_000, levels=EVERYWHERE
+    )
     caption_extension: str = option(
         ".caption",
         "extension of caption files",
@@ -73,7 +75,13 @@ class SubsetOptions:
         form="an extension such as .txt",
         levels=EVERYWHERE,
     )
-    caption_separator: str = option(",", "what separates the tags of a caption", levels=EVERYWHERE)
+    caption_separator: str = option(
+        ",",
+        "what separates the tags of a caption",
+        parse=parse_separator,
+        form="a text of at least one character",
+        levels=EVERYWHERE,
+    )
     shuffle_caption: bool = option(False, "shuffle the tags of a caption", levels=EVERYWHERE)
     keep_tokens: int = option(
         0, "leading tags that shuffling and dropping leave in place", minimum=0, levels=EVERYWHERE

@@ -7,7 +7,6 @@ come from the declarations in `library.config.dataset`; there is no second schem
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from library.config import toml_text
 from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.options import Option, nearest, section_options
-from library.errors import UserError
+from library.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
     datasets = [entry for entry in datasets if entry.subsets]
     if not any(not entry.is_reg for found in datasets for entry in found.subsets):
         source = data.dataset_config or f"{data.train_data_dir} (sub-folders are named like 10_name)"
-        raise UserError(f"no subset to train on in {source}")
+        raise UserError(f"no subset to train on in {source}: one is needed with num_repeats of 1 or more, not is_reg")
     problems = [problem for entry in datasets for problem in dataset_problems(entry.options)]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
@@ -78,10 +77,7 @@ def _load(path: Path) -> dict[str, Any]:
     if suffix == ".toml":
         return toml_text.load(path)
     if suffix == ".json":
-        try:
-            return _expect_table(json.loads(toml_text.read_text(path)), str(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
+        return _expect_table(toml_text.load_json(path), str(path))
     raise UserError(f"--dataset_config must be a .toml or .json file, got {str(path)!r}")
 
 
@@ -90,7 +86,7 @@ def _read_dataset(
 ) -> DatasetConfig:
     subset_tables = table.get("subsets", [])
     if not isinstance(subset_tables, list):
-        raise UserError(f"{place}.subsets must be an array of tables, got {subset_tables!r}")
+        raise UserError(f"{place}.subsets must be an array of tables, got {shown(subset_tables)}")
     own = _read_keys({key: value for key, value in table.items() if key != "subsets"}, "datasets", place)
     shared = _read_keys(general, "general", "general") | own
     options = dataclasses.replace(dataset, **{key: value for key, value in shared.items() if key in DATASET_KEYS})
@@ -135,7 +131,7 @@ def _check_keys(table: Mapping[str, Any], known: set[str], place: str) -> None:
 
 def _expect_table(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{place} must be a table, got {value!r}")
+        raise UserError(f"{place} must be a table, got {shown(value)}")
     return value
 
 
@@ -176,7 +172,7 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
     for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
         number, _, tokens = folder.name.partition("_")
         if number.isascii() and number.lstrip("-").isdigit():
-            found.append((folder, int(number), tokens))
+            found.append((folder, SUBSET_KEYS["num_repeats"].read(number, f"{folder}: num_repeats"), tokens))
         else:
             logger.warning("%s is skipped: its name does not start with a number of repeats, as in 10_name", folder)
     return found

@@ -24,6 +24,8 @@ class NetworkConfig:
     dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
     network_train_unet_only: bool = option(False, "train only the U-Net's adapter")
     network_train_text_encoder_only: bool = option(False, "train only the text encoder's adapter")
-    scale_weight_norms: float | None = option(None, "largest norm of a module's change; larger ones are scaled down")
+    scale_weight_norms: float | None = option(
+        None, "largest norm of a module's change; larger ones are scaled down", minimum=0
+    )
     base_weights: tuple[Path, ...] | None = option(None, "adapter files merged into the base before training")
     base_weights_multiplier: tuple[float, ...] | None = option(None, "strengths of --base_weights; missing ones are 1")

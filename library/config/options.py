@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import sys
 import types
 import typing
@@ -21,7 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from library.config import toml_text
 from library.config.retired import RETIRED, Retired
-from library.errors import UserError
+from library.errors import UserError, shown
 
 Root = TypeVar("Root")
 
@@ -65,7 +66,7 @@ class Option:
             result = (self.spec.parse or self.kind.read)(value)
         except ValueError as error:
             detail = f" ({error})" if str(error) and self.spec.parse else ""
-            got = "something else" if self.spec.secret else repr(value)
+            got = "something else" if self.spec.secret else shown(value)
             raise UserError(f"{label} must be {form}, got {got}{detail}") from None
         for number in result if isinstance(result, tuple) else (result,):
             self._check_range(number, label)
@@ -78,6 +79,8 @@ class Option:
             raise UserError(f"{label} must be at least {self.spec.minimum:g}, got {number:g}")
         if self.spec.maximum is not None and not number <= self.spec.maximum:
             raise UserError(f"{label} must be at most {self.spec.maximum:g}, got {number:g}")
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{label} must be a finite number, got {number:g}")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -114,8 +117,9 @@ def read_float(value: Any) -> float:
 
 
 def read_str(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "\0" in value:
         raise ValueError
+    value.encode("utf-8")  # half a surrogate pair, as JSON can have it, could not be written to the record of the run
     return value
 
 

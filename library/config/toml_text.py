@@ -1,4 +1,4 @@
-"""TOML in and out: the standard library reads, thirty lines of ours write.
+"""TOML in and out: the standard library reads, thirty lines of ours write. JSON in, in the same words.
 
 The `toml` package, which sd-scripts uses, writes invalid files for Windows paths and refuses `[1e-4, 1]`;
 it serves here only where Python 3.10 has no `tomllib`.
@@ -26,8 +26,17 @@ def load(path: Path) -> dict[str, Any]:
         import toml as tomllib  # Python 3.10
     try:
         return tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def load_json(path: Path) -> Any:
+    """Return what a JSON file holds (UTF-8, with or without a byte order mark); UserError in one line if that fails."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def read_text(path: Path) -> str:

@@ -94,8 +94,11 @@ def write_config_file(config: TrainConfig) -> Path:
     path = with_toml_suffix(config.file.config_file)
     if path.exists():
         raise UserError(f"--output_config does not overwrite {path}: remove it or name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_toml(config), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_config: {path} cannot be written ({error.strerror})") from None
     return path
 
 
@@ -217,6 +220,12 @@ def _schedule_conflicts(schedule: ScheduleConfig, optimizer: OptimizerConfig) ->
         yield f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up"
     if schedule.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
         yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that"
+    takes_arguments = schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"
+    if schedule.lr_scheduler_args and not takes_arguments:
+        yield (
+            f"--lr_scheduler {schedule.lr_scheduler} takes no --lr_scheduler_args: they are for --lr_scheduler_type "
+            f"and piecewise_constant, got {' '.join(schedule.lr_scheduler_args)}"
+        )
     if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
         yield "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio"
 
@@ -242,16 +251,28 @@ def _absent_files(config: TrainConfig) -> Iterator[str]:
     }
     named = [(name, path) for name, path in paths.items() if path is not None]
     for name, path in [*named, *(("base_weights", path) for path in config.network.base_weights or ())]:
-        if not path.exists():
+        if not _exists(path):
             yield f"--{name}: {path} does not exist"
+        elif name in MUST_BE_FILES and path.is_dir():
+            yield f"--{name}: {path} is a folder; name a file"
         elif name.endswith("_data_dir") and not path.is_dir():
             yield f"--{name}: {path} is a file; name the folder above the N_name folders"
     model = config.model.pretrained_model_name_or_path
-    if model and not Path(model).exists():
+    if model and not _exists(Path(model)):
         yield (
             f"--pretrained_model_name_or_path: {model} does not exist here, and nothing is downloaded: "
             "name a .safetensors or .ckpt file or a Diffusers folder"
         )
     output = config.saving.output_dir
-    if output is not None and output.exists() and not output.is_dir():
+    if output is not None and _exists(output) and not output.is_dir():
         yield f"--output_dir: {output} is a file, not a folder"
+
+
+MUST_BE_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts", "log_tracker_config")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False

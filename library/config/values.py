@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+MOST_PIXELS = 16384  # of a side; far beyond what these models draw, and a picture that still fits into memory
 
 
 def parse_text(value: Any) -> str | None:
@@ -23,6 +26,8 @@ def parse_resolution(value: Any) -> tuple[int, int]:
         raise ValueError from None
     if width < 64 or height < 64:
         raise ValueError("a side is less than 64 pixels")
+    if width > MOST_PIXELS or height > MOST_PIXELS:
+        raise ValueError(f"a side is more than {MOST_PIXELS} pixels")
     return width, height
 
 
@@ -32,7 +37,7 @@ def parse_steps(value: Any) -> int | float:
         raise ValueError
     text = str(value).strip()
     number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    if number < 0 or (number >= 1 and (text.endswith("%") or number != int(number))):
+    if not 0 <= number < math.inf or (number >= 1 and (text.endswith("%") or number != int(number))):
         raise ValueError
     return int(number) if number >= 1 or number == 0 else number
 
@@ -68,6 +73,13 @@ def parse_range(value: Any) -> tuple[float, float] | None:
 
 def parse_extension(value: Any) -> str:
     """Return a file extension with its leading dot."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or set(value) & set("/\\\0"):
         raise ValueError
     return value if value.startswith(".") else f".{value}"
+
+
+def parse_separator(value: Any) -> str:
+    """Return a text that separates others: at least one character."""
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value

@@ -85,11 +85,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     place_models(config, models, runtime)
     warn_of_cut_captions(config, sets, models)
 
-    # Encode the pictures.
-    cache = cache_latents(config, sets, models, runtime) if config.precision.cache_latents else None
-    models.vae.to("cpu" if cache is not None else runtime.device)
-
-    # Build the network over the models.
+    # Build the network over the models; first, because a network module may refuse.
     torch.manual_seed(seed_for(config.run.seed, "network"))
     checkpointing = config.precision.gradient_checkpointing
     network = build_network(
@@ -99,6 +95,10 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     broadcast_parameters(network.network.parameters(), runtime.num_processes)
     if checkpointing:
         enable_gradient_checkpointing(models, network)
+
+    # Encode pictures, and captions that cannot change.
+    cache = cache_latents(config, sets, models, runtime) if config.precision.cache_latents else None
+    models.vae.to("cpu" if cache is not None else runtime.device)
     if not network.trains_text_encoder:
         encode_captions(config, sets, prompts, models, runtime)
 
