@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
+from library.errors import UserError, told
 
 if TYPE_CHECKING:
     import torch
@@ -68,25 +68,27 @@ def read_header(path: Path) -> Header:
             if not 2 <= length <= MAX_HEADER_BYTES:
                 raise ValueError("no header")
             table = json.loads(file.read(length))
-        metadata = table.pop("__metadata__", None) or {}
+        metadata = dict(table.pop("__metadata__", None) or {})
         start = 8 + length
-        tensors = {
-            name: TensorInfo(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                start + entry["data_offsets"][0],
-                start + entry["data_offsets"][1],
-            )
-            for name, entry in table.items()
-        }
+        tensors = {name: _tensor_info(entry, start) for name, entry in table.items()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file, or its header is damaged") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path} is not a safetensors file, or its header is damaged; copy or download it again"
+        ) from None
     end = max((info.end for info in tensors.values()), default=start)
     if path.stat().st_size < end:
         raise UserError(f"{path} is cut short: it has {path.stat().st_size:,} bytes of {end:,}; copy it again")
     return Header(tensors, metadata, start)
+
+
+def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    are_counts = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
+    if not are_counts or not isinstance(dtype, str):
+        raise ValueError("no header of a tensor")
+    return TensorInfo(dtype, shape, data_start + start, data_start + end)
 
 
 def read_tensors(
@@ -106,10 +108,11 @@ def read_tensors(
             if info.dtype not in DTYPE_NAMES:
                 raise UserError(f"{path}: {name} has the type {info.dtype}, which is not read here")
             dtype = getattr(torch, DTYPE_NAMES[info.dtype])
+            needed = math.prod(info.shape) * dtype.itemsize
+            if needed != info.end - info.start:
+                raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {needed}")
             tensor = torch.empty(info.shape, dtype=dtype)
-            if tensor.nbytes != info.end - info.start:
-                raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {tensor.nbytes}")
-            if tensor.nbytes:
+            if needed:
                 buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
                 file.seek(info.start)
                 while buffer:
@@ -124,6 +127,11 @@ class WeightFile:
     path: Path
     shapes: dict[str, tuple[int, ...]]
     content: Header | dict[str, torch.Tensor]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata; none in a pickle."""
+        return self.content.metadata if isinstance(self.content, Header) else {}
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for those of names that the file has, each in memory of its own.
@@ -153,14 +161,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return dict(read_tensors(path))
 
 
-def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .ckpt, .pt or .bin file, unwrapped from `state_dict`; code is never run."""
+def load_pickle(path: Path) -> Any:
+    """Return what a pickle of torch holds; code is never run, and damage is a UserError."""
     import pickle
 
     import torch
 
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
@@ -169,13 +177,23 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is refused: it carries more than weights{found}, and loading that could run code; "
             "convert it to .safetensors where you trust it"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
-        raise UserError(f"{path} is not a weight file that torch can read, or it is damaged") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged pickles raise anything
+        raise UserError(
+            f"{path} is not a weight file that torch can read, or it is damaged; copy or download it again"
+        ) from error
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a .ckpt, .pt or .bin file, unwrapped from `state_dict`."""
+    import torch
+
+    content = load_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    tensors = (
-        {name: value for name, value in content.items() if torch.is_tensor(value)} if isinstance(content, dict) else {}
-    )
+    entries = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in entries if isinstance(name, str) and torch.is_tensor(value)}
     if not tensors:
         raise UserError(f"{path} holds no weights")
     return tensors
@@ -185,6 +203,43 @@ def _forbidden_global(message: str) -> str:
     """Return " (NAME)" for the object that torch names in its refusal, where it names one."""
     found = re.search(r"GLOBAL:? (?!loads)([\w.]+\w)|function ([\w.]+\w)", message)
     return f" ({found[1] or found[2]})" if found else ""
+
+
+def check_adapter(path: Path) -> None:
+    """Raise UserError for an adapter that cannot be read, holds nothing, or has numbers that are not finite.
+
+    Network modules read it again by themselves, by the suffix and with the package safetensors, which is stricter
+    than what is here.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+        raise UserError(f"{path} must be a .safetensors, .ckpt or .pt file: the ending tells how it is read")
+    weights = read_weights(path)
+    if not weights:
+        raise UserError(f"{path} holds no weights")
+    for name, tensor in weights.items():
+        check_finite(tensor, name, path)
+    if path.suffix.lower() == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {told(error)}; copy or download it again") from None
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Raise UserError for a tensor of a file with a number that is NaN or infinite.
+
+    One pass over the memory, 0.1 s for 2 GB; `isfinite` would make a tensor of it and take thirty times as long.
+    """
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    values = tensor if tensor.itemsize > 1 else tensor.float()  # 8-bit numbers cannot be compared
+    if not bool(torch.isfinite(torch.stack(values.aminmax())).all()):  # NaN is both least and greatest
+        raise UserError(f"{path}: {name} holds NaN or infinity; nothing can be trained on it: take another copy")
 
 
 def read_metadata(path: Path) -> dict[str, str]:

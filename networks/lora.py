@@ -176,7 +176,7 @@ class LoRAModule(nn.Module):
 
     def _down(self, x: Tensor) -> Tensor:
         """Return D x: (..., in) -> (..., R), or (B, in, H, W) -> (B, R, H', W')."""
-        weight = self.lora_down.weight
+        weight = self._down_weight()
         if not self.is_conv:
             return F.linear(x, weight)
         if self.is_pointwise:
@@ -185,7 +185,7 @@ class LoRAModule(nn.Module):
 
     def _add(self, base: Tensor, hidden: Tensor, scale: float) -> Tensor:
         """Return base + scale * U hidden as one fused multiply-add; the result is contiguous."""
-        weight = self.lora_up.weight
+        weight = self._up_weight()
         if not self.is_conv and hidden.ndim == 3:  # (B, T, R): no reshaping, which would cost as much as the product
             return torch.baddbmm(base, hidden, weight.t().expand(len(base), -1, -1), alpha=scale)
         if not self.is_conv:
@@ -193,6 +193,12 @@ class LoRAModule(nn.Module):
             return rows.view(base.shape)
         up = weight.flatten(1).expand(len(base), -1, -1)
         return torch.baddbmm(base.flatten(2), up, hidden.flatten(2), alpha=scale).view(base.shape)
+
+    def _down_weight(self) -> Tensor:
+        return self.lora_down.weight
+
+    def _up_weight(self) -> Tensor:
+        return self.lora_up.weight
 
     def _forward_with_dropouts(self, base: Tensor, x: Tensor, scale: float) -> Tensor:
         neuron, rank, module = self.dropouts
@@ -273,6 +279,8 @@ def text_encoder_prefixes(number: int) -> list[str]:
 class LoRANetwork(nn.Module):
     """All LoRA modules over one set of models; its state dict is the content of a file."""
 
+    module_class = LoRAModule
+
     def __init__(
         self,
         text_encoder: Module | Sequence[Module],
@@ -284,12 +292,13 @@ class LoRANetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.multiplier = multiplier
+        self.blocks: Any = None  # networks.block_weights.BlockPlan, where shapes or rates go by block
         self.set_loraplus_lr_ratio(None, None, None)
         encoders = as_list(text_encoder)
 
         def build(targets: Iterable[Target]) -> list[LoRAModule]:
             shaped = ((target, rule(target)) for target in targets)
-            return [LoRAModule(t.name, t.layer, shape, multiplier, dropouts) for t, shape in shaped if shape]
+            return [self.module_class(t.name, t.layer, shape, multiplier, dropouts) for t, shape in shaped if shape]
 
         self._text_encoder_parts = [
             build(text_encoder_targets(encoder, prefix))
@@ -394,12 +403,12 @@ class LoRANetwork(nn.Module):
                 (f"textencoder {index + 1}", part, rates[min(index, len(rates) - 1)])
                 for index, part in enumerate(parts)
             ]
-        named.append(("unet", self.unet_loras, unet_lr if unet_lr is not None else default_lr))
+        named += self._unet_groups(unet_lr if unet_lr is not None else default_lr)
         groups, names = [], []
         for name, modules, rate in named:
             if not modules or rate == 0:
                 continue
-            ratio = self._unet_ratio if name == "unet" else self._text_encoder_ratio
+            ratio = self._unet_ratio if name.startswith("unet") else self._text_encoder_ratio
             downs = [module.lora_down.weight for module in modules]
             ups = [module.lora_up.weight for module in modules]
             if ratio is None or rate is None:
@@ -410,6 +419,22 @@ class LoRANetwork(nn.Module):
                 groups.append({"params": parameters} | ({} if group_rate is None else {"lr": group_rate}))
                 names.append(group_name)
         return groups, names
+
+    def _unet_groups(self, rate: float | None) -> list[tuple[str, list[LoRAModule], float | None]]:
+        """Return (name, modules, rate) of the U-Net's groups: one, or one for each rate that blocks have."""
+        if self.blocks is None or not self.blocks.has_weights or rate is None:
+            return [("unet", self.unet_loras, rate)]
+        from networks.block_weights import name_blocks
+
+        by_weight: dict[float, dict[int, list[LoRAModule]]] = {}
+        for module in self.unet_loras:
+            index = self.blocks.table.index_of(module.lora_name)
+            by_weight.setdefault(self.blocks.weights[index], {}).setdefault(index, []).append(module)
+        groups = sorted(by_weight.items(), key=lambda pair: min(pair[1]))
+        return [
+            (name_blocks(list(found)), [module for index in sorted(found) for module in found[index]], rate * weight)
+            for weight, found in groups
+        ]
 
     def set_loraplus_lr_ratio(self, common: float | None, unet: float | None, text_encoder: float | None) -> None:
         """Let the up matrices learn at a multiple of the rate (LoRA+, arXiv 2402.12354); None or 0 is off."""
@@ -449,6 +474,19 @@ class LoRANetwork(nn.Module):
         scaled = norms * ratios
         count, mean, largest = torch.stack([(ratios < 1).sum().float(), scaled.mean(), scaled.max()]).tolist()
         return int(count), mean, largest
+
+    def describe_blocks(self) -> list[dict[str, Any]]:
+        """Return for each block of the U-Net its index, weight of the learning rate, ranks and number of modules."""
+        from networks.block_weights import SD
+
+        table = SD if self.blocks is None else self.blocks.table
+        weights = [1.0] * table.count if self.blocks is None else self.blocks.weights
+        rows = [{"index": index, "weight": weight, "ranks": [], "count": 0} for index, weight in enumerate(weights)]
+        for module in self.unet_loras:
+            row = rows[table.index_of(module.lora_name)]
+            row["ranks"] = sorted({*row["ranks"], module.lora_dim})
+            row["count"] += 1
+        return rows
 
     @torch.no_grad()
     def delta_norms(self) -> Tensor:
@@ -542,17 +580,61 @@ def create_network(
     del vae
     given = read_network_args(network_args)
     linear = Shape(network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha)
-    conv = Shape(given["conv_dim"], given["conv_alpha"]) if given["conv_dim"] else None
     dropouts = Dropouts(neuron_dropout or 0.0, given["rank_dropout"], given["module_dropout"])
+    blocks = plan_of_blocks(given, linear)
+    rule = uniform_rule(given, linear) if blocks is None else block_rule(blocks, linear)
+    network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
+    network.blocks = blocks
+    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
+    return network
+
+
+def uniform_rule(given: Mapping[str, Any], linear: Shape) -> ShapeRule:
+    """Return the rule that gives all targets the same rank, and 3x3 convolutions that of conv_dim, if any."""
+    conv = Shape(given["conv_dim"], given["conv_alpha"]) if given["conv_dim"] else None
 
     def rule(target: Target) -> Shape | None:
-        if isinstance(target.layer, nn.Conv2d) and target.layer.kernel_size != (1, 1):
+        if is_large_conv(target):
             return conv
         return linear if conv or target.container not in UNET_CONV_CONTAINERS else None
 
-    network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
-    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
-    return network
+    return rule
+
+
+def plan_of_blocks(given: Mapping[str, Any], linear: Shape) -> Any:
+    """Return the plan by block that network_args ask for, or None; it needs networks/block_weights.py."""
+    if all(given[key] is None for key in BLOCK_ARGS):
+        return None
+    from networks.block_weights import SD, plan_blocks
+
+    return plan_blocks(
+        given,
+        table=SD,
+        rank=linear.rank,
+        alpha=linear.alpha,
+        conv_rank=given["conv_dim"],
+        conv_alpha=given["conv_alpha"],
+    )
+
+
+def block_rule(blocks: Any, linear: Shape) -> ShapeRule:
+    """Return the rule that gives a target of the U-Net the rank of its block; text encoders get the common one."""
+
+    def rule(target: Target) -> Shape | None:
+        if not target.name.startswith(PREFIX_UNET):
+            return linear
+        if target.container in UNET_CONV_CONTAINERS and not blocks.has_conv:
+            return None
+        shape = blocks.shape_of(target.name)
+        rank, alpha = (shape.conv_rank, shape.conv_alpha) if is_large_conv(target) else (shape.rank, shape.alpha)
+        return Shape(rank, alpha) if rank else None
+
+    return rule
+
+
+def is_large_conv(target: Target) -> bool:
+    """Return whether a target is a convolution with a kernel larger than 1x1."""
+    return isinstance(target.layer, nn.Conv2d) and target.layer.kernel_size != (1, 1)
 
 
 def create_network_from_weights(
@@ -574,6 +656,9 @@ def create_network_from_weights(
     del vae, for_inference
     weights = read_weights(Path(file)) if weights_sd is None else weights_sd
     given = read_network_args(network_args)
+    for key in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
+        if given[key] is not None:
+            raise ValueError(f"network_args: {key} does not go with a network made from a file, which has its own")
     shapes = shapes_in(weights)
 
     def rule(target: Target) -> Shape | None:
@@ -581,6 +666,7 @@ def create_network_from_weights(
 
     dropouts = Dropouts(neuron_dropout or 0.0, given["rank_dropout"], given["module_dropout"])
     network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
+    network.blocks = plan_of_blocks(given, Shape(DEFAULT_RANK, 1.0))
     network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
     matched = {module.lora_name for module in network.modules_in_order()}
     unmatched = {name.split(".")[0] for name in weights} - matched
@@ -611,7 +697,17 @@ NETWORK_ARGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "loraplus_unet_lr_ratio": (float, None),
     "loraplus_text_encoder_lr_ratio": (float, None),
     "dropout": (lambda text: None if text in (None, "None") else float(text), None),
+    # By block of the U-Net, read by networks/block_weights.py.
+    "down_lr_weight": (str, None),
+    "mid_lr_weight": (str, None),
+    "up_lr_weight": (str, None),
+    "block_lr_zero_threshold": (str, None),
+    "block_dims": (str, None),
+    "block_alphas": (str, None),
+    "conv_block_dims": (str, None),
+    "conv_block_alphas": (str, None),
 }
+BLOCK_ARGS = tuple(key for key, (reading, _) in NETWORK_ARGS.items() if reading is str)
 
 
 LORAPLUS_ARGS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
@@ -633,6 +729,10 @@ def read_network_args(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"network_args: {key} must be at least 0 and below 1, got {values[key]:g}")
     if values["conv_dim"] is not None and values["conv_dim"] < 1:
         raise ValueError(f"network_args: conv_dim must be at least 1, got {values['conv_dim']}")
+    for key in ("conv_alpha", *LORAPLUS_ARGS):
+        if values[key] is not None and not 0 <= values[key] < math.inf:
+            raise ValueError(f"network_args: {key} must be a finite number of at least 0, got {values[key]:g}")
+    plan_of_blocks(values, Shape(DEFAULT_RANK, 1.0))  # refuses what cannot be read
     return values
 
 

@@ -21,6 +21,7 @@ from library.models.loading import Detected, LoadedModels, load_models
 from library.models.text_encoding import PER_WINDOW, split_at_limit
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
+from library.training.block_chart import draw_blocks
 from library.training.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
 from library.training.network_protocol import TrainableNetwork, build_network
 from library.training.preparation import (
@@ -82,6 +83,12 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
         valid, total = count_valid(sets, f"{tensors_sha256(models.vae.state_dict())} {vae_dtype}")
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
     network = tell_network(report, config, models)
+    blocks = network.describe_blocks()
+    if blocks and network.trains_unet:
+        chart = config.saving.output_dir / f"{config.saving.output_name or 'last'}-blocks.png"
+        rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
+        save_sheet(draw_blocks(blocks, rate), chart)
+        report.say(f"ranks and rates by block of the U-Net: {chart}")
     tell_memory(report, config, sets, models, network, choice=choice, dtype=dtype)
     sheet = config.saving.output_dir / f"{config.saving.output_name or 'last'}-pictures.png"
     save_sheet(draw_pictures(sets), sheet)

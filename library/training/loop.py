@@ -28,6 +28,7 @@ from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.errors import UserError
 from library.optim.optimizers import adapted_rates, averaged_weights, current_rates
+from library.randomness import seed_for
 from library.training import checkpoints, state
 from library.training.interruption import StopRequest
 from library.training.metadata import file_metadata
@@ -124,6 +125,7 @@ class Trainer:
     def step(self, step: int, batches: list[Batch]) -> list[float]:
         """Make one optimizer step from the mean gradient of some micro-batches; return their losses."""
         losses = []
+        self.network.on_optimizer_step(seed_for(self.config.run.seed, "step", step))
         for index, batch in enumerate(batches):
             seed_micro_batch(self.config.run.seed, step, index, self.runtime.rank)
             self.network.on_step_start()

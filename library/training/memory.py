@@ -7,9 +7,11 @@ a GPU's own context and the gaps between allocations (together some 0.5 to 1 GB)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -124,7 +126,11 @@ def _make_step(
 ) -> None:
     """Go forward and backward through text encoder and U-Net."""
     width, height = size
-    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+    is_half = dtype is not torch.float32
+    with (
+        torch.autocast("cpu", dtype, enabled=is_half),
+        _norms_in_float32([models.unet, *models.text_encoders], is_half),
+    ):
         if network.trains_text_encoder:
             tokens = torch.zeros(batch * windows, WINDOW, dtype=torch.int64)
             hidden = models.text_encoders[0](tokens).last_hidden_state.unflatten(0, (batch, windows)).flatten(1, 2)
@@ -134,6 +140,29 @@ def _make_step(
         timesteps = torch.zeros(batch, dtype=torch.int64)
         prediction = models.unet(latents, timesteps, encoder_hidden_states=hidden).sample
         prediction.float().square().mean().backward()
+
+
+@contextlib.contextmanager
+def _norms_in_float32(models: list[nn.Module], is_half: bool) -> Iterator[None]:
+    """Let norms compute in float32, as autocast has it on CUDA; on the CPU, whose rules count here, it does not."""
+    norms = [
+        module for model in models for module in model.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
+    ]
+    for norm in norms if is_half else ():
+        norm.forward = functools.partial(_in_float32, norm)
+    try:
+        yield
+    finally:
+        for norm in norms if is_half else ():
+            del norm.forward
+
+
+def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = (None if part is None else part.float() for part in (norm.weight, norm.bias))
+    with torch.autocast("cpu", enabled=False):
+        if isinstance(norm, nn.GroupNorm):
+            return nn.functional.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
+        return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _make_fake(part: nn.Module, dtype: torch.dtype) -> None:

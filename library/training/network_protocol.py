@@ -24,9 +24,9 @@ from torch import nn
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.config.values import split_pairs
-from library.errors import UserError
+from library.errors import UserError, shortened
 from library.models.loading import LoadedModels
-from library.weights_io import open_weights, replacing
+from library.weights_io import check_adapter, open_weights, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ class TrainableNetwork:
         """Tell the network that an epoch begins; it goes into training mode."""
         self.network.on_epoch_start(self.text_encoder, self.unet)
 
+    def on_optimizer_step(self, key: int) -> None:
+        """Tell the network that a step begins, with a number that depends on seed and step alone."""
+        if hasattr(self.network, "on_optimizer_step"):
+            self.network.on_optimizer_step(key)
+
     def on_step_start(self) -> None:
         """Tell the network that a micro-batch begins, where it wants to know."""
         if hasattr(self.network, "on_step_start"):
@@ -144,6 +149,11 @@ class TrainableNetwork:
             return None
         count, mean, greatest = scale(largest, device)  # numbers, or tensors of one
         return int(count), float(mean), float(greatest)
+
+    def describe_blocks(self) -> list[dict[str, Any]]:
+        """Return rank, rate and modules of each block of the U-Net; empty for a network that does not tell."""
+        describe = getattr(self.network, "describe_blocks", None)
+        return [] if describe is None else describe()
 
     def delta_norms(self) -> list[float]:
         """Return the norm of each module's change; empty for a network that does not tell."""
@@ -224,7 +234,7 @@ def find_module(config: NetworkConfig) -> ModuleType:
 
 
 @contextlib.contextmanager
-def module_errors(config: NetworkConfig, doing: str) -> Iterator[None]:
+def module_errors(config: NetworkConfig, doing: str, file: Path | None = None) -> Iterator[None]:
     """Turn what a network module raises into a UserError.
 
     Of a module of ours that is a ValueError, in its own words; anything else is a mistake of ours and shows. What
@@ -238,7 +248,8 @@ def module_errors(config: NetworkConfig, doing: str) -> Iterator[None]:
         if is_foreign(config):
             raise UserError(failure(config, doing, error)) from error
         if isinstance(error, ValueError):
-            raise UserError(f"--network_module {config.network_module}: {error}") from None
+            place = "" if file is None or str(file) in str(error) else f"{file}: "
+            raise UserError(f"--network_module {config.network_module}: {place}{error}") from None
         raise
 
 
@@ -259,13 +270,8 @@ def failure(config: NetworkConfig, doing: str, error: Exception) -> str:
     )
 
 
-def shortened(text: str, most: int = 300) -> str:
-    """Return the beginning of a text."""
-    return text if len(text) <= most else f"{text[:most]} ..."
-
-
 def check_network(config: NetworkConfig) -> None:
-    """Raise UserError for a module that is none, or arguments that a module of ours does not know."""
+    """Raise UserError for a module that is none, arguments that one of ours does not know, or damaged adapters."""
     module = find_module(config)
     if hasattr(module, "read_network_args"):
         with module_errors(config, "read_network_args"):
@@ -276,7 +282,7 @@ def check_network(config: NetworkConfig) -> None:
             raise UserError(f"{option}: {config.network_module} has no create_network_from_weights; leave {option} out")
     for path in (config.network_weights, *(config.base_weights or ())):
         if path is not None:
-            open_weights(path)
+            check_adapter(path)
 
 
 def network_arguments(config: NetworkConfig) -> dict[str, Any]:
@@ -310,7 +316,8 @@ def build_network(
             network.prepare_network(argparse.Namespace(**options))
         network.apply_to(text_encoder, unet, trains_text_encoder, trains_unet)
         if config.network_weights is not None:
-            load_start(network, config)
+            with module_errors(config, "load_weights", config.network_weights):
+                load_start(network, config)
         if checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         network.to(device)
@@ -350,7 +357,7 @@ def _create(module: ModuleType, config: NetworkConfig, models: LoadedModels, tex
 def _create_from_weights(
     module: ModuleType, config: NetworkConfig, models: LoadedModels, text_encoder: Any
 ) -> nn.Module | None:
-    with module_errors(config, "create_network_from_weights"):
+    with module_errors(config, "create_network_from_weights", config.network_weights):
         network, _ = module.create_network_from_weights(
             1.0,
             str(config.network_weights),
@@ -418,7 +425,7 @@ def merge_base_weights(config: NetworkConfig, models: LoadedModels) -> None:
     multipliers = list(config.base_weights_multiplier or ())
     for index, path in enumerate(config.base_weights):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
-        with module_errors(config, "merge_to"):
+        with module_errors(config, "merge_to", path):
             if is_foreign(config):
                 _merge_foreign(module, path, multiplier, models, text_encoder)
             else:

@@ -1,0 +1,476 @@
+"""DyLoRA: the paper's algorithm, its draws, and the files that are cut out of one."""
+
+from __future__ import annotations
+
+import collections
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import metadata, options, same, train
+from safetensors.torch import load_file, save_file
+
+import train_network
+from library.errors import UserError
+from networks import dylora, extract_lora_from_dylora, lora
+from networks.dylora import DyLoRANetwork
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Transformer2DModel(torch.nn.Module):
+    """A container of targets: a linear layer, a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Conv2d(6, 5, 1)
+        self.linear = torch.nn.Linear(5, 7)
+
+    def forward(self, x):
+        return self.linear(self.proj(x).flatten(2).transpose(1, 2))
+
+
+class ResnetBlock2D(torch.nn.Module):
+    """A container with a 3x3 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 6, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Toy(torch.nn.Module):
+    """A model with one layer of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.resnet, self.attention = ResnetBlock2D(), Transformer2DModel()
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.attention(self.resnet(x))
+
+
+def toy_network(update="all", rank=8, unit=2, alpha=3.0, **more):
+    torch.manual_seed(0)
+    toy = Toy().double()
+    network = dylora.create_network(
+        1.0,
+        rank,
+        alpha,
+        None,
+        None,
+        toy,
+        unit=str(unit),
+        dylora_update=update,
+        conv_dim=str(rank),
+        conv_alpha=str(alpha),
+    ).double()
+    for module in network.modules_in_order():
+        torch.nn.init.normal_(module.lora_up.weight, std=0.3)
+    network.apply_to(None, toy)
+    network.train()
+    return toy, network
+
+
+# ---- the algorithm ------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """The paper's algorithm written out: dense changes of the weights, gradients of the truncated parts, float64."""
+
+    def __init__(self, toy, network, unit, alpha, update):
+        self.unit, self.alpha, self.update = unit, alpha, update
+        layers = {"conv": toy.resnet.conv, "proj": toy.attention.proj, "linear": toy.attention.linear}
+        self.base = {name: (layer.weight.clone(), layer.bias.clone()) for name, layer in layers.items()}
+        self.factors = {}
+        for module in network.modules_in_order():
+            name = next(name for name, layer in layers.items() if layer is module.org_module)
+            down, up = module.lora_down.weight.detach().flatten(1), module.lora_up.weight.detach().flatten(1)
+            self.factors[name] = [down.clone(), up.clone()]
+
+    def step(self, x, b, rate):
+        """Return the output at rank b; then make a step of gradient descent on half its square."""
+        leaves = {}
+        for name, (down, up) in self.factors.items():
+            first = b - self.unit if self.update == "unit" else 0
+            leaves[name] = (down[first:b].clone().requires_grad_(), up[:, first:b].clone().requires_grad_(), first)
+        weights = {}
+        for name, (down, up, first) in leaves.items():
+            whole_down = torch.cat([self.factors[name][0][:first], down])
+            whole_up = torch.cat([self.factors[name][1][:, :first], up], dim=1)
+            weight, _ = self.base[name]
+            weights[name] = weight + (self.alpha / b) * (whole_up @ whole_down).reshape(weight.shape)
+        functional = torch.nn.functional
+        hidden = functional.conv2d(x, weights["conv"], self.base["conv"][1], stride=2, padding=1)
+        hidden = functional.conv2d(hidden, weights["proj"], self.base["proj"][1])
+        output = functional.linear(hidden.flatten(2).transpose(1, 2), weights["linear"], self.base["linear"][1])
+        (output.square().sum() / 2).backward()
+        gradients = {}
+        for name, (down, up, first) in leaves.items():
+            whole = [torch.zeros_like(factor) for factor in self.factors[name]]
+            whole[0][first:b], whole[1][:, first:b] = down.grad, up.grad
+            gradients[name] = whole
+            self.factors[name][0] -= rate * whole[0]
+            self.factors[name][1] -= rate * whole[1]
+        return output.detach(), gradients
+
+
+@pytest.mark.parametrize("update", ["all", "unit"])
+def test_outputs_gradients_and_steps_are_those_of_the_paper(update):
+    toy, network = toy_network(update)
+    reference = Reference(toy, network, unit=2, alpha=3.0, update=update)
+    layers = {toy.resnet.conv: "conv", toy.attention.proj: "proj", toy.attention.linear: "linear"}
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    seen = set()
+    for step in range(12):
+        network.on_optimizer_step(step * 7919)
+        seen.add(network.drawn_rank)
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step)).double()
+        output = toy(x)
+        expected, gradients = reference.step(x, network.drawn_rank, 0.01)
+        torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+        (output.square().sum() / 2).backward()
+        for module in network.modules_in_order():
+            down, up = gradients[layers[module.org_module]]
+            torch.testing.assert_close(module.lora_down.weight.grad.flatten(1), down, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(module.lora_up.weight.grad.flatten(1), up, rtol=1e-8, atol=1e-9)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert seen == {2, 4, 6, 8}
+
+
+def test_what_lies_beyond_the_rank_has_no_part_in_the_output():
+    toy, network = toy_network()
+    x = torch.randn(1, 4, 8, 8).double()
+    key = next(key for key in range(100) if network.on_optimizer_step(key) or network.drawn_rank == 4)
+    network.on_optimizer_step(key)
+    before = toy(x)
+    with torch.no_grad():
+        for module in network.modules_in_order():
+            module.lora_down.weight[4:] = 1e6
+            module.lora_up.weight[:, 4:] = 1e6
+    assert torch.equal(toy(x), before)
+
+
+def test_draws_are_uniform_and_a_function_of_the_key():
+    _, network = toy_network(rank=8, unit=2)
+    drawn = []
+    for key in range(2000):
+        network.on_optimizer_step(key)
+        drawn.append(network.drawn_rank)
+    counts = collections.Counter(drawn)
+    assert set(counts) == {2, 4, 6, 8}
+    assert all(abs(count - 500) < 100 for count in counts.values())
+    _, other = toy_network(rank=8, unit=2)
+    other.on_optimizer_step(1234)
+    assert other.drawn_rank == drawn[1234]
+
+
+def test_evaluation_uses_a_fixed_rank_and_draws_nothing():
+    toy, network = toy_network()
+    x = torch.randn(1, 4, 8, 8).double()
+    network.eval()
+    full = toy(x)
+    for key in range(5):
+        network.on_optimizer_step(key)
+        assert torch.equal(toy(x), full)
+    network.set_rank(2)
+    truncated = toy(x)
+    assert not torch.equal(truncated, full)
+    network.train()
+    network.eval()
+    assert torch.equal(toy(x), truncated)
+    with pytest.raises(ValueError, match="from 1 to 8, got 9"):
+        network.set_rank(9)
+
+
+def test_in_half_precision_the_scale_of_a_rank_is_not_rounded():
+    """Of rank 12 in 16 the share is 4/3, which bfloat16 rounds by a third of a percent."""
+    torch.manual_seed(0)
+    toy = Toy()
+    network = dylora.create_network(1.0, 16, 16.0, None, None, toy, unit="4")
+    for module in network.modules_in_order():
+        torch.nn.init.constant_(module.lora_up.weight, 1.0)
+        torch.nn.init.constant_(module.lora_down.weight, 1.0)
+        torch.nn.init.zeros_(module.org_module.weight)
+        torch.nn.init.zeros_(module.org_module.bias)
+    network.apply_to(None, toy)
+    network.eval()
+    network.set_rank(12)
+    linear = toy.attention.linear
+    with torch.autocast("cpu", torch.bfloat16):
+        output = linear(torch.ones(1, 3, 5))
+    assert output.unique().tolist() == [80.0]  # 16 / 12 * 12 ranks * 5 inputs
+
+
+def test_a_compiled_module_is_compiled_once_for_all_ranks():
+    toy, network = toy_network()
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(toy, backend=counter)
+    x = torch.randn(1, 4, 8, 8).double()
+    for key in range(8):
+        network.on_optimizer_step(key)
+        torch.testing.assert_close(compiled(x), toy(x))
+    assert counter.frame_count <= 3  # the graphs of one compilation, none for each rank
+    torch._dynamo.reset()
+
+
+# ---- arguments ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "arguments", "message"),
+    [
+        (
+            16,
+            {"unit": "5"},
+            "unit 5 does not divide network_dim 16: take a unit of 1, 2, 4, 8, 16, or network_dim 15 or 20",
+        ),
+        (2, {"unit": "4"}, "or network_dim 4 or 4"),
+        (16, {"conv_dim": "8"}, "conv_dim must be network_dim, 16, or be left out, got 8"),
+        (16, {"unit": "0"}, "unit must be a whole number of at least 1, got '0'"),
+        (16, {"unit": "x"}, "unit must be a whole number of at least 1, got 'x'"),
+        (16, {"dylora_update": "some"}, "dylora_update must be one of all, unit, got 'some'"),
+        (16, {"rank_dropout": "0.1"}, "rank_dropout does not go with networks.dylora: DyLoRA draws ranks itself"),
+        (16, {"block_dims": "4"}, "block_dims does not go with networks.dylora"),
+        (16, {"units": "4"}, "units is not known"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_what_would(rank, arguments, message):
+    with pytest.raises(ValueError) as caught:
+        dylora.create_network(1.0, rank, 1.0, None, None, Toy(), **arguments)
+    assert message in str(caught.value)
+
+
+def test_what_combines_does(model_store):
+    models = model_store("sd1")[0]
+    network = dylora.create_network(
+        1.0,
+        8,
+        4.0,
+        None,
+        models["text_encoder"],
+        models["unet"],
+        neuron_dropout=0.1,
+        unit="4",
+        module_dropout="0.1",
+        down_lr_weight="zeros",
+        loraplus_lr_ratio="4",
+    )
+    assert isinstance(network, DyLoRANetwork)
+    assert network.modules_in_order()[0].dropouts == lora.Dropouts(0.1, 0.0, 0.1)
+    assert min(row["index"] for row in network.describe_blocks() if row["count"]) == 12
+    assert {"unet_block12,16-24", "unet_block12,16-24 plus"} <= set(network.prepare_optimizer_params(1, 1, 1)[1])
+
+
+# ---- training from the command line -------------------------------------------------------------------------
+
+LIERLA = {"network_module": "networks.dylora", "network_dim": 8, "network_alpha": 4, "network_args": ["unit=2"]}
+C3LIER = LIERLA | {"network_args": ["unit=2", "conv_dim=8", "conv_alpha=4"]}
+RATE = {"learning_rate": "3e-2", "max_train_steps": 6}
+
+
+@pytest.mark.parametrize("kind", [LIERLA, C3LIER], ids=["LierLa", "C3Lier"])
+def test_the_file_is_an_ordinary_lora_file(base, pictures, tmp_path, kind):
+    weights = train(base, pictures, tmp_path / "a", **kind, **RATE)
+    plain = train(
+        base,
+        pictures,
+        tmp_path / "b",
+        **(
+            kind
+            | {"network_module": "networks.lora"}
+            | {"network_args": [text for text in kind["network_args"] if not text.startswith("unit")] or None}
+        ),
+        **RATE,
+    )
+    assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in plain.items()}
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    written = metadata(tmp_path / "a" / "x.safetensors")
+    assert written["ss_network_module"] == "networks.dylora"
+    assert json.loads(written["ss_network_args"])["unit"] == "2"
+
+
+def test_checkpointing_computes_with_the_same_rank_again(base, pictures, tmp_path):
+    one = train(base, pictures, tmp_path / "a", **LIERLA, **RATE, network_dropout=0.1)
+    same(
+        train(base, pictures, tmp_path / "b", **LIERLA, **RATE, network_dropout=0.1, gradient_checkpointing=True),
+        one,
+        1e-3,
+    )
+
+
+@pytest.mark.parametrize("update", ["all", "unit"])
+def test_a_resumed_run_draws_on(base, pictures, tmp_path, update):
+    more = LIERLA | RATE | {"network_args": ["unit=2", f"dylora_update={update}"], "save_state": True}
+    whole = train(base, pictures, tmp_path / "whole", **more, save_every_n_steps=2, gradient_accumulation_steps=2)
+    state = tmp_path / "whole" / "x-step00000002-state"
+    parts = train(base, pictures, tmp_path / "parts", **more, resume=state, gradient_accumulation_steps=2)
+    same(parts, whole)
+
+
+def test_previews_and_their_absence_give_the_same_bytes(base, pictures, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a dog --w 64 --h 64 --s 1\n", encoding="utf-8")
+    drawn = {"sample_prompts": prompts, "sample_every_n_steps": 2}
+    same(
+        train(base, pictures, tmp_path / "a", **LIERLA, **RATE),
+        train(base, pictures, tmp_path / "b", **LIERLA, **RATE, **drawn),
+    )
+
+
+def test_training_goes_on_from_a_dylora_file_and_takes_its_rank(base, pictures, tmp_path):
+    train(base, pictures, tmp_path / "a", **LIERLA, **RATE)
+    start = {"network_weights": tmp_path / "a" / "x.safetensors", "dim_from_weights": True}
+    weights = train(base, pictures, tmp_path / "b", **(LIERLA | {"network_dim": None}), **start, max_train_steps=1)
+    assert {tensor.shape[0] for name, tensor in weights.items() if "lora_down" in name} == {8}
+
+
+def test_a_unit_that_does_not_fit_ends_the_run_before_the_model_is_loaded(base, pictures, tmp_path):
+    with pytest.raises(UserError, match="unit 3 does not divide network_dim 8"):
+        train_network.main(options(base, pictures, tmp_path, **(LIERLA | {"network_args": ["unit=3"]})))
+
+
+# ---- extraction ---------------------------------------------------------------------------------------------
+
+
+def extract(path, *more):
+    argv = ["--model", str(path), "--save_to", str(path.with_name("cut.safetensors")), *more]
+    assert extract_lora_from_dylora.main(argv) == 0
+
+
+@pytest.mark.parametrize("kind", [LIERLA, C3LIER], ids=["LierLa", "C3Lier"])
+def test_the_file_of_a_rank_gives_what_training_saw_at_that_rank(base, pictures, tmp_path, model_store, kind):
+    import copy
+
+    train(base, pictures, tmp_path, **kind, **RATE)
+    extract(tmp_path / "x.safetensors", "--unit", "2")
+    unet = model_store("sd1")[0]["unet"]
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 64))
+
+    def output_of(model):
+        with torch.no_grad():
+            return model(*inputs).sample
+
+    trained = copy.deepcopy(unet)
+    arguments = dict(text.split("=") for text in kind["network_args"])
+    network = dylora.create_network(1.0, 8, 4.0, None, None, trained, **arguments)
+    network.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=False)
+    network.apply_to(None, trained)
+    network.train()
+    plain = output_of(unet)
+    for rank in (2, 4, 6, 8):
+        network.drawn_rank = rank
+        network.train()
+        expected = output_of(trained)
+        size = float((expected - plain).abs().max())
+        assert size > 1e-4
+        path = tmp_path / f"cut-{rank:04d}.safetensors"
+        weights = load_file(path)
+        read = copy.deepcopy(unet)
+        applied, _ = lora.create_network_from_weights(1.0, None, None, None, read, _unet_only(weights))
+        applied.load_state_dict(_unet_only(weights))
+        applied.apply_to(None, read)
+        torch.testing.assert_close(output_of(read), expected, rtol=0, atol=2e-3 * size)
+        other = copy.deepcopy(unet)
+        torch.testing.assert_close(_through_diffusers(other, weights, output_of), expected, rtol=0, atol=2e-3 * size)
+
+
+def _unet_only(weights):
+    return {name: tensor for name, tensor in weights.items() if name.startswith("lora_unet")}
+
+
+def _through_diffusers(unet, weights, output_of):
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(_unet_only(weights))
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+    return output_of(unet)
+
+
+def test_every_rank_has_its_file_with_true_metadata_and_hashes(base, pictures, tmp_path):
+    import hashlib
+
+    train(base, pictures, tmp_path, **LIERLA, **RATE, training_comment="mine")
+    extract(tmp_path / "x.safetensors")  # the unit is in the metadata
+    whole = load_file(tmp_path / "x.safetensors")
+    names = sorted(path.name for path in tmp_path.glob("cut*"))
+    assert names == [f"cut-{rank:04d}.safetensors" for rank in (2, 4, 6, 8)]
+    same(load_file(tmp_path / "cut-0008.safetensors"), whole)
+    for rank in (2, 6):
+        path = tmp_path / f"cut-{rank:04d}.safetensors"
+        part, written = load_file(path), metadata(path)
+        for name, tensor in part.items():
+            if "lora_down" in name:
+                assert torch.equal(tensor, whole[name][:rank])
+            elif "lora_up" in name:
+                assert torch.equal(tensor, whole[name][:, :rank])
+            else:
+                assert torch.equal(tensor, whole[name])
+        assert written["ss_network_dim"] == str(rank)
+        assert written["ss_training_comment"] == f"rank {rank} of a DyLoRA of rank 8; mine"
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        assert written["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()
+        assert written["ss_seed"] == metadata(tmp_path / "x.safetensors")["ss_seed"]
+
+
+def test_files_without_metadata_and_of_sd_scripts_are_cut_as_well(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "lora_unet_a.lora_down.weight": torch.from_numpy(rng.normal(size=(8, 5)).astype(np.float16)),
+        "lora_unet_a.lora_up.weight": torch.from_numpy(rng.normal(size=(6, 8)).astype(np.float16)),
+        "lora_unet_a.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="--unit is missing"):
+        extract(tmp_path / "x.safetensors")
+    extract(tmp_path / "x.safetensors", "--unit", "4")
+    assert load_file(tmp_path / "cut-0004.safetensors")["lora_unet_a.lora_down.weight"].dtype == torch.float16
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"modelspec.implementation_version": "sd-scripts/1"})
+    extract(tmp_path / "x.safetensors", "--unit", "4")
+    assert "trained by sd-scripts" in caplog.text
+    extract(tmp_path / "x.safetensors", "--unit", "4", "--sd_scripts_alpha")
+    part = load_file(tmp_path / "cut-0004.safetensors")
+    scale = float(part["lora_unet_a.alpha"]) / 4
+    assert scale == pytest.approx(4.0 / 8 * (8 / 4) ** 0.5)  # alpha / R sqrt(R / b), its scale in training
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--model is missing"),
+        (["--model", "gone.safetensors"], "gone.safetensors is not a file"),
+        (["--model", "X"], "--save_to is missing"),
+        (["--model", "X", "--save_to", "a.bin"], "must end in .safetensors"),
+        (["--model", "X", "--save_to", "a.safetensors", "--unit", "3"], "does not divide the rank of"),
+        (["--model", "X", "--save_to", "a.safetensors", "--unit", "0"], "--unit must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_of_the_extractor_are_told(tmp_path, argv, message):
+    path = tmp_path / "x.safetensors"
+    save_file({"lora_unet_a.lora_down.weight": torch.ones(8, 2), "lora_unet_a.lora_up.weight": torch.ones(2, 8)}, path)
+    with pytest.raises(UserError) as caught:
+        extract_lora_from_dylora.main([str(path) if word == "X" else word for word in argv])
+    assert message in str(caught.value)
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    script = ROOT / "networks" / "extract_lora_from_dylora.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0
+    assert "--save_to" in done.stdout
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
