@@ -54,9 +54,9 @@ def choose_logs(config: TrainConfig) -> None:
 
 
 def load_prompts(config: TrainConfig) -> list[Prompt]:
-    """Return the prompts of the previews; none where their file is absent, which `check` tells."""
+    """Return the prompts of the previews; none where there is no such file, which `check` tells."""
     path = config.preview.sample_prompts
-    return read_prompts(path) if path is not None and path.exists() else []
+    return read_prompts(path) if path is not None and path.is_file() else []
 
 
 def load_sets(config: TrainConfig) -> list[TrainingSet]:

@@ -81,12 +81,22 @@ def run_script(main: Callable[[Sequence[str]], int]) -> None:
     except OSError as error:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
         code = FAILURE
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        advice = memory_advice(error)
+        if advice is None:
             raise
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {OUT_OF_MEMORY}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {advice}\n")
         code = FAILURE
     except KeyboardInterrupt:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
         code = INTERRUPTED
     sys.exit(code)
+
+
+def memory_advice(error: Exception) -> str | None:
+    """Return what to do where an error says that memory is short, or None for any other."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return OUT_OF_MEMORY
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words on the CPU
+        return f"this machine has too little memory ({error}): lower --network_dim, --resolution or --train_batch_size"
+    return None

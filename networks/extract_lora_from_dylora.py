@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     file = open_weights(config.files.model)
     weights, metadata = dict(file.tensors(file.shapes)), dict(file.metadata)
-    full = full_rank(weights, config.files.model)
+    full = full_rank(file.shapes, config.files.model)
     ranks = ranks_to_write(config.ranks.unit or unit_of(metadata), full, config.files.model)
     tell_of_scale(metadata, config.ranks)
     for rank in tqdm(ranks, desc="ranks", unit="file"):
@@ -89,9 +89,9 @@ def check_files(files: FilesConfig) -> None:
         raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {files.save_to}")
 
 
-def full_rank(weights: Mapping[str, object], path: Path) -> int:
-    """Return the rank of the file; raises UserError for a file that is no DyLoRA file."""
-    ranks = {tensor.shape[0] for name, tensor in weights.items() if name.endswith(DOWN)}
+def full_rank(shapes: Mapping[str, Sequence[int]], path: Path) -> int:
+    """Return the rank of a file with such tensors; raises UserError for a file that is no DyLoRA file."""
+    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(DOWN)}
     if not ranks:
         raise UserError(f"--model: {path} is no LoRA file: it has no tensor named ...{DOWN}")
     if len(ranks) > 1:

@@ -42,7 +42,7 @@ def test_a_dry_run_loads_no_weights_and_trains_nothing(base, pictures, tmp_path,
     dry(base, pictures, tmp_path)
     assert len(empty) == 1
     assert all(parameter.is_meta for parameter in empty[0].vae.parameters())
-    assert sorted(path.name for path in tmp_path.glob("x*")) == ["x-dry_run.txt", "x-pictures.png"]
+    assert sorted(path.name for path in tmp_path.glob("x*")) == ["x-blocks.png", "x-dry_run.txt", "x-pictures.png"]
 
 
 def test_it_counts_as_the_run_does(base, pictures, tmp_path):
@@ -62,7 +62,9 @@ def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatc
     fed = []
     real = objective.encode_text
     monkeypatch.setattr(
-        objective, "encode_text", lambda models, captions, **more: fed.extend(captions) or real(models, captions, **more)
+        objective,
+        "encode_text",
+        lambda models, captions, **more: fed.extend(captions) or real(models, captions, **more),
     )
     more = {"shuffle_caption": True, "caption_dropout_rate": 0.3, "max_train_steps": 4}
     text = dry(base, pictures, tmp_path / "dry", **more)
@@ -167,8 +169,15 @@ def loaded(made):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype"),
+    [
+        (True, torch.bfloat16),
+        pytest.param(True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(False, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_the_memory_told_is_what_a_step_with_real_tensors_holds(checkpointing, dtype):
     import tiny
 
@@ -198,6 +207,7 @@ def test_the_memory_of_a_run_is_told_by_part(base, pictures, tmp_path):
     assert parts["vae"] == parts["text encoder"] == "0.00"  # both leave the device
 
 
+@pytest.mark.slow
 def test_checkpointing_and_smaller_types_need_less_memory():
     import tiny
 

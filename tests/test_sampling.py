@@ -136,7 +136,7 @@ def test_files_of_three_kinds_give_the_same_prompts(tmp_path):
     ("line", "message"),
     [
         ("cat --x 3", "p.txt:1: --x is not known"),
-        ("cat --w wide", "width has the value 'wide'"),
+        ("cat --w wide", "width must be a whole number of pixels, at most 16384, got 'wide'"),
         ("cat --ss eule", "sampler 'eule' is not known; did you mean euler"),
         ("", "has no prompts"),
     ],

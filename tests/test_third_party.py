@@ -216,7 +216,9 @@ def test_a_lycoris_file_is_gone_on_from(lycoris, run, tmp_path, caplog):
         assert second.keys() == first.keys()
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="failed in apply_to: RuntimeError: .*size mismatch.*; --network_args: algo=lo"):
+    with pytest.raises(
+        UserError, match="failed in load_weights: RuntimeError: .*size mismatch.*; --network_args: algo=lo"
+    ):
         run("other", **arguments("lokr", "factor=2"), **start)
     run("other", **arguments("lokr", "full_matrix=True"), **start, **still)
     assert "x.safetensors: 200 of 736 tensors have no place in the network, such as lora_te_text" in caplog.text
@@ -474,7 +476,7 @@ def test_a_module_that_fails_or_lacks_something_is_told_before_training(minimal,
     save_file({"unet": torch.ones(())}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="--base_weights: minimal_network has no create_network_from_weights"):
         run(**given, base_weights=[tmp_path / "w.safetensors"])
-    with pytest.raises(UserError, match="failed in apply_to: AttributeError: .*load_weights"):
+    with pytest.raises(UserError, match="failed in load_weights: AttributeError: .*load_weights"):
         run(**given, network_weights=tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="failed in create_network: AssertionError: .*; --network_args: a=1; see the"):
         run(**given, network_args=["a=1"])

@@ -132,5 +132,5 @@ def test_a_point_lies_where_its_step_and_loss_say():
 
 
 def test_nothing_left_to_train_on_is_told(base, pictures, tmp_path):
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="validation_split holds out all 4 pictures"):
         train_network.main(options(base, pictures, tmp_path, validation_split=1.0))

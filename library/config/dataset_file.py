@@ -146,6 +146,8 @@ def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOption
     With --in_json there is one subset, of the pictures that the file lists.
     """
     if data.in_json is not None:
+        if data.reg_data_dir is not None:
+            logger.warning("--reg_data_dir is ignored: --in_json lists the pictures")
         return [dataclasses.replace(subset, image_dir=data.train_data_dir, metadata_file=data.in_json)]
     return [
         dataclasses.replace(
@@ -154,7 +156,7 @@ def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOption
             num_repeats=repeats,
             class_tokens=tokens,
             is_reg=is_reg,
-            conditioning_data_dir=_folder_of_masks(subset.conditioning_data_dir, folder),
+            conditioning_data_dir=None if is_reg else _folder_of_masks(subset.conditioning_data_dir, folder),
         )
         for parent, is_reg in ((data.train_data_dir, False), (data.reg_data_dir, True))
         if parent is not None and parent.is_dir()
@@ -169,12 +171,18 @@ def _folder_of_masks(parent: Path | None, folder: Path) -> Path | None:
 
 def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
     found = []
-    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
+    try:
+        folders = sorted(path for path in parent.iterdir() if path.is_dir())
+    except OSError as error:
+        raise UserError(f"{parent} cannot be read ({error.strerror}); mend its permissions") from None
+    for folder in folders:
         number, _, tokens = folder.name.partition("_")
         if number.isascii() and number.lstrip("-").isdigit():
             found.append((folder, SUBSET_KEYS["num_repeats"].read(number, f"{folder}: num_repeats"), tokens))
         else:
             logger.warning("%s is skipped: its name does not start with a number of repeats, as in 10_name", folder)
+    if not found:
+        logger.warning("%s has no sub-folder with a number of repeats, as in 10_name", parent)
     return found
 
 

@@ -64,7 +64,7 @@ class Option:
         form = self.spec.form or self.kind.form
         try:
             result = (self.spec.parse or self.kind.read)(value)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # the latter for a whole number that no float can hold
             detail = f" ({error})" if str(error) and self.spec.parse else ""
             got = "something else" if self.spec.secret else shown(value)
             raise UserError(f"{label} must be {form}, got {got}{detail}") from None
@@ -76,11 +76,11 @@ class Option:
         if not isinstance(number, int | float) or isinstance(number, bool):
             return
         if self.spec.minimum is not None and not number >= self.spec.minimum:
-            raise UserError(f"{label} must be at least {self.spec.minimum:g}, got {number:g}")
+            raise UserError(f"{label} must be at least {self.spec.minimum}, got {shown(number)}")
         if self.spec.maximum is not None and not number <= self.spec.maximum:
-            raise UserError(f"{label} must be at most {self.spec.maximum:g}, got {number:g}")
+            raise UserError(f"{label} must be at most {self.spec.maximum}, got {shown(number)}")
         if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"{label} must be a finite number, got {number:g}")
+            raise UserError(f"{label} must be a finite number, got {number}")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
 
 def with_toml_suffix(path: Path) -> Path:
     """Return the path with `.toml` appended where it is missing, as --config_file is read."""
-    return path if path.suffix.lower() == ".toml" else path.with_name(path.name + ".toml")
+    return path if path.suffix.lower() == ".toml" else Path(f"{path}.toml")
 
 
 def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

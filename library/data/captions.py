@@ -39,6 +39,8 @@ def read_caption(picture: Path, options: SubsetOptions) -> str:
             raise UserError(
                 f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
             ) from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return "\n".join(lines) if options.enable_wildcard else "".join(lines[:1])
     return options.class_tokens or ""
@@ -71,7 +73,8 @@ def draw_caption(caption: str, options: SubsetOptions, moment: Moment, rng: rand
 def possible_captions(caption: str, options: SubsetOptions) -> set[str] | None:
     """Return all texts that a caption can be in a run, or None where rules make many of it."""
     varies = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
-    has_choices = "\n" in caption or WILDCARD.search(caption) is not None
+    affixed = with_affixes(caption, options)
+    has_choices = "\n" in affixed or WILDCARD.search(affixed) is not None
     if varies or (options.enable_wildcard and has_choices):
         return None
     undropped = dataclasses.replace(options, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from library.data.buckets import Placement, Size
+from library.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,11 @@ class UnreadablePictureError(Exception):
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """Return the pictures directly in a folder, sorted by path."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+    """Return the pictures directly in a folder, sorted by path; raises UserError for one that cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); mend its permissions") from None
 
 
 def read_size(path: Path) -> Size:

@@ -207,7 +207,7 @@ def _encode(sources: list[Source], encode: Encode, batch_size: int) -> Iterator[
     raise_for_unreadable([source.record.path for source in sources], results)
     if not_finite:
         names = ", ".join(str(path) for path in not_finite)
-        raise UserError(f"the VAE gives NaN for {names}: add --no_half_vae")
+        raise UserError(f"the VAE gives NaN for {names}, in float32, too: its file is damaged; name another with --vae")
 
 
 def _batches(sources: list[Source], batch_size: int) -> Iterator[list[Source]]:

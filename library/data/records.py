@@ -11,7 +11,7 @@ from pathlib import Path
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data import buckets
 from library.data.buckets import Placement, Size
-from library.data.images import UnreadablePictureError, load_picture, read_size
+from library.data.images import EXTENSIONS, UnreadablePictureError, load_picture, read_size
 from library.data.sources import MOST_NAMED, Listed, find_masks, list_subset
 from library.errors import UserError
 from library.randomness import random_for
@@ -19,6 +19,7 @@ from library.randomness import random_for
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 8  # for reading headers and files: mostly waiting for the disk
+LEAST_SIDE = 8  # pixels of a picture: one latent
 MOST_TIMES_BUCKET = 32  # a resized picture's area, in areas of its bucket
 SAME_RATIO = 0.01  # by which the aspect ratios of a picture and its mask may differ
 
@@ -70,9 +71,9 @@ def build_training_sets(
     if problems:
         raise UserError("\n".join(problems))
     listed = [[list_subset(subset) for subset in dataset.subsets] for dataset in datasets]
-    masks = [{path: mask for entries in found for path, mask in find_masks(entries).items()} for found in listed]
+    masks = [[find_masks(entries) for entries in found] for found in listed]
     pictures = {entry.path for found in listed for entries in found for entry in entries}
-    sizes = read_sizes(pictures | {mask for found in masks for mask in found.values()})
+    sizes = read_sizes(pictures | {mask for found in masks for of_subset in found for mask in of_subset.values()})
     held_out = split_validation(datasets, listed, seed)
     sets = [
         _build(dataset, found, masks=found_masks, sizes=sizes, held_out=held_out)
@@ -80,7 +81,10 @@ def build_training_sets(
     ]
     sets = [entry for entry in sets if entry.all_records]
     if not any(entry.num_images(is_reg=False) for entry in sets):
-        raise UserError(f"no pictures in {', '.join(str(subset.source) for subset in subsets)}")
+        sources = ", ".join(str(subset.source) for subset in subsets)
+        if held_out:
+            raise UserError(f"validation_split holds out all {len(held_out)} pictures in {sources}: lower it")
+        raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) in {sources}")
     return sets
 
 
@@ -105,7 +109,7 @@ def subset_problems(subset: SubsetOptions, latents_cached: bool, masked_loss: bo
 
 
 def split_validation(datasets: list[DatasetConfig], listed: list[list[list[Listed]]], seed: int | None) -> set[Path]:
-    """Return the pictures that are held out: of each subset its share, chosen by a shuffle of its own.
+    """Return the pictures that are held out, as whole paths: of each subset its share, chosen by a shuffle of its own.
 
     A picture that one subset holds out is trained on in none. Regularisation pictures are never held out.
     """
@@ -113,8 +117,11 @@ def split_validation(datasets: list[DatasetConfig], listed: list[list[list[Liste
     for dataset, found in zip(datasets, listed, strict=True):
         chosen = dataset.options.validation_seed if dataset.options.validation_seed is not None else seed or 0
         for entries in found:
-            paths = sorted({entry.path for entry in entries if not entry.subset.is_reg})
-            number = round(len(paths) * entries[0].subset.validation_split) if paths else 0
+            paths = sorted({entry.path.resolve() for entry in entries if not entry.subset.is_reg})
+            share = entries[0].subset.validation_split if paths else 0
+            number = round(len(paths) * share)
+            if share and not number:
+                logger.warning("validation_split %g of %d pictures is none: nothing is held out", share, len(paths))
             random_for(chosen, "validation").shuffle(paths)
             held_out.update(paths[len(paths) - number :])
     return held_out
@@ -129,10 +136,11 @@ def read_sizes(paths: set[Path]) -> dict[Path, Size]:
 
 
 def verify_pictures(sets: list[TrainingSet]) -> None:
-    """Decode every picture once, so that one that cannot be read is told before training, not in its midst."""
+    """Decode every picture and mask once, so that one that cannot be read is told before training, not in its midst."""
     from tqdm import tqdm
 
-    paths = sorted({record.path for entry in sets for record in entry.all_records})
+    records = [record for entry in sets for record in entry.all_records]
+    paths = sorted({path for record in records for path in (record.path, record.mask) if path is not None})
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         checks = pool.map(lambda path: _or_error(lambda p: load_picture(p).shape, path), paths)
         results = list(tqdm(checks, total=len(paths), desc="checking pictures", unit="picture"))
@@ -162,7 +170,7 @@ def _build(
     dataset: DatasetConfig,
     found: list[list[Listed]],
     *,
-    masks: dict[Path, Path],
+    masks: list[dict[Path, Path]],
     sizes: dict[Path, Size],
     held_out: set[Path],
 ) -> TrainingSet:
@@ -170,23 +178,27 @@ def _build(
         if not entries:
             logger.warning("%s has no pictures; it is skipped", subset.source)
     listed = [entry for entries in found for entry in entries]
-    training = [entry for entry in listed if not entry.subset.is_reg and entry.path not in held_out]
+    mask_of = {
+        (subset.source, path): mask
+        for subset, of_subset in zip(dataset.subsets, masks, strict=True)
+        for path, mask in of_subset.items()
+    }
+    training = [entry for entry in listed if not entry.subset.is_reg and entry.path.resolve() not in held_out]
     num_training = sum(entry.subset.num_repeats for entry in training)
     regularisation = regularisation_repeats([entry for entry in listed if entry.subset.is_reg], num_training)
 
     def record(entry: Listed, repeats: int, subset: SubsetOptions) -> ImageRecord:
         size = sizes[entry.path]
         placement = place_picture(size, dataset.options)
-        return ImageRecord(
-            entry.path, size, entry.caption, repeats, subset, placement, entry.tags, masks.get(entry.path)
-        )
+        mask = mask_of.get((entry.subset.source, entry.path))
+        return ImageRecord(entry.path, size, entry.caption, repeats, subset, placement, entry.tags, mask)
 
     repeated = [(entry, entry.subset.num_repeats) for entry in training] + regularisation
     records = [record(entry, repeats, entry.subset) for entry, repeats in repeated]
     validation = [
         record(entry, 1, as_they_are(entry.subset))
         for entry in listed
-        if entry.path in held_out and entry.subset.validation_split and not entry.subset.is_reg
+        if entry.path.resolve() in held_out and entry.subset.validation_split and not entry.subset.is_reg
     ]
     _check_shapes(records + validation)
     _check_masks(records + validation, sizes)
@@ -224,7 +236,14 @@ def _check_masks(records: list[ImageRecord], sizes: dict[Path, Size]) -> None:
 
 
 def _check_shapes(records: list[ImageRecord]) -> None:
-    """Raise UserError for pictures so long that covering a bucket would blow them up beyond measure."""
+    """Raise UserError for pictures so small or so long that covering a bucket would blow them up beyond measure."""
+    small = [
+        f"  {record.path}: {record.size[0]}x{record.size[1]}" for record in records if min(record.size) < LEAST_SIDE
+    ]
+    if small:
+        raise UserError(
+            "\n".join([f"{len(small)} pictures have a side of less than {LEAST_SIDE} pixels; remove them:", *small])
+        )
     extreme = [
         f"  {record.path}: {record.size[0]}x{record.size[1]}"
         for record in records

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from library.config.dataset import SubsetOptions
+from library.config.options import read_str
 from library.data.captions import read_caption
 from library.data.images import EXTENSIONS, list_pictures
-from library.errors import UserError
+from library.errors import UserError, shown
 
 MOST_NAMED = 5  # entries named in a message
 
@@ -59,7 +60,7 @@ def read_metadata(subset: SubsetOptions) -> list[Listed]:
     if missing:
         raise UserError(
             f"{subset.metadata_file}: {len(missing)} of {len(entries)} pictures are not there "
-            f"(image_dir is {subset.image_dir}): {', '.join(missing[:MOST_NAMED])}"
+            f"(they are looked for in {picture_folder(subset)}): {', '.join(missing[:MOST_NAMED])}"
         )
     return found
 
@@ -68,37 +69,58 @@ def read_entries(path: Path) -> dict[str, dict[str, str]]:
     """Return picture name -> {"caption", "tags"} as texts."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            table = {line["image_path"]: line for line in lines}
-        else:
-            table = json.loads(text)
-    except (OSError, ValueError) as error:
+        table = _by_line(path, text) if path.suffix.lower() == ".jsonl" else json.loads(text)
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"metadata_file {path} cannot be read: {error}") from None
-    except (KeyError, TypeError):
-        raise UserError(f'metadata_file {path}: each line must be an object with "image_path"') from None
     if not isinstance(table, dict):
         raise UserError(f"metadata_file {path} must be an object of picture names, got {type(table).__name__}")
     return {name: _entry(path, name, values) for name, values in table.items()}
 
 
+def _by_line(path: Path, text: str) -> dict[str, Any]:
+    table = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"metadata_file {path} cannot be read: line {number}: {error}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+            raise UserError(
+                f'metadata_file {path}: line {number} must be an object with a text as "image_path", got {shown(entry)}'
+            )
+        table[entry["image_path"]] = entry
+    return table
+
+
 def _entry(path: Path, name: str, values: Any) -> dict[str, str]:
-    texts = {key: values.get(key) or "" for key in ("caption", "tags")} if isinstance(values, dict) else None
-    if texts is None or not all(isinstance(text, str) for text in texts.values()):
-        raise UserError(f"metadata_file {path}: {name} must have texts as caption and tags, got {values!r}")
-    return texts
+    try:
+        return {key: read_str(values.get(key) or "") for key in ("caption", "tags")}
+    except (AttributeError, ValueError):
+        raise UserError(
+            f"metadata_file {path}: {name} must have texts as caption and tags, got {shown(values)}"
+        ) from None
+
+
+def picture_folder(subset: SubsetOptions) -> Path:
+    """Return where the pictures of a metadata file lie: in image_dir, else beside the file."""
+    return subset.image_dir or subset.metadata_file.parent
 
 
 def find_picture(name: str, subset: SubsetOptions) -> Path | None:
     """Return the file of a picture's name, with or without extension, or None."""
     path = Path(name)
     if not path.is_absolute():
-        path = (subset.image_dir or subset.metadata_file.parent) / path
-    if path.is_file():
-        return path
+        path = picture_folder(subset) / path
     endings = [ending for extension in EXTENSIONS for ending in (extension, extension.upper())]
-    candidates = (path.with_name(path.name + ending) for ending in endings)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    candidates = (Path(f"{path}{ending}") for ending in ("", *endings))
+    try:
+        return next((candidate for candidate in candidates if candidate.is_file()), None)
+    except OSError:  # a name that is too long
+        return None
 
 
 def joined_caption(values: dict[str, str], subset: SubsetOptions) -> str:

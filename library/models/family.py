@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
@@ -129,6 +130,17 @@ def detect_family(shapes: Shapes, source: str) -> ModelFamily:
         f"{source} is no Stable Diffusion 1.x or 2.x checkpoint: it has no tensors under model.diffusion_model. "
         f"(its first is {min(shapes, default='none')})"
     )
+
+
+OTHER_INPUTS = ((5, "a depth model"), (8, "an editing model"), (9, "an inpainting model"))
+
+
+def check_channels(channels: Any, source: Path) -> None:
+    """Raise UserError for a U-Net that takes more than latents, by its input channels; None is not known."""
+    if channels in (None, UNET_BASE["in_channels"]):
+        return
+    kind = next((title for number, title in OTHER_INPUTS if number == channels), "another kind of model")
+    raise UserError(f"{source} is {kind}: its U-Net takes {channels} channels, and only those that take 4 are trained")
 
 
 def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> ModelFamily:

@@ -6,23 +6,24 @@ weights in their final type. Nothing is downloaded, and of pickles only weights 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from library.config import toml_text
 from library.config.model import ModelConfig
-from library.errors import UserError
+from library.errors import UserError, shown, told
 from library.models import family as families
 from library.models import keys
 from library.models.family import ModelFamily
 from library.models.tokenizer import load_clip_tokenizer
-from library.weights_io import WeightFile, open_weights
+from library.weights_io import WeightFile, check_finite, open_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -77,6 +78,8 @@ def detect(config: ModelConfig) -> Detected:
     if path.is_file():
         file = open_weights(path)
         found = Detected(families.detect_family(file.shapes, str(path)), None, file)
+        stem = file.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
+        families.check_channels(stem[1] if len(stem) == 4 else None, path)
     else:
         found = _detect_folder(path)
     if config.v2 and found.family is not families.SD2:
@@ -93,7 +96,9 @@ def detect(config: ModelConfig) -> Detected:
 def _detect_folder(path: Path) -> Detected:
     if (path / "text_encoder_2").is_dir():
         raise UserError(f"{path} is an SDXL model; this version trains SD 1.x and SD 2.x")
-    family = families.detect_folder_family(_read_config(path / "unet"), _read_config(path / "text_encoder"))
+    unet = _read_config(path / "unet")
+    families.check_channels(unet.get("in_channels"), path)
+    family = families.detect_folder_family(unet, _read_config(path / "text_encoder"))
     scheduler = path / "scheduler" / "scheduler_config.json"
     prediction = _read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else None
     return Detected(family, None if prediction is None else prediction == "v_prediction", None)
@@ -106,10 +111,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    table = toml_text.load_json(path)
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must hold an object, got {shown(table)}")
+    return table
+
+
+@contextlib.contextmanager
+def building(source: Path, part: str, prefix: str = "") -> Iterator[None]:
+    """Within it a model is built from sizes of a file: what diffusers or transformers refuse becomes a UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{source} holds no whole {part}: {prefix}{error.args[0]} is missing") from None
+    except Exception as error:  # each library has its own
+        raise UserError(f"{source} describes no {part} that can be built: {told(error)}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -157,8 +175,8 @@ def load_tokenizer(config: ModelConfig, path: Path, family: ModelFamily) -> CLIP
     folder = next((place for place in places if _is_tokenizer(place)), None)
     try:
         return load_clip_tokenizer(folder, pad_token=family.pad_token)
-    except (ValueError, OSError) as error:
-        raise UserError(f"tokenizer in {folder}: {error}") from None
+    except Exception as error:  # transformers raises anything for a damaged one
+        raise UserError(f"tokenizer in {folder} cannot be read: {told(error)}") from error
 
 
 def _is_tokenizer(folder: Path) -> bool:
@@ -167,12 +185,9 @@ def _is_tokenizer(folder: Path) -> bool:
 
 def load_original_unet(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the U-Net of an original-layout file."""
-    shapes = _without_prefix(file.shapes, keys.UNET_PREFIX)
-    try:
-        config = families.unet_config(family, shapes)
-    except KeyError as error:
-        raise UserError(f"{file.path} holds no whole U-Net: {keys.UNET_PREFIX}{error.args[0]} is missing") from None
-    unet = build_unet(config)
+    with building(file.path, "U-Net", keys.UNET_PREFIX):
+        config = families.unet_config(family, _without_prefix(file.shapes, keys.UNET_PREFIX))
+        unet = build_unet(config)
     table = keys.table(unet.state_dict(), unet_rule_for(config))
     return _fill(unet, {keys.UNET_PREFIX + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
 
@@ -186,12 +201,11 @@ def unet_rule_for(config: Mapping[str, Any]) -> Any:
 def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the VAE of an original-layout file: a whole checkpoint, or a VAE by itself without prefix."""
     prefix = keys.VAE_PREFIX if any(name.startswith(keys.VAE_PREFIX) for name in file.shapes) else ""
-    shapes = _without_prefix(file.shapes, prefix)
-    try:
-        config = families.vae_config(family, shapes)
+    if not _holds_vae(file.shapes):
+        raise UserError(f"{file.path} holds no VAE: name one with --vae")
+    with building(file.path, "VAE", prefix):
+        config = families.vae_config(family, _without_prefix(file.shapes, prefix))
         vae = build_vae(config)
-    except (KeyError, ValueError):
-        raise UserError(f"{file.path} holds no VAE: name one with --vae") from None
     table = keys.table(vae.state_dict(), keys.vae_rule(len(config["block_out_channels"])))
     return _fill(vae, {prefix + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
 
@@ -202,14 +216,14 @@ def load_original_text_encoder(file: WeightFile, family: ModelFamily, dtype: tor
         (prefix for prefix in family.text_prefixes if any(name.startswith(prefix) for name in file.shapes)), None
     )
     if prefix is None:
-        raise UserError(f"{file.path} holds no text encoder (nothing under {family.text_prefixes[0]})")
+        raise UserError(
+            f"{file.path} holds no text encoder (nothing under {family.text_prefixes[0]}); name a whole checkpoint"
+        )
     shapes = _without_prefix(file.shapes, prefix)
     openclip = family.text_layout == "openclip"
-    try:
+    with building(file.path, "text encoder", prefix):
         sizes = _openclip_sizes(shapes) if openclip else _clip_sizes(shapes)
-    except KeyError as error:
-        raise UserError(f"{file.path} holds no whole text encoder: {prefix}{error.args[0]} is missing") from None
-    encoder = build_text_encoder(families.text_encoder_config(family, **sizes))
+        encoder = build_text_encoder(families.text_encoder_config(family, **sizes))
     places: dict[str, list[Wanted]] = {}
     for name in canonical_text_state(encoder):
         original = keys.openclip_name(name) if openclip else name
@@ -247,10 +261,27 @@ ORIGINAL_LOADERS = {
 }
 
 
+def check_vae(path: Path) -> None:
+    """Raise UserError for a --vae that is none, as far as names and configuration tell."""
+    if path.is_dir():
+        _read_config(_vae_folder(path))
+    elif not _holds_vae(open_weights(path).shapes):
+        raise UserError(f"--vae: {path} holds no VAE; name a file or a Diffusers folder that does")
+
+
+def _holds_vae(shapes: families.Shapes) -> bool:
+    names = ("encoder.down.", "encoder.down_blocks.", f"{keys.VAE_PREFIX}encoder.down.")
+    return any(name.startswith(names) for name in shapes)
+
+
+def _vae_folder(path: Path) -> Path:
+    return path if (path / "config.json").is_file() else path / "vae"
+
+
 def load_vae(path: Path, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the VAE that --vae names: a Diffusers folder (or its parent), or a file in either layout."""
     if path.is_dir():
-        return _load_folder_part(path if (path / "config.json").is_file() else path / "vae", "vae", dtype)
+        return _load_folder_part(_vae_folder(path), "vae", dtype)
     file = open_weights(path)
     if any(name.startswith("encoder.down_blocks.") for name in file.shapes):
         return _load_diffusers_vae_file(file, family, dtype)
@@ -263,7 +294,8 @@ def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch
         keys.vae_rule(_count(file.shapes, "encoder.down_blocks.", 2))(name): shape
         for name, shape in file.shapes.items()
     }
-    vae = build_vae(families.vae_config(family, original_shapes))
+    with building(file.path, "VAE"):
+        vae = build_vae(families.vae_config(family, original_shapes))
     return _fill(vae, _vae_folder_places(vae, file.shapes), [file], dtype)
 
 
@@ -272,15 +304,14 @@ def _load_folder_part(folder: Path, part: str, dtype: torch.dtype | None) -> nn.
     config = _read_config(folder)
     files = [open_weights(path) for path in _weight_files(folder, TEXT_FILES if part == "text_encoder" else UNET_FILES)]
     shapes = {name: shape for file in files for name, shape in file.shapes.items()}
+    with building(folder / "config.json", part):
+        model = BUILDERS[part](config)
     if part == "text_encoder":
-        model = build_text_encoder(config)
         nested = any(name.startswith("text_model.") for name in shapes)
         places = {f"text_model.{name}" if nested else name: [Wanted(name)] for name in canonical_text_state(model)}
     elif part == "vae":
-        model = build_vae(config)
         places = _vae_folder_places(model, shapes)
     else:
-        model = build_unet(config)
         places = {name: [Wanted(name)] for name in model.state_dict()}
     return _fill(model, places, files, dtype)
 
@@ -293,7 +324,10 @@ def _weight_files(folder: Path, stems: Iterable[str]) -> list[Path]:
     """Return the weight files of a part: one, or the shards that an index lists."""
     for stem in stems:
         for index in sorted(folder.glob(f"{stem}*.index*.json")):
-            return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise UserError(f'{index} has no "weight_map" of tensors and their files')
+            return [folder / name for name in sorted(set(shards.values()))]
         for ending in WEIGHT_ENDINGS:
             if (folder / f"{stem}{ending}").is_file():
                 return [folder / f"{stem}{ending}"]
@@ -330,6 +364,9 @@ def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
         return CLIPTextModel(CLIPTextConfig(**known))
 
 
+BUILDERS = {"unet": build_unet, "text_encoder": build_text_encoder, "vae": build_vae}
+
+
 def text_model(encoder: nn.Module) -> nn.Module:
     """Return the module that holds embeddings and layers; from transformers 5.6 on it is CLIPTextModel itself."""
     return encoder.text_model if hasattr(encoder, "text_model") else encoder
@@ -360,6 +397,7 @@ def _fill(
     state: dict[str, torch.Tensor] = {}
     for file in files:
         for name, tensor in file.tensors(places):
+            check_finite(tensor, name, file.path)
             for wanted in places[name]:
                 part = tensor if wanted.third is None else tensor.chunk(3)[wanted.third]
                 state[wanted.name] = _fitted(part, expected[wanted.name], name, file).to(dtype)
@@ -376,7 +414,7 @@ def _fill(
 
 def _fitted(tensor: torch.Tensor, expected: torch.Tensor, name: str, file: WeightFile) -> torch.Tensor:
     """Return the tensor in the expected shape: linear layers and 1x1 convolutions stand for each other."""
-    if tensor.numel() != expected.numel():
+    if [size for size in tensor.shape if size != 1] != [size for size in expected.shape if size != 1]:
         raise UserError(f"{file.path}: {name} has the shape {tuple(tensor.shape)}, {tuple(expected.shape)} is needed")
     return tensor.reshape(expected.shape)
 

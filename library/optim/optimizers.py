@@ -17,7 +17,7 @@ import torch
 from library.config.optimizer import OptimizerConfig
 from library.config.options import nearest
 from library.config.values import split_pairs
-from library.errors import UserError
+from library.errors import UserError, shown, told
 
 logger = logging.getLogger(__name__)
 
@@ -165,13 +165,13 @@ def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:
     return defaults | given
 
 
-def read_literal(key: str, text: str) -> Any:
+def read_literal(key: str, text: str, option: str = "--optimizer_args") -> Any:
     """Return the value of key=text as Python writes it: a number, True, None, (0.9, 0.999), 'a text'."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as its documentation has it
         raise UserError(
-            f"--optimizer_args: {key} must be a number, True, False, None, a list or a quoted text, got {text}"
+            f"{option}: {key} must be a number, True, False, None, a list or a quoted text, got {shown(text)}"
         ) from None
 
 
@@ -183,6 +183,8 @@ def import_class(path: str, option: str, *, package: str | None = None) -> type:
     except ImportError as error:
         package = package or module_name.split(".")[0].replace("_", "-")
         raise UserError(f"{option} {path}: {error}; try `pip install {package}`") from None
+    except Exception as error:  # ".", or a module that fails as it is imported
+        raise UserError(f"{option} {path} cannot be imported: {told(error)}") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         near = nearest(class_name, [row.name for row in ROWS] if option == "--optimizer_type" else dir(module))
@@ -200,8 +202,10 @@ def build_optimizer(
     rate = None if choice.sets_own_rate else learning_rate
     try:
         optimizer = choice.kind(groups, lr=rate, **choice.arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of packages' own classes, too
+        raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {told(error)}") from error
     if hasattr(optimizer, "train"):
         optimizer.train()
     return optimizer
@@ -259,8 +263,8 @@ def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.opti
     probe.grad = torch.ones_like(probe)
     try:
         optimizer.step()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--optimizer_type {choice.kind.__name__} does not work here: {error}") from None
+    except Exception as error:
+        raise UserError(f"--optimizer_type {choice.kind.__name__} does not work here: {told(error)}") from error
     return optimizer
 
 

@@ -15,7 +15,7 @@ import torch
 
 from library.config.optimizer import POLYNOMIAL_END, ScheduleConfig
 from library.config.values import split_pairs
-from library.errors import UserError
+from library.errors import UserError, told
 from library.optim.optimizers import import_class, read_literal
 
 
@@ -130,6 +130,8 @@ def _pieces(config: ScheduleConfig) -> tuple[tuple[float, float], ...]:
         for rule in text.split(","):
             factor, _, end = rule.partition(":")
             pieces.append((float(factor), float(end) if end else math.inf))
+            if not math.isfinite(pieces[-1][0]) or math.isnan(pieces[-1][1]):
+                raise ValueError
     except ValueError:
         pieces = []
     if not pieces or pieces[-1][1] != math.inf:
@@ -144,15 +146,25 @@ def factor(name: str, step: int, curve: Curve) -> float:
     return FACTORS[name](step, curve)
 
 
-def check_scheduler(config: ScheduleConfig, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Raise UserError for a schedule that cannot be made or does not advance by itself."""
-    schedule = build_scheduler(config, optimizer, 1, learning_rate)
+MOST_REHEARSED = 10_000  # steps; a tenth of a second
+
+
+def check_scheduler(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, learning_rate: float, num_steps: int
+) -> None:
+    """Raise UserError for a schedule that cannot be made, or does not advance by itself through num_steps.
+
+    A class of torch or of a package is rehearsed, for some end before the run does.
+    """
+    schedule = build_scheduler(config, optimizer, num_steps, learning_rate)
+    if schedule is None:
+        return
     try:
-        if schedule is not None:
-            optimizer.step()  # torch warns of a schedule that goes first
+        optimizer.step()  # torch warns of a schedule that goes first
+        for _ in range(min(num_steps, MOST_REHEARSED) if config.lr_scheduler_type else 1):
             schedule.step()
-    except TypeError as error:
-        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type} cannot be used: {error}") from None
+    except Exception as error:
+        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type} cannot be used: {told(error)}") from error
 
 
 def build_scheduler(
@@ -165,12 +177,14 @@ def build_scheduler(
         path = config.lr_scheduler_type
         path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
         arguments: dict[str, Any] = {
-            key: read_literal(key, text) for key, text in split_pairs(config.lr_scheduler_args).items()
+            key: read_literal(key, text, "--lr_scheduler_args")
+            for key, text in split_pairs(config.lr_scheduler_args).items()
         }
+        kind = import_class(path, "--lr_scheduler_type")
         try:
-            return import_class(path, "--lr_scheduler_type")(optimizer, **arguments)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"--lr_scheduler_args: {config.lr_scheduler_type} refuses them: {error}") from None
+            return kind(optimizer, **arguments)
+        except Exception as error:  # of packages' own classes, too
+            raise UserError(f"--lr_scheduler_args: {config.lr_scheduler_type} refuses them: {told(error)}") from error
     if config.lr_scheduler == "adafactor":
         raise UserError("--lr_scheduler adafactor goes with --optimizer_type AdaFactor and relative_step=True only")
     curve = curve_for(config, num_steps, learning_rate)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from library.config import toml_text
-from library.config.options import nearest
+from library.config.options import nearest, read_float, read_int, read_str
 from library.config.preview import SamplerName
-from library.errors import UserError
+from library.config.values import MOST_PIXELS
+from library.errors import UserError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +59,48 @@ UNUSED = {
     "enum",
 }
 
-READ: dict[str, Callable[[Any], Any]] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "width": lambda value: max(64, int(value) // 8 * 8),
-    "height": lambda value: max(64, int(value) // 8 * 8),
-    "seed": int,
-    "sample_steps": lambda value: min(1000, max(1, int(value))),
-    "scale": float,
-    "sample_sampler": lambda value: _sampler(str(value)),
+
+def _side(value: Any) -> int:
+    pixels = max(64, read_int(value) // 8 * 8)
+    if pixels > MOST_PIXELS:
+        raise ValueError
+    return pixels
+
+
+def _seed(value: Any) -> int:
+    seed = read_int(value)
+    if not -(2**63) <= seed < 2**63:  # what torch takes
+        raise ValueError
+    return seed
+
+
+def _scale(value: Any) -> float:
+    scale = read_float(value)
+    if not math.isfinite(scale):
+        raise ValueError
+    return scale
+
+
+def _sampler(value: Any) -> str:
+    if value not in SAMPLER_NAMES:
+        raise UserError(
+            f"sampler {shown(value)} is not known{nearest(str(value), SAMPLER_NAMES)} "
+            f"(known: {', '.join(SAMPLER_NAMES)})"
+        )
+    return value
+
+
+SIDE_FORM = f"a whole number of pixels, at most {MOST_PIXELS}"
+# Key -> how its value is read, and how it looks.
+READ: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "prompt": (read_str, "a text"),
+    "negative_prompt": (read_str, "a text"),
+    "width": (_side, SIDE_FORM),
+    "height": (_side, SIDE_FORM),
+    "seed": (_seed, "a whole number of at most 63 bits"),
+    "sample_steps": (lambda value: min(1000, max(1, read_int(value))), "a whole number"),
+    "scale": (_scale, "a finite number"),
+    "sample_sampler": (_sampler, "a sampler"),
 }
 
 
@@ -121,40 +155,30 @@ def _read_toml(path: Path) -> Iterable[Prompt]:
 
 
 def _read_json(path: Path) -> Iterable[Prompt]:
-    try:
-        entries = json.loads(toml_text.read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    entries = toml_text.load_json(path)
     if not isinstance(entries, list):
-        raise UserError(f"{path} must hold a list of texts or objects")
+        raise UserError(f"{path} must hold a list of texts or objects, got {shown(entries)}")
     for index, entry in enumerate(entries):
         place = f"{path}[{index}]"
         if not isinstance(entry, str | dict):
-            raise UserError(f"{place} must be a text or an object, got {entry!r}")
+            raise UserError(f"{place} must be a text or an object, got {shown(entry)}")
         yield parse_line(entry, place) if isinstance(entry, str) else _build(entry, place)
 
 
 def _build(values: Mapping[str, Any], place: str) -> Prompt:
     read = {}
     for key, value in values.items():
-        if key in UNUSED:
+        if key in UNUSED or value is None:  # null in JSON is what was left out
             continue
         if key not in READ:
             raise UserError(f"{place}: {key} is not known{nearest(key, READ)}")
+        reader, form = READ[key]
         try:
-            read[key] = READ[key](value)
+            read[key] = reader(value)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
-        except (TypeError, ValueError):
-            raise UserError(f"{place}: {key} has the value {value!r}, which does not fit") from None
+        except ValueError:
+            raise UserError(f"{place}: {key} must be {form}, got {shown(value)}") from None
     if "prompt" not in read:
         raise UserError(f"{place}: prompt is missing")
     return Prompt(**read)
-
-
-def _sampler(name: str) -> str:
-    if name not in SAMPLER_NAMES:
-        raise UserError(
-            f"sampler {name!r} is not known{nearest(name, SAMPLER_NAMES)} (known: {', '.join(SAMPLER_NAMES)})"
-        )
-    return name

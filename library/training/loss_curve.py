@@ -20,6 +20,8 @@ Points = list[tuple[int, float]]  # (step, loss)
 
 def draw_loss_curve(metrics: Path, path: Path) -> bool:
     """Write the curves of a metrics file as PNG and return whether there was something to draw."""
+    if not metrics.is_file():  # a run whose steps were all made elsewhere
+        return False
     series = read_series(metrics)
     if len(series["loss/average"]) < 2:
         return False

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from library.config.hub import parse_hub_state
 from library.config.loss import LossConfig
+from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
 from library.data.captions import possible_captions
 from library.data.dataset import BatchMaker, RunPlan
 from library.data.latent_cache import LatentCache, build_cache
 from library.data.records import TrainingSet
-from library.errors import Problems, UserError
+from library.errors import Problems, UserError, shown
 from library.models.eight_bit import store_in_eight_bits
-from library.models.loading import Detected, LoadedModels, detect, text_model
+from library.models.loading import Detected, LoadedModels, check_vae, detect, text_model
 from library.models.text_encoding import PER_WINDOW, TextOptions, num_cut_captions, remember_texts
 from library.optim.optimizers import (
     OptimizerChoice,
@@ -37,10 +38,10 @@ from library.training.runtime import (
     use_attention,
 )
 from library.training.state import find_state, read_position
-from library.training.tracking import check_trackers
+from library.training.tracking import check_trackers, tracker_names
 from library.training.upload import fetch_state
 from library.training.validation import Validation
-from library.weights_io import open_weights, tensors_sha256
+from library.weights_io import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
         trained_parts(config.network, config.optimizer)
     with problems:
         probe = check_optimizer(choice, config.optimizer.learning_rate)
-        check_scheduler(config.schedule, probe, config.optimizer.learning_rate)
+        # How many steps epochs are is not known yet.
+        num_steps = config.run.max_train_steps if config.run.max_train_epochs is None else 1
+        check_scheduler(config.schedule, probe, config.optimizer.learning_rate, num_steps)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
         logger.warning("%s needs no schedule; --lr_scheduler goes unused", choice.kind.__name__)
@@ -73,22 +76,41 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
         detected = detect(config.model)
         check_prediction(config.loss, predicts_v=bool(detected.predicts_v))
     with problems:
-        if config.model.vae is not None and config.model.vae.is_file():
-            open_weights(config.model.vae)
+        if config.model.vae is not None:
+            check_vae(config.model.vae)
     problems.raise_if_any()
-    check_output(config.saving.output_dir)  # last, for it makes the folder
+    # Last, for it makes the folders.
+    check_output(config.saving)
+    if tracker_names(config.logs) and config.logs.logging_dir is not None:
+        check_folder("logging_dir", config.logs.logging_dir)
     return detected
 
 
-def check_output(folder: Path) -> None:
-    """Make the output folder; raises UserError where nothing can be written, which would show only after training."""
+def check_output(saving: SavingConfig) -> None:
+    """Make the output folder; raises UserError where the files of the run cannot be written to it."""
+    check_folder("output_dir", saving.output_dir)
+    final = checkpoints.final_file(saving)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=f".{checkpoints.step_file(saving, 0).name}"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_name: no file can have the name {shown(saving.output_name)} ({error.strerror}); take another"
+        ) from None
+    if final.is_dir():
+        raise UserError(f"--output_name: {final}, the file to be written, is a folder; take another name")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Make a folder; raises UserError where nothing can be written to it, which would show only in training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"--output_dir: nothing can be written to {folder} ({error.strerror}); name another folder"
+            f"--{option}: nothing can be written to {folder} ({error.strerror}); name another folder"
         ) from None
 
 
@@ -198,6 +220,8 @@ def build_validation(config: TrainConfig, sets: list[TrainingSet], cache: Latent
     """Return what measures the loss on the pictures that are held out; None if there are none."""
     held_out = [TrainingSet(entry.options, entry.held_out) for entry in sets]
     if not any(entry.records for entry in held_out):
+        if config.validation.validate_every_n_steps or config.validation.validate_every_n_epochs:
+            logger.warning("nothing is held out to validate on: give --validation_split")
         return None
     given = config.dataset.validation_seed
     seed = config.run.seed if given is None else given

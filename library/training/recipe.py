@@ -91,7 +91,8 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     network = build_network(
         config.network, config.optimizer, models, checkpointing=checkpointing, device=runtime.device
     )
-    network.network.to(runtime.adapter_dtype)
+    for parameter in network.network.parameters():  # but no buffers, where alphas are
+        parameter.data = parameter.data.to(runtime.adapter_dtype)
     broadcast_parameters(network.network.parameters(), runtime.num_processes)
     if checkpointing:
         enable_gradient_checkpointing(models, network)
@@ -111,6 +112,8 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     )
     if resumed is not None:
         trainer.resume(resumed)
+    if runtime.is_main:
+        write_options(config)
     maker = BatchMaker(sets, config.run.seed, plan.num_steps, config.data.prior_loss_weight, cache)
     with trainer.uploads:
         trainer.run(make_loader(maker, plan, num_workers(config, cache)))
@@ -159,8 +162,6 @@ def build_trainer(
     rate = config.optimizer.learning_rate
     optimizer = build_optimizer(choice, groups, rate)
     report.describe_run(config, plan, network, names, checkpoints.final_file(config.saving))
-    if runtime.is_main:
-        write_options(config)
     trainer = Trainer(
         config=config,
         runtime=runtime,

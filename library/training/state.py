@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.saving import SavingConfig
-from library.errors import UserError
-from library.weights_io import disk_errors
+from library.errors import UserError, shown, told
+from library.weights_io import disk_errors, load_pickle
 
 if TYPE_CHECKING:
     import torch
 
     from library.training.network_protocol import TrainableNetwork
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 POSITION_FILE, TENSOR_FILE, OPTIONS_FILE = "train_state.json", "state.pt", "options.toml"
@@ -68,9 +72,9 @@ def write_state(folder: Path, tensors: dict[str, Any], position: Position, optio
 def find_state(resume: str, saving: SavingConfig) -> Path | None:
     """Return the folder that --resume means; for "auto" the one furthest on under this output name, or None."""
     if resume != "auto":
-        read_position(Path(resume))
+        check_state(Path(resume))
         return Path(resume)
-    name = saving.output_name or "*"
+    name = saving.output_name or ""
     found = []
     for folder in sorted(saving.output_dir.glob(f"{name}*-state")) if saving.output_dir.is_dir() else []:
         rest = folder.name.removesuffix("-state").removeprefix(saving.output_name or "")
@@ -79,7 +83,27 @@ def find_state(resume: str, saving: SavingConfig) -> Path | None:
                 found.append((read_position(folder).current_step, folder))
             except UserError:
                 continue  # another tool's, or damaged: the next best one serves
-    return max(found)[1] if found else None
+    for _, folder in sorted(found, reverse=True):
+        try:
+            check_state(folder)
+        except UserError as error:
+            logger.warning("%s; the next best one serves", error)
+        else:
+            return folder
+    return None
+
+
+def check_state(folder: Path) -> None:
+    """Raise UserError for a folder that is no state, or one whose tensors are not as they were written."""
+    read_position(folder)
+    path = folder / TENSOR_FILE
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"--resume: {path} is damaged ({told(error)}); take another state") from None
+    if damaged is not None:
+        raise UserError(f"--resume: {path} is damaged (checksum of {damaged}); take another state")
 
 
 def read_position(folder: Path) -> Position:
@@ -88,33 +112,36 @@ def read_position(folder: Path) -> Position:
     if not path.is_file() or not (folder / TENSOR_FILE).is_file():
         raise UserError(f"--resume: {folder} is no state of this suite: it has no {POSITION_FILE} or no {TENSOR_FILE}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
         if record.pop("version") != FORMAT_VERSION:
             raise UserError(f"--resume: {folder} was written by another version of the suite")
         return Position(
-            current_step=record["current_step"],
-            current_epoch=record["current_epoch"],
-            seed=record["seed"],
-            losses=tuple(record["losses"]),
-            columns=tuple((label, tuple(files)) for label, files in record["columns"]),
-            best=tuple(record["best"]) if record.get("best") else None,
+            current_step=_count(record, "current_step"),
+            current_epoch=_count(record, "current_epoch"),
+            seed=_count(record, "seed"),
+            losses=tuple(float(loss) for loss in record["losses"]),
+            columns=tuple((str(label), tuple(map(str, files))) for label, files in record["columns"]),
+            best=_best(*record["best"]) if record.get("best") else None,
         )
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--resume: {path} is damaged: {error}") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"--resume: {path} is damaged ({told(error)}); take another state") from None
+
+
+def _count(record: dict[str, Any], name: str) -> int:
+    if type(record[name]) is not int or record[name] < 0:
+        raise ValueError(f"{name} is {shown(record[name])}")
+    return record[name]
+
+
+def _best(loss: Any, step: Any) -> tuple[float, int]:
+    return float(loss), int(step)
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
     """Return the tensors of a state; of the pickle only weights are read."""
-    import pickle
-
-    import torch
-
-    try:
-        return torch.load(folder / TENSOR_FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"--resume: {folder / TENSOR_FILE} is damaged: {str(error).splitlines()[0]}") from None
+    return load_pickle(folder / TENSOR_FILE)
 
 
 def collect(
@@ -128,6 +155,7 @@ def collect(
     return {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "optimizer_class": type(optimizer).__qualname__,
         "schedule": schedule,
         "scaler": scaler.state_dict(),
     }
@@ -142,11 +170,13 @@ def restore(
 ) -> None:
     """Put a state into the parts of a run; raises UserError where they do not fit each other."""
     try:
+        made_by, own = tensors.get("optimizer_class"), type(optimizer).__qualname__
+        if made_by not in (None, own):  # torch would take over numbers that mean something else
+            raise ValueError(f"its optimizer is {made_by}, this one {own}")
         network.load_state_dict(tensors["network"])
         optimizer.load_state_dict(tensors["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(tensors["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
         scaler.load_state_dict(tensors["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--resume: the state does not fit this run ({reason}); use the options it has") from None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume: the state does not fit this run ({told(error)}); use the options it has") from None
