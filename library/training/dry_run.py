@@ -108,10 +108,9 @@ def tell_steps(report: Report, config: TrainConfig, plan: RunPlan) -> None:
     """Tell how pictures become steps, with the arithmetic."""
     total = num_batches(plan.sets)
     draws = sum(record.repeats for entry in plan.sets for record in entry.records)
-    report.say(
-        f"an epoch: {draws} draws -> {total} batches / {plan.num_processes} processes / "
-        f"{plan.accumulation} to a step = {plan.steps_per_epoch} steps"
-    )
+    divisors = f" / {plan.num_processes} processes" if plan.num_processes > 1 else ""
+    divisors += f" / {plan.accumulation} to a step" if plan.accumulation > 1 else ""
+    report.say(f"an epoch: {draws} draws -> {total} batches{divisors} = {plan.steps_per_epoch} steps")
     by_epochs = config.run.max_train_epochs
     source = f"--max_train_epochs {by_epochs} x {plan.steps_per_epoch}" if by_epochs else "--max_train_steps"
     report.say(
