@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "library",
+        "library.adapters",
         "library.config",
         "library.data",
         "library.diffusion",

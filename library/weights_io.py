@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,6 +302,34 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             torch.save(tensors, temporary)
         else:
             save_file(tensors, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def write_stream(
+    path: Path,
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor, so that never more than one is in memory.
+
+    infos tells name -> type and shape of all of them, in the order in which tensors yields them.
+    """
+    import torch
+
+    names_of_types = {getattr(torch, python): name for name, python in DTYPE_NAMES.items()}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, (dtype, shape) in infos.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": names_of_types[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for (name, (dtype, shape)), (given, tensor) in zip(infos.items(), tensors, strict=True):
+            assert (name, dtype, shape) == (given, tensor.dtype, tuple(tensor.shape))
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
 
 
 # --------------------------------------------------------------------------------------------------------------
