@@ -143,6 +143,8 @@ def create_network(
     rank = network_dim or DEFAULT_RANK
     alpha = 1.0 if network_alpha is None else network_alpha
     check_ranks(rank, given)
+    if "conv_alpha" not in network_args:
+        given["conv_alpha"] = alpha  # as sd-scripts' DyLoRA has it for all layers
     linear = Shape(rank, alpha)
     blocks = plan_of_blocks(given, linear)
     network = DyLoRANetwork(

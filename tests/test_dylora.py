@@ -336,7 +336,21 @@ def test_training_goes_on_from_a_dylora_file_and_takes_its_rank(base, pictures, 
     assert {tensor.shape[0] for name, tensor in weights.items() if "lora_down" in name} == {8}
 
 
-def test_a_unit_that_does_not_fit_ends_the_run_before_the_model_is_loaded(base, pictures, tmp_path):
+def test_convolutions_have_the_networks_alpha_unless_another_is_given():
+    for arguments, alpha in (({}, 3.0), ({"conv_alpha": "2"}, 2.0)):
+        network = dylora.create_network(1.0, 4, 3.0, None, None, Toy(), conv_dim="4", **arguments)
+        assert {module.lora_name: float(module.alpha) for module in network.modules_in_order()} == {
+            "lora_unet_resnet_conv": alpha,
+            "lora_unet_attention_proj": 3.0,
+            "lora_unet_attention_linear": 3.0,
+        }
+
+
+def test_a_unit_that_does_not_fit_ends_the_run_before_the_model_is_loaded(base, pictures, tmp_path, monkeypatch):
+    from library.training import recipe
+
+    monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "start_runtime", lambda *args, **more: pytest.fail("the runtime was started"))
     with pytest.raises(UserError, match="unit 3 does not divide network_dim 8"):
         train_network.main(options(base, pictures, tmp_path, **(LIERLA | {"network_args": ["unit=3"]})))
 

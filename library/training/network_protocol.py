@@ -275,7 +275,9 @@ def check_network(config: NetworkConfig) -> None:
     module = find_module(config)
     if hasattr(module, "read_network_args"):
         with module_errors(config, "read_network_args"):
-            module.read_network_args(split_pairs(config.network_args))
+            given = module.read_network_args(split_pairs(config.network_args))
+            if hasattr(module, "check_ranks") and not config.dim_from_weights:
+                module.check_ranks(config.network_dim or module.DEFAULT_RANK, given)
     needs_files = {"--base_weights": config.base_weights, "--dim_from_weights": config.dim_from_weights}
     for option, given in needs_files.items():
         if given and not hasattr(module, "create_network_from_weights"):
