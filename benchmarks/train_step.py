@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--conv_dim", type=int, default=0, help="LoRA-C3Lier; peft then adapts the same layers")
+    parser.add_argument("--network_module", default="networks.lora")
+    parser.add_argument("--network_args", nargs="*", default=[])
     parser.add_argument("--unet_only", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--without", nargs="*", default=[], help="variants to leave out")
@@ -148,13 +150,13 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.training.runtime import start_runtime
 
     given = {
-        "network_module": "networks.lora",
+        "network_module": args.network_module,
         "network_dim": args.rank,
         "learning_rate": 1e-4,
         "seed": 1,
         "output_dir": Path(tempfile.mkdtemp()),  # for the metrics, which a step writes
         "network_train_unet_only": args.unet_only,
-        "network_args": (f"conv_dim={args.conv_dim}",) if args.conv_dim else None,
+        "network_args": (*args.network_args, *([f"conv_dim={args.conv_dim}"] if args.conv_dim else [])),
     }
     config = build(TrainConfig, given)
     runtime = start_runtime(config.precision, config.logs)

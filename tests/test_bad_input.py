@@ -792,7 +792,6 @@ UNFIT_STATES = {
     ),
     "pickle that runs code": (tensors(lambda t: t | {"x": Payload()}), {}, "state.pt is refused", "could run code"),
     "tensors are a list": (tensors(lambda _: [1]), {}, UNFIT, "use the options it has"),
-    "no network": (tensors(lambda t: t | {"network": {}}), {}, UNFIT, "Missing key"),
     "of another network": (tensors(dict), {"network_dim": 8}, UNFIT, "lora_down.weight has the shape (4, "),
     "of another optimizer": (tensors(dict), {"optimizer_type": "SGD"}, UNFIT, "its optimizer is AdamW, this one SGD"),
     "of another part": (tensors(dict), {"network_train_unet_only": True}, UNFIT, "Unexpected key"),
@@ -987,7 +986,6 @@ def test_an_output_folder_without_permission(refused, tmp_path):
 def test_a_process_ends_with_code_2_and_lines_without_a_traceback(base, pictures, tmp_path):
     evil = write(tmp_path / "evil.pt", pickled({"x": Payload()}))
     cases = {
-        "is not valid TOML": {"config_file": write(tmp_path / "c.toml", "a = ")},
         "must be a finite number, got inf": {"learning_rate": "inf"},
         "could run code": {"network_weights": evil},
     }

@@ -27,7 +27,7 @@ from library.models.prompt_weights import parse_weights
 from library.sampling.prompts import LINE_OPTIONS, SAMPLER_NAMES, UNUSED, Prompt, parse_line
 
 quickly = settings(
-    derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 # ---- values -------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_a_command_line_is_read_or_refused(words):
 
 
 @pytest.mark.parametrize(("entry", "annotation"), ENTRIES, ids=[entry.flag for entry, _ in ENTRIES])
-@settings(quickly, max_examples=25)
+@settings(quickly, max_examples=20)
 @given(value=VALUES)
 def test_every_option_takes_or_refuses_any_value_of_a_file(entry, annotation, value):
     try:

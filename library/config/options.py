@@ -177,7 +177,8 @@ def kind_of(annotation: Any) -> Kind:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def section_options(section: type, section_name: str = "") -> list[Option]:
+@functools.cache
+def section_options(section: type, section_name: str = "") -> tuple[Option, ...]:
     """Return the options that a section declares, in order."""
     hints = typing.get_type_hints(section)
     found = []
@@ -188,7 +189,7 @@ def section_options(section: type, section_name: str = "") -> list[Option]:
         default = None if field.default is dataclasses.MISSING else field.default
         kind = kind_of(hints[field.name])
         found.append(Option(section_name, field.name, spec.flag or field.name, kind, default, spec))
-    return found
+    return tuple(found)
 
 
 @functools.cache

@@ -1,0 +1,160 @@
+"""The loss of each picture under a network: many timesteps, always the same noise, so that networks can be compared.
+
+Networks that are measured on the same pictures with the same noise are pairs. The difference between two is known
+far better than the loss of either, because what makes one picture harder than another drops out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from library.config.train import TrainConfig
+from library.data.records import TrainingSet, as_they_are
+from library.diffusion.schedule import stable_diffusion_schedule
+from library.errors import UserError
+from library.models.loading import Detected, LoadedModels, load_models
+from library.training.network_protocol import TrainableNetwork
+from library.training.objective import Objective
+from library.training.preparation import build_validation, cache_latents, check_clip_skip, place_models
+from library.training.runtime import Runtime, start_runtime
+from library.training.validation import Validation
+
+Losses = dict[str, list[float]]  # picture -> loss at each timestep
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What networks are measured with: models, pictures, timesteps and noise."""
+
+    config: TrainConfig
+    runtime: Runtime
+    models: LoadedModels
+    validation: Validation
+    num_timesteps: int
+    draws: int  # noises for each picture and timestep
+
+    @property
+    def timesteps(self) -> list[int]:
+        """Evenly spaced timesteps, the ends of the range left out; 4 of them are those of the validation."""
+        lowest, limit = self.config.loss.timestep_range
+        return torch.linspace(lowest, limit, self.num_timesteps + 2)[1:-1].long().tolist()
+
+    @torch.no_grad()
+    def losses(self, network: TrainableNetwork, label: str) -> Losses:
+        """Return the losses of all pictures with a network, which is over the models; the mean over the draws."""
+        from tqdm import tqdm
+
+        schedule = stable_diffusion_schedule(zero_terminal_snr=self.config.loss.zero_terminal_snr)
+        device = self.runtime.device
+        objective = Objective(self.config, self.models, schedule.to(device), self.runtime, network)
+        found: dict[str, list[list[float]]] = {}
+        parts = list(itertools.product(self.validation.batches(), range(self.draws)))
+        for request, draw in tqdm(parts, desc=label, unit="batch", leave=False):
+            batch = self.validation.maker[request]
+            further = (draw,) if draw else ()  # the first draw is that of the validation
+            keys = [(self.validation.seed, "validation", *sample, *further) for sample in batch.samples]
+            prepared = objective.prepare(batch, keys)
+            columns = [
+                objective.losses(prepared, keys, torch.full((len(keys),), timestep, device=device))
+                for timestep in self.timesteps
+            ]
+            rows = torch.stack(columns, dim=1).double()
+            if not bool(torch.isfinite(rows).all()):
+                raise UserError(f"{label}: the loss of {', '.join(batch.names)} is no finite number; try bf16 or fp32")
+            for name, row in zip(batch.names, rows.tolist(), strict=True):
+                found.setdefault(name, []).append(row)
+        return {name: [statistics.fmean(column) for column in zip(*found[name], strict=True)] for name in sorted(found)}
+
+
+def load_measurement(
+    config: TrainConfig, sets: list[TrainingSet], detected: Detected, *, num_timesteps: int, draws: int
+) -> Measurement:
+    """Load the models and encode the pictures; return the measurement of sets that come from `to_measure`."""
+    runtime = start_runtime(config.precision, config.logs)
+    models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
+    check_clip_skip(config, models)
+    place_models(config, models, runtime)
+    cache = cache_latents(config, sets, models, runtime)
+    models.vae.to("cpu")
+    validation = build_validation(config, sets, cache)
+    return Measurement(config, runtime, models, validation, num_timesteps, draws)
+
+
+def to_measure(sets: list[TrainingSet]) -> list[TrainingSet]:
+    """Return the sets with what is measured held out: what is held out already, else every picture, as it is."""
+    if any(entry.held_out for entry in sets):
+        return [TrainingSet(entry.options, (), entry.held_out) for entry in sets]
+    return [
+        TrainingSet(
+            entry.options,
+            (),
+            tuple(
+                dataclasses.replace(record, repeats=1, subset=as_they_are(record.subset))
+                for record in entry.records
+                if not record.subset.is_reg
+            ),
+        )
+        for entry in sets
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Intervals
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A mean, and what its 95 % interval reaches to both sides."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.5f} ± {self.half:.5f}"
+
+
+def picture_means(losses: Losses) -> list[float]:
+    """Return the mean loss of each picture; of these the pictures are independent, of its single losses not."""
+    return [statistics.fmean(row) for row in losses.values()]
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of at least two independent values with its interval (Student's t)."""
+    mean = statistics.fmean(values)
+    return Interval(mean, t_quantile(len(values) - 1) * statistics.stdev(values, mean) / math.sqrt(len(values)))
+
+
+def paired(losses: Losses, others: Losses) -> Interval:
+    """Return the mean of losses minus others, picture by picture, with its interval (paired t)."""
+    assert losses.keys() == others.keys()
+    pairs = zip(picture_means(losses), picture_means(others), strict=True)
+    return interval([one - other for one, other in pairs])
+
+
+@functools.cache
+def t_quantile(degrees: int) -> float:
+    """Return t such that 95 % of Student's t distribution lie between -t and t."""
+    low, high = 1.9, 12.8
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, degrees) < 0.95 else (low, middle)
+    return high
+
+
+def t_probability(t: float, degrees: int) -> float:
+    """Return the share of Student's t distribution between -t and t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for index in range(degrees // 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (2 * index + 1 + odd) / (2 * index + 2 + odd)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
