@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "library/diffusion": STANDARD_AND_CONFIG | {"library.randomness"},
     "library/optim": STANDARD_AND_CONFIG,
     "library/models": STANDARD_AND_CONFIG | {"library.weights_io"},
-    "library/adapters": STANDARD_AND_CONFIG | {"library.weights_io", "library.models.keys"},
+    "library/adapters": STANDARD_AND_CONFIG | {"library.weights_io", "library.models"},
     "library/sampling": STANDARD_AND_CONFIG | {"library.models", "library.diffusion", "library.weights_io"},
     "library/training": {"library"},
     "networks": {"library", "networks"},
