@@ -3,7 +3,8 @@
 In every optimizer step one rank b is drawn from {u, 2u, ..., R} for the whole network, and the step is made with
 the first b rows of D (down) and columns of U (up) alone: h = W x + alpha / b * U[:, :b] D[:b] x. So any b can be
 cut out of the trained file and is what was trained. With `dylora_update=unit` only the newest u rows and columns
-learn in a step (the paper's frozen variant), with `all` all b of them.
+learn in a step (the paper's frozen variant), with `all` all b of them. `all` is the default, for with it every rank
+came within the noise of a LoRA of that rank alone, and `unit` was worse at each (benchmarks/dylora.py).
 
 The file is an ordinary LoRA file of rank R. Evaluation and previews use rank R, or the one set with `set_rank`.
 Layers, names and files are those of `networks.lora`.
