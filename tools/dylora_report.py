@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FEW_PICTURES = 8
 MOST_COLUMNS = 10  # of the contact sheet, the base model among them
 
 
@@ -264,6 +265,10 @@ def tell(job: Job) -> None:
     number = len({job.sets[sample.dataset].held_out[sample.record].path for sample in samples})
     if number < 2:
         raise UserError(f"at least 2 pictures are needed to tell what is noise, got {number}")
+    if number < FEW_PICTURES:
+        logger.warning(
+            "%d pictures leave wide intervals, within which small ranks lie: more pictures narrow them", number
+        )
     timesteps, draws = job.config.measure.timesteps, job.config.measure.draws
     logger.info(
         "measures the base model and ranks %s on %d pictures x %d timesteps x %d noises: %d predictions",
