@@ -134,3 +134,9 @@ def test_a_point_lies_where_its_step_and_loss_say():
 def test_nothing_left_to_train_on_is_told(base, pictures, tmp_path):
     with pytest.raises(UserError, match="validation_split holds out all 4 pictures"):
         train_network.main(options(base, pictures, tmp_path, validation_split=1.0))
+
+
+def test_without_a_seed_the_record_still_tells_what_was_held_out(base, pictures, tmp_path):
+    train(base, pictures, tmp_path, seed=None, validation_split=0.5, max_train_steps=1)
+    assert metadata(tmp_path / "x.safetensors")["ss_validation_seed"] == "0"
+    assert "validation_seed = 0" in (tmp_path / "x-options.toml").read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.config.options import build, option, parse
 from library.config.preview import PreviewConfig, SamplerName
-from library.config.train import TrainConfig, check, with_seed
+from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import TrainingSet, build_training_sets
 from library.errors import Problems, UserError, shortened
@@ -174,7 +174,9 @@ def plan(config: ReportConfig) -> Job:
     with problems:
         check(as_training(config))
     problems.raise_if_any()
-    training = with_seed(as_training(config), seed_of(config.measure.seed, file.metadata))
+    training = as_training(config)
+    seed = seed_of(config.measure.seed, file.metadata)
+    training = dataclasses.replace(training, run=dataclasses.replace(training.run, seed=seed))
     training = with_network(training, config.files.model, unit=ranks[0])
     prompts, sets = [], []
     with problems:

@@ -128,8 +128,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """Return config with a seed, which the options may leave open."""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
+    """Return config with a seed, which the options may leave open.
+
+    Pictures are held out before a seed is drawn, then by 0: that is kept, so that the record repeats the split.
+    """
+    dataset = config.dataset
+    if config.run.seed is None and dataset.validation_seed is None:
+        dataset = dataclasses.replace(dataset, validation_seed=0)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed), dataset=dataset)
 
 
 def check(config: TrainConfig) -> None:
