@@ -99,14 +99,17 @@ def make_files(folder: Path, rank: int) -> None:
     from networks import lora
 
     files = file_names(folder, rank)
-    unet, encoder = loading.build_unet(families.SD1.unet), loading.build_text_encoder(families.SD1.text_encoder)
+    unet, encoder = (
+        loading.build_unet(families.SD1.unet),
+        loading.build_text_encoder(families.SD1.text_models[0].config),
+    )
     vae = loading.build_vae(families.SD1.vae)
     generator = torch.Generator().manual_seed(0)
     if not files["base"].exists():
         names = keys.table(unet.state_dict(), loading.unet_rule_for(unet.config))
         shapes = {keys.UNET_PREFIX + names[name]: tensor.shape for name, tensor in unet.state_dict().items()}
         text = loading.canonical_text_state(encoder)
-        shapes |= {families.SD1.text_prefixes[0] + name: tensor.shape for name, tensor in text.items()}
+        shapes |= {families.SD1.text_models[0].prefixes[0] + name: tensor.shape for name, tensor in text.items()}
         vae_names = keys.table(vae.state_dict(), keys.vae_rule(4))
         shapes |= {keys.VAE_PREFIX + vae_names[name]: tensor.shape for name, tensor in vae.state_dict().items()}
         save_file(

@@ -55,7 +55,10 @@ def parts(args: argparse.Namespace, device: str) -> tuple:
     from library.training.network_protocol import build_network
     from library.training.preparation import enable_gradient_checkpointing
 
-    unet, encoder = loading.build_unet(families.SD1.unet), loading.build_text_encoder(families.SD1.text_encoder)
+    unet, encoder = (
+        loading.build_unet(families.SD1.unet),
+        loading.build_text_encoder(families.SD1.text_models[0].config),
+    )
     dtype = getattr(torch, DTYPES[args.dtype])
     if device == "cpu":
         unet, encoder = tiny.materialise(unet, 0).to(dtype), tiny.materialise(encoder, 1).to(dtype)

@@ -84,7 +84,7 @@ def write_model(path: Path, family: str) -> None:
     builders = {
         "unet": (loading.build_unet, kind.unet),
         "vae": (loading.build_vae, kind.vae),
-        "text_encoder": (loading.build_text_encoder, kind.text_encoder),
+        "text_encoder": (loading.build_text_encoder, kind.text_models[0].config),
     }
     models = {
         part: tiny.materialise(build(config), seed) for seed, (part, (build, config)) in enumerate(builders.items())

@@ -83,10 +83,12 @@ def base_models(size: str) -> tuple:
     from library.models import family as families
     from library.models import loading
 
-    unet_config, text_config = families.SD1.unet, families.SD1.text_encoder
+    unet_config, text_config = families.SD1.unet, families.SD1.text_models[0].config
     if size == "small":
         unet_config = unet_config | {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64}
-        text_config = families.text_encoder_config(families.SD1, width=64, inner_width=256, num_layers=12)
+        text_config = families.text_encoder_config(
+            families.SD1.text_models[0], width=64, inner_width=256, num_layers=12
+        )
     unet = tiny.materialise(loading.build_unet(unet_config), 0)
     return unet, tiny.materialise(loading.build_text_encoder(text_config), 1)
 

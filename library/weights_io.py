@@ -133,6 +133,12 @@ class WeightFile:
         """The metadata; none in a pickle."""
         return self.content.metadata if isinstance(self.content, Header) else {}
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor, in memory of its own; a pickle keeps it."""
+        if isinstance(self.content, Header):
+            return next(read_tensors(self.path, self.content, (name,)))[1]
+        return self.content[name].clone()
+
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for those of names that the file has, each in memory of its own.
 

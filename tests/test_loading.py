@@ -71,7 +71,7 @@ COUNTS = {"sd1": (859_520_964, 123_060_480), "sd2": (865_910_724, 340_387_840)}
 
 def test_real_configurations_have_the_published_sizes(family_name):
     family = tiny.FAMILIES[family_name]
-    unet, text = loading.build_unet(family.unet), loading.build_text_encoder(family.text_encoder)
+    unet, text = loading.build_unet(family.unet), loading.build_text_encoder(family.text_models[0].config)
     vae = loading.build_vae(family.vae)
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert (count(unet), count(text)) == COUNTS[family_name]

@@ -69,7 +69,7 @@ def applied(text_encoder, unet, *, multiplier=1.0, seed=1, **args):
 @pytest.mark.parametrize("conv", [False, True])
 def test_real_sizes_give_the_published_counts_names_and_shapes(family_name, conv):
     family = tiny.FAMILIES[family_name]
-    unet, text = loading.build_unet(family.unet), loading.build_text_encoder(family.text_encoder)
+    unet, text = loading.build_unet(family.unet), loading.build_text_encoder(family.text_models[0].config)
     args = {"conv_dim": "1"} if conv else {}
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoRAModule, "_update_scale", lambda self: None)  # reads alpha, which has no value on meta

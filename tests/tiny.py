@@ -32,7 +32,7 @@ def unet_config(family: ModelFamily) -> dict:
 
 
 def text_config(family: ModelFamily) -> dict:
-    return families.text_encoder_config(family, width=64, inner_width=128, num_layers=3)
+    return families.text_encoder_config(family.text_models[0], width=64, inner_width=128, num_layers=3)
 
 
 def vae_config(family: ModelFamily) -> dict:
@@ -106,8 +106,8 @@ def original_state(models: dict, family_name: str) -> dict[str, torch.Tensor]:
         is_attention = ".attentions." in name and tensor.ndim == 2
         state[keys.VAE_PREFIX + vae_names[name]] = tensor[:, :, None, None] if is_attention else tensor
     text = loading.canonical_text_state(models["text_encoder"])
-    prefix = family.text_prefixes[0]
-    if family.text_layout == "clip":
+    prefix = family.text_models[0].prefixes[0]
+    if family.text_models[0].layout == "clip":
         state |= {prefix + name: tensor for name, tensor in text.items()}
         state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
     else:

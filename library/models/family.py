@@ -1,4 +1,4 @@
-"""Model families: everything in which SD 1.x, SD 2.x (and later SDXL) differ, as data in one place.
+"""Model families: everything in which SD 1.x, SD 2.x and SDXL differ, as data in one place.
 
 Sizes here are those of the published models; a checkpoint of other sizes takes them from its shapes. Adding
 a family means adding an instance, its detection in `detect_family`, and its text encoding.
@@ -45,6 +45,19 @@ TEXT_BASE: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A text encoder of a family: where its tensors stand in files, and how it is built."""
+
+    folder: str  # in Diffusers folders, and before its modules in PEFT's names
+    layout: str  # in original files: "clip" or "openclip"
+    prefixes: tuple[str, ...]  # in original files, in order of search
+    lora_prefix: str  # of its modules in LoRA files
+    config: dict[str, Any]
+    has_projection: bool = False  # a matrix on the pooled output, which the U-Net is given too
+    unused_layers: int = 0  # at the end of original files, which training did not use
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelFamily:
     """One generation of Stable Diffusion."""
 
@@ -54,15 +67,22 @@ class ModelFamily:
     unet: dict[str, Any]
     unet_head_width: int | None  # channels of an attention head; None: as many heads in every block
     vae: dict[str, Any]
-    text_encoder: dict[str, Any]
-    text_layout: str  # in original files: "clip" or "openclip"
-    text_prefixes: tuple[str, ...]  # in original files, in order of search
+    text_models: tuple[TextModel, ...]
     pad_token: str
     base_version: str  # ss_base_model_version; v-prediction appends "_v"
     architecture: str  # modelspec.architecture
     architecture_v: str  # the same for v-prediction
 
 
+CLIP_L = TEXT_BASE | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "pad_token_id": 49407,
+}
 SD1 = ModelFamily(
     name="sd1",
     title="SD 1.x",
@@ -70,18 +90,16 @@ SD1 = ModelFamily(
     unet=UNET_BASE | {"attention_head_dim": 8, "cross_attention_dim": 768, "use_linear_projection": False},
     unet_head_width=None,
     vae=VAE_CONFIG,
-    text_encoder=TEXT_BASE
-    | {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "hidden_act": "quick_gelu",
-        "projection_dim": 768,
-        "pad_token_id": 49407,
-    },
-    text_layout="clip",
-    text_prefixes=("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+    text_models=(
+        TextModel(
+            folder="text_encoder",
+            layout="clip",
+            # Files without `text_model` are about.
+            prefixes=("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+            lora_prefix="lora_te_",
+            config=CLIP_L,
+        ),
+    ),
     pad_token=EOS_TOKEN,
     base_version="sd_v1",
     architecture="stable-diffusion-v1",
@@ -95,39 +113,101 @@ SD2 = ModelFamily(
     | {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
     unet_head_width=64,
     vae=VAE_CONFIG,
-    text_encoder=TEXT_BASE
-    | {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,  # the file has 24; the last one was not used in training
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-        "projection_dim": 512,
-        "pad_token_id": 0,
-    },
-    text_layout="openclip",
-    text_prefixes=("cond_stage_model.model.",),
+    text_models=(
+        TextModel(
+            folder="text_encoder",
+            layout="openclip",
+            prefixes=("cond_stage_model.model.",),
+            lora_prefix="lora_te_",
+            config=TEXT_BASE
+            | {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 23,
+                "num_attention_heads": 16,
+                "hidden_act": "gelu",
+                "projection_dim": 512,
+                "pad_token_id": 0,
+            },
+            unused_layers=1,
+        ),
+    ),
     pad_token="!",
     base_version="sd_v2",
     architecture="stable-diffusion-v2-512",
     architecture_v="stable-diffusion-v2-768-v",
 )
+SDXL = ModelFamily(
+    name="sdxl",
+    title="SDXL",
+    context_width=2048,
+    unet=UNET_BASE
+    | {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    unet_head_width=64,
+    vae=VAE_CONFIG | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    text_models=(
+        TextModel(
+            folder="text_encoder",
+            layout="clip",
+            prefixes=("conditioner.embedders.0.transformer.text_model.",),
+            lora_prefix="lora_te1_",
+            config=CLIP_L,
+        ),
+        TextModel(
+            folder="text_encoder_2",
+            layout="openclip",
+            prefixes=("conditioner.embedders.1.model.",),
+            lora_prefix="lora_te2_",
+            config=TEXT_BASE
+            | {
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 20,
+                "hidden_act": "gelu",
+                "projection_dim": 1280,
+                "pad_token_id": 1,
+            },
+            has_projection=True,
+        ),
+    ),
+    pad_token=EOS_TOKEN,
+    base_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base",
+    architecture_v="stable-diffusion-xl-v1-base",
+)
+FAMILIES = (SD1, SD2, SDXL)
+TRAINED = (SD1, SD2)
 
 TEXT_HEAD_WIDTH = 64  # channels of an attention head in every CLIP text encoder of these families
 
 
 def detect_family(shapes: Shapes, source: str) -> ModelFamily:
     """Return the family of an original-layout checkpoint from the names and shapes of its tensors."""
-    if any(name.startswith("conditioner.embedders.") for name in shapes):
-        raise UserError(f"{source} is an SDXL model; this version trains SD 1.x and SD 2.x")
-    for family in (SD2, SD1):
-        if any(name.startswith(family.text_prefixes) for name in shapes):
+    if any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
+        raise UserError(f"{source} is an SDXL refiner, which no tool here works on; the base model is another file")
+    for family in (SDXL, SD2, SD1):
+        if any(name.startswith(text.prefixes) for text in family.text_models for name in shapes):
             return family
+    if any(name.startswith(("conditioner.embedders.", "model.diffusion_model.label_emb.")) for name in shapes):
+        return SDXL
     for name, shape in shapes.items():
         if name.startswith("model.diffusion_model.") and name.endswith("attn2.to_k.weight"):
             return SD2 if shape[1] == SD2.context_width else SD1
     raise UserError(
-        f"{source} is no Stable Diffusion 1.x or 2.x checkpoint: it has no tensors under model.diffusion_model. "
+        f"{source} is no Stable Diffusion checkpoint (1.x, 2.x or XL): it has no tensors under model.diffusion_model. "
         f"(its first is {min(shapes, default='none')})"
     )
 
@@ -146,10 +226,12 @@ def check_channels(channels: Any, source: Path) -> None:
 def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> ModelFamily:
     """Return the family of a Diffusers folder from its configurations."""
     width = unet_config.get("cross_attention_dim")
-    for family in (SD1, SD2):
+    if unet_config.get("addition_embed_type") == SDXL.unet["addition_embed_type"]:
+        return SDXL
+    for family in TRAINED:
         if width == family.context_width:
             return family
-    return SD2 if text_config.get("hidden_act") == SD2.text_encoder["hidden_act"] else SD1
+    return SD2 if text_config.get("hidden_act") == SD2.text_models[0].config["hidden_act"] else SD1
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -164,16 +246,24 @@ def unet_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
     channels = tuple(
         shapes[f"input_blocks.{per_block * block + 1}.0.out_layers.3.weight"][0] for block in range(num_blocks)
     )
-    context = shapes["input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"][1]
+    context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        raise KeyError("input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")
     heads = family.unet["attention_head_dim"]
     if family.unet_head_width is not None:
         heads = tuple(max(1, count // family.unet_head_width) for count in channels)
-    return family.unet | {
-        "block_out_channels": channels,
-        "cross_attention_dim": context,
-        "attention_head_dim": heads,
-        "in_channels": shapes["input_blocks.0.0.weight"][1],
-    }
+    added = shapes.get("label_emb.0.0.weight")
+    more = {} if added is None else {"projection_class_embeddings_input_dim": added[1]}
+    return (
+        family.unet
+        | more
+        | {
+            "block_out_channels": channels,
+            "cross_attention_dim": context,
+            "attention_head_dim": heads,
+            "in_channels": shapes["input_blocks.0.0.weight"][1],
+        }
+    )
 
 
 def vae_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
@@ -191,12 +281,35 @@ def vae_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def text_encoder_config(family: ModelFamily, *, width: int, inner_width: int, num_layers: int) -> dict[str, Any]:
-    """Return the text encoder's configuration for its sizes: hidden width, width inside the MLP, layers."""
-    return family.text_encoder | {
+def text_encoder_config(text: TextModel, *, width: int, inner_width: int, num_layers: int) -> dict[str, Any]:
+    """Return a text encoder's configuration for its sizes: hidden width, width inside the MLP, layers."""
+    return text.config | {
         "hidden_size": width,
         "intermediate_size": inner_width,
         "num_hidden_layers": num_layers,
         "num_attention_heads": max(1, width // TEXT_HEAD_WIDTH),
-        "projection_dim": min(family.text_encoder["projection_dim"], width),
+        "projection_dim": min(text.config["projection_dim"], width),
     }
+
+
+def text_sizes(text: TextModel, shapes: Shapes) -> dict[str, int]:
+    """Return the sizes for text_encoder_config from the tensors (names without prefix) of an original file."""
+    if text.layout == "clip":
+        return {
+            "width": shapes["embeddings.token_embedding.weight"][1],
+            "inner_width": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+            "num_layers": count(shapes, "encoder.layers.", 2),
+        }
+    blocks = count(shapes, "transformer.resblocks.", 2)
+    # Some converters leave out what is not used.
+    is_cut = blocks == text.config["num_hidden_layers"]
+    return {
+        "width": shapes["token_embedding.weight"][1],
+        "inner_width": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "num_layers": blocks if is_cut else blocks - text.unused_layers,
+    }
+
+
+def count(shapes: Shapes, prefix: str, position: int) -> int:
+    """Return how many values stand at a position of the dotted names that begin with a prefix."""
+    return len({name.split(".")[position] for name in shapes if name.startswith(prefix)})

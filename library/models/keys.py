@@ -7,7 +7,7 @@ made by asking the rule for each of the model's own names, so the same rule serv
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -61,6 +61,16 @@ OPENCLIP_TOP = {
     "final_layer_norm.bias": "ln_final.bias",
 }
 FUSED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+
+
+def without_prefix(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
+    """Return the entries that begin with a prefix, under their names without it."""
+    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def first_prefix(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
+    """Return the first of prefixes with which a name begins."""
+    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
 def table(names: Iterable[str], rule: Callable[[str], str]) -> dict[str, str]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from library.config import toml_text
 from library.config.model import ModelConfig
-from library.errors import UserError, shown, told
+from library.errors import UserError, told
 from library.models import family as families
 from library.models import keys
 from library.models.family import ModelFamily
+from library.models.model_files import TEXT_FILES, UNET_FILES, check_stem, folder_kind, read_config, weight_files
 from library.models.tokenizer import load_clip_tokenizer
 from library.weights_io import WeightFile, check_finite, open_weights
 
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-UNET_FILES = ("diffusion_pytorch_model",)
-TEXT_FILES = ("model", "pytorch_model")
-WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 
@@ -78,10 +75,11 @@ def detect(config: ModelConfig) -> Detected:
     if path.is_file():
         file = open_weights(path)
         found = Detected(families.detect_family(file.shapes, str(path)), None, file)
-        stem = file.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
-        families.check_channels(stem[1] if len(stem) == 4 else None, path)
+        check_stem(file)
     else:
-        found = _detect_folder(path)
+        found = Detected(*folder_kind(path), None)
+    if found.family not in families.TRAINED:
+        raise UserError(f"{path} is an {found.family.title} model; this version trains SD 1.x and SD 2.x")
     if config.v2 and found.family is not families.SD2:
         raise UserError(f"--v2 was given, but {path} is an {found.family.title} model: leave out --v2")
     if found.family is families.SD2 and not config.v2:
@@ -91,30 +89,6 @@ def detect(config: ModelConfig) -> Detected:
     if config.v_parameterization and found.predicts_v is False:
         logger.warning("--v_parameterization was given, but the scheduler of %s says epsilon; v is trained", path)
     return dataclasses.replace(found, predicts_v=config.v_parameterization or bool(found.predicts_v))
-
-
-def _detect_folder(path: Path) -> Detected:
-    if (path / "text_encoder_2").is_dir():
-        raise UserError(f"{path} is an SDXL model; this version trains SD 1.x and SD 2.x")
-    unet = _read_config(path / "unet")
-    families.check_channels(unet.get("in_channels"), path)
-    family = families.detect_folder_family(unet, _read_config(path / "text_encoder"))
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    prediction = _read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else None
-    return Detected(family, None if prediction is None else prediction == "v_prediction", None)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder.parent} is no Diffusers folder: {folder.name}/config.json is missing")
-    return _read_json(folder / "config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    table = toml_text.load_json(path)
-    if not isinstance(table, dict):
-        raise UserError(f"{path} must hold an object, got {shown(table)}")
-    return table
 
 
 @contextlib.contextmanager
@@ -186,7 +160,7 @@ def _is_tokenizer(folder: Path) -> bool:
 def load_original_unet(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the U-Net of an original-layout file."""
     with building(file.path, "U-Net", keys.UNET_PREFIX):
-        config = families.unet_config(family, _without_prefix(file.shapes, keys.UNET_PREFIX))
+        config = families.unet_config(family, keys.without_prefix(file.shapes, keys.UNET_PREFIX))
         unet = build_unet(config)
     table = keys.table(unet.state_dict(), unet_rule_for(config))
     return _fill(unet, {keys.UNET_PREFIX + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
@@ -204,7 +178,7 @@ def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype 
     if not _holds_vae(file.shapes):
         raise UserError(f"{file.path} holds no VAE: name one with --vae")
     with building(file.path, "VAE", prefix):
-        config = families.vae_config(family, _without_prefix(file.shapes, prefix))
+        config = families.vae_config(family, keys.without_prefix(file.shapes, prefix))
         vae = build_vae(config)
     table = keys.table(vae.state_dict(), keys.vae_rule(len(config["block_out_channels"])))
     return _fill(vae, {prefix + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
@@ -212,46 +186,21 @@ def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype 
 
 def load_original_text_encoder(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return the text encoder of an original-layout file."""
-    prefix = next(
-        (prefix for prefix in family.text_prefixes if any(name.startswith(prefix) for name in file.shapes)), None
-    )
+    text = family.text_models[0]
+    prefix = keys.first_prefix(text.prefixes, file.shapes)
     if prefix is None:
         raise UserError(
-            f"{file.path} holds no text encoder (nothing under {family.text_prefixes[0]}); name a whole checkpoint"
+            f"{file.path} holds no text encoder (nothing under {text.prefixes[0]}); name a whole checkpoint"
         )
-    shapes = _without_prefix(file.shapes, prefix)
-    openclip = family.text_layout == "openclip"
+    shapes = keys.without_prefix(file.shapes, prefix)
+    openclip = text.layout == "openclip"
     with building(file.path, "text encoder", prefix):
-        sizes = _openclip_sizes(shapes) if openclip else _clip_sizes(shapes)
-        encoder = build_text_encoder(families.text_encoder_config(family, **sizes))
+        encoder = build_text_encoder(families.text_encoder_config(text, **families.text_sizes(text, shapes)))
     places: dict[str, list[Wanted]] = {}
     for name in canonical_text_state(encoder):
         original = keys.openclip_name(name) if openclip else name
         places.setdefault(prefix + original, []).append(Wanted(name, keys.fused_slice(name) if openclip else None))
     return _fill(encoder, places, [file], dtype)
-
-
-def _clip_sizes(shapes: families.Shapes) -> dict[str, int]:
-    return {
-        "width": shapes["embeddings.token_embedding.weight"][1],
-        "inner_width": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_layers": _count(shapes, "encoder.layers.", 2),
-    }
-
-
-def _openclip_sizes(shapes: families.Shapes) -> dict[str, int]:
-    blocks = _count(shapes, "transformer.resblocks.", 2)
-    used = families.SD2.text_encoder["num_hidden_layers"]
-    return {
-        "width": shapes["token_embedding.weight"][1],
-        "inner_width": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        # The last block is not used; some converters leave it out.
-        "num_layers": blocks if blocks == used else blocks - 1,
-    }
-
-
-def _count(shapes: families.Shapes, prefix: str, position: int) -> int:
-    return len({name.split(".")[position] for name in shapes if name.startswith(prefix)})
 
 
 ORIGINAL_LOADERS = {
@@ -264,7 +213,7 @@ ORIGINAL_LOADERS = {
 def check_vae(path: Path) -> None:
     """Raise UserError for a --vae that is none, as far as names and configuration tell."""
     if path.is_dir():
-        _read_config(_vae_folder(path))
+        read_config(_vae_folder(path))
     elif not _holds_vae(open_weights(path).shapes):
         raise UserError(f"--vae: {path} holds no VAE; name a file or a Diffusers folder that does")
 
@@ -291,7 +240,7 @@ def load_vae(path: Path, family: ModelFamily, dtype: torch.dtype | None) -> nn.M
 def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch.dtype | None) -> nn.Module:
     """Return a VAE from a weight file in Diffusers names without its configuration."""
     original_shapes = {
-        keys.vae_rule(_count(file.shapes, "encoder.down_blocks.", 2))(name): shape
+        keys.vae_rule(families.count(file.shapes, "encoder.down_blocks.", 2))(name): shape
         for name, shape in file.shapes.items()
     }
     with building(file.path, "VAE"):
@@ -301,8 +250,8 @@ def _load_diffusers_vae_file(file: WeightFile, family: ModelFamily, dtype: torch
 
 def _load_folder_part(folder: Path, part: str, dtype: torch.dtype | None) -> nn.Module:
     """Return one part of a Diffusers folder."""
-    config = _read_config(folder)
-    files = [open_weights(path) for path in _weight_files(folder, TEXT_FILES if part == "text_encoder" else UNET_FILES)]
+    config = read_config(folder)
+    files = [open_weights(path) for path in weight_files(folder, TEXT_FILES if part == "text_encoder" else UNET_FILES)]
     shapes = {name: shape for file in files for name, shape in file.shapes.items()}
     with building(folder / "config.json", part):
         model = BUILDERS[part](config)
@@ -318,20 +267,6 @@ def _load_folder_part(folder: Path, part: str, dtype: torch.dtype | None) -> nn.
 
 def _vae_folder_places(vae: nn.Module, shapes: families.Shapes) -> dict[str, list[Wanted]]:
     return {name if name in shapes else keys.vae_old_diffusers_name(name): [Wanted(name)] for name in vae.state_dict()}
-
-
-def _weight_files(folder: Path, stems: Iterable[str]) -> list[Path]:
-    """Return the weight files of a part: one, or the shards that an index lists."""
-    for stem in stems:
-        for index in sorted(folder.glob(f"{stem}*.index*.json")):
-            shards = _read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                raise UserError(f'{index} has no "weight_map" of tensors and their files')
-            return [folder / name for name in sorted(set(shards.values()))]
-        for ending in WEIGHT_ENDINGS:
-            if (folder / f"{stem}{ending}").is_file():
-                return [folder / f"{stem}{ending}"]
-    raise UserError(f"{folder} holds no weights: a .safetensors or .bin file is missing")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -377,10 +312,6 @@ def canonical_text_state(encoder: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: tensor for name, tensor in text_model(encoder).state_dict().items() if not name.endswith("position_ids")
     }
-
-
-def _without_prefix(shapes: families.Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def _fill(
