@@ -1,0 +1,240 @@
+"""tools/merge_models.py: every tensor is the weighted sum in float64, to rounding; what does not fit is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from library import weights_io
+from library.errors import UserError
+from tools import merge_models
+
+ROOT = Path(__file__).resolve().parents[1]
+POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+
+
+def merge(*argv):
+    assert merge_models.main([str(word) for word in argv]) == 0
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def assert_close(found, expected, dtype):
+    """Compare with a sum in float64; the type that was written rounds once."""
+    assert found.dtype == dtype
+    allowed = expected.abs() * torch.finfo(dtype).eps + 1e-6 + torch.finfo(dtype).tiny
+    assert ((found.double() - expected).abs() <= allowed).all()
+
+
+@pytest.fixture(scope="session")
+def pair(model_store, tmp_path_factory):
+    """Return two checkpoints of SD 1.x: one with EMA weights and metadata, one as a pickle."""
+    folder = tmp_path_factory.mktemp("pair")
+    models, paths = model_store("sd1")
+    state = load_file(paths["safetensors"])
+    save_file(state, folder / "a.safetensors", metadata={"modelspec.author": "わたし", "sshs_model_hash": "abc" * 20})
+    other = tiny.write_checkpoint(tiny.make_models("sd1", seed=7), "sd1", folder / "b.ckpt")
+    return folder / "a.safetensors", other, state, weights_io.read_pickle(other), models
+
+
+def test_the_sum_is_that_of_float64_and_what_is_told_of_it_is_true(pair, tmp_path):
+    one, two, state, other, _ = pair
+    command = [sys.executable, str(ROOT / "tools" / "merge_models.py"), "--models", one, two, "--output", "混ぜた"]
+    done = subprocess.run(
+        [*command, "--ratios", "0.7", "0.3", "--show_skipped"], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    merged = load_file(tmp_path / "混ぜた.safetensors")
+    assert merged.keys() == state.keys()
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(merged[name], tensor)
+        else:
+            assert_close(merged[name], 0.7 * tensor.double() + 0.3 * other.get(name, tensor).double(), torch.float32)
+    told = metadata_of(tmp_path / "混ぜた.safetensors")
+    assert told == {
+        "modelspec.author": "わたし",
+        "modelspec.title": "混ぜた",
+        "modelspec.merged_from": "a.safetensors*0.7 (abcabcabcabc), b.ckpt*0.3",
+    }
+    assert b"lacks 20 tensors" in done.stderr
+    assert b"lacks model_ema." in done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "混ぜた.safetensors"]
+
+
+def test_a_merge_of_one_model_with_itself_is_that_model(pair, tmp_path):
+    one, _, state, _, _ = pair
+    merge("--models", one, one, one, "--output", tmp_path / "same.safetensors")
+    for name, tensor in load_file(tmp_path / "same.safetensors").items():
+        assert torch.allclose(tensor, state[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("word", [None, "float", "fp16", "bf16"])
+def test_types_are_the_first_models_or_as_asked(model_store, tmp_path, word):
+    paths = model_store("sd1")[1]
+    out = tmp_path / "out.safetensors"
+    merge("--models", paths["fp16"], paths["ckpt"], "--output", out, *(["--saving_precision", word] if word else []))
+    first, second = load_file(paths["fp16"]), weights_io.read_pickle(paths["ckpt"])
+    dtype = {None: torch.float16, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[word]
+    merged = load_file(out)
+    assert merged[POSITIONS].dtype == torch.int64
+    for name, tensor in merged.items():
+        if tensor.is_floating_point():
+            assert_close(tensor, (first[name].double() + second[name].double()) / 2, dtype)
+
+
+def test_unet_only_leaves_the_rest_to_the_bit(pair, tmp_path):
+    one, two, state, other, _ = pair
+    merge("--models", one, two, "--output", tmp_path / "u.safetensors", "--unet_only", "--ratios", "0.25", "0.75")
+    merged = load_file(tmp_path / "u.safetensors")
+    changed = {name for name, tensor in state.items() if not torch.equal(tensor, merged[name])}
+    assert changed
+    assert all(name.startswith("model.diffusion_model.") for name in changed)
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    assert_close(merged[name], 0.25 * state[name].double() + 0.75 * other[name].double(), torch.float32)
+
+
+def test_text_encoders_under_old_names_are_the_same_tensors(pair, tmp_path):
+    one, _, state, other, _ = pair
+    old = {name.replace(".transformer.text_model.", ".transformer."): tensor for name, tensor in other.items()}
+    assert old.keys() != other.keys()
+    save_file(old, tmp_path / "old.safetensors")
+    out = [tmp_path / f"{index}.safetensors" for index in range(2)]
+    merge("--models", tmp_path / "old.safetensors", one, "--output", out[0])
+    merge("--models", one, tmp_path / "old.safetensors", "--output", out[1])
+    first, second = load_file(out[0]), load_file(out[1])
+    assert first.keys() == other.keys()
+    assert second.keys() == state.keys()
+    for name in other:
+        if other[name].is_floating_point():
+            assert_close(first[name], (state[name].double() + other[name].double()) / 2, torch.float32)
+            assert torch.allclose(first[name], second[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_file_with_old_and_new_names_has_each_tensor_once():
+    old, new = (f"cond_stage_model.transformer.{middle}encoder.layers.0.x" for middle in ("", "text_model."))
+    for names in ({old: 0, new: 1}, {new: 1, old: 0}):
+        assert merge_models.names_today(names) == {new: new}
+    assert merge_models.names_today({old: 0, "other": 1}) == {new: old, "other": "other"}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ratios=st.lists(st.floats(-2, 2).map(lambda ratio: round(ratio, 3)), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    lacking=st.integers(0, 3),
+)
+def test_sums_of_any_ratios_types_and_shapes(tmp_path, ratios, dtype, shape, lacking):
+    generator = torch.Generator().manual_seed(len(ratios) * 7 + len(shape))
+    states = []
+    for index in range(len(ratios)):
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+        state = {"x": tensor, "count": torch.full((2,), index), "y": torch.ones(1)}
+        if index == lacking and index:
+            del state["x"]
+        states.append(state)
+        save_file(state, tmp_path / f"{index}.safetensors")
+    paths = [tmp_path / f"{index}.safetensors" for index in range(len(ratios))]
+    merge(
+        "--models", *paths, "--output", tmp_path / "out.safetensors", "--ratios", *ratios, "--saving_precision", "float"
+    )
+    merged = load_file(tmp_path / "out.safetensors")
+    parts = zip(states, ratios, strict=True)
+    expected = sum(ratio * state.get("x", states[0]["x"]).double() for state, ratio in parts)
+    assert ((merged["x"].double() - expected).abs() <= 1e-5).all()
+    assert torch.equal(merged["count"], torch.zeros(2, dtype=torch.int64))
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, monkeypatch):
+    one, two, *_ = pair
+    monkeypatch.setattr(weights_io, "open_weights", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr(merge_models, "check_device", lambda device: None)
+    before = one.read_bytes()
+    with pytest.raises(UserError) as caught:
+        merge("--models", one, tmp_path / "gone.safetensors", ROOT / "README.md", "--output", one, "--ratios", 1)
+    lines = str(caught.value).splitlines()
+    parts = (
+        "a number for each of the 3",
+        "is one of the files to be read",
+        "gone.safetensors is not",
+        "README.md must end",
+    )
+    assert all(any(part in line for line in lines) for part in parts)
+    assert one.read_bytes() == before
+    # The ending that is appended is minded, too.
+    with pytest.raises(UserError, match="is one of the files to be read"):
+        merge("--models", one, two, "--output", one.with_suffix(""))
+    with pytest.raises(UserError, match="--models is missing"):
+        merge("--output", tmp_path / "x")
+    with pytest.raises(UserError, match="--output is missing"):
+        merge("--models", one)
+    with pytest.raises(UserError, match="must end in .safetensors, got .*x.ckpt"):
+        merge("--models", one, "--output", tmp_path / "x.ckpt")
+
+
+def test_models_that_do_not_belong_together_are_refused_in_one_line(model_store, tmp_path):
+    one, two = (model_store(name)[1]["safetensors"] for name in ("sd1", "sd2"))
+    out = tmp_path / "out.safetensors"
+    inpainting = load_file(one)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    inpainting[first] = torch.cat([inpainting[first]] * 2, dim=1).contiguous()
+    save_file(inpainting, tmp_path / "inpainting.safetensors")
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
+    sdxl = {"conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": torch.ones(2, 2)}
+    sdxl["model.diffusion_model.time_embed.0.bias"] = torch.ones(7)
+    save_file(sdxl, tmp_path / "sdxl.safetensors")
+    for other, message in (
+        (two, "only models of one family can be merged: .* is SD 1.x, .* is SD 2.x"),
+        (tmp_path / "sdxl.safetensors", "only models of one family"),
+        (tmp_path / "inpainting.safetensors", f"{first} is of the shape .*4.* and .*8"),
+        (tmp_path / "lora.safetensors", "has no tensor in common with"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            merge("--models", one, other, "--output", out)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="--device: nonsense cannot be used"):
+        merge("--models", one, "--output", out, "--device", "nonsense")
+    assert not out.exists()
+
+
+def test_ratios_that_do_not_add_up_to_one_are_told(pair, tmp_path, caplog):
+    one, two, *_ = pair
+    merge("--models", one, two, one, "--ratios", 0.33, 0.33, 0.33, "--output", tmp_path / "a")
+    assert "add up" not in caplog.text
+    merge("--models", one, two, "--ratios", 1, 1, "--output", tmp_path / "b")
+    assert "the ratios add up to 2, not 1" in caplog.text
+
+
+def test_what_breaks_in_the_middle_leaves_the_old_file(pair, tmp_path, monkeypatch):
+    one, two, *_ = pair
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"old")
+    whole, calls = merge_models.read_one, []
+
+    def breaking(model, name):
+        calls.append(name)
+        if len(calls) > 40:
+            raise OSError("the disk went away")
+        return whole(model, name)
+
+    monkeypatch.setattr(merge_models, "read_one", breaking)
+    with pytest.raises(OSError, match="disk went away"):
+        merge("--models", one, two, "--output", out)
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"old"

@@ -1,0 +1,300 @@
+"""Merge checkpoints of one family into one: each tensor becomes the weighted sum of all models' tensors.
+
+python tools/merge_models.py --models a.safetensors b.safetensors --ratios 0.7 0.3 --output merged.safetensors
+
+The sum is made in float32, tensor by tensor, whatever the models hold. The first model decides which tensors there
+are, and their types unless --saving_precision is given; its numbers that are not fractions are kept as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config.options import option, parse
+from library.errors import UserError
+from library.logs import run_script
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.weights_io import WeightFile
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+INPUT_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
+TOLERANCE = 0.02  # of the sum of ratios: 0.33 three times is meant to be 1
+# What --unet_only leaves as the first model has it.
+NOT_UNET = ("first_stage_model", "cond_stage_model", "conditioner.")
+TEXT_ENCODER = "cond_stage_model.transformer."
+OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the former file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    models: tuple[Path, ...] | None = option(None, "checkpoints (.safetensors or .ckpt)")
+    output: Path | None = option(None, "file to write; .safetensors is appended where it is missing")
+    ratios: tuple[float, ...] | None = option(None, "share of each model, of any sign; unset: equal shares")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Merging."""
+
+    unet_only: bool = option(False, "text encoders and VAE stay as the first model has them")
+    device: str = option("cpu", "where the sums are made, such as cuda")
+    precision: Literal["float", "fp16", "bf16"] = option("float", "accepted; sums are always made in float32")
+    saving_precision: Literal["float", "fp16", "bf16"] | None = option(
+        None, "type of what is written; unset: of each tensor the first model's"
+    )
+    show_skipped: bool = option(False, "name the tensors that are in one model only")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """What is merged into what."""
+
+    files: FilesConfig
+    merge: MergeOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint with its ratio; names are today's names -> those in the file."""
+
+    file: WeightFile
+    ratio: float
+    names: dict[str, str]
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+        return self.file.path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self.file.shapes[self.names[name]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(MergeConfig, argv, description=__doc__)
+    output = output_path(config.files.output)
+    check(config.files, output)
+
+    from library.weights_io import write_stream
+
+    check_device(config.merge.device)
+    models = open_models(config.files)
+    check_family(models)
+    check_shapes(models, config.merge)
+    tell_of_skipped(models, config.merge)
+    types = types_to_write(models[0], config.merge)
+    infos = {name: (dtype, models[0].shape(name)) for name, dtype in types.items()}
+    write_stream(output, infos, merged_tensors(models, types, config.merge), metadata_of(models, output))
+    logger.info("saved %s", output)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------------------
+
+
+def output_path(output: Path | None) -> Path:
+    """Return the file to write, with the ending that it has."""
+    if output is None:
+        raise UserError("--output is missing: the file to write")
+    if output.suffix.lower() in INPUT_SUFFIXES[1:]:
+        raise UserError(f"--output must end in {SUFFIX}, got {output}: other formats are read, but not written")
+    return output if output.suffix.lower() == SUFFIX else Path(f"{output}{SUFFIX}")
+
+
+def check(files: FilesConfig, output: Path) -> None:
+    """Raise UserError that lists what is missing or does not fit, before anything is read."""
+    problems = list(problems_of(files, output))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
+    """Yield what is wrong with the options."""
+    if not files.models:
+        yield "--models is missing: the checkpoints"
+    number = len(files.models or ())
+    if files.ratios is not None and len(files.ratios) != number:
+        yield f"--ratios must have a number for each of the {number} files of --models, got {len(files.ratios)}"
+    for path in files.models or ():
+        if not path.is_file():
+            yield f"--models: {path} is not a file"
+        elif path.suffix.lower() not in INPUT_SUFFIXES:
+            yield f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}"
+        elif output.exists() and path.samefile(output):
+            yield f"--output {output} is one of the files to be read: take another name"
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that this machine does not have."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):  # torch without CUDA raises the latter
+        raise UserError(f"--device: {device} cannot be used on this machine: leave it out, or give cpu") from None
+
+
+def check_family(models: Sequence[Model]) -> None:
+    """Raise UserError for models of more than one family; one that is not recognised is left to `check_shapes`."""
+    titles = {model.path: title for model in models if (title := family_title(model)) is not None}
+    if len(set(titles.values())) > 1:
+        found = ", ".join(f"{path} is {title}" for path, title in titles.items())
+        raise UserError(f"only models of one family can be merged: {found}")
+
+
+def family_title(model: Model) -> str | None:
+    """Return the name of a model's family, or None where it is not told by the tensors."""
+    from library.models.family import detect_family
+
+    try:
+        return detect_family({name: model.shape(name) for name in model.names}, str(model.path)).title
+    except UserError:
+        return None
+
+
+def check_shapes(models: Sequence[Model], merge: MergeOptions) -> None:
+    """Raise UserError for tensors of the same name that cannot be summed, and for files that share no names."""
+    first = models[0]
+    for other in models[1:]:
+        common = [name for name in first.names if name in other.names]
+        if not common:
+            raise UserError(f"{other.path} has no tensor in common with {first.path}: are both of them checkpoints?")
+        for name in common:
+            if is_merged(name, merge) and first.shape(name) != other.shape(name):
+                raise UserError(
+                    f"only models of one family and kind can be merged: {name} is of the shape {first.shape(name)} in "
+                    f"{first.path} and {other.shape(name)} in {other.path}"
+                )
+
+
+def tell_of_skipped(models: Sequence[Model], merge: MergeOptions) -> None:
+    """Tell of tensors that only some models have, and of ratios that make the sum stronger or weaker."""
+    first, total = models[0], sum(model.ratio for model in models)
+    if abs(total - 1) > TOLERANCE:
+        logger.warning("the ratios add up to %g, not 1: the model becomes that much stronger or weaker", total)
+    for other in models[1:]:
+        lacking = sorted(name for name in first.names if name not in other.names and is_merged(name, merge))
+        surplus = sorted(name for name in other.names if name not in first.names)
+        if lacking:
+            logger.info("%s lacks %d tensors: the first model's are taken for it", other.path, len(lacking))
+        if surplus:
+            logger.info("%s has %d tensors that the first model does not have: left out", other.path, len(surplus))
+        if merge.show_skipped:
+            for kind, names in (("lacks", lacking), ("left out", surplus)):
+                for name in names:
+                    logger.info("%s: %s %s", other.path, kind, name)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The sum
+# --------------------------------------------------------------------------------------------------------------
+
+
+def open_models(files: FilesConfig) -> list[Model]:
+    """Return the models, of which safetensors files are not read yet."""
+    from library.weights_io import open_weights
+
+    ratios = files.ratios or (1 / len(files.models),) * len(files.models)
+    opened = [open_weights(path) for path in files.models]
+    return [Model(file, ratio, names_today(file.shapes)) for file, ratio in zip(opened, ratios, strict=True)]
+
+
+def names_today(names: Mapping[str, object]) -> dict[str, str]:
+    """Return today's name -> name in the file; where a file has a tensor under both, today's counts."""
+    return {name_today(name): name for name in names} | {name: name for name in names if name == name_today(name)}
+
+
+def name_today(name: str) -> str:
+    """Return a tensor's name with `text_model`, which early SD 1.x files lack in the names of the text encoder."""
+    return name.replace(TEXT_ENCODER, f"{TEXT_ENCODER}text_model.", 1) if name.startswith(OLD_TEXT_NAMES) else name
+
+
+def is_merged(name: str, merge: MergeOptions) -> bool:
+    """Return whether a tensor is summed, if it holds fractions."""
+    return not (merge.unet_only and any(part in name for part in NOT_UNET))
+
+
+def types_to_write(first: Model, merge: MergeOptions) -> dict[str, torch.dtype]:
+    """Return name -> type in which it is written, for all tensors in the order in which they are read."""
+    from networks.merge_lora import dtype_named, types_and_shapes
+
+    today = {own: name for name, own in first.names.items()}
+    types = {today[own]: dtype for own, dtype, _ in types_and_shapes(first.file) if own in today}
+    if merge.saving_precision is None:
+        return types
+    wanted = dtype_named(merge.saving_precision)
+    return {name: wanted if dtype.is_floating_point else dtype for name, dtype in types.items()}
+
+
+def merged_tensors(
+    models: Sequence[Model], types: Mapping[str, torch.dtype], merge: MergeOptions
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor of the merged model; no more than two tensors are held at a time."""
+    from tqdm import tqdm
+
+    for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
+        tensor = read_one(models[0], name)
+        if tensor.is_floating_point() and is_merged(name, merge):
+            tensor = weighted_sum(models, name, tensor, merge.device)
+        yield name, tensor.to(dtype)
+
+
+def weighted_sum(models: Sequence[Model], name: str, first: torch.Tensor, device: str) -> torch.Tensor:
+    """Return the sum of ratio * tensor over the models in float32; where a model lacks it, the first one's counts."""
+    import torch
+
+    base = first.to(device, torch.float32)
+    lacking = sum(model.ratio for model in models if name not in model.names)
+    total = base * (models[0].ratio + lacking)
+    for model in models[1:]:
+        if name in model.names:
+            total.add_(read_one(model, name).to(device, torch.float32), alpha=model.ratio)
+    return total.cpu()
+
+
+def read_one(model: Model, name: str) -> torch.Tensor:
+    """Return one tensor of a model; a pickle lets go of it."""
+    from library.weights_io import Header, read_tensors
+
+    content, own = model.file.content, model.names[name]
+    if not isinstance(content, Header):
+        return content.pop(own)
+    only = Header({own: content.tensors[own]}, {}, content.data_start)
+    return next(read_tensors(model.path, only))[1]
+
+
+def metadata_of(models: Sequence[Model], output: Path) -> dict[str, str]:
+    """Return the metadata of the merged model: the first one's, and what it was merged from."""
+    kept = {key: text for key, text in models[0].file.metadata.items() if key not in HASHES}
+    parts = [f"{model.path.name}*{model.ratio:g}{short_hash(model)}" for model in models]
+    return kept | {"modelspec.title": output.stem, "modelspec.merged_from": ", ".join(parts)}
+
+
+def short_hash(model: Model) -> str:
+    """Return the first letters of the hash that a file tells of itself, or nothing."""
+    told = next((model.file.metadata[key] for key in HASHES if key in model.file.metadata), "")
+    return f" ({told.removeprefix('0x')[:12]})" if told else ""
+
+
+if __name__ == "__main__":
+    run_script(main)
