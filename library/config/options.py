@@ -34,6 +34,7 @@ class Spec:
     help: str
     flag: str | None = None  # name on the command line, where it differs from the field's
     aliases: tuple[str, ...] = ()
+    positional: bool = False  # given by its place, without a name: required
     parse: Callable[[Any], Any] | None = None  # own reading of a text or TOML value; raises ValueError
     form: str | None = None  # how a value looks, in words, for the error and the help
     minimum: float | None = None
@@ -58,6 +59,11 @@ class Option:
     kind: Kind
     default: Any
     spec: Spec
+
+    @property
+    def label(self) -> str:
+        """The name as it stands in help and messages."""
+        return self.flag if self.spec.positional else f"--{self.flag}"
 
     def read(self, value: Any, label: str) -> Any:
         """Return value (a text, or a TOML value) in the option's type; UserError names it by label."""
@@ -230,12 +236,13 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def build_parser(root: type, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of a root; it yields texts, and only for what was given."""
+    positionals = [entry.flag for entry in root_options(root).values() if entry.spec.positional]
     parser = _Parser(
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,  # see with_whole_names
         formatter_class=_Formatter,
-        usage="%(prog)s [options]",
+        usage=" ".join(["%(prog)s [options]", *positionals]),
     )
     for name, section in sections_of(root):
         group = parser.add_argument_group((section.__doc__ or name).split("\n")[0].rstrip("."))
@@ -248,7 +255,9 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
 def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
     names = [f"--{name}" for name in (entry.flag, *entry.spec.aliases)]
     text = help_text(entry).replace("%", "%%")
-    if entry.kind.nargs == 0:
+    if entry.spec.positional:
+        group.add_argument(entry.flag, help=text)
+    elif entry.kind.nargs == 0:
         group.add_argument(*names, dest=entry.flag, action="store_true", help=text)
     else:
         metavar = entry.kind.name.removeprefix("list of ").split()[0].upper()
@@ -290,7 +299,7 @@ def given_options(root: type, argv: Sequence[str] | None, *, description: str | 
     words = with_whole_names(sys.argv[1:] if argv is None else argv, options)
     known, unknown = build_parser(root, description).parse_known_args(words)
     ignored = _explain_unknown(unknown, options)
-    given = {flag: options[flag].read(value, f"--{flag}") for flag, value in vars(known).items()}
+    given = {flag: options[flag].read(value, options[flag].label) for flag, value in vars(known).items()}
     if given.get("config_file") is not None and not given.get("output_config"):
         given = read_config_file(given["config_file"], options) | given
     for retired in ignored:
@@ -304,7 +313,8 @@ def with_whole_names(words: Sequence[str], options: Mapping[str, Option]) -> lis
     sd-scripts takes any beginning that fits one option only; so does this, with a warning, because a later
     version may have a second option that it fits.
     """
-    names = [alias for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)]
+    named = [entry for entry in options.values() if not entry.spec.positional]
+    names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
     names += [*RETIRED, "help"]
     return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
 
