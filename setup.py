@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
+        "finetune",
         "library",
         "library.adapters",
         "library.config",

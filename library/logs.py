@@ -10,7 +10,8 @@ from pathlib import Path
 
 from library.errors import UserError
 
-SUITE = ("library", "networks", "tools", "__main__", "train_network")  # whose lines below warnings are shown
+# Whose lines below warnings are shown.
+SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network")
 USER_ERROR = 2  # exit code, as argparse has it
 FAILURE = 1  # the machine refused: disk, permissions, memory
 OUT_OF_MEMORY = (

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "library/training": {"library"},
     "networks": {"library", "networks"},
     "tools": {"library", "networks"},
+    "finetune": {"library"},
 }
 # Heavy library -> the only places that may import it.
 ONLY_IN = {
@@ -38,7 +39,7 @@ NO_TORCH_AT_THE_TOP = ["train_network.py", "library/config", "library/sampling/p
 
 def modules():
     yield ROOT / "train_network.py"
-    for folder in ("library", "networks", "tools"):
+    for folder in ("library", "networks", "tools", "finetune"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 
@@ -69,7 +70,8 @@ def within(name, packages):
 @pytest.mark.parametrize("path", list(modules()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_in_one_direction(path):
     place = path.relative_to(ROOT).as_posix()
-    own = [name for name in imports(path) if within(name, ("library", "networks", "tools", "train_network"))]
+    suite = ("library", "networks", "tools", "finetune", "train_network")
+    own = [name for name in imports(path) if within(name, suite)]
     for package, allowed in MAY_IMPORT.items():
         if place.startswith(f"{package}/"):
             bad = [

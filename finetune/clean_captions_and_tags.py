@@ -1,0 +1,243 @@
+"""Tidy the captions and tags of a metadata file, as taggers and captioners leave them.
+
+python finetune/clean_captions_and_tags.py metadata.json clean.json --debug
+
+What is done to tags stands in EMOTICON, RATING and CONTRADICTIONS below, what is done to captions in
+CAPTION_REPLACEMENTS, which --replacements replaces by a table of one's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune.metadata_files import Entries, check_json_path, read_metadata, write_metadata
+from library.config.options import option, parse
+from library.errors import Problems, UserError, shown
+from library.logs import run_script
+
+logger = logging.getLogger(__name__)
+
+# Faces such as ^_^, ||_|| and (o)_(o): their underscores are mouths.
+EMOTICON = re.compile(r"._.|\W{2,3}_\W{2,3}|\W\w\W_\W\w\W")
+# Taggers put a rating behind the tags; it says nothing that a prompt would say.
+RATING = re.compile(r"rating\b.*")
+# Kinds of which a person has one: where several people are seen and several tags of a kind, none says whose it is.
+SEVERAL_PEOPLE = re.compile(r"(?:\d+\+?|multiple )(?:girls|boys|others)")
+CONTRADICTIONS = {
+    "length of hair": r"(?:(?:very|absurdly) )?(?:short|medium|long) hair",
+    "kind of hair": r"(?!(?:short|medium|long) )[\w-]+ hair",
+    "haircut": r"(?:bob|bowl|hime|pixie) cut",
+    "hairstyle": r"ahoge|sidelocks|two side up|(?:[\w-]+ ){0,2}(?:braids?|buns?|ponytail|twintails)",
+    "eyes": r"[\w-]+ eyes",
+    "sleeves": r"[\w-]+ sleeves|sleeveless",
+}
+# Whole words -> what stands for them; applied until nothing changes.
+CAPTION_REPLACEMENTS = {
+    # One word for one thing, so that it is learned as one. Words that fit anybody stay.
+    "woman": "girl",
+    "women": "girls",
+    "lady": "girl",
+    "ladies": "girls",
+    "female": "girl",
+    "females": "girls",
+    "female character": "girl",
+    "female characters": "girls",
+    # What is true of nearly every picture of a set tells none from another.
+    "anime anime": "anime",
+    "an anime girl": "a girl",
+    "anime girl": "girl",
+    "anime girls": "girls",
+    "an animated girl": "a girl",
+    "animated girl": "girl",
+    "cartoon girl": "girl",
+    "cartoon girls": "girls",
+    "young girl": "girl",
+    "young girls": "girls",
+    "cute girl": "girl",
+    "pretty girl": "girl",
+    "beautiful girl": "girl",
+    # Words that the sentence does without.
+    "a picture of": "",
+    "an image of": "",
+    "a drawing of": "",
+    "an illustration of": "",
+    "there is": "",
+    "that is wearing": "wearing",
+    "who is wearing": "wearing",
+    "and is wearing": "wearing",
+}
+MOST_ROUNDS, MOST_LETTERS = 50, 100_000  # replacements that go on beyond these never end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    in_json: Path | None = option(None, "metadata file to read", positional=True)
+    out_json: Path | None = option(None, "metadata file to write; may be the one that is read", positional=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleaningConfig:
+    """Cleaning."""
+
+    replacements: Path | None = option(
+        None, "JSON object of words -> words for captions, in place of the built-in one; {} leaves captions alone"
+    )
+    debug: bool = option(False, "tell every text that changes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """What is cleaned, and how."""
+
+    files: FilesConfig
+    cleaning: CleaningConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(CleanConfig, argv, description=__doc__)
+    check_files(config.files)
+    table = CAPTION_REPLACEMENTS
+    if config.cleaning.replacements is not None:
+        table = read_replacements(config.cleaning.replacements)
+    entries = read_metadata(config.files.in_json)
+    cleaned = {name: clean_entry(values, table) for name, values in entries.items()}
+    tell(entries, cleaned, debug=config.cleaning.debug)
+    write_metadata(config.files.out_json, cleaned)
+    return 0
+
+
+def check_files(files: FilesConfig) -> None:
+    """Raise UserError that lists the names that do not fit."""
+    problems = Problems()
+    with problems:
+        check_json_path(files.in_json, "in_json", exists=True)
+    with problems:
+        check_json_path(files.out_json, "out_json", exists=False)
+    problems.raise_if_any()
+
+
+def read_replacements(path: Path) -> dict[str, str]:
+    """Return words -> words of a JSON file; raises UserError for one that is damaged or of another form."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--replacements: {path} cannot be read: {error}") from None
+    rows = table.items() if isinstance(table, dict) else [(None, None)]
+    if not all(isinstance(words, str) and words.strip() and isinstance(text, str) for words, text in rows):
+        raise UserError(f'--replacements: {path} must be an object such as {{"woman": "girl"}}, got {shown(table)}')
+    return {" ".join(words.casefold().split()): text for words, text in rows}
+
+
+def clean_entry(values: Mapping[str, Any], replacements: Mapping[str, str]) -> dict[str, Any]:
+    """Return an entry with its caption and tags cleaned; all else that it says stays."""
+    cleaned = dict(values)
+    if values.get("tags"):
+        cleaned["tags"] = by_line(values["tags"], clean_tags)
+    if values.get("caption"):
+        cleaned["caption"] = by_line(values["caption"], lambda line: clean_caption(line, replacements))
+    return cleaned
+
+
+def by_line(text: str, clean: Any) -> str:
+    """Return a text with each of its lines cleaned."""
+    return "\n".join(clean(line) for line in text.split("\n"))
+
+
+def tell(before: Entries, after: Entries, *, debug: bool) -> None:
+    """Tell how many texts changed, and which if asked."""
+    changed = [
+        (name, values[key], after[name][key])
+        for name, values in before.items()
+        for key in ("caption", "tags")
+        if values.get(key) and values[key] != after[name][key]
+    ]
+    if debug:
+        for name, old, new in changed:
+            logger.info("%s: %s\n  -> %s", name, old, new)
+    logger.info("%d texts of %d pictures changed", len(changed), len(before))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tags
+# --------------------------------------------------------------------------------------------------------------
+
+
+def clean_tags(text: str) -> str:
+    """Return a line of tags after all rules, in their order."""
+    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+    for rule in (with_spaces, without_ratings, without_contradictions, without_implied):
+        tags = rule(tags)
+    return ", ".join(tags)
+
+
+def with_spaces(tags: Sequence[str]) -> list[str]:
+    """Return the tags with spaces for underscores."""
+    return [tag if EMOTICON.fullmatch(tag) else " ".join(tag.replace("_", " ").split()) or tag for tag in tags]
+
+
+def without_ratings(tags: Sequence[str]) -> list[str]:
+    """Return the tags without those that rate the picture."""
+    return [tag for tag in tags if not RATING.fullmatch(tag)]
+
+
+def without_contradictions(tags: Sequence[str]) -> list[str]:
+    """Return the tags; of several people without the kinds of which there are several."""
+    if not any(SEVERAL_PEOPLE.fullmatch(tag) for tag in tags):
+        return list(tags)
+    kept = list(tags)
+    for pattern in CONTRADICTIONS.values():
+        of_kind = {tag for tag in tags if re.fullmatch(pattern, tag)}
+        if len(of_kind) > 1:
+            kept = [tag for tag in kept if tag not in of_kind]
+    return kept
+
+
+def without_implied(tags: Sequence[str]) -> list[str]:
+    """Return the tags without single words that a longer one ends with: shirt beside white shirt."""
+    last_words = {tag.rsplit(" ", 1)[1] for tag in tags if " " in tag}
+    return [tag for tag in tags if tag not in last_words]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Captions
+# --------------------------------------------------------------------------------------------------------------
+
+
+def clean_caption(text: str, replacements: Mapping[str, str]) -> str:
+    """Return a line of a caption with whole words replaced until nothing changes."""
+    if not replacements:
+        return text
+    longest_first = sorted(replacements, key=len, reverse=True)
+    pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])", re.IGNORECASE)
+    cleaned = " ".join(text.split())
+    for _ in range(MOST_ROUNDS):
+        former = cleaned
+        cleaned = " ".join(pattern.sub(lambda match: replacement(match[0], replacements), former).split())
+        if cleaned == former:
+            return cleaned
+        if len(cleaned) > MOST_LETTERS:
+            break
+    raise UserError(f"--replacements never come to an end: {shown(text)} became {shown(cleaned)}")
+
+
+def replacement(found: str, replacements: Mapping[str, str]) -> str:
+    """Return what stands for words that were found, with a capital letter where they have one."""
+    text = replacements.get(found.casefold(), found)  # a few letters match others without being their capitals
+    return text[:1].upper() + text[1:] if found[0].isupper() else text
+
+
+if __name__ == "__main__":
+    run_script(main)
