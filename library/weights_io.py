@@ -133,6 +133,17 @@ class WeightFile:
         """The metadata; none in a pickle."""
         return self.content.metadata if isinstance(self.content, Header) else {}
 
+    def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and shape of each tensor, in the order in which `tensors` yields them."""
+        import torch
+
+        if isinstance(self.content, Header):
+            for name, info in sorted(self.content.tensors.items(), key=lambda entry: entry[1].start):
+                yield name, getattr(torch, DTYPE_NAMES[info.dtype]), info.shape
+        else:
+            for name, tensor in self.content.items():
+                yield name, tensor.dtype, tuple(tensor.shape)
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor, in memory of its own; a pickle keeps it."""
         if isinstance(self.content, Header):
@@ -355,6 +366,18 @@ def _digest(file: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
     for chunk in iter(lambda: file.read(2**20), b""):
         digest.update(chunk)
+    return digest.hexdigest()
+
+
+def data_sha256(path: Path) -> str:
+    """Return the SHA-256 of a safetensors file without its header, which metadata do not change; of others, of all."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(read_header(path).data_start)
+        for chunk in iter(lambda: file.read(2**20), b""):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

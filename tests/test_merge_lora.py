@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -135,7 +136,12 @@ def test_merging_and_unmerging_gives_the_base_back(model_store, tmp_path):
     for name, tensor in base.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
     with safe_open(there, "pt") as written:
-        assert written.metadata()["modelspec.merged_from"].startswith("model.safetensors, a.safetensors*0.8 (")
+        metadata = written.metadata()
+    assert metadata["modelspec.merged_from"] == "model, a"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    (origin,) = json.loads(metadata["merge_recipe"])["networks"]
+    with safe_open(file, "pt") as source:
+        assert origin == {"name": "a.safetensors", "sha256": source.metadata()["sshs_model_hash"], "ratio": 0.8}
 
 
 # ---- into one LoRA ------------------------------------------------------------------------------------------
@@ -157,7 +163,8 @@ def test_concat_is_the_weighted_sum_for_any_ranks_modules_and_signs(model_store,
     with safe_open(out, "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_dim"] == "Dynamic"
-    assert "a.safetensors*0.8" in metadata["modelspec.merged_from"]
+    assert metadata["modelspec.merged_from"] == "a, b, c"
+    assert [part["ratio"] for part in json.loads(metadata["merge_recipe"])["networks"]] == list(ratios)
     assert {"sshs_model_hash", "sshs_legacy_hash"} <= metadata.keys()
 
 
@@ -297,7 +304,7 @@ def test_what_does_not_belong_together_is_refused(model_store, tmp_path):
         ("lora_unet_a.hada_w1_a", "a LoHa"),
         ("lora_unet_a.lokr_w1", "a LoKr"),
         ("lora_unet_a.dora_scale", "a DoRA"),
-        ("unet.a.lora_A.weight", "a diffusers or PEFT file"),
+        ("unet.a.lora_A.weight", "is damaged: unet.a.lora_A.weight has no up matrix"),
         ("something.else", "no LoRA file"),
     ],
 )

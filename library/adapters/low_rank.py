@@ -7,6 +7,7 @@ for a convolution, row-major as in `weight.flatten(1)`. The layer's own shape is
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,36 @@ def concatenated(parts: Sequence[tuple[float, Change]]) -> Change:
     up, down = torch.cat(ups, dim=1), torch.cat(downs)
     first = parts[0][1]
     return Change(up, down, float(down.shape[0]), (down.shape[0], *first.down_shape[1:]))
+
+
+def summed(parts: Sequence[tuple[float, Change]]) -> Change:
+    """Return the sums of the factors of changes of one rank, with the strength that the ratios mean.
+
+    U = sum of sqrt|c| U_i and D = sum of sign(c) sqrt|c| D_i with c = ratio * alpha / R: exact for one file, and
+    for files with equal factors; otherwise products of one file's U with another's D come in.
+    """
+    return _folded(concatenated(parts), parts[0][1].rank)
+
+
+def concatenated_as_sd_scripts(parts: Sequence[tuple[float, Change]]) -> Change:
+    """Return the ranks side by side as sd-scripts has them: both factors take the ratio, alpha is the first one's."""
+    base = parts[0][1]
+    strengths = [math.sqrt(change.alpha / base.alpha) * ratio for ratio, change in parts]
+    up = torch.cat([change.up.float() * abs(t) for t, (_, change) in zip(strengths, parts, strict=True)], dim=1)
+    down = torch.cat([change.down.float() * t for t, (_, change) in zip(strengths, parts, strict=True)])
+    return dataclasses.replace(base, up=up, down=down, down_shape=(down.shape[0], *base.down_shape[1:]))
+
+
+def summed_as_sd_scripts(parts: Sequence[tuple[float, Change]]) -> Change:
+    """Return the sums of the factors as sd-scripts makes them."""
+    return dataclasses.replace(_folded(concatenated_as_sd_scripts(parts), parts[0][1].rank), alpha=parts[0][1].alpha)
+
+
+def _folded(joined: Change, rank: int) -> Change:
+    """Return a change whose groups of rank ranks are added up; its alpha is the rank."""
+    up = joined.up.unflatten(1, (-1, rank)).sum(dim=1)
+    down = joined.down.unflatten(0, (-1, rank)).sum(dim=0)
+    return Change(up, down, float(rank), (rank, *joined.down_shape[1:]))
 
 
 def mixed(change: Change, generator: torch.Generator) -> Change:

@@ -44,7 +44,7 @@ TEXT_BASE: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # equal to itself only, so it can be a key
 class TextModel:
     """A text encoder of a family: where its tensors stand in files, and how it is built."""
 
@@ -57,7 +57,7 @@ class TextModel:
     unused_layers: int = 0  # at the end of original files, which training did not use
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # equal to itself only, so it can be a key
 class ModelFamily:
     """One generation of Stable Diffusion."""
 

@@ -1,0 +1,75 @@
+"""Weights by block for merging (`--lbws`), with the slots of web UIs: text encoders, 12 blocks in, middle, 12 out.
+
+Readings of 12 and 20 weights are for SDXL, of 17 and 26 for SD 1.x and 2.x; a slot that is not among them has 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+BASE, FIRST_IN, MIDDLE, FIRST_OUT, NUM_SLOTS = 0, 1, 13, 14, 26
+# Number of weights -> the slots that they are for, in order.
+SLOTS = {
+    12: (BASE, 5, 6, 8, 9, MIDDLE, *range(14, 20)),
+    17: (BASE, 2, 3, 5, 6, 8, 9, MIDDLE, *range(17, 26)),
+    20: (BASE, *range(1, 10), MIDDLE, *range(14, 23)),
+    26: tuple(range(NUM_SLOTS)),
+}
+# Pattern of module names, the first slot, and how much each number that it captures adds.
+RULES = (
+    (r"lora_te", BASE, ()),
+    (r"lora_unet_down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", FIRST_IN + 1, (3, 1)),
+    (r"lora_unet_down_blocks_(\d+)_downsamplers_0_", FIRST_IN + 3, (3,)),
+    (r"lora_unet_mid(?:dle)?_block_", MIDDLE, ()),
+    (r"lora_unet_up_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", FIRST_OUT, (3, 1)),
+    (r"lora_unet_up_blocks_(\d+)_upsamplers_0_", FIRST_OUT + 2, (3,)),
+    (r"lora_unet_input_blocks_(\d+)_", FIRST_IN, (1,)),
+    (r"lora_unet_output_blocks_(\d+)_", FIRST_OUT, (1,)),
+    (r"lora_unet_(?:time_embed|label_emb)", FIRST_IN, ()),
+    (r"lora_unet_(?:out_|conv_norm_out|conv_out)", 23, ()),
+)
+
+
+def read_weights(text: str) -> tuple[float, ...]:
+    """Return the weights of a JSON list; raises ValueError for another number of them."""
+    try:
+        numbers = json.loads(text)
+    except ValueError:
+        numbers = None
+    if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+        raise ValueError(f"{text!r} is no JSON list of numbers, such as [1,0.5,...]")
+    if len(numbers) not in SLOTS:
+        raise ValueError(f"{len(numbers)} numbers; {', '.join(map(str, SLOTS))} are known")
+    return tuple(float(number) for number in numbers)
+
+
+def problems(lists: Sequence[str], num_models: int) -> Iterator[str]:
+    """Yield what is wrong with the lists of `--lbws`."""
+    lengths = set()
+    for text in lists:
+        try:
+            lengths.add(len(read_weights(text)))
+        except ValueError as error:
+            yield f"--lbws: {error}"
+    if len(lists) != num_models:
+        yield f"--lbws must have a list for each of the {num_models} files of --models, got {len(lists)}"
+    if len(lengths) > 1:
+        yield f"--lbws must be lists of one length, got {', '.join(map(str, sorted(lengths)))}"
+
+
+def weight_of(module: str, weights: Sequence[float]) -> float:
+    """Return the weight of a module by its name."""
+    slot = slot_of(module)
+    slots = SLOTS[len(weights)]
+    return weights[slots.index(slot)] if slot in slots else 1.0
+
+
+def slot_of(module: str) -> int | None:
+    """Return the slot of a module, None for one in none."""
+    for pattern, first, steps in RULES:
+        match = re.match(pattern, module)
+        if match:
+            return first + sum(int(number) * step for number, step in zip(match.groups(), steps, strict=True))
+    return None

@@ -1,0 +1,157 @@
+"""The layers that networks act on: their names in every kind of file, and where they stand in a base model.
+
+A layer is known by its part and its path in diffusers (`unet`, `mid_block.attentions.0.proj_in`). Files of the suite
+write it as one word after a prefix (`lora_unet_mid_block_attentions_0_proj_in`), for SDXL's U-Net in the names of the
+checkpoint (`lora_unet_middle_block_1_proj_in`); diffusers and PEFT write part and path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+from library.models import keys
+from library.models.family import SDXL, ModelFamily, TextModel
+from library.models.model_files import ModelFiles, tensor_name
+
+UNET = "unet"
+UNET_WORD = "lora_unet_"
+RESNET = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+TRANSFORMER = (*ATTENTION, *(name.replace("attn1", "attn2") for name in ATTENTION), "ff.net.0.proj", "ff.net.2")
+# No network of the suite has these; other trainers' do.
+EDGES = ("conv_in", "conv_out", *(f"{at}_embedding.linear_{n}" for at in ("time", "add") for n in (1, 2)))
+TEXT_LAYER = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+MOST_TRANSFORMERS = 10  # in one attention of SDXL
+LAYERS_PER_BLOCK = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of a base model."""
+
+    part: str  # as the folder of a Diffusers model: unet, text_encoder or text_encoder_2
+    path: str  # in diffusers; of a text encoder without `text_model.`
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tensor of a base model; third is 0, 1 or 2 for query, key or value where the three are one tensor."""
+
+    name: str
+    third: int | None = None
+
+
+@functools.cache
+def layers_of(family: ModelFamily) -> tuple[Layer, ...]:
+    """Return all layers that models of a family may have."""
+    unet = [Layer(UNET, path) for path in _unet_paths(len(family.unet["block_out_channels"]))]
+    text = [Layer(text.folder, path) for text in family.text_models for path in _text_paths(text)]
+    return (*unet, *text)
+
+
+def _unet_paths(num_blocks: int) -> Iterator[str]:
+    yield from EDGES
+    sides = [(f"{side}_blocks.{index}", 3, 3) for side in ("down", "up") for index in range(num_blocks)]
+    for block, resnets, attentions in [*sides, ("mid_block", 2, 1)]:
+        yield from (f"{block}.resnets.{index}.{layer}" for index in range(resnets) for layer in RESNET)
+        for index in range(attentions):
+            attention = f"{block}.attentions.{index}"
+            yield from (f"{attention}.{layer}" for layer in ("proj_in", "proj_out"))
+            for depth in range(MOST_TRANSFORMERS):
+                yield from (f"{attention}.transformer_blocks.{depth}.{layer}" for layer in TRANSFORMER)
+        if block != "mid_block":
+            yield f"{block}.{'downsamplers' if block.startswith('down') else 'upsamplers'}.0.conv"
+
+
+def _text_paths(text: TextModel) -> Iterator[str]:
+    for index in range(text.config["num_hidden_layers"] + text.unused_layers):
+        yield from (f"encoder.layers.{index}.{layer}" for layer in TEXT_LAYER)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Names in files of networks
+# --------------------------------------------------------------------------------------------------------------
+
+
+def module_name(layer: Layer, family: ModelFamily) -> str:
+    """Return the name in files of the suite, which is that of sd-scripts."""
+    return _checkpoint_word(layer, family) if family is SDXL and layer.part == UNET else diffusers_word(layer, family)
+
+
+def diffusers_word(layer: Layer, family: ModelFamily) -> str:
+    """Return the name with the path of diffusers in one word, also for SDXL's U-Net."""
+    path = layer.path if layer.part == UNET else f"text_model.{layer.path}"
+    return _prefix(layer, family) + path.replace(".", "_")
+
+
+def peft_name(layer: Layer) -> str:
+    """Return the name in files of diffusers and PEFT."""
+    return f"{layer.part}.{layer.path}" if layer.part == UNET else f"{layer.part}.text_model.{layer.path}"
+
+
+def _checkpoint_word(layer: Layer, family: ModelFamily) -> str:
+    return UNET_WORD + unet_rule(family)(f"{layer.path}.")[:-1].replace(".", "_")
+
+
+def _prefix(layer: Layer, family: ModelFamily) -> str:
+    words = {text.folder: text.lora_prefix for text in family.text_models}
+    return UNET_WORD if layer.part == UNET else words[layer.part]
+
+
+@functools.cache
+def layers_by_name(family: ModelFamily) -> Mapping[str, Layer]:
+    """Return every name that files have for a layer -> the layer."""
+    names: dict[str, Layer] = {}
+    for layer in layers_of(family):
+        names[diffusers_word(layer, family)] = names[peft_name(layer)] = layer
+        if layer.part == UNET:
+            names[_checkpoint_word(layer, family)] = layer
+        else:  # the text encoder's own path changed in transformers 5.6
+            names[_prefix(layer, family) + layer.path.replace(".", "_")] = layer
+            names[f"{layer.part}.{layer.path}"] = layer
+    return names
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Places in base models
+# --------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def unet_rule(family: ModelFamily) -> Callable[[str], str]:
+    """Return the rule of diffusers names -> names of the checkpoint for a family's U-Net."""
+    kinds = family.unet["up_block_types"]
+    return keys.unet_rule(LAYERS_PER_BLOCK, frozenset(at for at, kind in enumerate(kinds) if "CrossAttn" in kind))
+
+
+def places(model: ModelFiles) -> dict[Layer, Place]:
+    """Return the place of every layer that a model has."""
+    shapes = model.shapes
+    found: dict[Layer, Place] = {}
+    for layer in layers_of(model.family):
+        candidates = _folder_places(layer) if model.is_folder else _checkpoint_places(layer, model.family)
+        place = next((place for place in candidates if place.name in shapes), None)
+        if place is not None:
+            found[layer] = place
+    return found
+
+
+def _folder_places(layer: Layer) -> Iterator[Place]:
+    yield Place(tensor_name(layer.part, f"{layer.path}.weight"))
+    yield Place(tensor_name(layer.part, f"text_model.{layer.path}.weight"))
+
+
+def _checkpoint_places(layer: Layer, family: ModelFamily) -> Iterator[Place]:
+    name = f"{layer.path}.weight"
+    if layer.part == UNET:
+        yield Place(keys.UNET_PREFIX + unet_rule(family)(name))
+        return
+    text = next(text for text in family.text_models if text.folder == layer.part)
+    is_openclip = text.layout == "openclip"
+    for prefix in text.prefixes:
+        yield Place(
+            prefix + (keys.openclip_name(name) if is_openclip else name),
+            keys.fused_slice(name) if is_openclip else None,
+        )

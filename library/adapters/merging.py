@@ -1,0 +1,182 @@
+"""Networks into a base model: what is added to which tensor, and the model written tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from library.adapters.layers import Place, places
+from library.adapters.lora_file import LoraFile
+from library.adapters.low_rank import Change
+from library.errors import UserError
+from library.models.model_files import TEXT_FILES, UNET_FILES, ModelFiles, tensor_name
+from library.weights_io import WeightFile, disk_errors, write_stream, write_weights
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 5
+# Beginnings of the names of what networks act on: written in the type asked for, the rest as it is.
+MERGED_PARTS = ("model.diffusion_model.", "cond_stage_model.", "conditioner.", "unet/", "text_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """What becomes of a model: what is added by tensor, the type of the result, metadata besides the model's own."""
+
+    additions: Mapping[str, Sequence[Addition]]
+    dtype: torch.dtype
+    metadata: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """What is added to a tensor of a model, or to a third of it: ratio * alpha / R * U D."""
+
+    ratio: float
+    change: Change
+    third: int | None
+
+
+def additions_by_tensor(
+    model: ModelFiles, files: Sequence[tuple[LoraFile, Mapping[str, float]]], *, allow_unmatched: bool
+) -> dict[str, list[Addition]]:
+    """Return tensor name -> what is added to it, for files with the ratio of each module.
+
+    Raises UserError for files of another family, modules that the model does not have, and shapes that do not fit.
+    """
+    known = places(model)
+    additions: dict[str, list[Addition]] = {}
+    for file, ratios in files:
+        if file.family not in (None, model.family):
+            raise UserError(f"{file.path} is for {file.family.title}, {model.path} is an {model.family.title} model")
+        missing = []
+        for name, change in file.changes.items():
+            place = known.get(file.layer(name))
+            if place is None:
+                missing.append(name)
+                continue
+            check_shape(file, name, change, model.shapes[place.name], place)
+            additions.setdefault(place.name, []).append(Addition(ratios[name], change, place.third))
+        tell_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
+    return additions
+
+
+def tell_unmatched(file: LoraFile, names: Sequence[str], where: Path, *, allowed: bool) -> None:
+    """Warn of what has no place in a model; raises UserError unless that is allowed."""
+    if not names:
+        return
+    shown = ", ".join(names[:MOST_NAMED])
+    text = f"{file.path}: {len(names)} of {len(file.changes) + len(file.extra)} modules are not in {where} ({shown})"
+    if not allowed:
+        raise UserError(f"{text}; --allow_unmatched goes on without them")
+    logger.warning("%s; they are left out", text)
+
+
+def check_shape(file: LoraFile, name: str, change: Change, shape: Sequence[int], place: Place) -> None:
+    """Raise UserError where a change does not fit the tensor that it is for."""
+    rows = shape[0] if place.third is None else shape[0] // 3
+    needed = (rows, math.prod(shape[1:]))
+    if change.layer_shape != needed:
+        raise UserError(f"{file.path}: {name} is for a layer of {change.layer_shape}, this model has {needed}")
+
+
+def merged_tensor(tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of a model with what is added to it, summed in float32, in a type."""
+    if not additions:
+        return tensor.to(dtype)
+    total = tensor.float()
+    rows = total.view(total.shape[0], -1)  # a view: what is added to it is added to the tensor
+    for addition in additions:
+        size = rows.shape[0] // 3
+        part = rows if addition.third is None else rows[addition.third * size : (addition.third + 1) * size]
+        strength = addition.ratio * addition.change.scale
+        part.addmm_(addition.change.up.float(), addition.change.down.float(), alpha=strength)
+    return total.to(dtype)
+
+
+def result_type(name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which a tensor is written."""
+    return dtype if name.startswith(MERGED_PARTS) and own.is_floating_point else own
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------
+
+
+def write_merged(model: ModelFiles, merge: Merge, save_to: Path) -> None:
+    """Write a merged model to a file, or a folder where the model is one."""
+    total = len(model.shapes)
+    logger.info("%d tensors of %s change, %d stay", len(merge.additions), model.path, total - len(merge.additions))
+    with tqdm(total=total, desc="merging", unit="tensor") as bar:
+        if not model.is_folder:
+            write_part(model.parts[""][0], "", merge, save_to, bar)
+            return
+        with new_folder(save_to) as folder:
+            copy_others(model, folder)
+            for part, files in model.parts.items():
+                for file in files:
+                    write_part(file, part, merge, folder / file.path.relative_to(model.path), bar)
+
+
+def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm) -> None:
+    """Write one weight file of a model, merged, tensor by tensor."""
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        for own_name, tensor in file.tensors(file.shapes):
+            name = tensor_name(part, own_name)
+            dtype = result_type(name, tensor.dtype, merge.dtype)
+            yield own_name, merged_tensor(tensor, merge.additions.get(name, ()), dtype)
+            bar.update()
+
+    if path.suffix.lower() != ".safetensors":
+        write_weights(path, dict(merged()))
+        return
+    infos = {name: (result_type(tensor_name(part, name), own, merge.dtype), shape) for name, own, shape in file.infos()}
+    write_stream(path, infos, merged(), dict(file.metadata) | dict(merge.metadata))
+
+
+class new_folder:
+    """Within it a folder is filled under a temporary name; when the block ends well it gets its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            with disk_errors(self.path):
+                if self.path.is_dir():
+                    self.path.rmdir()  # empty, as was checked
+                self.temporary.replace(self.path)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def copy_others(model: ModelFiles, folder: Path) -> None:
+    """Copy what a Diffusers folder holds besides the weights that are merged: configurations, tokenizer, scheduler."""
+    weights = (*UNET_FILES, *TEXT_FILES)
+    for path in sorted(model.path.rglob("*")):
+        relative = path.relative_to(model.path)
+        if path.is_dir() or (
+            relative.parts[0] in model.parts and path.name.startswith(weights) and not _is_index(path)
+        ):
+            continue
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, folder / relative)
+
+
+def _is_index(path: Path) -> bool:
+    return ".index." in path.name and path.suffix == ".json"
