@@ -54,7 +54,7 @@ def merge_texts(files: FilesConfig, names: NamesConfig, extension: str, key: str
     check(files, names)
     entries = read_metadata(base) if (base := base_file(files)) is not None else {}
     pictures = list_all(files.train_data_dir, recursive=names.recursive)
-    named = named_pictures(pictures, files.train_data_dir, full_path=names.full_path)
+    named = named_pictures(pictures, files.train_data_dir, entries, full_path=names.full_path)
     texts, missing, damaged = read_texts(named, extension)
     tell(missing, damaged, extension)
     if not texts:
@@ -103,16 +103,19 @@ def list_all(folder: Path, *, recursive: bool) -> list[Path]:
     return pictures
 
 
-def named_pictures(pictures: Sequence[Path], folder: Path, *, full_path: bool) -> dict[str, Path]:
+def named_pictures(pictures: Sequence[Path], folder: Path, entries: Entries, *, full_path: bool) -> dict[str, Path]:
     """Return name in the metadata file -> picture; raises UserError where training would find another by a name."""
+    if not full_path:
+        check_stems(pictures, folder)
+    return {name_in(entries, picture, full_path=full_path): picture for picture in pictures}
+
+
+def check_stems(pictures: Sequence[Path], folder: Path) -> None:
+    """Raise UserError for pictures whose names without extension lead training to another one, or to none."""
     from library.config.dataset import SubsetOptions
     from library.data.sources import find_picture
 
-    if full_path:
-        # Without `..`, so that a picture has one name; links stay as the user wrote them.
-        return {os.path.abspath(picture): picture for picture in pictures}  # noqa: PTH100
-    place = SubsetOptions(image_dir=folder)
-    lost = []
+    place, lost = SubsetOptions(image_dir=folder), []
     for picture in pictures:
         found = find_picture(picture.stem, place)
         if found is None or not found.samefile(picture):
@@ -122,7 +125,14 @@ def named_pictures(pictures: Sequence[Path], folder: Path, *, full_path: bool) -
             f"{len(lost)} of {len(pictures)} pictures cannot be told from others by their names without extension "
             f"({', '.join(lost[:MOST_NAMED])}): rename them, or name pictures by their paths with --full_path"
         )
-    return {picture.stem: picture for picture in pictures}
+
+
+def name_in(entries: Entries, picture: Path, *, full_path: bool) -> str:
+    """Return the name under which a picture has an entry, with extension or without, else the usual one."""
+    # Without `..`, so that a picture has one name; links stay as the user wrote them.
+    whole = os.path.abspath(picture) if full_path else picture.name  # noqa: PTH100
+    usual = whole if full_path else picture.stem
+    return next((name for name in (whole, str(Path(whole).with_suffix(""))) if name in entries), usual)
 
 
 def read_texts(named: Mapping[str, Path], extension: str) -> tuple[dict[str, str], list[Path], list[str]]:

@@ -108,6 +108,11 @@ def test_what_a_metadata_file_has_already_is_kept(folder, tmp_path):
     assert found["赤い 家"] == {"caption": "a red house", "train_resolution": [512, 384]}
     assert found["elsewhere"] == {"tags": "x"}
     assert len(found) == 5
+    # An entry under the name with extension is that picture's, too.
+    out.write_text(json.dumps({"b.v2.JPG": {"tags": "x"}}), encoding="utf-8")
+    assert captions(folder, out) == 0
+    assert len(read(out)) == len(as_trained(folder, out)) == 4
+    assert read(out)["b.v2.JPG"] == {"tags": "x", "caption": "a dog\na cat"}
     # With --in_json, that file's entries are kept in place of those.
     (tmp_path / "other.json").write_text("\ufeff{}", encoding="utf-8")
     assert captions(folder, out, "--in_json", tmp_path / "other.json") == 0
