@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +65,16 @@ def test_the_sum_is_that_of_float64_and_what_is_told_of_it_is_true(pair, tmp_pat
         else:
             assert_close(merged[name], 0.7 * tensor.double() + 0.3 * other.get(name, tensor).double(), torch.float32)
     told = metadata_of(tmp_path / "混ぜた.safetensors")
+    recipe = json.loads(told.pop("merge_recipe"))
     assert told == {
         "modelspec.author": "わたし",
         "modelspec.title": "混ぜた",
-        "modelspec.merged_from": "a.safetensors*0.7 (abcabcabcabc), b.ckpt*0.3",
+        "modelspec.merged_from": "a, b",
     }
+    assert recipe["models"] == [
+        {"name": "a.safetensors", "ratio": 0.7, "sshs_model_hash": "abc" * 20},
+        {"name": "b.ckpt", "ratio": 0.3},
+    ]
     assert b"lacks 20 tensors" in done.stderr
     assert b"lacks model_ema." in done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "混ぜた.safetensors"]

@@ -9,16 +9,18 @@ are, and their types unless --saving_precision is given; its numbers that are no
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.options import option, parse
+from library.config.tool_files import Precision, dtype_named, input_problems, refuse
 from library.errors import UserError
 from library.logs import run_script
 
@@ -54,8 +56,8 @@ class MergeOptions:
 
     unet_only: bool = option(False, "text encoders and VAE stay as the first model has them")
     device: str = option("cpu", "where the sums are made, such as cuda")
-    precision: Literal["float", "fp16", "bf16"] = option("float", "accepted; sums are always made in float32")
-    saving_precision: Literal["float", "fp16", "bf16"] | None = option(
+    precision: Precision = option("float", "accepted; sums are always made in float32")
+    saving_precision: Precision | None = option(
         None, "type of what is written; unset: of each tensor the first model's"
     )
     show_skipped: bool = option(False, "name the tensors that are in one model only")
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(MergeConfig, argv, description=__doc__)
     output = output_path(config.files.output)
-    check(config.files, output)
+    refuse(problems_of(config.files, output))
 
     from library.weights_io import write_stream
 
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tell_of_skipped(models, config.merge)
     types = types_to_write(models[0], config.merge)
     infos = {name: (dtype, models[0].shape(name)) for name, dtype in types.items()}
-    write_stream(output, infos, merged_tensors(models, types, config.merge), metadata_of(models, output))
+    write_stream(output, infos, merged_tensors(models, types, config.merge), metadata_of(models, output, config.merge))
     logger.info("saved %s", output)
     return 0
 
@@ -121,13 +123,6 @@ def output_path(output: Path | None) -> Path:
     return output if output.suffix.lower() == SUFFIX else Path(f"{output}{SUFFIX}")
 
 
-def check(files: FilesConfig, output: Path) -> None:
-    """Raise UserError that lists what is missing or does not fit, before anything is read."""
-    problems = list(problems_of(files, output))
-    if problems:
-        raise UserError("\n".join(problems))
-
-
 def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
     """Yield what is wrong with the options."""
     if not files.models:
@@ -136,11 +131,10 @@ def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
     if files.ratios is not None and len(files.ratios) != number:
         yield f"--ratios must have a number for each of the {number} files of --models, got {len(files.ratios)}"
     for path in files.models or ():
-        if not path.is_file():
-            yield f"--models: {path} is not a file"
-        elif path.suffix.lower() not in INPUT_SUFFIXES:
+        yield from input_problems("--models", path, "the checkpoints")
+        if path.suffix.lower() not in INPUT_SUFFIXES:
             yield f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}"
-        elif output.exists() and path.samefile(output):
+        if path.exists() and output.exists() and path.samefile(output):
             yield f"--output {output} is one of the files to be read: take another name"
 
 
@@ -236,10 +230,8 @@ def is_merged(name: str, merge: MergeOptions) -> bool:
 
 def types_to_write(first: Model, merge: MergeOptions) -> dict[str, torch.dtype]:
     """Return name -> type in which it is written, for all tensors in the order in which they are read."""
-    from networks.merge_lora import dtype_named, types_and_shapes
-
     today = {own: name for name, own in first.names.items()}
-    types = {today[own]: dtype for own, dtype, _ in types_and_shapes(first.file) if own in today}
+    types = {today[own]: dtype for own, dtype, _ in first.file.infos() if own in today}
     if merge.saving_precision is None:
         return types
     wanted = dtype_named(merge.saving_precision)
@@ -283,17 +275,25 @@ def read_one(model: Model, name: str) -> torch.Tensor:
     return next(read_tensors(model.path, only))[1]
 
 
-def metadata_of(models: Sequence[Model], output: Path) -> dict[str, str]:
+def metadata_of(models: Sequence[Model], output: Path, merge: MergeOptions) -> dict[str, str]:
     """Return the metadata of the merged model: the first one's, and what it was merged from."""
+    from library.adapters.provenance import RECIPE
+
     kept = {key: text for key, text in models[0].file.metadata.items() if key not in HASHES}
-    parts = [f"{model.path.name}*{model.ratio:g}{short_hash(model)}" for model in models]
-    return kept | {"modelspec.title": output.stem, "modelspec.merged_from": ", ".join(parts)}
+    titles = [model.file.metadata.get("modelspec.title") or model.path.stem for model in models]
+    recipe = {"operation": "merge_models", "unet_only": merge.unet_only, "models": [told_of(model) for model in models]}
+    return kept | {
+        "modelspec.title": output.stem,
+        "modelspec.merged_from": ", ".join(titles),
+        RECIPE: json.dumps(recipe, ensure_ascii=False),
+    }
 
 
-def short_hash(model: Model) -> str:
-    """Return the first letters of the hash that a file tells of itself, or nothing."""
-    told = next((model.file.metadata[key] for key in HASHES if key in model.file.metadata), "")
-    return f" ({told.removeprefix('0x')[:12]})" if told else ""
+def told_of(model: Model) -> dict[str, str | float]:
+    """Return name and ratio of a model for the recipe, with the hash that the file tells of itself, if it does."""
+    metadata = model.file.metadata
+    hashes = {key: metadata[key] for key in HASHES if key in metadata}
+    return {"name": model.path.name, "ratio": model.ratio, **hashes}
 
 
 if __name__ == "__main__":
