@@ -34,7 +34,14 @@ ONLY_IN = {
     "wandb": ("library/training",),
     "argparse": ("library/config/options.py", "library/training/network_protocol.py"),
 }
-NO_TORCH_AT_THE_TOP = ["train_network.py", "library/config", "library/sampling/prompts.py", "library/data/records.py"]
+NO_TORCH_AT_THE_TOP = [
+    "train_network.py",
+    "library/config",
+    "library/sampling/prompts.py",
+    "library/data/records.py",
+    "tools/show_metadata.py",
+    "finetune",
+]
 
 
 def modules():

@@ -60,7 +60,7 @@ class MergeOptions:
     saving_precision: Precision | None = option(
         None, "type of what is written; unset: of each tensor the first model's"
     )
-    show_skipped: bool = option(False, "name the tensors that are in one model only")
+    show_skipped: bool = option(False, "name the tensors that not all models have")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
