@@ -101,10 +101,10 @@ def read_tensors(
     import torch
 
     header = header or read_header(path)
+    wanted = header.tensors if names is None else [name for name in names if name in header.tensors]
     with path.open("rb", buffering=0) as file:
-        for name, info in sorted(header.tensors.items(), key=lambda entry: entry[1].start):
-            if names is not None and name not in names:
-                continue
+        for name in sorted(wanted, key=lambda name: header.tensors[name].start):
+            info = header.tensors[name]
             if info.dtype not in DTYPE_NAMES:
                 raise UserError(f"{path}: {name} has the type {info.dtype}, which is not read here")
             dtype = getattr(torch, DTYPE_NAMES[info.dtype])
@@ -319,6 +319,14 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             torch.save(tensors, temporary)
         else:
             save_file(tensors, temporary, metadata=dict(metadata) if metadata else None)
+
+
+def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a table as a pickle of torch, by way of a temporary name."""
+    import torch
+
+    with replacing(path) as temporary:
+        torch.save(dict(content), temporary)
 
 
 def write_stream(

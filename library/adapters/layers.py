@@ -17,13 +17,6 @@ from library.models.model_files import ModelFiles, tensor_name
 
 UNET = "unet"
 UNET_WORD = "lora_unet_"
-RESNET = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
-ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
-TRANSFORMER = (*ATTENTION, *(name.replace("attn1", "attn2") for name in ATTENTION), "ff.net.0.proj", "ff.net.2")
-# No network of the suite has these; other trainers' do.
-EDGES = ("conv_in", "conv_out", *(f"{at}_embedding.linear_{n}" for at in ("time", "add") for n in (1, 2)))
-TEXT_LAYER = (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
-MOST_TRANSFORMERS = 10  # in one attention of SDXL
 LAYERS_PER_BLOCK = 2
 
 
@@ -52,22 +45,16 @@ def layers_of(family: ModelFamily) -> tuple[Layer, ...]:
 
 
 def _unet_paths(num_blocks: int) -> Iterator[str]:
-    yield from EDGES
-    sides = [(f"{side}_blocks.{index}", 3, 3) for side in ("down", "up") for index in range(num_blocks)]
-    for block, resnets, attentions in [*sides, ("mid_block", 2, 1)]:
-        yield from (f"{block}.resnets.{index}.{layer}" for index in range(resnets) for layer in RESNET)
-        for index in range(attentions):
-            attention = f"{block}.attentions.{index}"
-            yield from (f"{attention}.{layer}" for layer in ("proj_in", "proj_out"))
-            for depth in range(MOST_TRANSFORMERS):
-                yield from (f"{attention}.transformer_blocks.{depth}.{layer}" for layer in TRANSFORMER)
-        if block != "mid_block":
-            yield f"{block}.{'downsamplers' if block.startswith('down') else 'upsamplers'}.0.conv"
+    return (module for module in keys.unet_modules(num_blocks) if not _is_norm(module))
 
 
 def _text_paths(text: TextModel) -> Iterator[str]:
-    for index in range(text.config["num_hidden_layers"] + text.unused_layers):
-        yield from (f"encoder.layers.{index}.{layer}" for layer in TEXT_LAYER)
+    modules = keys.text_modules(text.config["num_hidden_layers"] + text.unused_layers)
+    return (module for module in modules if not _is_norm(module) and "embedding" not in module)
+
+
+def _is_norm(module: str) -> bool:
+    return "norm" in module.rsplit(".", 1)[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------

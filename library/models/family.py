@@ -253,17 +253,18 @@ def unet_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
     if family.unet_head_width is not None:
         heads = tuple(max(1, count // family.unet_head_width) for count in channels)
     added = shapes.get("label_emb.0.0.weight")
-    more = {} if added is None else {"projection_class_embeddings_input_dim": added[1]}
-    return (
-        family.unet
-        | more
-        | {
-            "block_out_channels": channels,
-            "cross_attention_dim": context,
-            "attention_head_dim": heads,
-            "in_channels": shapes["input_blocks.0.0.weight"][1],
-        }
-    )
+    found: dict[str, Any] = {
+        "block_out_channels": channels,
+        "cross_attention_dim": context,
+        "attention_head_dim": heads,
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+    }
+    if added is not None:
+        found["projection_class_embeddings_input_dim"] = added[1]
+    if "transformer_layers_per_block" in family.unet:
+        starts = (f"input_blocks.{per_block * block + 1}.1.transformer_blocks." for block in range(num_blocks))
+        found["transformer_layers_per_block"] = tuple(max(1, count(shapes, start, 3)) for start in starts)
+    return family.unet | found
 
 
 def vae_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 UNET_FILES = ("diffusion_pytorch_model",)
 TEXT_FILES = ("model", "pytorch_model")
+# What a checkpoint held and Diffusers has no place for: written by the conversion into the folder, read back by it.
+EXTRAS, EXTRAS_FILE = "extras", "original_extras.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
 
 
@@ -73,6 +75,8 @@ def open_model(path: Path, *, variant: str | None = None) -> ModelFiles:
         if (path / part).is_dir():
             files = weight_files(path / part, TEXT_FILES if part.startswith("text") else UNET_FILES, variant)
             parts[part] = tuple(open_weights(file) for file in files)
+    if (path / EXTRAS_FILE).is_file():
+        parts[EXTRAS] = (open_weights(path / EXTRAS_FILE),)
     return ModelFiles(path, family, predicts_v, parts)
 
 

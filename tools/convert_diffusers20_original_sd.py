@@ -1,0 +1,276 @@
+"""Convert a base model between one file (checkpoint) and a Diffusers folder: SD 1.x, SD 2.x and SDXL.
+
+python tools/convert_diffusers20_original_sd.py model.safetensors folder
+python tools/convert_diffusers20_original_sd.py folder model.safetensors --fp16
+
+The kind of model is recognised. A destination that ends in .safetensors or .ckpt is a checkpoint, any other a folder.
+Nothing is asked from the network, and tensors go through one by one.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config import tool_files
+from library.config.options import option, parse
+from library.errors import UserError
+from library.logs import run_script
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.models.conversion import Plan
+    from library.models.model_files import ModelFiles
+
+logger = logging.getLogger(__name__)
+
+
+def read_metadata(text: str) -> dict[str, str]:
+    """Return metadata from a JSON object, or a Python one as sd-scripts takes it; values become texts.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        table = json.loads(text)
+    except ValueError:
+        try:
+            table = ast.literal_eval(text)  # constants only: nothing is run
+        except (SyntaxError, ValueError):
+            table = None
+    if not isinstance(table, dict):
+        raise ValueError(text)
+    return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in table.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    model_to_load: Path | None = option(None, "checkpoint, or Diffusers folder", positional=True)
+    model_to_save: Path | None = option(None, "checkpoint (.safetensors, .ckpt) or folder", positional=True)
+    variant: str | None = option(None, "variant of the Diffusers weights to read, such as fp16")
+    reference_model: Path | None = option(
+        None, "local Diffusers folder whose scheduler and tokenizer are copied; unset: those of the published models"
+    )
+    use_safetensors: bool = option(False, "accepted; folders always hold safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model."""
+
+    v1: bool = option(False, "the model is SD 1.x; it is recognised by itself, this is a check")
+    v2: bool = option(False, "the model is SD 2.x; it is recognised by itself, this is a check")
+    v_parameterization: bool = option(False, "the model predicts v; written into the scheduler or the metadata")
+    unet_use_linear_projection: bool = option(False, "accepted; the U-Nets of SD 2.x are always written so")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavingConfig:
+    """Saving."""
+
+    fp16: bool = option(False, "write float16")
+    bf16: bool = option(False, "write bfloat16")
+    float_: bool = option(False, "write float32", flag="float")
+    save_precision_as: Literal["no", "fp16", "bf16", "float"] = option("no", "the same as one option; no: as it is")
+    epoch: int = option(0, "epochs written to a .ckpt, added to those of the source")
+    global_step: int = option(0, "steps written to a .ckpt, added to those of the source")
+    metadata: str | None = option(None, 'metadata of a .safetensors file: a JSON object such as {"title": "x"}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What is converted into what."""
+
+    files: FilesConfig
+    model: ModelConfig
+    saving: SavingConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(ConvertConfig, argv, description=__doc__)
+    tool_files.refuse(problems_of(config))
+    from library.models.model_files import check_stem, open_model
+
+    model = open_model(config.files.model_to_load, variant=config.files.variant)
+    check_family(config.model, model)
+    if not model.is_folder:
+        check_stem(model.parts[""][0])
+    if is_checkpoint(config.files.model_to_save):
+        write_checkpoint(config, model)
+    else:
+        write_folder(config, model)
+    logger.info("saved %s", config.files.model_to_save)
+    return 0
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a destination is one file; a folder may have a dot in its name."""
+    return path.suffix.lower() in tool_files.WEIGHT_SUFFIXES
+
+
+def problems_of(config: ConvertConfig) -> Iterator[str]:
+    """Yield what is wrong with the options."""
+    files, saving = config.files, config.saving
+    yield from tool_files.input_problems("model_to_load", files.model_to_load, "the model", folders=True)
+    folder = not is_checkpoint(files.model_to_save)
+    yield from tool_files.output_problems("model_to_save", files.model_to_save, (files.model_to_load,), folder=folder)
+    if files.reference_model is not None and not files.reference_model.is_dir():
+        yield (
+            f"--reference_model: {files.reference_model} is not a folder, and nothing is downloaded; "
+            "leave it out for the scheduler and tokenizer of the published models"
+        )
+    given = [name for name, value in (("fp16", saving.fp16), ("bf16", saving.bf16), ("float", saving.float_)) if value]
+    if len(given) > 1:
+        yield f"one type can be written, got --{' --'.join(given)}"
+    if config.model.v1 and config.model.v2:
+        yield "--v1 and --v2 were both given: leave out both, the kind of model is recognised"
+    try:
+        read_metadata(saving.metadata or "{}")
+    except ValueError:
+        yield f'--metadata must be a JSON object such as {{"title": "x"}}, got {saving.metadata}'
+    if files.variant and files.model_to_load is not None and files.model_to_load.is_file():
+        yield f"--variant is for Diffusers folders, {files.model_to_load} is a file"
+
+
+def check_family(options: ModelConfig, model: ModelFiles) -> None:
+    """Raise UserError where --v1 or --v2 says something else than the model."""
+    from library.models.family import SD1, SD2
+
+    for flag, given, family in (("--v1", options.v1, SD1), ("--v2", options.v2, SD2)):
+        if given and model.family is not family:
+            raise UserError(f"{flag} was given, but {model.path} is an {model.family.title} model: leave it out")
+
+
+def written_type(saving: SavingConfig) -> torch.dtype | None:
+    """Return the type to write, None to keep each tensor's own."""
+    words = {"fp16": saving.fp16, "bf16": saving.bf16, "float": saving.float_}
+    word = next((word for word, given in words.items() if given), saving.save_precision_as)
+    return None if word == "no" else tool_files.dtype_named(word)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(config: ConvertConfig, model: ModelFiles) -> None:
+    """Write a checkpoint of the original layout."""
+    from library.models import conversion
+
+    plan = (
+        conversion.plan_to_original(model)
+        if model.is_folder
+        else {name: conversion.as_is(name) for name in model.shapes}
+    )
+    write_file(config, model, plan, config.files.model_to_save, checkpoint_metadata(config, model))
+
+
+def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, str]:
+    """Return the metadata of a checkpoint: the source's, what it is, and --metadata."""
+    own = {} if model.is_folder else dict(model.parts[""][0].metadata)
+    v_prediction = config.model.v_parameterization or model.predicts_v
+    if v_prediction is not None and "modelspec.prediction_type" not in own:
+        own["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
+    if "modelspec.architecture" not in own:
+        family = model.family
+        own["modelspec.architecture"] = family.architecture_v if v_prediction else family.architecture
+    return own | read_metadata(config.saving.metadata or "{}")
+
+
+def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
+    """Write a Diffusers folder."""
+    from library.adapters.merging import copy_others, new_folder
+    from library.models import conversion
+    from library.models.model_files import EXTRAS_FILE
+
+    if model.is_folder:
+        plan, left = {name: conversion.as_is(name) for name in model.shapes}, []
+    else:
+        plan, left = conversion.plan_to_folder(model)
+    with new_folder(config.files.model_to_save) as folder:
+        if model.is_folder:
+            copy_others(model, folder)
+        else:
+            conversion.write_surroundings(folder, model, v_prediction=v_prediction_of(config, model))
+        for part in dict.fromkeys(name.split("/")[0] for name in plan):
+            start = f"{part}/"
+            own = {name.removeprefix(start): piece for name, piece in plan.items() if name.startswith(start)}
+            write_file(config, model, own, folder / file_of(part), {"format": "pt"})
+        if left:
+            logger.info("%d tensors that Diffusers has no place for are kept in %s", len(left), EXTRAS_FILE)
+            extras = {name: conversion.as_is(name) for name in left}
+            write_file(config, model, extras, folder / EXTRAS_FILE, {})
+        if config.files.reference_model is not None:
+            copy_reference(config.files.reference_model, folder)
+
+
+def file_of(part: str) -> Path:
+    """Return the weight file of a part of a Diffusers folder."""
+    from library.models.model_files import EXTRAS, EXTRAS_FILE, TEXT_FILES, UNET_FILES
+
+    if part == EXTRAS:
+        return Path(EXTRAS_FILE)
+    stem = TEXT_FILES[0] if part.startswith("text_encoder") else UNET_FILES[0]
+    return Path(part) / f"{stem}.safetensors"
+
+
+def copy_reference(source: Path, folder: Path) -> None:
+    """Copy scheduler and tokenizers of a Diffusers folder over those of another."""
+    import shutil
+
+    for part in ("scheduler", "tokenizer", "tokenizer_2"):
+        if (source / part).is_dir() and (folder / part).is_dir():
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+
+
+def v_prediction_of(config: ConvertConfig, model: ModelFiles) -> bool:
+    """Return whether the scheduler is to say that the model predicts v, and tell where that was not given."""
+    from library.models import conversion
+
+    if config.model.v_parameterization:
+        return True
+    found = conversion.predicts_v(model, model.parts[""][0].metadata)
+    if found is not None:
+        logger.info(
+            "the model predicts %s, by its file; --v_parameterization says that it is v", "v" if found else "noise"
+        )
+    return bool(found)
+
+
+def write_file(config: ConvertConfig, model: ModelFiles, plan: Plan, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one weight file by a plan, tensor by tensor."""
+    from tqdm import tqdm
+
+    from library.models import conversion
+    from library.weights_io import load_pickle, write_pickle, write_stream
+
+    infos = conversion.infos_of(plan, model, written_type(config.saving))
+    made = conversion.tensors_of(plan, model, infos)
+    tensors = tqdm(
+        made, total=len(plan), desc=path.stem if path == config.files.model_to_save else path.parent.name, unit="tensor"
+    )
+    if path.suffix.lower() == ".safetensors":
+        write_stream(path, infos, tensors, metadata)
+        return
+    counts = {"epoch": config.saving.epoch, "global_step": config.saving.global_step}
+    source = model.path
+    if source.is_file() and source.suffix.lower() != ".safetensors":
+        former = load_pickle(source)
+        counts = {name: number + int(former.get(name, 0)) for name, number in counts.items()}
+    write_pickle(path, counts | {"state_dict": dict(tensors)})
+
+
+if __name__ == "__main__":
+    run_script(main)
