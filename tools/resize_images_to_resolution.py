@@ -87,7 +87,7 @@ class FilesConfig:
     """Files."""
 
     save_as_png: bool = option(False, "write copies as PNG; else as JPEG of quality 100")
-    full_chroma: bool = option(False, "keep all of the colour in JPEG (4:4:4); else half of it per side (4:2:0)")
+    full_chroma: bool = option(False, "keep the full resolution of colour in JPEG (4:4:4); else half of it (4:2:0)")
     copy_associated_files: bool = option(False, "copy captions and other files named as a picture for each size")
     skip_existing: bool = option(False, "leave files as they are that are in the destination already")
     overwrite: bool = option(False, "replace files that are in the destination already")
@@ -504,13 +504,13 @@ def frame(size: Size, area: int, divisible_by: int) -> tuple[Size, Box]:
 # Reading
 # --------------------------------------------------------------------------------------------------------------
 
-# What is said at the end of pictures that could not be kept as they are: kind -> words after their number.
+# What is said at the end where copies could not keep all: kind -> words before the number and names of the pictures.
 NOTICES = {
-    "alpha": "transparent, which JPEG cannot hold: their copies are laid on white; --save_as_png keeps transparency",
-    "depth": "in gray of more than 8 bits: their copies have 8",
-    "CMYK": "in CMYK: their copies are in sRGB",
-    "profile": "with a colour profile that is not for their kind of pixels: their copies have none",
-    "frames": "moving: their copies show the first frame",
+    "alpha": "copies of transparent pictures are laid on white, for JPEG has no transparency; --save_as_png keeps it",
+    "depth": "copies of gray pictures of more than 8 bits have 8",
+    "CMYK": "copies of CMYK pictures are in sRGB",
+    "profile": "copies are without the colour profile, which is not for their picture's kind of pixels",
+    "frames": "copies of moving pictures show the first frame",
 }
 # (format, mode) -> how OpenCV reads it: the same pixels as Pillow, in half the time.
 OPENCV_FLAGS = {("JPEG", "RGB"): "IMREAD_COLOR", ("MPO", "RGB"): "IMREAD_COLOR", ("JPEG", "L"): "IMREAD_GRAYSCALE"}
@@ -754,7 +754,7 @@ def report(outcomes: Sequence[Outcome], config: ResizeConfig, num_there: int, se
     for notice, words in NOTICES.items():
         sources = [str(outcome.source) for outcome in outcomes if notice in outcome.notices]
         if sources:
-            logger.warning("%d pictures %s (%s)", len(sources), words, named(sources))
+            logger.warning("%s: %d (%s)", words, len(sources), named(sources))
     written = sum((outcome.written for outcome in outcomes), collections.Counter())
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
