@@ -433,7 +433,7 @@ def carry_out_one(task: Task, *, config: ResizeConfig, gate: MemoryGate) -> Outc
                 f"{config.folders.dst_img_folder} cannot be written: {problem.strerror}; what was written before is "
                 "whole, and --skip_existing goes on from there"
             ) from problem
-        error = f"its copies could not be written: {problem.strerror or problem}"
+        error = f"it could not be copied: {problem.strerror or problem}"
     return Outcome(task.source, written, notices, error)
 
 
