@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,12 +81,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     """Run the script with a command line; return the exit code."""
     config = parse(MergeConfig, argv, description=description)
     tool_files.refuse(problems_of(config.files, config.merge))
-    from library.adapters.lora_file import read_lora, same_family
+    from library.adapters.lora_file import same_family
 
-    files = [read_lora(path) for path in config.files.models]
-    same_family(files)
-    ratios = [module_ratios(config, index, file) for index, file in enumerate(files)]
-    weighted = list(zip(files, ratios, strict=True))
+    weighted = weighted_files(config.files, config.merge)
+    same_family(file for file, _ in weighted)
     if config.files.sd_model is not None:
         merge_into_model(config, weighted)
     else:
@@ -116,15 +114,18 @@ def problems_of(files: FilesConfig, merge: MergeOptions) -> Iterator[str]:
         yield "--shuffle goes with --concat"
 
 
-def module_ratios(config: MergeConfig, index: int, file: LoraFile) -> Ratios:
-    """Return the ratio of each module of a file: its ratio, times the weight of the module's block."""
+def weighted_files(files: Any, merge: Any) -> list[tuple[LoraFile, Ratios]]:
+    """Return the LoRA files of --models, each with the ratio of its modules: its own, times the weight of the block."""
     from library.adapters import layer_weights
+    from library.adapters.lora_file import read_lora
 
-    ratio, lists = config.files.ratios[index], config.merge.lbws
-    if lists is None:
-        return dict.fromkeys(file.changes, ratio)
-    weights = layer_weights.read_weights(lists[index])
-    return {name: ratio * layer_weights.weight_of(name, weights) for name in file.changes}
+    weighted = []
+    for index, path in enumerate(files.models):
+        file, ratio = read_lora(path), files.ratios[index]
+        weights = None if merge.lbws is None else layer_weights.read_weights(merge.lbws[index])
+        factors = {name: 1.0 if weights is None else layer_weights.weight_of(name, weights) for name in file.changes}
+        weighted.append((file, {name: ratio * factor for name, factor in factors.items()}))
+    return weighted
 
 
 def merge_into_model(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]]) -> None:
@@ -153,15 +154,13 @@ def merge_into_lora(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]
 
     from library.adapters.lora_file import tensors_of
     from library.adapters.low_rank import mixed
-    from library.adapters.merging import tell_unmatched
     from library.adapters.provenance import architecture, network_metadata
     from networks.lora import write_weights
 
     merge = config.merge
-    for file, _ in files:
-        tell_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=merge.allow_unmatched)
-    parts = parts_by_module(files)
-    check_alike(parts, merge)
+    parts = parts_by_module(files, allow_unmatched=merge.allow_unmatched)
+    check_layers(parts)
+    check_factors(parts, merge)
     join = joining(merge)
     changes = {name: join(same) for name, same in tqdm(parts.items(), desc="merging", unit="module")}
     if merge.shuffle:
@@ -178,20 +177,30 @@ def merge_into_lora(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]
     write_weights(config.files.save_to, tensors_of(changes, written_type(config)), metadata)
 
 
-def parts_by_module(files: Sequence[tuple[LoraFile, Ratios]]) -> dict[str, list[tuple[float, Change]]]:
+def parts_by_module(
+    files: Sequence[tuple[LoraFile, Ratios]], *, allow_unmatched: bool
+) -> dict[str, list[tuple[float, Change]]]:
     """Return module -> the changes that files have for it, each with its ratio."""
+    from library.adapters.merging import tell_unmatched
+
     parts: dict[str, list[tuple[float, Change]]] = {}
     for file, ratios in files:
+        tell_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=allow_unmatched)
         for name, change in file.changes.items():
             parts.setdefault(name, []).append((ratios[name], change))
     return parts
 
 
-def check_alike(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeOptions) -> None:
-    """Raise UserError for modules of the same name and other layers, or of other ranks where these must agree."""
+def check_layers(parts: Mapping[str, list[tuple[float, Change]]]) -> None:
+    """Raise UserError for modules of the same name and other layers."""
     for name, same in parts.items():
         if len({change.layer_shape for _, change in same}) > 1:
             raise UserError(f"{name} is for different layers in the files: they are for different models")
+
+
+def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeOptions) -> None:
+    """Raise UserError for factors that cannot be joined as asked."""
+    for name, same in parts.items():
         ranks = [change.rank for _, change in same]
         if not merge.concat and len(set(ranks)) > 1:
             raise UserError(

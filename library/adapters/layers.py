@@ -49,8 +49,18 @@ def _unet_paths(num_blocks: int) -> Iterator[str]:
 
 
 def _text_paths(text: TextModel) -> Iterator[str]:
-    modules = keys.text_modules(text.config["num_hidden_layers"] + text.unused_layers)
+    modules = keys.text_modules(text.config["num_hidden_layers"])
     return (module for module in modules if not _is_norm(module) and "embedding" not in module)
+
+
+def is_attention_layer(layer: Layer) -> bool:
+    """Return whether a plain LoRA acts on a layer: those of transformers and of text encoders."""
+    return layer.part != UNET or ".attentions." in layer.path
+
+
+def is_block_layer(layer: Layer) -> bool:
+    """Return whether a LoRA with convolutions acts on a layer: all but the first and last ones of the U-Net."""
+    return layer.part != UNET or "_block" in layer.path
 
 
 def _is_norm(module: str) -> bool:

@@ -43,6 +43,10 @@ class Change:
         """(out, n), by which changes of the same layer are recognised, 2-D or 4-D."""
         return self.up.shape[0], self.down.shape[1]
 
+    def to(self, device: str) -> Change:
+        """Return the change on a device."""
+        return dataclasses.replace(self, up=self.up.to(device), down=self.down.to(device))
+
     def delta(self) -> Tensor:
         """Return alpha / R * U D, (out, n), float32."""
         return (self.up.float() @ self.down.float()) * self.scale
@@ -111,24 +115,32 @@ def mixed(change: Change, generator: torch.Generator) -> Change:
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """A singular value decomposition U diag(S) V of a sum of changes, S descending."""
+    """A singular value decomposition U diag(S) V of a change, S descending: whole, or its leading values."""
 
     left: Tensor  # (out, p)
     values: Tensor  # (p,)
     right: Tensor  # (p, n)
+    total: float  # squared Frobenius norm of the whole
+
+    def kept(self, rank: int) -> float:
+        """Return the squared norm that the first rank values hold."""
+        return float(self.values[:rank].double().square().sum())
 
     def energy(self, rank: int) -> float:
         """Return the share of the squared norm that the first rank values hold; 1 of nothing."""
-        squares = self.values.double().square()
-        total = float(squares.sum())
-        return float(squares[:rank].sum()) / total if total > 0 else 1.0
+        return min(1.0, self.kept(rank) / self.total) if self.total > 0 else 1.0
+
+    @property
+    def numerical_rank(self) -> int:
+        """The number of values that are more than rounding of float32, at least 1."""
+        return max(1, int((self.values > self.values[0] * torch.finfo(torch.float32).eps).sum()))
 
     def truncated(self, rank: int, down_shape: tuple[int, ...]) -> Change:
         """Return the nearest change of a rank (Eckart and Young 1936), the values shared evenly by both factors.
 
-        Alpha is the rank, so that readers multiply by 1.
+        The rank is at most the numerical one. Alpha is the rank, so that readers multiply by 1.
         """
-        rank = max(1, min(rank, len(self.values)))
+        rank = max(1, min(rank, self.numerical_rank))
         root = self.values[:rank].sqrt()
         up, down = self.left[:, :rank] * root, root[:, None] * self.right[:rank]
         return Change(up, down, float(rank), (rank, *down_shape[1:]))
@@ -144,4 +156,116 @@ def spectrum_of(change: Change) -> Spectrum:
     left, upper = torch.linalg.qr(up)  # (out, p), (p, R)
     right, lower = torch.linalg.qr(down.T)  # (n, q), (q, R)
     inner_left, values, inner_right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    return Spectrum((left @ inner_left).float(), values.float(), (inner_right @ right.T).float())
+    total = float(values.square().sum())
+    return Spectrum((left @ inner_left).float(), values.float(), (inner_right @ right.T).float(), total)
+
+
+OVERSAMPLING = 8  # columns of a block besides the rank asked for
+MOST_BLOCKS = 24
+GAIN = 1e-4  # a block that adds less to what is kept, as a share of it, is the last
+WIDEST = 12  # blocks that must fit into the short side, or the whole matrix is decomposed: that is as fast then
+
+
+def nearest_spectrum(matrix: Tensor, rank: int, generator: torch.Generator) -> Spectrum:
+    """Return the `rank` leading values of a matrix (out, n), float32, with their vectors, not decomposing it whole.
+
+    Block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477): orthonormal blocks X, A^T A X, (A^T A)^2 X, ...
+    of a random start, on which the matrix is decomposed. It converges where plain subspace iteration stays some
+    percent below, on spectra that hardly fall. Blocks are added until what the leading values hold grows no more.
+    generator is on the CPU, so that a device does not change what is drawn.
+    """
+    block = rank + OVERSAMPLING
+    short = min(matrix.shape)
+    if WIDEST * block >= short:
+        return exact_spectrum(matrix)
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if is_wide else matrix  # (m, n), m >= n
+    basis = torch.linalg.qr(torch.randn(short, block, generator=generator).to(matrix.device))[0]  # (n, columns)
+    images = tall @ basis  # (m, columns)
+    energy = 0.0
+    while True:
+        squares, inner = _leading_eigenvectors(images, rank)
+        found = float(squares.sum())
+        if found <= energy * (1 + GAIN) or basis.shape[1] + block > min(short, MOST_BLOCKS * block):
+            break
+        energy = found
+        new = tall.T @ images[:, -block:]
+        for _ in range(2):  # once is not enough in float32
+            new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
+        basis, images = torch.cat([basis, new], dim=1), torch.cat([images, tall @ new], dim=1)
+    vectors = basis @ inner  # (n, rank)
+    return _spectrum_by(matrix, vectors, is_wide=is_wide)
+
+
+def exact_spectrum(matrix: Tensor) -> Spectrum:
+    """Return all values of a matrix (out, n), float32, with their vectors.
+
+    From the eigenvectors of the smaller Gram matrix in float64, several times as fast as a decomposition of the
+    matrix itself; values are exact to 1e-8 of the largest.
+    """
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if is_wide else matrix
+    vectors = _leading_eigenvectors(tall, tall.shape[1])[1]
+    return _spectrum_by(matrix, vectors, is_wide=is_wide)
+
+
+def _leading_eigenvectors(columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues of C^T C, descending, and their vectors in float32, one in each column."""
+    wide = columns.double()
+    squares, vectors = torch.linalg.eigh(wide.T @ wide)
+    return squares.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count].float()
+
+
+def _spectrum_by(matrix: Tensor, vectors: Tensor, *, is_wide: bool) -> Spectrum:
+    """Return the spectrum of a matrix by the singular vectors of its short side, one in each column."""
+    images = (matrix.T if is_wide else matrix) @ vectors
+    values = images.norm(dim=0)
+    long = images / values.clamp(min=torch.finfo(torch.float32).tiny)
+    left, right = (vectors, long) if is_wide else (long, vectors)
+    return Spectrum(left, values, right.T, float(matrix.norm()) ** 2)
+
+
+def clamped(change: Change, quantile: float) -> Change:
+    """Return a change with both factors cut at a quantile of the absolute values of their numbers.
+
+    sd-scripts takes the quantile of the signed numbers, which depends on the arbitrary signs of singular vectors.
+    """
+    values = torch.cat([change.up.flatten(), change.down.flatten()]).abs()
+    limit = values.kthvalue(max(1, math.ceil(quantile * len(values)))).values
+    return dataclasses.replace(change, up=change.up.clamp(-limit, limit), down=change.down.clamp(-limit, limit))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How many values to keep
+# --------------------------------------------------------------------------------------------------------------
+
+
+def rank_by_ratio(values: Tensor, target: float) -> int:
+    """Return the number of values that are more than the largest divided by target."""
+    return int((values > values[0] / target).sum())
+
+
+def rank_by_sum(values: Tensor, target: float) -> int:
+    """Return the smallest number of values whose sum is the share target of all."""
+    return _first_reaching(values.double().cumsum(0), target)
+
+
+def rank_by_norm(values: Tensor, target: float) -> int:
+    """Return the smallest number of values whose Frobenius norm is the share target of all."""
+    return _first_reaching(values.double().square().cumsum(0), target**2)
+
+
+def _first_reaching(sums: Tensor, share: float) -> int:
+    reached = sums >= sums[-1] * share * (1 - 1e-12)
+    return int(reached.nonzero()[0]) + 1
+
+
+# Names as in sd-scripts, whose resize keeps one value more than each rule asks for.
+DYNAMIC_RANKS = {"sv_ratio": rank_by_ratio, "sv_cumulative": rank_by_sum, "sv_fro": rank_by_norm}
+
+
+def rank_to_keep(values: Tensor, most: int, method: str | None, target: float | None) -> int:
+    """Return the rank of a module: most, or by a method as many as reach its target, but not more than most."""
+    if method is None or float(values[0]) <= 1e-12:
+        return most
+    return max(1, min(most, DYNAMIC_RANKS[method](values, target)))

@@ -92,7 +92,7 @@ def merged_tensor(tensor: torch.Tensor, additions: Sequence[Addition], dtype: to
     """Return a tensor of a model with what is added to it, summed in float32, in a type."""
     if not additions:
         return tensor.to(dtype)
-    total = tensor.float()
+    total = tensor.float().contiguous()  # in a pickle it may be laid out otherwise
     rows = total.view(total.shape[0], -1)  # a view: what is added to it is added to the tensor
     for addition in additions:
         size = rows.shape[0] // 3
@@ -121,7 +121,7 @@ def write_merged(model: ModelFiles, merge: Merge, save_to: Path) -> None:
             write_part(model.parts[""][0], "", merge, save_to, bar)
             return
         with new_folder(save_to) as folder:
-            copy_others(model, folder)
+            copy_others(model, folder, shards=True)
             for part, files in model.parts.items():
                 for file in files:
                     write_part(file, part, merge, folder / file.path.relative_to(model.path), bar)
@@ -148,8 +148,8 @@ class new_folder:
     """Within it a folder is filled under a temporary name; when the block ends well it gets its own."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.path = path.resolve()  # of a link to an empty folder the folder is filled
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
         self.temporary.mkdir(parents=True)
@@ -165,13 +165,13 @@ class new_folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def copy_others(model: ModelFiles, folder: Path) -> None:
-    """Copy what a Diffusers folder holds besides the weights that are merged: configurations, tokenizer, scheduler."""
+def copy_others(model: ModelFiles, folder: Path, *, shards: bool) -> None:
+    """Copy what a Diffusers folder holds besides weights: configurations, tokenizer, scheduler; indexes with shards."""
     weights = (*UNET_FILES, *TEXT_FILES)
     for path in sorted(model.path.rglob("*")):
         relative = path.relative_to(model.path)
         if path.is_dir() or (
-            relative.parts[0] in model.parts and path.name.startswith(weights) and not _is_index(path)
+            relative.parts[0] in model.parts and path.name.startswith(weights) and not (shards and _is_index(path))
         ):
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)

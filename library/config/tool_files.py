@@ -68,6 +68,18 @@ def ratio_problems(ratios: Sequence[float] | None, models: Sequence[Path] | None
         yield f"--ratios must be finite numbers, got {' '.join(map(str, ratios or ()))}"
 
 
+def device_problems(device: str) -> Iterator[str]:
+    """Yield what is wrong with --device; torch is asked only where it is not the CPU."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        yield f"--device: there is no {device} that torch can use here; leave it out for the CPU"
+
+
 def dtype_named(name: str) -> torch.dtype:
     """Return the type of an option's word."""
     import torch

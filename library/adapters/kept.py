@@ -1,0 +1,71 @@
+"""How much of the changes a smaller rank keeps, told by block."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from library.adapters.layers import UNET, Layer
+
+
+@dataclasses.dataclass
+class Kept:
+    """Squared norms of the changes of a group of modules: all, and what was kept; and the ranks."""
+
+    total: float = 0.0
+    kept: float = 0.0
+    modules: int = 0
+    ranks: tuple[int, ...] = ()
+
+    def add(self, kept: float, total: float, rank: int) -> None:
+        """Take in a module."""
+        self.total, self.kept, self.modules = self.total + total, self.kept + min(kept, total), self.modules + 1
+        self.ranks += (rank,)
+
+    @property
+    def share(self) -> float:
+        """The share of the squared norm that was kept; 1 of nothing."""
+        return self.kept / self.total if self.total > 0 else 1.0
+
+    @property
+    def mean_rank(self) -> float:
+        """The mean rank."""
+        return sum(self.ranks) / max(1, len(self.ranks))
+
+
+@dataclasses.dataclass
+class KeptByBlock:
+    """`Kept` of each block, and of all."""
+
+    blocks: dict[str, Kept] = dataclasses.field(default_factory=dict)
+    all: Kept = dataclasses.field(default_factory=Kept)
+
+    def add(self, layer: Layer | None, kept: float, total: float, rank: int) -> None:
+        """Take in a module at its layer."""
+        for group in (self.blocks.setdefault(block_title(layer), Kept()), self.all):
+            group.add(kept, total, rank)
+
+    def lines(self) -> Iterator[str]:
+        """Yield a table: block, modules, mean rank, share of the squared norm that was kept."""
+        yield f"{'block':<16} {'modules':>7} {'mean rank':>9} {'kept':>8}"
+        for title, group in [*sorted(self.blocks.items(), key=lambda entry: order_of(entry[0])), ("all", self.all)]:
+            yield f"{title:<16} {group.modules:>7} {group.mean_rank:>9.1f} {group.share:>8.2%}"
+
+
+def block_title(layer: Layer | None) -> str:
+    """Return the block of a layer in words."""
+    if layer is None:
+        return "other"
+    if layer.part != UNET:
+        return layer.part.replace("_", " ")
+    match = re.match(r"(down|up)_blocks\.(\d+)", layer.path)
+    if match:
+        return f"{match[1]} {match[2]}"
+    return "middle" if layer.path.startswith("mid_block") else "edges"
+
+
+def order_of(title: str) -> tuple[int, str]:
+    """Return the place of a block in the table: as the computation goes."""
+    starts = ("text", "edges", "down", "middle", "up")
+    return next((at for at, start in enumerate(starts) if title.startswith(start)), len(starts)), title

@@ -1,0 +1,257 @@
+"""Extract a LoRA from two models: what training changed, as nearly as a rank can hold it. SD 1.x, SD 2.x and SDXL.
+
+python networks/extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors
+    --save_to difference.safetensors --dim 32 --save_precision fp16
+
+Models are checkpoints or Diffusers folders, also one of each. They are read layer by layer, differences are made in
+float32. A text encoder that did not change is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config import rank_options, tool_files
+from library.config.options import option, parse
+from library.config.tool_files import Precision
+from library.errors import UserError
+from library.logs import run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.adapters.kept import KeptByBlock
+    from library.adapters.layers import Layer, Place
+    from library.adapters.low_rank import Change
+    from library.models.model_files import ModelFiles
+
+    Pairs = dict[Layer, tuple[Place, Place]]  # where a layer stands in the original model, and in the tuned one
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    model_org: Path | None = option(None, "original model: a checkpoint or a Diffusers folder")
+    model_tuned: Path | None = option(None, "tuned model: a checkpoint or a Diffusers folder")
+    save_to: Path | None = option(None, "LoRA file to write")
+    save_precision: Precision | None = option(None, "type of what is written; unset: float")
+    no_metadata: bool = option(False, "write no metadata of where the file comes from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KindConfig:
+    """Kind of model: recognised by itself."""
+
+    v2: bool = option(False, "the models are SD 2.x: a check")
+    sdxl: bool = option(False, "the models are SDXL: a check")
+    v_parameterization: bool | None = option(None, "written into the metadata; unset: for SD 2.x, as sd-scripts has it")
+    load_precision: Precision | None = option(None, "accepted; differences are always made in float32")
+    load_original_model_to: str | None = option(None, "accepted; models are read layer by layer")
+    load_tuned_model_to: str | None = option(None, "accepted; models are read layer by layer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """Extraction."""
+
+    dim: int = option(4, "rank of linear layers and 1x1 convolutions", minimum=1)
+    conv_dim: int | None = option(None, "rank of larger convolutions; unset: none, and no layers of resnets", minimum=1)
+    min_diff: float = option(0.01, "a text encoder whose numbers all differ by less is left out", minimum=0)
+    clamp_quantile: float | None = option(
+        None, "cut numbers of the factors above this quantile (sd-scripts: 0.99), which changes the result; unset: none"
+    )
+    exact: bool = option(False, "decompose the differences whole; otherwise the energy kept is within 0.1 % of that")
+    seed: int = option(0, "seed of the random start of the decompositions", minimum=0)
+    device: str = option("cpu", "where the decompositions are made, such as cuda")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What is extracted from which models."""
+
+    files: FilesConfig
+    kind: KindConfig
+    extract: ExtractOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(ExtractConfig, argv, description=__doc__)
+    tool_files.refuse(problems_of(config))
+    from library.adapters.kept import KeptByBlock
+    from library.adapters.lora_file import tensors_of
+    from library.models.model_files import open_model
+    from networks.lora import write_weights
+
+    original, tuned = open_model(config.files.model_org), open_model(config.files.model_tuned)
+    check_kind(config.kind, original, tuned)
+    pairs = paired_layers(original, tuned, with_convolutions=config.extract.conv_dim is not None)
+    kept = KeptByBlock()
+    changes = extracted(config.extract, original, tuned, pairs, kept)
+    if not changes:
+        raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
+    for line in kept.lines():
+        logger.info("%s", line)
+    dtype = tool_files.dtype_named(config.files.save_precision or "float")
+    write_weights(config.files.save_to, tensors_of(changes, dtype), metadata_of(config, original, tuned))
+    logger.info("saved %s: %d modules", config.files.save_to, len(changes))
+    return 0
+
+
+def problems_of(config: ExtractConfig) -> Iterator[str]:
+    """Yield what is wrong with the options."""
+    files = config.files
+    yield from tool_files.input_problems("--model_org", files.model_org, "the original model", folders=True)
+    yield from tool_files.input_problems("--model_tuned", files.model_tuned, "the tuned model", folders=True)
+    yield from tool_files.output_problems("--save_to", files.save_to, (files.model_org, files.model_tuned))
+    if config.kind.v2 and config.kind.sdxl:
+        yield "--v2 and --sdxl were both given: leave out both, the kind of model is recognised"
+    yield from rank_options.quantile_problems(config.extract.clamp_quantile)
+    yield from tool_files.device_problems(config.extract.device)
+
+
+def check_kind(kind: KindConfig, original: ModelFiles, tuned: ModelFiles) -> None:
+    """Raise UserError for models of two kinds, or of another than was said."""
+    from library.models.family import SD2, SDXL
+
+    if original.family is not tuned.family:
+        raise UserError(
+            f"{original.path} is an {original.family.title} model, {tuned.path} an {tuned.family.title} model: "
+            "a LoRA is extracted from two of one kind"
+        )
+    for flag, given, family in (("--v2", kind.v2, SD2), ("--sdxl", kind.sdxl, SDXL)):
+        if given and original.family is not family:
+            raise UserError(f"{flag} was given, but {original.path} is an {original.family.title} model: leave it out")
+
+
+def paired_layers(original: ModelFiles, tuned: ModelFiles, *, with_convolutions: bool) -> Pairs:
+    """Return the layers that a LoRA acts on, with their places in both models; raises UserError for other shapes."""
+    from library.adapters.layers import is_attention_layer, is_block_layer, places
+
+    first, second = places(original), places(tuned)
+    wanted = is_block_layer if with_convolutions else is_attention_layer
+    pairs = {layer: (place, second[layer]) for layer, place in first.items() if layer in second and wanted(layer)}
+    missing = sum(wanted(layer) for layer in {*first, *second}) - len(pairs)
+    if missing:
+        logger.warning("%d layers are in one of the models only; they are left out", missing)
+    shapes = original.shapes, tuned.shapes
+    for layer, (one, other) in pairs.items():
+        sizes = [squeezed(shape[place.name]) for shape, place in zip(shapes, (one, other), strict=True)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{layer.path} has the shape {shapes[0][one.name]} in {original.path} and {shapes[1][other.name]} "
+                f"in {tuned.path}: the models do not belong together"
+            )
+    return pairs
+
+
+def squeezed(shape: Sequence[int]) -> list[int]:
+    """Return a shape without ones: a linear layer and a 1x1 convolution are the same."""
+    return [size for size in shape if size != 1]
+
+
+def extracted(
+    options: ExtractOptions, original: ModelFiles, tuned: ModelFiles, pairs: Pairs, kept: KeptByBlock
+) -> dict[str, Change]:
+    """Return the change of each module that changed; those of a text encoder that hardly did are left out."""
+    import torch
+    from tqdm import tqdm
+
+    from library.adapters.layers import module_name
+    from library.adapters.low_rank import clamped, exact_spectrum, nearest_spectrum
+
+    generator = torch.Generator().manual_seed(options.seed)
+    changes: dict[str, Change] = {}
+    left_out = unchanged_encoders(options, original, tuned, pairs)
+    pairs = {layer: places for layer, places in pairs.items() if layer.part not in left_out}
+    for layer, places in tqdm(pairs.items(), desc="extracting", unit="module"):
+        difference = difference_of(original, tuned, places)
+        if not bool(difference.any()):
+            continue
+        matrix = difference.flatten(1).to(options.device)
+        is_large_conv = difference.ndim == 4 and difference.shape[2:] != (1, 1)
+        rank = options.conv_dim if is_large_conv else options.dim
+        spectrum = exact_spectrum(matrix) if options.exact else nearest_spectrum(matrix, rank, generator)
+        change = spectrum.truncated(rank, (rank, *difference.shape[1:]))
+        if options.clamp_quantile is not None:
+            change = clamped(change, options.clamp_quantile)
+        changes[module_name(layer, original.family)] = change.to("cpu")
+        kept.add(layer, spectrum.kept(change.rank), spectrum.total, change.rank)
+    return changes
+
+
+def unchanged_encoders(options: ExtractOptions, original: ModelFiles, tuned: ModelFiles, pairs: Pairs) -> set[str]:
+    """Return the text encoders of which no layer differs by more than --min_diff in any number."""
+    from library.adapters.layers import UNET
+
+    largest: dict[str, float] = {}
+    for layer, places in pairs.items():
+        if layer.part != UNET and largest.get(layer.part, 0.0) <= options.min_diff:
+            found = float(difference_of(original, tuned, places).abs().max())
+            largest[layer.part] = max(found, largest.get(layer.part, 0.0))
+    unchanged = {part for part, found in largest.items() if found <= options.min_diff}
+    for part in sorted(unchanged):
+        logger.info(
+            "%s is left out: its numbers differ by %.2g at most (--min_diff %g)",
+            part.replace("_", " "),
+            largest[part],
+            options.min_diff,
+        )
+    return unchanged
+
+
+def difference_of(original: ModelFiles, tuned: ModelFiles, places: tuple[Place, Place]) -> Tensor:
+    """Return tuned less original of a layer, float32, in the shape of the original; raises UserError for NaN."""
+    from library.weights_io import check_finite
+
+    weights = []
+    for model, place in zip((original, tuned), places, strict=True):
+        tensor = model.read(place.name).float()
+        check_finite(tensor, place.name, model.path)
+        weights.append(tensor if place.third is None else tensor.chunk(3)[place.third])
+    return weights[1].reshape(weights[0].shape) - weights[0]
+
+
+def metadata_of(config: ExtractConfig, original: ModelFiles, tuned: ModelFiles) -> Mapping[str, str]:
+    """Return the metadata of the LoRA file, with the keys that sd-scripts writes."""
+    from library.models.family import SD2
+
+    family, options = original.family, config.extract
+    given = config.kind.v_parameterization
+    predicts_v = family is SD2 if given is None else given
+    conv = {} if options.conv_dim is None else {"conv_dim": str(options.conv_dim), "conv_alpha": str(options.conv_dim)}
+    metadata = {
+        "ss_v2": str(family is SD2),
+        "ss_base_model_version": family.base_version + ("_v" if predicts_v and family is SD2 else ""),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(options.dim),
+        "ss_network_alpha": str(float(options.dim)),
+        "ss_network_args": json.dumps(conv),
+    }
+    if config.files.no_metadata:
+        return metadata
+    name = family.architecture_v if predicts_v else family.architecture
+    return metadata | {
+        "modelspec.title": config.files.save_to.stem,
+        "modelspec.architecture": f"{name}/lora",
+        "modelspec.prediction_type": "v" if predicts_v else "epsilon",
+        "merge_recipe": json.dumps(
+            {"operation": "extract", "original": original.path.name, "tuned": tuned.path.name}, ensure_ascii=False
+        ),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,139 @@
+"""Give a LoRA file a smaller rank: the nearest network of that rank, or as many ranks as each module needs.
+
+python networks/resize_lora.py --model lora.safetensors --save_to small.safetensors --new_rank 8 --save_precision fp16
+python networks/resize_lora.py --model lora.safetensors --save_to small.safetensors --new_rank 32
+    --dynamic_method sv_fro --dynamic_param 0.97
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config import rank_options, tool_files
+from library.config.options import option, parse
+from library.config.rank_options import RankOptions
+from library.config.tool_files import Precision
+from library.logs import run_script
+
+if TYPE_CHECKING:
+    from library.adapters.lora_file import LoraFile
+    from library.adapters.low_rank import Change, Spectrum
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    model: Path | None = option(None, "LoRA file")
+    save_to: Path | None = option(None, "LoRA file to write")
+    save_precision: Precision | None = option(None, "type of what is written; unset: float")
+    device: str = option("cpu", "where the decompositions are made, such as cuda")
+    verbose: bool = option(False, "tell of every module what it keeps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResizeConfig:
+    """What is resized how."""
+
+    files: FilesConfig
+    ranks: RankOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(ResizeConfig, argv, description=__doc__)
+    tool_files.refuse(problems_of(config))
+    from library.adapters.lora_file import read_lora, tensors_of
+    from networks.lora import write_weights
+
+    file = read_lora(config.files.model)
+    changes = resized(config, file)
+    tensors = tensors_of(changes, tool_files.dtype_named(config.files.save_precision or "float"))
+    write_weights(config.files.save_to, tensors | file.extra, described(config, file, changes))
+    logger.info("saved %s", config.files.save_to)
+    return 0
+
+
+def problems_of(config: ResizeConfig) -> Iterator[str]:
+    """Yield what is wrong with the options."""
+    files = config.files
+    yield from tool_files.input_problems("--model", files.model, "the LoRA file")
+    yield from tool_files.output_problems("--save_to", files.save_to, (files.model,))
+    yield from rank_options.problems(config.ranks)
+    yield from tool_files.device_problems(files.device)
+
+
+def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
+    """Return the changes of a file cut to their ranks; alpha / rank stays what it was, as training may go on."""
+    from tqdm import tqdm
+
+    from library.adapters.kept import KeptByBlock
+    from library.adapters.low_rank import rank_to_keep, spectrum_of
+
+    options, kept = config.ranks, KeptByBlock()
+    changes, norms = {}, []
+    for name, change in tqdm(file.changes.items(), desc="resizing", unit="module"):
+        unscaled = dataclasses.replace(change, alpha=float(change.rank)).to(config.files.device)
+        spectrum = spectrum_of(unscaled)
+        most = options.rank_of(is_large_conv=change.is_large_conv)
+        rank = rank_to_keep(spectrum.values, most, options.dynamic_method, options.dynamic_param)
+        smaller = spectrum.truncated(rank, change.down_shape).to("cpu")
+        changes[name] = dataclasses.replace(smaller, alpha=change.scale * smaller.rank)
+        squared = change.scale**2
+        kept.add(file.layer(name), squared * spectrum.kept(smaller.rank), squared * spectrum.total, smaller.rank)
+        norms.append(spectrum.energy(smaller.rank) ** 0.5)
+        if config.files.verbose:
+            tqdm.write(f"{name:75} {told(spectrum, change.rank, smaller.rank)}")
+    for line in kept.lines():
+        logger.info("%s", line)
+    if config.files.verbose:
+        logger.info(
+            "norm kept by a module: %.2f%% ± %.3f%%", 100 * statistics.mean(norms), 100 * statistics.pstdev(norms)
+        )
+    return changes
+
+
+def told(spectrum: Spectrum, before: int, after: int) -> str:
+    """Return what a module keeps: share of the sum and of the norm of its values, largest to smallest kept, ranks."""
+    values = spectrum.values.double()
+    total = float(values.sum())
+    share = float(values[:after].sum()) / total if total > 0 else 1.0
+    ratio = float(values[0] / values[after - 1]) if values[after - 1] > 0 else float("inf")
+    norm = spectrum.energy(after) ** 0.5
+    return f"sum {share:6.1%}  norm {norm:6.1%}  largest/smallest {ratio:8.1f}  rank {before} -> {after}"
+
+
+def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change]) -> dict[str, str]:
+    """Return the metadata of the source with the new ranks and what was done; hashes are made where it is written."""
+    from library.adapters.provenance import common
+
+    options = config.ranks
+    former = {change.rank for change in file.changes.values()}
+    if options.dynamic_method is not None:
+        how = f"resized by {options.dynamic_method} {options.dynamic_param:g} to at most {options.new_rank}"
+    else:
+        how = f"resized from rank {common(former)} to {options.new_rank}"
+        if options.new_conv_rank not in (None, options.new_rank):
+            how += f", convolutions to {options.new_conv_rank}"
+    kept = {key: text for key, text in file.metadata.items() if not key.startswith("sshs_")}
+    comment = kept.get("ss_training_comment")
+    kept["ss_training_comment"] = how if comment in (None, "", "None") else f"{how}; {comment}"
+    kept["ss_network_dim"] = common({change.rank for change in changes.values()})
+    kept["ss_network_alpha"] = common({change.alpha for change in changes.values()})
+    kept.setdefault("ss_network_module", "networks.lora")
+    return kept
+
+
+if __name__ == "__main__":
+    run_script(main)

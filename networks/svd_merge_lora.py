@@ -1,0 +1,153 @@
+"""Merge LoRA files of any ranks into one of a chosen rank, by singular values: SD 1.x, SD 2.x and SDXL.
+
+python networks/svd_merge_lora.py --save_to both.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
+    --new_rank 16
+
+The result is the nearest one of its rank to the exact weighted sum. The sum is never formed: its factors are, and
+only a core as small as their ranks is decomposed, in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config import rank_options, tool_files
+from library.config.options import option, parse
+from library.config.rank_options import RankOptions
+from library.config.tool_files import Precision
+from library.logs import run_script
+from networks.merge_lora import check_layers, parts_by_module, weighted_files
+
+if TYPE_CHECKING:
+    from library.adapters.kept import KeptByBlock
+    from library.adapters.lora_file import LoraFile
+    from library.adapters.low_rank import Change
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    save_to: Path | None = option(None, "LoRA file to write")
+    models: tuple[Path, ...] | None = option(None, "LoRA files")
+    ratios: tuple[float, ...] | None = option(None, "strength of each, of any sign")
+    no_metadata: bool = option(False, "write no metadata of where the file comes from")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Merging."""
+
+    precision: Precision = option("float", "accepted; the core is always decomposed in float64")
+    save_precision: Precision | None = option(None, "type of what is written; unset: --precision")
+    lbws: tuple[str, ...] | None = option(
+        None, "weights by block for each LoRA file: JSON lists of 12 or 20 (SDXL), 17 or 26 numbers"
+    )
+    clamp_quantile: float | None = option(
+        None, "cut numbers of the factors above this quantile (sd-scripts: 0.99), which changes the result; unset: none"
+    )
+    allow_unmatched: bool = option(False, "leave out tensors that are no part of a LoRA")
+    device: str = option("cpu", "where the decompositions are made, such as cuda")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SvdMergeConfig:
+    """What is merged into what."""
+
+    files: FilesConfig
+    merge: MergeOptions
+    ranks: RankOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(SvdMergeConfig, argv, description=__doc__)
+    tool_files.refuse(problems_of(config))
+    from library.adapters.kept import KeptByBlock
+    from library.adapters.lora_file import same_family, tensors_of
+    from networks.lora import write_weights
+
+    files = weighted_files(config.files, config.merge)
+    same_family(file for file, _ in files)
+    parts = parts_by_module(files, allow_unmatched=config.merge.allow_unmatched)
+    check_layers(parts)
+    kept = KeptByBlock()
+    changes = merged_changes(config, parts, files[0][0], kept)
+    for line in kept.lines():
+        logger.info("%s", line)
+    dtype = tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
+    write_weights(config.files.save_to, tensors_of(changes, dtype), metadata_of(config, [file for file, _ in files]))
+    logger.info("saved %s", config.files.save_to)
+    return 0
+
+
+def problems_of(config: SvdMergeConfig) -> Iterator[str]:
+    """Yield what is wrong with the options."""
+    from library.adapters import layer_weights
+
+    files = config.files
+    for path in files.models or ():
+        yield from tool_files.input_problems("--models", path, "the LoRA files")
+    yield from tool_files.output_problems("--save_to", files.save_to, files.models or ())
+    yield from tool_files.ratio_problems(files.ratios, files.models)
+    if config.merge.lbws is not None:
+        yield from layer_weights.problems(config.merge.lbws, len(files.models or ()))
+    yield from rank_options.problems(config.ranks)
+    yield from rank_options.quantile_problems(config.merge.clamp_quantile)
+    yield from tool_files.device_problems(config.merge.device)
+
+
+def merged_changes(
+    config: SvdMergeConfig, parts: dict[str, list[tuple[float, Change]]], file: LoraFile, kept: KeptByBlock
+) -> dict[str, Change]:
+    """Return the merged change of each module, cut to its rank."""
+    from tqdm import tqdm
+
+    from library.adapters.low_rank import clamped, concatenated, rank_to_keep, spectrum_of
+
+    changes = {}
+    for name, same in tqdm(parts.items(), desc="merging", unit="module"):
+        whole = concatenated(same).to(config.merge.device)
+        spectrum = spectrum_of(whole)
+        most = config.ranks.rank_of(is_large_conv=whole.is_large_conv)
+        rank = rank_to_keep(spectrum.values, most, config.ranks.dynamic_method, config.ranks.dynamic_param)
+        change = spectrum.truncated(rank, whole.down_shape)
+        if config.merge.clamp_quantile is not None:
+            change = clamped(change, config.merge.clamp_quantile)
+        changes[name] = change.to("cpu")
+        kept.add(file.layer(name), spectrum.kept(change.rank), spectrum.total, change.rank)
+    return changes
+
+
+def metadata_of(config: SvdMergeConfig, files: Sequence[LoraFile]) -> dict[str, str]:
+    """Return the metadata of the merged file."""
+    import json
+
+    from library.adapters.provenance import architecture, merged_metadata, network_metadata
+
+    ranks, is_dynamic = config.ranks, config.ranks.dynamic_method is not None
+    dim = "Dynamic" if is_dynamic else ranks.new_rank
+    conv = "Dynamic" if is_dynamic else ranks.rank_of(is_large_conv=True)
+    metadata = network_metadata(files, {dim}, {dim})
+    metadata["ss_network_args"] = json.dumps({"conv_dim": conv, "conv_alpha": conv})
+    if config.files.no_metadata:
+        return metadata
+    given = list(zip(files, config.files.ratios, strict=True))
+    merge = config.merge
+    settings = {"lbws": merge.lbws, "clamp_quantile": merge.clamp_quantile, "dynamic_method": ranks.dynamic_method}
+    origin = merged_metadata(config.files.save_to, "svd", given, dynamic_param=ranks.dynamic_param, **settings)
+    return metadata | origin | architecture(files[0].family, files[0].metadata, is_network=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
