@@ -263,7 +263,7 @@ def unet_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
         found["projection_class_embeddings_input_dim"] = added[1]
     if "transformer_layers_per_block" in family.unet:
         starts = (f"input_blocks.{per_block * block + 1}.1.transformer_blocks." for block in range(num_blocks))
-        found["transformer_layers_per_block"] = tuple(max(1, count(shapes, start, 3)) for start in starts)
+        found["transformer_layers_per_block"] = tuple(max(1, count(shapes, start, 4)) for start in starts)
     return family.unet | found
 
 
