@@ -114,15 +114,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, stems: Iterable[str], variant: str | None = None) -> list[Path]:
-    """Return the weight files of a part: one, or the shards that an index lists."""
+    """Return the weight files of a part: one, or the shards that an index lists; without a variant the full ones."""
     for stem in stems:
-        for index in sorted(folder.glob(f"{stem}*.index.{variant}.json" if variant else f"{stem}*.index*.json")):
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-                raise UserError(f'{index} has no "weight_map" of tensors and their files')
-            return [folder / name for name in sorted(set(shards.values()))]
+        # In this order safetensors come before .bin.
+        for index in sorted(folder.glob(f"{stem}*.index{f'.{variant}' if variant else ''}.json"), reverse=True):
+            return shards_of(index)
         for ending in (f".{variant}.safetensors", f".{variant}.bin") if variant else WEIGHT_ENDINGS:
             if (folder / f"{stem}{ending}").is_file():
                 return [folder / f"{stem}{ending}"]
+        for index in [] if variant else sorted(folder.glob(f"{stem}*.index.*.json"), reverse=True):
+            return shards_of(index)
     kind = f" of the variant {variant}" if variant else ""
     raise UserError(f"{folder} holds no weights{kind}: a .safetensors or .bin file is missing")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that an index lists."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f'{index} has no "weight_map" of tensors and their files')
+    return [index.parent / name for name in sorted(set(shards.values()))]
