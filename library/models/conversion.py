@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -98,9 +99,9 @@ def plan_to_original(model: ModelFiles) -> Plan:
     for text in family.text_models:
         plan |= text_to_original(model, text)
     extras = model.parts.get(EXTRAS, ())
-    kept = {name: as_is(f"{EXTRAS}/{name}") for file in extras for name in file.shapes if name not in plan}
-    plan |= kept
-    return plan | {name: piece for name, piece in filled(plan, shapes, family).items() if name not in plan}
+    kept = {name: as_is(f"{EXTRAS}/{name}") for file in extras for name in file.shapes}
+    # What the folder holds counts most, then what was kept of a checkpoint, then what is made up.
+    return plan | {name: piece for name, piece in (filled(plan, shapes, family) | kept).items() if name not in plan}
 
 
 def text_to_original(model: ModelFiles, text: TextModel) -> Plan:
@@ -182,13 +183,14 @@ def plan_to_folder(model: ModelFiles) -> tuple[Plan, list[str]]:
                 is_matrix = ".attentions." in name and len(shape) == 4
                 plan[f"vae/{name}"] = reshaped(source, shape[:2]) if is_matrix else as_is(source)
     for text in family.text_models:
-        plan |= text_to_folder(shapes, text)
+        with whole(model.path, "text encoder", text.prefixes[0]):
+            plan |= text_to_folder(shapes, text)
     used = {source for piece in plan.values() for source in piece.sources}
     return plan, [name for name in shapes if name not in used and not name.startswith(LEFT_OUT)]
 
 
 def text_to_folder(shapes: families.Shapes, text: TextModel) -> Plan:
-    """Return the plan of a text encoder in a Diffusers folder."""
+    """Return the plan of a text encoder in a Diffusers folder; raises KeyError for a projection that is not there."""
     prefix = keys.first_prefix(text.prefixes, shapes)
     if prefix is None:
         return {}
@@ -211,6 +213,8 @@ def text_to_folder(shapes: families.Shapes, text: TextModel) -> Plan:
             if name in own:
                 piece = transposed(prefix + name) if name == "text_projection" else as_is(prefix + name)
                 plan[f"{text.folder}/text_projection.weight"] = piece
+        if f"{text.folder}/text_projection.weight" not in plan:
+            raise KeyError("text_projection")
     return plan
 
 
@@ -359,7 +363,8 @@ def infos_of(
     }
     found = {}
     for name, piece in plan.items():
-        own = sources[piece.sources[0]][0] if piece.sources else piece.make().dtype
+        types = [sources[source][0] for source in piece.sources] or [piece.make().dtype]
+        own = functools.reduce(torch.promote_types, types)  # the parts of a joined tensor may differ
         shape = piece.shape(*(sources[source][1] for source in piece.sources))
         found[name] = (dtype if dtype is not None and own.is_floating_point else own, shape)
     return found
