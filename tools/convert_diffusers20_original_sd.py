@@ -42,14 +42,17 @@ def read_metadata(text: str) -> dict[str, str]:
     """
     try:
         table = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         try:
             table = ast.literal_eval(text)  # constants only: nothing is run
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # as its documentation lists them
             table = None
     if not isinstance(table, dict):
         raise ValueError(text)
-    return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in table.items()}
+    return {
+        str(key): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        for key, value in table.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,9 +126,12 @@ def is_checkpoint(path: Path) -> bool:
 def problems_of(config: ConvertConfig) -> Iterator[str]:
     """Yield what is wrong with the options."""
     files, saving = config.files, config.saving
-    yield from tool_files.input_problems("model_to_load", files.model_to_load, "the model", folders=True)
+    for problem in tool_files.input_problems("model_to_load", files.model_to_load, "the model", folders=True):
+        yield f"{problem}: name a checkpoint or a Diffusers folder on this machine, nothing is downloaded"
     folder = not is_checkpoint(files.model_to_save)
     yield from tool_files.output_problems("model_to_save", files.model_to_save, (files.model_to_load,), folder=folder)
+    if not folder and files.model_to_save.exists() and is_within(files.model_to_save, files.model_to_load):
+        yield f"model_to_save: {files.model_to_save} is one of the files to be read: take another name"
     if files.reference_model is not None and not files.reference_model.is_dir():
         yield (
             f"--reference_model: {files.reference_model} is not a folder, and nothing is downloaded; "
@@ -142,6 +148,11 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
         yield f'--metadata must be a JSON object such as {{"title": "x"}}, got {saving.metadata}'
     if files.variant and files.model_to_load is not None and files.model_to_load.is_file():
         yield f"--variant is for Diffusers folders, {files.model_to_load} is a file"
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Return whether a path stands in a folder, at any depth."""
+    return folder.resolve() in path.resolve().parents
 
 
 def check_family(options: ModelConfig, model: ModelFiles) -> None:
@@ -201,7 +212,7 @@ def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
         plan, left = conversion.plan_to_folder(model)
     with new_folder(config.files.model_to_save) as folder:
         if model.is_folder:
-            copy_others(model, folder)
+            copy_others(model, folder, shards=False)  # one file is written of several
         else:
             conversion.write_surroundings(folder, model, v_prediction=v_prediction_of(config, model))
         for part in dict.fromkeys(name.split("/")[0] for name in plan):
@@ -232,7 +243,8 @@ def copy_reference(source: Path, folder: Path) -> None:
 
     for part in ("scheduler", "tokenizer", "tokenizer_2"):
         if (source / part).is_dir() and (folder / part).is_dir():
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+            shutil.rmtree(folder / part)  # a tokenizer must not be made of files of two
+            shutil.copytree(source / part, folder / part)
 
 
 def v_prediction_of(config: ConvertConfig, model: ModelFiles) -> bool:
@@ -254,13 +266,13 @@ def write_file(config: ConvertConfig, model: ModelFiles, plan: Plan, path: Path,
     from tqdm import tqdm
 
     from library.models import conversion
+    from library.models.model_files import TEXT_FILES, UNET_FILES
     from library.weights_io import load_pickle, write_pickle, write_stream
 
     infos = conversion.infos_of(plan, model, written_type(config.saving))
     made = conversion.tensors_of(plan, model, infos)
-    tensors = tqdm(
-        made, total=len(plan), desc=path.stem if path == config.files.model_to_save else path.parent.name, unit="tensor"
-    )
+    part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
+    tensors = tqdm(made, total=len(plan), desc=part, unit="tensor")
     if path.suffix.lower() == ".safetensors":
         write_stream(path, infos, tensors, metadata)
         return
