@@ -46,8 +46,8 @@ def is_large_conv(path, module):
 # ---- svd_merge_lora -----------------------------------------------------------------------------------------
 
 
-def test_svd_merge_is_the_truncated_decomposition_of_the_weighted_sum(model_store, tmp_path, family_name):
-    models, _ = model_store(family_name)
+def test_svd_merge_is_the_truncated_decomposition_of_the_weighted_sum(model_store, tmp_path):
+    models, _ = model_store("sd2")
     files = [
         make_lora(models, tmp_path / "a.safetensors", rank=4, alpha=2.0, seed=1, conv_dim="2"),
         make_lora(models, tmp_path / "b.safetensors", rank=7, alpha=9.0, seed=2, conv_dim="5"),

@@ -1,0 +1,238 @@
+"""Convert LoRA files between the names of sd-scripts and those of diffusers and PEFT: SD 1.x, SD 2.x and SDXL.
+
+python networks/convert_lora.py --model pytorch_lora_weights.safetensors --save_to lora.safetensors
+python networks/convert_lora.py --model lora.safetensors --save_to pytorch_lora_weights.safetensors --to diffusers
+
+Which names the source has is recognised. Numbers stay as they are, in their types, wherever the format allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config import tool_files
+from library.config.options import option, parse
+from library.config.tool_files import Precision
+from library.errors import UserError
+from library.logs import run_script
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.adapters.layers import Layer
+    from library.adapters.lora_file import LoraFile
+    from library.adapters.low_rank import Change
+    from library.models.family import ModelFamily
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files."""
+
+    model: Path | None = option(None, "LoRA file")
+    save_to: Path | None = option(None, "LoRA file to write")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Conversion."""
+
+    to: Literal["kohya", "kohya_diffusers", "diffusers"] = option(
+        "kohya",
+        "names to write: kohya as sd-scripts and this suite; kohya_diffusers the same, SDXL's U-Net by diffusers' "
+        "blocks; diffusers for load_lora_weights and PEFT",
+    )
+    keep_alpha: bool = option(
+        False, "to diffusers: write alphas as PEFT's configuration, which diffusers reads and web UIs do not; "
+        "otherwise they go into the matrices"
+    )  # fmt: skip
+    save_precision: Precision | None = option(None, "type of what is written; unset: as it is")
+    allow_unmatched: bool = option(False, "leave out what has no name in the other format")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What is converted into what."""
+
+    files: FilesConfig
+    convert: ConvertOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = parse(ConvertConfig, argv, description=__doc__)
+    tool_files.refuse(problems_of(config))
+    from library.adapters.lora_file import read_lora
+    from networks.lora import write_weights
+
+    file = read_lora(config.files.model)
+    layers = known_layers(file, config.convert)
+    if config.convert.to == "diffusers":
+        tensors, metadata = for_diffusers(file, layers, keep_alpha=config.convert.keep_alpha)
+    else:
+        tensors, metadata = for_kohya(file, layers, config.convert.to)
+    write_weights(config.files.save_to, in_type(tensors, config.convert.save_precision), metadata)
+    logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
+    return 0
+
+
+def problems_of(config: ConvertConfig) -> Iterator[str]:
+    """Yield what is wrong with the options."""
+    files = config.files
+    yield from tool_files.input_problems("--model", files.model, "the LoRA file")
+    yield from tool_files.output_problems("--save_to", files.save_to, (files.model,))
+    if config.convert.keep_alpha and config.convert.to != "diffusers":
+        yield "--keep_alpha is for --to diffusers; files of sd-scripts always have their alphas"
+
+
+def known_layers(file: LoraFile, options: ConvertOptions) -> dict[str, Layer]:
+    """Return module -> layer; what is none is left out if that is allowed, or a UserError."""
+    from library.adapters.merging import tell_unmatched
+
+    layers = {name: file.layer(name) for name in file.changes}
+    unknown = [name for name, layer in layers.items() if layer is None]
+    where = Path(f"models of {family_title(file)}")
+    tell_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
+    found = {name: layer for name, layer in layers.items() if layer is not None}
+    if not found:
+        raise UserError(f"{file.path} has no module that is known")
+    return found
+
+
+def family_title(file: LoraFile) -> str:
+    """Return the kind of model that a file is for, in words."""
+    return file.family.title if file.family else "SD 1.x or 2.x"
+
+
+def in_type(tensors: Mapping[str, torch.Tensor], precision: Precision | None) -> dict[str, torch.Tensor]:
+    """Return tensors in a type, alphas as they are."""
+    if precision is None:
+        return dict(tensors)
+    dtype = tool_files.dtype_named(precision)
+    return {name: tensor if tensor.ndim == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# To the names of sd-scripts
+# --------------------------------------------------------------------------------------------------------------
+
+
+def for_kohya(file: LoraFile, layers: Mapping[str, Layer], to: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return tensors and metadata in the format of sd-scripts."""
+    import torch
+
+    from library.adapters.layers import diffusers_word, module_name
+    from library.adapters.lora_file import ALPHA, DOWN, UP, stored_factors
+    from library.adapters.provenance import architecture, common, network_metadata
+
+    family = family_or_first(file)
+    name_of = module_name if to == "kohya" else diffusers_word
+    tensors = {}
+    for module, layer in layers.items():
+        change, name = file.changes[module], name_of(layer, family)
+        up, down = stored_factors(change)
+        tensors |= {name + DOWN: down, name + UP: up, name + ALPHA: torch.tensor(change.alpha)}
+    changes = [file.changes[module] for module in layers]
+    metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
+    if file.family is not None:
+        metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version}
+    kept = {key: text for key, text in file.metadata.items() if key not in ("format", "lora_adapter_metadata")}
+    if common({change.rank for change in changes}) == "Dynamic":
+        logger.info("modules have different ranks; readers take each module's own")
+    return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | without_hashes(kept)
+
+
+def family_or_first(file: LoraFile) -> ModelFamily:
+    """Return the family of a file; SD 1.x where nothing tells, whose names SD 2.x has too."""
+    from library.models.family import SD1
+
+    return file.family or SD1
+
+
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return metadata without the hashes of the file that they were in."""
+    return {key: text for key, text in metadata.items() if not key.startswith("sshs_")}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# To the names of diffusers
+# --------------------------------------------------------------------------------------------------------------
+
+
+def for_diffusers(
+    file: LoraFile, layers: Mapping[str, Layer], *, keep_alpha: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return tensors and metadata in the format of diffusers and PEFT."""
+    from library.adapters.layers import peft_name
+    from library.adapters.lora_file import PEFT_METADATA, stored_factors
+
+    tensors: dict[str, torch.Tensor] = {}
+    for module, layer in layers.items():
+        change = file.changes[module] if keep_alpha else folded(file.changes[module])
+        up, down = stored_factors(change)
+        tensors |= {f"{peft_name(layer)}.lora_A.weight": down, f"{peft_name(layer)}.lora_B.weight": up}
+    metadata = {"format": "pt"} | without_hashes(file.metadata)
+    if keep_alpha:
+        metadata[PEFT_METADATA] = json.dumps(peft_configuration(file, layers), sort_keys=True)
+    return tensors, metadata
+
+
+def folded(change: Change) -> Change:
+    """Return a change whose factors hold its scale, so that alpha is the rank.
+
+    A scale that is a power of two costs no bit: it goes into the upper factor, or half into each where half
+    precision would run out of small numbers; for any other the upper factor becomes float32.
+    """
+    import math
+
+    import torch
+
+    scale, rank = change.scale, float(change.rank)
+    if scale == 1:
+        return change
+    fraction, exponent = math.frexp(scale)
+    if fraction == 0.5:
+        power = exponent - 1
+        for first in (power, power // 2):
+            second = power - first
+            up, down = change.up * 2.0**first, change.down * 2.0**second
+            if torch.equal(up * 2.0**-first, change.up) and torch.equal(down * 2.0**-second, change.down):
+                return dataclasses.replace(change, up=up, down=down, alpha=rank)
+    return dataclasses.replace(change, up=(change.up.double() * scale).float(), alpha=rank)
+
+
+def peft_configuration(file: LoraFile, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """Return the configuration of PEFT for each part: the commonest rank and alpha, and what differs by module.
+
+    PEFT matches ends of paths, so those of text encoders go without `text_model.`, which not all transformers have.
+    """
+    import statistics
+
+    configuration: dict[str, Any] = {}
+    for part in sorted({layer.part for layer in layers.values()}):
+        own = {layer.path: file.changes[module] for module, layer in layers.items() if layer.part == part}
+        rank = statistics.mode(change.rank for change in own.values())
+        alpha = statistics.mode(change.alpha for change in own.values())
+        configuration |= {
+            f"{part}.r": rank,
+            f"{part}.lora_alpha": alpha,
+            f"{part}.rank_pattern": {path: change.rank for path, change in own.items() if change.rank != rank},
+            f"{part}.alpha_pattern": {path: change.alpha for path, change in own.items() if change.alpha != alpha},
+            f"{part}.target_modules": sorted(own),
+        }
+    return configuration
+
+
+if __name__ == "__main__":
+    run_script(main)
