@@ -12,7 +12,9 @@ from library.models import family as families
 from library.models import keys, loading
 from library.models.family import ModelFamily
 
-FAMILIES = {"sd1": families.SD1, "sd2": families.SD2}
+FAMILIES = {"sd1": families.SD1, "sd2": families.SD2, "sdxl": families.SDXL}
+CHANNELS = {families.SD1: (32, 64, 96, 96), families.SD2: (64, 128, 192, 192), families.SDXL: (64, 128, 128)}
+TEXT_WIDTHS = {families.SD1: (64,), families.SD2: (64,), families.SDXL: (64, 128)}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
@@ -26,13 +28,24 @@ SCHEDULER = {
 
 
 def unet_config(family: ModelFamily) -> dict:
-    channels = (32, 64, 96, 96) if family is families.SD1 else (64, 128, 192, 192)
+    channels, widths = CHANNELS[family], TEXT_WIDTHS[family]
     heads = 8 if family is families.SD1 else tuple(count // 64 for count in channels)
-    return family.unet | {"block_out_channels": channels, "cross_attention_dim": 64, "attention_head_dim": heads}
+    config = family.unet | {"block_out_channels": channels, "attention_head_dim": heads}
+    config |= {"cross_attention_dim": sum(widths)}
+    if family is families.SDXL:
+        times = 6 * config["addition_time_embed_dim"]  # sizes, crops and targets
+        config |= {
+            "transformer_layers_per_block": (1, 2, 3),
+            "projection_class_embeddings_input_dim": times + widths[-1],
+        }
+    return config
 
 
-def text_config(family: ModelFamily) -> dict:
-    return families.text_encoder_config(family.text_models[0], width=64, inner_width=128, num_layers=3)
+def text_config(family: ModelFamily, index: int = 0) -> dict:
+    width = TEXT_WIDTHS[family][index]
+    return families.text_encoder_config(
+        family.text_models[index], width=width, inner_width=2 * width, num_layers=3 - index
+    )
 
 
 def vae_config(family: ModelFamily) -> dict:
@@ -56,41 +69,54 @@ def materialise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def make_models(family_name: str, seed: int = 0) -> dict[str, torch.nn.Module]:
-    """Return U-Net, VAE and text encoder of a tiny model."""
+    """Return U-Net, VAE and text encoders of a tiny model, under the names of a Diffusers folder."""
     family = FAMILIES[family_name]
-    return {
+    models = {
         "unet": materialise(loading.build_unet(unet_config(family)), seed),
         "vae": materialise(loading.build_vae(vae_config(family)), seed + 1),
-        "text_encoder": materialise(loading.build_text_encoder(text_config(family)), seed + 2),
     }
+    for index, text in enumerate(family.text_models):
+        encoder = loading.build_text_encoder(text_config(family, index), has_projection=text.has_projection)
+        models[text.folder] = materialise(encoder, seed + 2 + index)
+    return models
+
+
+def text_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a text encoder as transformers 4 named them."""
+    state = {f"text_model.{name}": tensor for name, tensor in loading.canonical_text_state(encoder).items()}
+    if hasattr(encoder, "text_projection"):
+        state["text_projection.weight"] = encoder.text_projection.weight
+    return state
 
 
 def write_folder(models: dict, family_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a Diffusers folder with text-encoder names as transformers 4 wrote them."""
+    family = FAMILIES[family_name]
     for part in ("unet", "vae"):
         models[part].to(dtype).save_pretrained(folder / part)
         models[part].to(torch.float32)
-    text = {
-        f"text_model.{name}": tensor.to(dtype)
-        for name, tensor in loading.canonical_text_state(models["text_encoder"]).items()
-    }
-    (folder / "text_encoder").mkdir(parents=True)
-    save_file(text, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    config = text_config(FAMILIES[family_name]) | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{'XL' if family is families.SDXL else ''}Pipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "tokenizer": [None, None],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
     }
+    index |= (
+        {"image_encoder": [None, None], "force_zeros_for_empty_prompt": True}
+        if family is families.SDXL
+        else {"safety_checker": [None, None], "requires_safety_checker": False}
+    )
+    for at, text in enumerate(family.text_models):
+        kind = "CLIPTextModelWithProjection" if text.has_projection else "CLIPTextModel"
+        index |= {text.folder: ["transformers", kind], text.folder.replace("text_encoder", "tokenizer"): [None, None]}
+        (folder / text.folder).mkdir(parents=True)
+        state = {name: tensor.to(dtype) for name, tensor in text_state(models[text.folder]).items()}
+        save_file(state, folder / text.folder / "model.safetensors", metadata={"format": "pt"})
+        config = text_config(family, at) | {"architectures": [kind], "model_type": "clip_text_model"}
+        (folder / text.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
@@ -105,25 +131,35 @@ def original_state(models: dict, family_name: str) -> dict[str, torch.Tensor]:
     for name, tensor in vae.items():
         is_attention = ".attentions." in name and tensor.ndim == 2
         state[keys.VAE_PREFIX + vae_names[name]] = tensor[:, :, None, None] if is_attention else tensor
-    text = loading.canonical_text_state(models["text_encoder"])
-    prefix = family.text_models[0].prefixes[0]
-    if family.text_models[0].layout == "clip":
-        state |= {prefix + name: tensor for name, tensor in text.items()}
-        state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
-    else:
-        state |= {prefix + name: tensor for name, tensor in openclip_state(text).items()}
-    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+    for text in family.text_models:
+        encoder, prefix = models[text.folder], text.prefixes[0]
+        own = loading.canonical_text_state(encoder)
+        if text.layout == "clip":
+            state |= {prefix + name: tensor for name, tensor in own.items()}
+            state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
+        else:
+            own = openclip_state(own, num_unused=text.unused_layers)
+            width = own["token_embedding.weight"].shape[1]
+            own["logit_scale"] = torch.tensor(4.6)
+            own["text_projection"] = (
+                encoder.text_projection.weight.T  # OpenCLIP multiplies from the other side
+                if text.has_projection
+                else torch.arange(width * width).reshape(width, width) / width**2
+            )
+            state |= {prefix + name: tensor for name, tensor in own.items()}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 
-def openclip_state(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a text encoder in OpenCLIP names: query, key and value fused, and one block more at the end."""
+def openclip_state(text: dict[str, torch.Tensor], num_unused: int) -> dict[str, torch.Tensor]:
+    """Return a text encoder in OpenCLIP names: query, key and value fused, and unused blocks at the end."""
     parts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in text.items():
         parts.setdefault(keys.openclip_name(name), {})[keys.fused_slice(name) or 0] = tensor
     state = {name: torch.cat([thirds[index] for index in sorted(thirds)]) for name, thirds in parts.items()}
     last = max(int(name.split(".")[2]) for name in state if name.startswith("transformer.resblocks."))
     for name in [name for name in state if name.startswith(f"transformer.resblocks.{last}.")]:
-        state[name.replace(f".{last}.", f".{last + 1}.", 1)] = state[name] * 1.5
+        for more in range(1, num_unused + 1):
+            state[name.replace(f".{last}.", f".{last + more}.", 1)] = state[name] * (1 + more / 2)
     return state
 
 

@@ -290,13 +290,14 @@ def build_vae(config: Mapping[str, Any]) -> nn.Module:
         return AutoencoderKL.from_config(dict(config))
 
 
-def build_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """Return a text encoder without memory (on the meta device)."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def build_text_encoder(config: Mapping[str, Any], *, has_projection: bool = False) -> nn.Module:
+    """Return a text encoder without memory (on the meta device); has_projection: with a matrix on the pooled output."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     known = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
+    kind = CLIPTextModelWithProjection if has_projection else CLIPTextModel
     with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig(**known))
+        return kind(CLIPTextConfig(**known))
 
 
 BUILDERS = {"unet": build_unet, "text_encoder": build_text_encoder, "vae": build_vae}
