@@ -330,6 +330,41 @@ def test_pictures_of_every_mode_are_written(folders, mode, words):
     assert Image.open(next(folders[1].glob("a+*"))).size == (22, 17)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P"])
+def test_pixels_are_those_of_pillow(tmp_path, suffix, mode):
+    if (suffix, mode) in {(".jpg", "LA"), (".jpg", "RGBA"), (".jpg", "P"), (".bmp", "LA"), (".bmp", "RGBA")}:
+        pytest.skip("not in this format")
+    picture = Image.fromarray(noise(37, 23)).convert(mode)
+    path = tmp_path / f"a{suffix}"
+    picture.save(path)
+    with Image.open(path) as file:
+        wanted = {"1": "L", "P": "RGB"}.get(file.mode, file.mode)
+        assert (tool.read_picture(path).pixels == np.asarray(file.convert(wanted))).all()
+
+
+def test_pixels_of_odd_png_files_are_those_of_pillow(tmp_path):
+    import cv2
+    from PIL import PngImagePlugin
+
+    gamma = PngImagePlugin.PngInfo()
+    gamma.add(b"gAMA", (220000).to_bytes(4, "big"))
+    array, path = noise(37, 23), tmp_path / "a.png"
+    frames = [Image.fromarray(noise(37, 23, seed=seed)) for seed in (1, 2)]
+    for write, mode in (
+        (lambda: Image.fromarray(array).save(path, pnginfo=gamma), "RGB"),
+        (lambda: Image.fromarray(array).save(path, transparency=tuple(map(int, array[0, 0]))), "RGBA"),
+        (lambda: Image.fromarray(array[..., 0]).save(path, transparency=7), "LA"),
+        (lambda: cv2.imwrite(str(path), noise(37, 23).astype(np.uint16) * 251), "RGB"),
+        (lambda: cv2.imwrite(str(path), noise(37, 23, 4).astype(np.uint16) * 251), "RGBA"),
+        (lambda: Image.fromarray(array[..., 0] & 3).save(path, bits=2), "L"),
+        (lambda: frames[0].save(path, save_all=True, append_images=frames[1:]), "RGB"),
+    ):
+        write()
+        with Image.open(path) as file:
+            assert (tool.read_picture(path).pixels == np.asarray(file.convert(mode))).all()
+
+
 def test_a_moving_picture_gives_its_first_frame_and_is_told(folders, caplog):
     frames = [Image.fromarray(noise(40, 30, seed=seed)) for seed in range(2)]
     frames[0].save(folders[0] / "a.webp", save_all=True, append_images=frames[1:], lossless=True)

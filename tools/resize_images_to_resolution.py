@@ -514,8 +514,15 @@ NOTICES = {
     "profile": "copies are without the colour profile, which is not for their picture's kind of pixels",
     "frames": "copies of moving pictures show the first frame",
 }
-# (format, mode) -> how OpenCV reads it: the same pixels as Pillow, in half the time.
-OPENCV_FLAGS = {("JPEG", "RGB"): "IMREAD_COLOR", ("MPO", "RGB"): "IMREAD_COLOR", ("JPEG", "L"): "IMREAD_GRAYSCALE"}
+# (format, mode) -> how OpenCV reads it: the same pixels as Pillow's, without copies on the way.
+OPENCV_FLAGS = {
+    ("JPEG", "RGB"): "IMREAD_COLOR",
+    ("MPO", "RGB"): "IMREAD_COLOR",
+    ("JPEG", "L"): "IMREAD_GRAYSCALE",
+    ("PNG", "RGB"): "IMREAD_COLOR",
+    ("PNG", "RGBA"): "IMREAD_UNCHANGED",
+    ("PNG", "L"): "IMREAD_GRAYSCALE",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,11 +559,12 @@ def read_picture(path: Path) -> Picture:
             if picture.mode.startswith(("I", "F")):
                 gray = images.load_picture(path)[..., 0]  # scaled to 8 bits as in training, and turned upright
                 return with_profile(Picture(gray, 1, None, picture.format, ("depth",)), picture)
-            orientation = picture.getexif().get(images.ORIENTATION_TAG, 1)
+            # As in training, what stands after the pixels of a PNG does not count: to find it takes a decoding.
+            looks = picture.format != "PNG" or "exif" in picture.info
+            orientation = picture.getexif().get(images.ORIENTATION_TAG, 1) if looks else 1
             if picture.mode == "CMYK":
                 return Picture(np.asarray(from_cmyk(picture)), orientation, None, picture.format, ("CMYK",))
-            moves = getattr(picture, "is_animated", False) and picture.format != "MPO"  # a JPEG and its preview
-            notices = ("frames",) if moves else ()
+            notices = ("frames",) if moves(picture) else ()
             return with_profile(Picture(decoded(picture, data), orientation, None, picture.format, notices), picture)
     except images.UnreadablePictureError:
         raise
@@ -582,14 +590,27 @@ def decoded(picture: Image.Image, data: bytes) -> np.ndarray:
     """Return the pixels of a picture whose file has these data, in a form of `Picture`."""
     import cv2
 
-    flag = OPENCV_FLAGS.get((picture.format, picture.mode))
-    if flag is not None:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag) | cv2.IMREAD_IGNORE_ORIENTATION)
+    if is_plain(picture):
+        flag = getattr(cv2, OPENCV_FLAGS[picture.format, picture.mode]) | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if pixels is not None:  # else it is damaged, and Pillow tells how
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels) if pixels.ndim == 3 else pixels
+            swap = {"RGB": cv2.COLOR_BGR2RGB, "RGBA": cv2.COLOR_BGRA2RGBA}.get(picture.mode)
+            return pixels if swap is None else cv2.cvtColor(pixels, swap, dst=pixels)
     colours = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
     mode = f"{colours}A" if picture.has_transparency_data else colours
     return np.asarray(picture if picture.mode == mode else picture.convert(mode))
+
+
+def is_plain(picture: Image.Image) -> bool:
+    """Tell whether OpenCV reads the same pixels as Pillow: a still picture, of 8 bits, without a transparent colour."""
+    if (picture.format, picture.mode) not in OPENCV_FLAGS or moves(picture):
+        return False
+    return picture.format != "PNG" or (picture.tile[0][3] == picture.mode and "transparency" not in picture.info)
+
+
+def moves(picture: Image.Image) -> bool:
+    """Tell whether a file has several frames; an MPO is a photograph with its preview."""
+    return getattr(picture, "is_animated", False) and picture.format != "MPO"
 
 
 def from_cmyk(picture: Image.Image) -> Image.Image:
