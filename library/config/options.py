@@ -253,7 +253,7 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
 
 
 def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
-    names = [f"--{name}" for name in (entry.flag, *entry.spec.aliases)]
+    names = [f"{'-' if len(name) == 1 else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
     text = help_text(entry).replace("%", "%%")
     if entry.spec.positional:
         group.add_argument(entry.flag, help=text)

@@ -1,0 +1,177 @@
+"""What programs do with each tensor of a network's file: diffusers, the web UI of AUTOMATIC1111, Forge, ComfyUI."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from library.adapters.layers import UNET, layers_by_name
+from library.adapters.lora_file import family_by_version, family_of, roles_of
+from library.models.family import SD1, SDXL, ModelFamily
+
+Shapes = Mapping[str, Sequence[int]]
+
+# Part of a tensor's name -> kind of network, in the order in which they are looked for.
+KINDS = (
+    (".lora_mid.", "Tucker"),
+    (".dora_scale", "DoRA"),
+    ("lora_magnitude_vector", "DoRA"),
+    (".hada_", "LoHa"),
+    (".lokr_", "LoKr"),
+    (".oft_", "OFT"),
+    (".on_input", "IA3"),
+    (".diff_b", "difference"),
+    (".diff", "difference"),
+    (".w_norm", "norm"),
+    (".b_norm", "norm"),
+)
+LORA, OTHER = "LoRA", "other"
+FORGE_LIMIT = 12  # unmatched tensors that Forge still accepts
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A tensor of a file: kind of network, the module that it belongs to, and whether models have such a module."""
+
+    name: str
+    kind: str
+    module: str
+    is_known: bool
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a program does with a file: how many tensors it applies and skips, and why it refuses all, if so."""
+
+    applied: int
+    skipped: tuple[str, ...]
+    refusal: str | None = None
+    remark: str | None = None
+
+    def line(self) -> str:
+        """Return the verdict in words."""
+        if self.refusal is not None:
+            return f"refuses the file: {self.refusal}"
+        text = f"applies {self.applied} tensors"
+        if self.skipped:
+            more = ", ..." if len(self.skipped) > 2 else ""
+            text += f", skips {len(self.skipped)} ({', '.join(self.skipped[:2])}{more})"
+        return f"{text}; {self.remark}" if self.remark else text
+
+
+def keys_of(shapes: Shapes, family: ModelFamily | None) -> list[Key]:
+    """Return what each tensor of a file is."""
+    stems = {name: stem for stem, _, name in roles_of(shapes)}
+    paired = pairs_of(shapes)
+    known = layers_by_name(family or SD1)
+    keys = []
+    for name, shape in shapes.items():
+        kind = next((kind for part, kind in KINDS if part in name), None)
+        module = stems.get(name, name.split(".")[0])
+        if kind is None:
+            kind = LORA if name in stems and module in paired else alpha_kind(name, module, shapes)
+        keys.append(Key(name, kind, module, module in known, tuple(shape)))
+    return keys
+
+
+def pairs_of(shapes: Shapes) -> set[str]:
+    """Return the modules that have both matrices of a LoRA."""
+    roles: dict[str, set[str]] = {}
+    for stem, role, _ in roles_of(shapes):
+        roles.setdefault(stem, set()).add(role)
+    return {stem for stem, found in roles.items() if {"down", "up"} <= found}
+
+
+def alpha_kind(name: str, module: str, shapes: Shapes) -> str:
+    """Return the kind of network that an alpha belongs to, by its neighbours."""
+    if name.endswith(".alpha"):
+        start = f"{module}."
+        others = [other[len(module) :] for other in shapes if other.startswith(start) and other != name]
+        return next((kind for part, kind in KINDS for other in others if part in other), OTHER)
+    return OTHER
+
+
+def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
+    """Return the models that the modules of a file are for, whatever kind of network it is, or that it says."""
+    downs = {stem: tuple(shapes[name]) for stem, role, name in roles_of(shapes) if role == "down"}
+    modules = downs or {name.split(".")[0]: tuple(shape) for name, shape in shapes.items()}
+    return family_of(modules) or family_by_version(metadata)
+
+
+def dialect(shapes: Shapes) -> str:
+    """Return whose names a file has."""
+    starts = {name.split(".")[0].split("_")[0] for name in shapes}
+    if "lora" in starts:
+        return "sd-scripts"
+    return "diffusers or PEFT" if starts & {"unet", "text"} else "unknown"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The programs
+# --------------------------------------------------------------------------------------------------------------
+
+
+def diffusers(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
+    """Return what `load_lora_weights` does: one tensor that it does not know refuses the file."""
+    for key in keys:
+        if key.kind not in (LORA, "DoRA"):
+            return Verdict(0, (), f"{key.name} is {kind_words(key.kind)}")
+        if "lora" not in key.name and not key.name.endswith(".alpha"):
+            return Verdict(0, (), f"{key.name} has no lora in its name")
+    expected = 4 if family is SD1 else 2
+    other = next((key for key in keys if family and is_projection(key) and len(key.shape) != expected), None)
+    if other is not None:
+        layer = "a 1x1 convolution" if family is SD1 else "a linear layer"
+        return Verdict(0, (), f"{other.name} is {len(other.shape)}-D, {family.title} has {layer} there")
+    skipped = [key.name for key in keys if not key.is_known or key.kind == "DoRA"]
+    original = [key for key in keys if re.match(r"lora_unet_(in|out)put_blocks_|lora_unet_middle_block_", key.name)]
+    others = [key for key in keys if re.match(r"lora_unet_(down|up|mid)_block", key.name)]
+    if family is SDXL and original and others:
+        skipped += [key.name for key in original]
+        return applied(keys, skipped, "it drops the U-Net's checkpoint names where both kinds of names are in a file")
+    return applied(keys, skipped, "it drops DoRA's magnitudes" if any(key.kind == "DoRA" for key in keys) else None)
+
+
+def is_projection(key: Key) -> bool:
+    """Return whether a tensor is a matrix for the input or output projection of a transformer of the U-Net."""
+    return bool(re.search(r"(?<!ff_net_0_)proj_(in|out)$", key.module)) and UNET in key.module and len(key.shape) > 1
+
+
+def kind_words(kind: str) -> str:
+    """Return a kind of tensor in words."""
+    return "no part of a LoRA" if kind == OTHER else f"a part of a {kind} network"
+
+
+def web_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
+    """Return what the web UI of AUTOMATIC1111 does: it tells of what it does not know, and goes on."""
+    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "Tucker")])
+
+
+def comfy_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
+    """Return what ComfyUI does: it tells of what it does not know, and goes on."""
+    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "IA3")])
+
+
+def forge(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
+    """Return what Forge does: the same, up to a number of tensors."""
+    verdict = comfy_ui(keys, family)
+    if len(verdict.skipped) > FORGE_LIMIT:
+        return Verdict(0, (), f"{len(verdict.skipped)} tensors do not match, more than {FORGE_LIMIT}")
+    return verdict
+
+
+def applied(keys: Sequence[Key], skipped: Sequence[str], remark: str | None = None) -> Verdict:
+    """Return the verdict that applies all but what is skipped."""
+    unique = tuple(dict.fromkeys(skipped))
+    return Verdict(len(keys) - len(unique), unique, remark=remark)
+
+
+READERS = {"diffusers": diffusers, "AUTOMATIC1111": web_ui, "Forge": forge, "ComfyUI": comfy_ui}
+
+
+def verdicts(keys: Sequence[Key], family: ModelFamily | None) -> Iterator[tuple[str, Verdict]]:
+    """Yield each program with what it does with a file of such tensors."""
+    for name, reader in READERS.items():
+        yield name, reader(keys, family)

@@ -1,0 +1,242 @@
+"""Tell what a network's file holds: kind, models, modules, ranks, sizes, damage, and what programs do with it.
+
+python networks/check_lora_weights.py lora.safetensors
+python networks/check_lora_weights.py lora.safetensors --json > lora.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config import tool_files
+from library.config.options import option, parse
+from library.logs import run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from library.adapters.readers import Key
+
+logger = logging.getLogger(__name__)
+
+# Metadata that fit on a screen; tools/show_metadata.py shows all.
+SHOWN = (
+    "modelspec.title",
+    "modelspec.architecture",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+    "ss_steps",
+    "ss_num_train_images",
+    "ss_training_comment",
+    "modelspec.merged_from",
+)
+# Part of a model -> beginnings of its modules' names, in order of search.
+PARTS = (
+    ("U-Net", ("lora_unet_", "unet.")),
+    ("text encoder 2", ("lora_te2_", "text_encoder_2.")),
+    ("text encoder", ("lora_te", "text_encoder.")),
+)
+WIDTH = 90  # characters of a metadata text
+DAMAGED = 1  # exit code of a file with damage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """What is looked at."""
+
+    file: Path | None = option(None, "network file (.safetensors, .ckpt or .pt)", positional=True)
+    show_all_keys: bool = option(False, "list the tensors: shape, mean and least of absolute values", aliases=("s",))
+    json: bool = option(False, "write one JSON object for machines")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """What is looked at."""
+
+    check: CheckOptions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code: 1 for a file with damage."""
+    config = parse(CheckConfig, argv, description=__doc__).check
+    tool_files.refuse(tool_files.input_problems("file", config.file, "the network"))
+    report = report_of(config.file, with_tensors=config.show_all_keys)
+    text = json.dumps(report, ensure_ascii=False, indent=2) if config.json else "\n".join(lines_of(report))
+    sys.stdout.write(f"{text}\n")
+    return DAMAGED if report["damage"] else 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is found
+# --------------------------------------------------------------------------------------------------------------
+
+
+def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
+    """Return what a file holds, as a table for JSON."""
+    from library.adapters import readers
+    from library.weights_io import data_sha256, open_weights
+
+    file = open_weights(path)
+    shapes, metadata = dict(file.shapes), dict(file.metadata)
+    types = {str(dtype).removeprefix("torch.") for _, dtype, shape in file.infos() if len(shape) > 0}
+    family = readers.detect(shapes, metadata)
+    keys = readers.keys_of(shapes, family)
+    tensors = dict(file.tensors(shapes))
+    modules = changes_of(tensors)
+    claimed = metadata.get("sshs_model_hash")
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "kinds": counted(key.kind for key in keys),
+        "models": family.title if family else None,
+        "names": readers.dialect(shapes),
+        "types": sorted(types),
+        "parts": {title: part for title, part in parts_of(modules) if part["modules"]},
+        "unknown_modules": sorted({key.module for key in keys if not key.is_known}),
+        "damage": damage_of(tensors, keys),
+        "readers": {name: verdict.line() for name, verdict in readers.verdicts(keys, family)},
+        "metadata": {key: metadata[key] for key in SHOWN if metadata.get(key) not in (None, "", "None")},
+        "hash_is_true": None if claimed is None else claimed == data_sha256(path),
+        "tensors": [statistics_of(name, tensor) for name, tensor in tensors.items()] if with_tensors else None,
+    }
+
+
+def counted(values: Iterator[str]) -> dict[str, int]:
+    """Return value -> how often it comes, the most frequent first."""
+    import collections
+
+    return dict(collections.Counter(values).most_common())
+
+
+def changes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float, float]]:
+    """Return module -> (rank, alpha, Frobenius norm of alpha / R * U D) of the LoRA modules of a file.
+
+    ||U D||^2 is the sum over (U^T U) * (D D^T): the product itself is not made.
+    """
+    from library.adapters.lora_file import roles_of
+
+    parts: dict[str, dict[str, Tensor]] = {}
+    for stem, role, name in roles_of(tensors):
+        parts.setdefault(stem, {})[role] = tensors[name]
+    found = {}
+    for stem, part in parts.items():
+        if not {"down", "up"} <= part.keys() or part["down"].shape[0] != part["up"].shape[1]:
+            continue
+        up, down = part["up"].double().flatten(1), part["down"].double().flatten(1)
+        rank = down.shape[0]
+        alpha = float(part["alpha"]) if "alpha" in part else float(rank)
+        squared = float(((up.T @ up) * (down @ down.T)).sum())
+        found[stem] = rank, alpha, abs(alpha) / rank * max(0.0, squared) ** 0.5
+    return found
+
+
+def parts_of(modules: Mapping[str, tuple[int, float, float]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each part of a model with what a file has for it."""
+    left = dict(modules)
+    for title, starts in (*PARTS, ("other", ("",))):
+        own = {name: left.pop(name) for name in list(left) if name.startswith(starts)}
+        norms = {name: norm for name, (_, _, norm) in own.items()}
+        yield (
+            title,
+            {
+                "modules": len(own),
+                "ranks": counted(str(rank) for rank, _, _ in own.values()),
+                "alphas": counted(f"{alpha:g}" for _, alpha, _ in own.values()),
+                "mean_norm": sum(norms.values()) / max(1, len(norms)),
+                "largest": max(norms, key=norms.__getitem__) if norms else None,
+                "largest_norm": max(norms.values(), default=0.0),
+                "without_effect": sum(norm == 0 for norm in norms.values()),
+            },
+        )
+
+
+def damage_of(tensors: Mapping[str, Tensor], keys: Sequence[Key]) -> list[str]:
+    """Return what is broken: numbers that are not finite, matrices without their partner or of other ranks."""
+    from library.adapters.lora_file import roles_of
+    from library.adapters.readers import pairs_of
+
+    found = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    paired = pairs_of(tensors)
+    found += [
+        f"{name} has no partner" for stem, role, name in roles_of(tensors) if role != "alpha" and stem not in paired
+    ]
+    ranks: dict[str, set[int]] = {}
+    for stem, role, name in roles_of(tensors):
+        if role != "alpha" and stem in paired:
+            ranks.setdefault(stem, set()).add(tensors[name].shape[0 if role == "down" else 1])
+    unequal = [(stem, sorted(sizes)) for stem, sizes in ranks.items() if len(sizes) > 1]
+    return found + [f"{stem}: the matrices have the ranks {sizes}" for stem, sizes in unequal]
+
+
+def statistics_of(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Return name, shape, and mean and least of the absolute values of a tensor."""
+    values = tensor.double().abs()
+    is_empty = values.numel() == 0
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "mean": None if is_empty else float(values.mean()),
+        "least": None if is_empty else float(values.min()),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# How it is told
+# --------------------------------------------------------------------------------------------------------------
+
+
+def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the report as text, one screen."""
+    kinds = ", ".join(f"{kind} ({count} tensors)" for kind, count in report["kinds"].items())
+    yield f"{report['file']}: {report['bytes'] / 1e6:.1f} MB, {', '.join(report['types'])}"
+    yield f"kind     {kinds}"
+    yield f"models   {report['models'] or 'not told by the modules'}; names of {report['names']}"
+    if report["parts"]:
+        yield ""
+        yield f"{'part':<15} {'modules':>7}  {'rank':<14} {'alpha':<14} {'mean norm':>9}  largest"
+    for title, part in report["parts"].items():
+        ranks, alphas = several(part["ranks"]), several(part["alphas"])
+        largest = f"{part['largest_norm']:.3g} {part['largest']}"
+        yield f"{title:<15} {part['modules']:>7}  {ranks:<14} {alphas:<14} {part['mean_norm']:>9.3g}  {largest}"
+        if part["without_effect"]:
+            yield f"{'':<15} {part['without_effect']:>7}  change nothing"
+    if report["unknown_modules"]:
+        names = report["unknown_modules"]
+        yield f"unknown  {len(names)} modules: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    yield ""
+    yield from (f"DAMAGE   {text}" for text in report["damage"][:10])
+    yield from (f"{name:<14} {verdict}" for name, verdict in report["readers"].items())
+    if report["metadata"]:
+        yield ""
+    for key, text in report["metadata"].items():
+        yield f"{key:<24} {text if len(text) <= WIDTH else text[: WIDTH - 3] + '...'}"
+    if report["hash_is_true"] is not None:
+        yield f"{'sshs_model_hash':<24} {'true' if report['hash_is_true'] else 'WRONG: not that of this data'}"
+    for tensor in report["tensors"] or ():
+        shape = "-".join(map(str, tensor["shape"])) or "number"
+        yield f"{tensor['name']:<110} {shape:<16} {tensor['mean']:.6g} {tensor['least']:.6g}"
+
+
+def several(counts: Mapping[str, int]) -> str:
+    """Return values with how often they come, two at most."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    shown = ", ".join(list(counts)[:2])
+    return shown if len(counts) == 2 else f"{shown}, ..."
+
+
+if __name__ == "__main__":
+    run_script(main)

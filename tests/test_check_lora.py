@@ -1,0 +1,142 @@
+"""networks/check_lora_weights.py: what it says of a file is so; what it says of diffusers, diffusers does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_lora import pipeline
+from test_merge_lora import deltas, make_lora
+
+from networks import check_lora_weights, convert_lora, lora
+
+ROOT = Path(__file__).resolve().parents[1]
+MIDDLE = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+def report(path, capsys, *argv, code=0):
+    capsys.readouterr()
+    assert check_lora_weights.main([str(path), "--json", *argv]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_modules_ranks_norms_and_metadata_are_those_of_the_file(model_store, tmp_path, capsys):
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors", rank=4, alpha=2.0, conv_dim="3", conv_alpha="1")
+    found = report(file, capsys)
+    norms = {name: float(delta.norm()) for name, delta in deltas(file).items()}
+    unet = {name: norm for name, norm in norms.items() if name.startswith("lora_unet_")}
+    part = found["parts"]["U-Net"]
+    assert part["modules"] == len(unet)
+    assert set(part["ranks"]) == {"3", "4"}
+    assert set(part["alphas"]) == {"2", "1"}
+    assert part["mean_norm"] == pytest.approx(sum(unet.values()) / len(unet))
+    assert part["largest"] == max(unet, key=unet.get)
+    assert part["largest_norm"] == pytest.approx(max(unet.values()))
+    assert found["kinds"] == {"LoRA": len(load_file(file))}
+    assert found["hash_is_true"] is True
+    assert found["damage"] == found["unknown_modules"] == []
+    text = subprocess.run(
+        [sys.executable, str(ROOT / "networks" / "check_lora_weights.py"), str(file)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert len(text.splitlines()) < 24
+    assert f"{len(unet)}" in text
+
+
+VARIANTS = {
+    "plain": lambda w: w,
+    "no alphas": lambda w: {n: t for n, t in w.items() if not n.endswith(".alpha")},
+    "a stray alpha": lambda w: w | {"lora_unet_nowhere.alpha": torch.tensor(1.0)},
+    "Tucker": lambda w: w | {f"{MIDDLE}.lora_mid.weight": torch.ones(4, 4, 1, 1)},
+    "LoHa": lambda w: {n: t for n, t in w.items() if MIDDLE not in n} | {f"{MIDDLE}.hada_w1_a": torch.ones(2, 2)},
+    "a difference": lambda w: w | {"lora_unet_conv_in.diff": torch.ones(2, 2)},
+    "a foreign tensor": lambda w: w | {"emp": torch.ones(1)},
+    "2-D projections": lambda w: {n: t.flatten(1) if "proj_in" in n and t.ndim == 4 else t for n, t in w.items()},
+}
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_diffusers_refuses_what_is_said_to_be_refused(model_store, tmp_path, capsys, change):
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors")
+    # The width of the text tells the family, and a tiny model has another: real ones are 768 wide.
+    lora.write_weights(file, change(load_file(file)), {"ss_base_model_version": "sd_v1"})
+    verdict = report(file, capsys)["readers"]["diffusers"]
+    text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])
+    pipe = pipeline(text, unet, model_store, "sd1")
+    try:
+        pipe.load_lora_weights(tmp_path, weight_name=file.name)
+    except Exception:  # noqa: BLE001 - whatever it raises
+        assert verdict.startswith("refuses the file")
+    else:
+        assert verdict.startswith("applies")
+
+
+def test_other_names_and_kinds_are_told(model_store, tmp_path, capsys):
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors")
+    out = tmp_path / "b.safetensors"
+    assert convert_lora.main(["--model", str(file), "--save_to", str(out), "--to", "diffusers"]) == 0
+    one, other = report(file, capsys), report(out, capsys)
+    assert (one["names"], other["names"]) == ("sd-scripts", "diffusers or PEFT")
+    for title, part in one["parts"].items():
+        assert other["parts"][title]["mean_norm"] == pytest.approx(part["mean_norm"])
+    save_file({f"{MIDDLE}.lokr_w1": torch.ones(2, 2), f"{MIDDLE}.alpha": torch.tensor(1.0)}, out)
+    found = report(out, capsys)
+    assert found["kinds"] == {"LoKr": 2}
+    assert found["readers"]["diffusers"].endswith("is a part of a LoKr network")
+    assert found["readers"]["ComfyUI"] == "applies 2 tensors"
+
+
+def test_forge_refuses_more_than_twelve_unknown_tensors(tmp_path, capsys):
+    for count in (4, 5):
+        weights = {}
+        for index in range(count):
+            weights |= {f"lora_unet_odd{index}.lora_{end}.weight": torch.ones(1, 1) for end in ("down", "up")}
+            weights[f"lora_unet_odd{index}.alpha"] = torch.tensor(1.0)
+        save_file(weights, tmp_path / "a.safetensors")
+        found = report(tmp_path / "a.safetensors", capsys)
+        assert len(found["unknown_modules"]) == count
+        assert found["readers"]["Forge"].startswith("refuses" if count > 4 else "applies 0 tensors, skips 12")
+        assert found["readers"]["AUTOMATIC1111"].startswith("applies 0 tensors")
+
+
+def test_damage_is_told_and_ends_with_one(model_store, tmp_path, capsys):
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors")
+    weights = load_file(file)
+    weights[f"{MIDDLE}.lora_up.weight"][0, 0] = torch.nan
+    other = "lora_unet_mid_block_attentions_0_proj_out"
+    weights[f"{other}.lora_down.weight"] = weights[f"{other}.lora_down.weight"][:3].contiguous()
+    del weights["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"]
+    save_file(weights, file, metadata={"sshs_model_hash": "0" * 64})
+    found = report(file, capsys, code=1)
+    assert found["damage"] == [
+        f"{MIDDLE}.lora_up.weight holds NaN or infinity",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight has no partner",
+        f"{other}: the matrices have the ranks [3, 4]",
+    ]
+    assert found["hash_is_true"] is False
+    assert check_lora_weights.main([str(file)]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_all_keys_are_shown_on_demand(model_store, tmp_path, capsys):
+    models, _ = model_store("sd2")
+    file = make_lora(models, tmp_path / "a.safetensors")
+    weights = load_file(file)
+    tensors = {tensor["name"]: tensor for tensor in report(file, capsys, "-s")["tensors"]}
+    assert tensors.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert tensors[name]["mean"] == pytest.approx(float(tensor.double().abs().mean()))
+        assert tensors[name]["shape"] == list(tensor.shape)
