@@ -136,7 +136,7 @@ def read_lora(path: Path) -> LoraFile:
         name = module_name(layer, family or SD1) if layer else stem
         if name in changes:
             raise UserError(f"{path} has {name} twice, under names of different trainers")
-        changes[name] = change_of(part, path, stem, alphas.of(stem))
+        changes[name] = change_of(part, path, stem, alphas.of(stem, len(part["down"])))
     used = {name for stem, _, name in roles_of(tensors) if "down" in parts[stem]}
     extra = {name: tensor for name, tensor in tensors.items() if name not in used}
     return LoraFile(path, changes, dict(file.metadata), family, extra)
@@ -168,14 +168,18 @@ class PeftAlphas:
             found = {}
         self.table: dict[str, Any] = found if isinstance(found, dict) else {}
 
-    def of(self, stem: str) -> float | None:
+    def of(self, stem: str, rank: int) -> float | None:
         """Return the alpha of a module, None where nothing is said of it. Patterns match ends of paths, as in PEFT."""
         part, _, path = stem.partition(".")
-        for pattern, alpha in (self.table.get(f"{part}.alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return float(alpha)
         alpha = self.table.get(f"{part}.lora_alpha")
-        return None if alpha is None else float(alpha)
+        for pattern, own in (self.table.get(f"{part}.alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                alpha = own
+                break
+        if alpha is None:
+            return None
+        # Rank-stabilised: PEFT divides by the root of the rank, everyone else by the rank.
+        return float(alpha) * (rank**0.5 if self.table.get(f"{part}.use_rslora") else 1.0)
 
 
 def family_of(modules: Mapping[str, Sequence[int]]) -> ModelFamily | None:
@@ -187,7 +191,7 @@ def family_of(modules: Mapping[str, Sequence[int]]) -> ModelFamily | None:
     for name, shape in modules.items():
         if re.search(r"attn2[._]to_k$", name) and len(shape) > 1 and shape[1] in by_context:
             return by_context[shape[1]]
-    if any(re.match(r"lora_te[12]_|text_encoder_2\.|lora_unet_(in|out)put_blocks_", name) for name in modules):
+    if any(re.match(r"lora_te[12]_|text_encoder_2\.|lora_unet_(input|middle|output)_block", name) for name in modules):
         return SDXL
     if any(re.search(r"transformer_blocks[._][1-9][._]", name) for name in modules):
         return SDXL
