@@ -6,6 +6,7 @@ Readings of 12 and 20 weights are for SDXL, of 17 and 26 for SD 1.x and 2.x; a s
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -38,11 +39,15 @@ def read_weights(text: str) -> tuple[float, ...]:
         numbers = json.loads(text)
     except ValueError:
         numbers = None
-    if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+    if not isinstance(numbers, list) or not all(_is_finite(number) for number in numbers):
         raise ValueError(f"{text!r} is no JSON list of numbers, such as [1,0.5,...]")
     if len(numbers) not in SLOTS:
         raise ValueError(f"{len(numbers)} numbers; {', '.join(map(str, SLOTS))} are known")
     return tuple(float(number) for number in numbers)
+
+
+def _is_finite(number: object) -> bool:
+    return type(number) in (int, float) and math.isfinite(number)  # JSON of Python knows NaN
 
 
 def problems(lists: Sequence[str], num_models: int) -> Iterator[str]:
