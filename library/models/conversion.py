@@ -329,10 +329,10 @@ def scheduler_config(*, v_prediction: bool) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
     """Write the CLIP tokenizer from the shipped vocabulary."""
-    vocabulary, merges = shipped_vocabulary()
-    write_json(folder / "vocab.json", vocabulary, indent=None)
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    vocabulary, merges = vocabulary_files()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     special["pad_token"] = pad_token
     write_json(folder / "special_tokens_map.json", special)
@@ -340,10 +340,18 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
     write_json(folder / "tokenizer_config.json", special | more)
 
 
-def write_json(path: Path, table: Any, *, indent: int | None = 2) -> None:
+@functools.cache
+def vocabulary_files() -> tuple[str, str]:
+    """Return what vocab.json and merges.txt hold; a model of SDXL has them twice."""
+    vocabulary, merges = shipped_vocabulary()
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    return json.dumps(vocabulary, ensure_ascii=False) + "\n", "\n".join(lines) + "\n"
+
+
+def write_json(path: Path, table: Any) -> None:
     """Write a table as JSON in UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+IN_RESNET = re.compile(rf"^((?:input_blocks|middle_block|output_blocks)[.\d]*\.)({'|'.join(UNET_RESNET)})\.")
 VAE_NAMES = {
     "mid_block.resnets.0": "mid.block_1",
     "mid_block.resnets.1": "mid.block_2",
@@ -179,9 +180,7 @@ def unet_rule(layers_per_block: int, upsampler_beside_attention: frozenset[int])
 
 
 def _with_resnet_names(name: str) -> str:
-    for ours, original in UNET_RESNET.items():
-        name = re.sub(rf"^((?:input_blocks|middle_block|output_blocks)[.\d]*\.){ours}\.", rf"\g<1>{original}.", name)
-    return name
+    return IN_RESNET.sub(lambda match: f"{match[1]}{UNET_RESNET[match[2]]}.", name)
 
 
 def vae_rule(num_blocks: int) -> Callable[[str], str]:
