@@ -1,9 +1,10 @@
 """Time and memory of the LoRA tools on full-size models, against their floors.
 
-python benchmarks/lora_tools.py --folder FOLDER [--rank 32]
+python benchmarks/lora_tools.py --folder FOLDER [--model sd15|sd21|sdxl] [--rank 32] [--naive]
 
-Writes a random SD 1.5 checkpoint (fp16) and two LoRA files into the folder, if they are not there, and times each
-tool in a process of its own: merging into the checkpoint beside loading and saving it with safetensors.
+Writes a random checkpoint (fp16), a tuned one and two LoRA files into the folder, if they are not there, and runs
+each tool in a process of its own. The floor of what writes a checkpoint is loading and saving one with safetensors,
+that of the others the same with their LoRA file; --naive also decomposes the full matrices, as sd-scripts does.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+FAMILIES = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 FLOOR = """
 import sys
 from safetensors.torch import load_file, save_file
 save_file(load_file(sys.argv[1]), sys.argv[2])
+"""
+NAIVE = """
+import sys, torch
+from safetensors.torch import load_file
+files = [load_file(path) for path in sys.argv[1:]]
+for name in [name for name in files[0] if name.endswith("lora_down.weight")]:
+    up, down = name.replace("down", "up"), name
+    delta = sum(file[up].float().flatten(1) @ file[down].float().flatten(1) for file in files)
+    torch.linalg.svd(delta)
 """
 MEASURED = """
 import resource, runpy, sys
@@ -37,41 +48,77 @@ def main() -> None:
     """Run the script with the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--model", choices=FAMILIES, default="sd15")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--naive", action="store_true", help="also decompose the full matrices: minutes")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    files = file_names(args.folder, args.model, args.rank)
     if args.make:
-        make_files(args.folder, args.rank)
+        make_files(files, FAMILIES[args.model], args.rank)
         return
     # In a process of its own, for a child begins with its parent's memory in its account.
     subprocess.run([sys.executable, *sys.argv, "--make"], check=True)
-    files = file_names(args.folder, args.rank)
-    (args.folder / "floor.py").write_text(FLOOR, encoding="utf-8")
-    out = str(args.folder / "out.safetensors")
-    base, one, two = (str(files[name]) for name in ("base", "one", "two"))
-    merge = str(ROOT / "networks" / "merge_lora.py")
-    jobs = {
-        "load and save": [str(args.folder / "floor.py"), base, out],
-        "merge one into the checkpoint": [
-            *(merge, "--sd_model", base, "--save_to", out, "--save_precision", "fp16"),
-            *("--models", one, "--ratios", "0.8"),
-        ],
-        "concatenate two": [merge, "--save_to", out, "--models", one, two, "--ratios", "0.8", "0.5", "--concat"],
-        "concatenate and shuffle two": [
-            *(merge, "--save_to", out, "--models", one, two, "--ratios", "0.8", "0.5", "--concat", "--shuffle"),
-        ],
-    }
+    for name, text in (("floor", FLOOR), ("naive", NAIVE)):
+        (args.folder / f"{name}.py").write_text(text, encoding="utf-8")
+    jobs = jobs_of(files, args)
     times: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs}
-    for _ in range(args.rounds):
-        for name, argv in jobs.items():
-            times[name].append(run(argv))
-    floor = min(seconds for seconds, _ in times["load and save"])
-    print(f"SD 1.5, fp16, {Path(base).stat().st_size / 1e9:.2f} GB; rank {args.rank}; shortest of {args.rounds} rounds")
+    for number in range(args.rounds):
+        for name, (argv, _) in jobs.items():
+            if number == 0 or not name.startswith("naive"):
+                times[name].append(run(argv))
+    size = files["base"].stat().st_size / 1e9
+    print(f"{args.model}, fp16, {size:.2f} GB; rank {args.rank}; shortest of {args.rounds} rounds, greatest memory")
     for name, found in times.items():
-        seconds, peak = min(found)[0], max(size for _, size in found)
-        print(f"{name:32} {seconds:6.2f} s  {seconds / floor:5.2f} x load and save  peak {peak / 1e9:.2f} GB")
+        seconds, peak = min(found)[0], max(memory for _, memory in found)
+        floor = min(times[jobs[name][1]])[0]
+        print(f"{name:34} {seconds:7.2f} s {seconds / floor:6.2f} x {jobs[name][1]:20} peak {peak / 1e9:5.2f} GB")
+
+
+def jobs_of(files: dict[str, Path], args: argparse.Namespace) -> dict[str, tuple[list[str], str]]:
+    """Return job -> its command, and the job that is its floor."""
+    out, lora_out = str(args.folder / "out.safetensors"), str(args.folder / "lora-out.safetensors")
+    base, tuned, one, two = (str(files[name]) for name in ("base", "tuned", "one", "two"))
+    floor, naive = str(args.folder / "floor.py"), str(args.folder / "naive.py")
+    networks = ROOT / "networks"
+    merge, svd = str(networks / "merge_lora.py"), str(networks / "svd_merge_lora.py")
+    half, both = ["--save_precision", "fp16"], ["--models", one, two, "--ratios", "0.8", "0.5"]
+    checkpoint, lora = "load, save checkpoint", "load, save LoRA"
+    rank = ["--new_rank", str(args.rank)]
+    extract = [str(networks / "extract_lora_from_models.py"), "--model_org", base, "--model_tuned", tuned]
+    jobs = {
+        checkpoint: ([floor, base, out], checkpoint),
+        "merge one into the checkpoint": (
+            [merge, "--sd_model", base, "--save_to", out, *half, "--models", one, "--ratios", "0.8"],
+            checkpoint,
+        ),
+        "merge two into the checkpoint": ([merge, "--sd_model", base, "--save_to", out, *half, *both], checkpoint),
+        "extract": ([*extract, "--save_to", lora_out, "--dim", str(args.rank), *half], checkpoint),
+        "extract --exact": ([*extract, "--save_to", lora_out, "--dim", str(args.rank), *half, "--exact"], checkpoint),
+        "convert to the same layout": (
+            [str(ROOT / "tools" / "convert_diffusers20_original_sd.py"), base, out],
+            checkpoint,
+        ),
+        lora: ([floor, one, lora_out], lora),
+        "merge two, --concat": ([merge, "--save_to", lora_out, *both, "--concat"], lora),
+        "merge two, --concat --shuffle": ([merge, "--save_to", lora_out, *both, "--concat", "--shuffle"], lora),
+        "svd_merge two": ([svd, "--save_to", lora_out, *both, *rank], lora),
+        "resize to 8": (
+            [str(networks / "resize_lora.py"), "--model", one, "--save_to", lora_out, "--new_rank", "8"],
+            lora,
+        ),
+        "convert to diffusers": (
+            [str(networks / "convert_lora.py"), "--model", one, "--save_to", lora_out, "--to", "diffusers"],
+            lora,
+        ),
+    }
+    if args.naive:
+        name = "naive full matrices of two"
+        jobs |= {name: ([naive, one, two], lora)}
+        jobs["svd_merge two"] = (jobs["svd_merge two"][0], name)
+    return jobs
 
 
 def run(argv: list[str]) -> tuple[float, int]:
@@ -83,43 +130,91 @@ def run(argv: list[str]) -> tuple[float, int]:
     return time.perf_counter() - start, int(done.stdout.split()[-1])
 
 
-def file_names(folder: Path, rank: int) -> dict[str, Path]:
+# --------------------------------------------------------------------------------------------------------------
+# The files
+# --------------------------------------------------------------------------------------------------------------
+
+
+def file_names(folder: Path, model: str, rank: int) -> dict[str, Path]:
     """Return the files of the benchmark."""
-    names = {"base": "base", "one": f"one-{rank}", "two": f"two-{rank}"}
-    return {name: folder / f"{stem}.safetensors" for name, stem in names.items()}
+    names = {"base": "base", "tuned": "tuned", "one": f"one-{rank}", "two": f"two-{rank}"}
+    return {name: folder / f"{model}-{stem}.safetensors" for name, stem in names.items()}
 
 
-def make_files(folder: Path, rank: int) -> None:
+def make_files(files: dict[str, Path], family_name: str, rank: int) -> None:
     """Write the files of the benchmark where they are not there."""
+    import tiny
     import torch
-    from safetensors.torch import save_file
 
-    from library.models import family as families
-    from library.models import keys, loading
+    from library.models import loading
+    from library.weights_io import write_stream
+
+    family = tiny.FAMILIES[family_name]
+    if not files["base"].exists():
+        encoders = [
+            loading.build_text_encoder(text.config, has_projection=text.has_projection) for text in family.text_models
+        ]
+        models = {"unet": loading.build_unet(family.unet), "vae": loading.build_vae(family.vae)}
+        names = ("text_encoder", "text_encoder_2")
+        models |= dict(zip(names, encoders, strict=False))
+        shapes = {name: tuple(t.shape) for name, t in tiny.original_state(models, family_name).items() if t.ndim}
+        generator = torch.Generator().manual_seed(0)
+        infos = {name: (torch.float16, shape) for name, shape in shapes.items()}
+        tensors = ((name, (torch.randn(shape, generator=generator) * 0.03).half()) for name, shape in shapes.items())
+        write_stream(files["base"], infos, tensors)
+    for seed, name in enumerate(("one", "two")):
+        if not files[name].exists():
+            write_lora(files["base"], files[name], rank, seed)
+    if not files["tuned"].exists():
+        write_tuned(files["base"], files["tuned"])
+
+
+def write_lora(base: Path, path: Path, rank: int, seed: int) -> None:
+    """Write a random LoRA of all attention layers of a checkpoint."""
+    import torch
+
+    from library.adapters import layers
+    from library.adapters.lora_file import tensors_of
+    from library.adapters.low_rank import Change
+    from library.models.model_files import open_model
     from networks import lora
 
-    files = file_names(folder, rank)
-    unet, encoder = (
-        loading.build_unet(families.SD1.unet),
-        loading.build_text_encoder(families.SD1.text_models[0].config),
-    )
-    vae = loading.build_vae(families.SD1.vae)
-    generator = torch.Generator().manual_seed(0)
-    if not files["base"].exists():
-        names = keys.table(unet.state_dict(), loading.unet_rule_for(unet.config))
-        shapes = {keys.UNET_PREFIX + names[name]: tensor.shape for name, tensor in unet.state_dict().items()}
-        text = loading.canonical_text_state(encoder)
-        shapes |= {families.SD1.text_models[0].prefixes[0] + name: tensor.shape for name, tensor in text.items()}
-        vae_names = keys.table(vae.state_dict(), keys.vae_rule(4))
-        shapes |= {keys.VAE_PREFIX + vae_names[name]: tensor.shape for name, tensor in vae.state_dict().items()}
-        save_file(
-            {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}, files["base"]
-        )
-    for name in ("one", "two"):
-        if not files[name].exists():
-            network = lora.create_network(1.0, rank, float(rank), None, encoder, unet)
-            weights = {key: torch.randn(t.shape, generator=generator) * 0.01 for key, t in network.state_dict().items()}
-            lora.write_weights(files[name], weights, {})
+    model, generator = open_model(base), torch.Generator().manual_seed(seed)
+    shapes, changes = model.shapes, {}
+    for layer, place in layers.places(model).items():
+        if layers.is_attention_layer(layer):
+            shape = shapes[place.name]
+            out = shape[0] if place.third is None else shape[0] // 3
+            up, down = (torch.randn(size, generator=generator) * 0.01 for size in ((out, rank), (rank, shape[1])))
+            down_shape = (rank, *shape[1:])
+            changes[layers.module_name(layer, model.family)] = Change(up, down, float(rank), down_shape)
+    lora.write_weights(path, tensors_of(changes, torch.float16), {})
+
+
+def write_tuned(base: Path, path: Path) -> None:
+    """Write a checkpoint as training might leave it: each matrix changed by a falling spectrum over noise."""
+    import torch
+
+    from library.weights_io import open_weights, write_stream
+
+    file, generator = open_weights(base), torch.Generator().manual_seed(7)
+
+    def tensors():
+        for name, tensor in file.tensors(file.shapes):
+            if tensor.ndim > 1 and not name.startswith("first_stage_model."):
+                rows = tensor.float().flatten(1)
+                size = min(64, *rows.shape)
+                strengths = torch.arange(1, size + 1) ** -1.0
+                left = torch.randn(rows.shape[0], size, generator=generator) * strengths
+                change = left @ torch.randn(size, rows.shape[1], generator=generator)
+                noise = torch.randn(rows.shape, generator=generator)
+                yield name, (rows + 1e-3 * change + 2e-4 * noise).reshape(tensor.shape).half()
+            else:
+                yield name, tensor
+
+    infos = {name: (torch.float16, shape) for name, shape in file.shapes.items()}
+    order = [name for name, _, _ in file.infos()]
+    write_stream(path, {name: infos[name] for name in order}, tensors())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ bit-equal weights give unequal outputs. Everything is written to a temporary nam
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -350,11 +351,42 @@ def write_stream(
         start = end
     header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     header += b" " * (-len(header) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, _Writer(file) as writer:
+        writer.write(len(header).to_bytes(8, "little") + header)
         for (name, (dtype, shape)), (given, tensor) in zip(infos.items(), tensors, strict=True):
             assert (name, dtype, shape) == (given, tensor.dtype, tuple(tensor.shape))
-            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            if tensor.numel():
+                writer.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+
+
+class _Writer:
+    """Writes to a file in a thread of its own, so that the next tensor is made meanwhile; at most one waits."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending: list[concurrent.futures.Future[None]] = []
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._wait_for(0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take data to be written; raises the OSError of what was taken before."""
+        self._wait_for(1)
+        self.pending.append(self.pool.submit(self._write, memoryview(data)))
+
+    def _wait_for(self, most: int) -> None:
+        while len(self.pending) > most:
+            self.pending.pop(0).result()
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self.file.write(data) :]
 
 
 # --------------------------------------------------------------------------------------------------------------

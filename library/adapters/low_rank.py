@@ -162,7 +162,7 @@ def spectrum_of(change: Change) -> Spectrum:
 
 OVERSAMPLING = 8  # columns of a block besides the rank asked for
 MOST_BLOCKS = 24
-GAIN = 1e-4  # a block that adds less to what is kept, as a share of it, is the last
+GAIN = 5e-4  # a block that adds less to what is kept, as a share of it, is the last
 WIDEST = 12  # blocks that must fit into the short side, or the whole matrix is decomposed: that is as fast then
 
 
@@ -182,19 +182,22 @@ def nearest_spectrum(matrix: Tensor, rank: int, generator: torch.Generator) -> S
     tall = matrix.T if is_wide else matrix  # (m, n), m >= n
     basis = torch.linalg.qr(torch.randn(short, block, generator=generator).to(matrix.device))[0]  # (n, columns)
     images = tall @ basis  # (m, columns)
+    gram = _gram(images, images)
     energy = 0.0
     while True:
-        squares, inner = _leading_eigenvectors(images, rank)
-        found = float(squares.sum())
+        found = float(torch.linalg.eigvalsh(gram)[-rank:].sum())
         if found <= energy * (1 + GAIN) or basis.shape[1] + block > min(short, MOST_BLOCKS * block):
             break
         energy = found
         new = tall.T @ images[:, -block:]
-        for _ in range(2):  # once is not enough in float32
+        for _ in range(2):  # once is not enough in float32, least of all where nothing new is left
             new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
-        basis, images = torch.cat([basis, new], dim=1), torch.cat([images, tall @ new], dim=1)
-    vectors = basis @ inner  # (n, rank)
-    return _spectrum_by(matrix, vectors, is_wide=is_wide)
+        image = tall @ new
+        side = _gram(images, image)
+        gram = torch.cat([torch.cat([gram, side], dim=1), torch.cat([side.T, _gram(image, image)], dim=1)])
+        basis, images = torch.cat([basis, new], dim=1), torch.cat([images, image], dim=1)
+    inner = torch.linalg.eigh(gram)[1].flip(1)[:, :rank].float()
+    return _spectrum_by(matrix, basis @ inner, is_wide=is_wide)
 
 
 def exact_spectrum(matrix: Tensor) -> Spectrum:
@@ -205,15 +208,13 @@ def exact_spectrum(matrix: Tensor) -> Spectrum:
     """
     is_wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if is_wide else matrix
-    vectors = _leading_eigenvectors(tall, tall.shape[1])[1]
+    vectors = torch.linalg.eigh(_gram(tall, tall))[1].flip(1).float()
     return _spectrum_by(matrix, vectors, is_wide=is_wide)
 
 
-def _leading_eigenvectors(columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues of C^T C, descending, and their vectors in float32, one in each column."""
-    wide = columns.double()
-    squares, vectors = torch.linalg.eigh(wide.T @ wide)
-    return squares.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count].float()
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    """Return L^T R in float64."""
+    return left.double().T @ right.double()
 
 
 def _spectrum_by(matrix: Tensor, vectors: Tensor, *, is_wide: bool) -> Spectrum:

@@ -88,18 +88,24 @@ def check_shape(file: LoraFile, name: str, change: Change, shape: Sequence[int],
         raise UserError(f"{file.path}: {name} is for a layer of {change.layer_shape}, this model has {needed}")
 
 
-def merged_tensor(tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor of a model with what is added to it, summed in float32, in a type."""
+def merged_tensor(
+    tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype, scratch: torch.Tensor
+) -> torch.Tensor:
+    """Return a tensor of a model with what is added to it, summed in float32, in a type.
+
+    The tensor's own memory is used for the result where the type allows, and scratch (float32, long enough) for the
+    sum: fresh memory would cost more than the arithmetic.
+    """
     if not additions:
         return tensor.to(dtype)
-    total = tensor.float().contiguous()  # in a pickle it may be laid out otherwise
+    total = scratch[: tensor.numel()].view(tensor.shape).copy_(tensor)
     rows = total.view(total.shape[0], -1)  # a view: what is added to it is added to the tensor
     for addition in additions:
         size = rows.shape[0] // 3
         part = rows if addition.third is None else rows[addition.third * size : (addition.third + 1) * size]
         strength = addition.ratio * addition.change.scale
         part.addmm_(addition.change.up.float(), addition.change.down.float(), alpha=strength)
-    return total.to(dtype)
+    return tensor.copy_(total) if tensor.dtype == dtype else total.to(dtype, copy=True)
 
 
 def result_type(name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -130,11 +136,14 @@ def write_merged(model: ModelFiles, merge: Merge, save_to: Path) -> None:
 def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm) -> None:
     """Write one weight file of a model, merged, tensor by tensor."""
 
+    changed = [shape for name, shape in file.shapes.items() if tensor_name(part, name) in merge.additions]
+    scratch = torch.empty(max(map(math.prod, changed), default=0))
+
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         for own_name, tensor in file.tensors(file.shapes):
             name = tensor_name(part, own_name)
             dtype = result_type(name, tensor.dtype, merge.dtype)
-            yield own_name, merged_tensor(tensor, merge.additions.get(name, ()), dtype)
+            yield own_name, merged_tensor(tensor, merge.additions.get(name, ()), dtype, scratch)
             bar.update()
 
     if path.suffix.lower() != ".safetensors":
