@@ -23,7 +23,7 @@ from library import weights_io
 from library.config.model import ModelConfig
 from library.errors import UserError
 from library.models import family as families
-from library.models import loading
+from library.models import keys, loading
 from library.models.conversion import V_BIAS
 from library.models.model_files import EXTRAS_FILE, open_model
 from tools import convert_diffusers20_original_sd as tool
@@ -177,6 +177,25 @@ def test_the_suite_loads_what_was_written(store, name):
         assert loaded.family is tiny.FAMILIES[name]
         for part, encoder in (("unet", loaded.unet), ("vae", loaded.vae), ("text_encoder", loaded.text_encoders[0])):
             assert_same(loading.text_model(encoder).state_dict(), loading.text_model(model.models[part]).state_dict())
+
+
+SIZES = {"sd1": (859_520_964, 123_060_480), "sd2": (865_910_724, 340_387_840), "sdxl": (2_567_463_684, 694_659_840)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models_come_back_from_the_shapes_of_their_files(name):
+    """Nothing is in memory here but names and shapes; every tensor has a name that the plan knows."""
+    family = tiny.FAMILIES[name]
+    text = family.text_models[-1]
+    unet = loading.build_unet(family.unet)
+    encoder = loading.build_text_encoder(text.config, has_projection=text.has_projection)
+    assert tuple(sum(p.numel() for p in model.parameters()) for model in (unet, encoder)) == SIZES[name]
+    names = keys.table(unet.state_dict(), loading.unet_rule_for(family.unet))
+    assert len(set(names.values())) == len(names)
+    assert families.unet_config(family, {names[n]: tuple(t.shape) for n, t in unet.state_dict().items()}) == family.unet
+    assert names.keys() <= set(keys.tensors(keys.unet_modules(len(family.unet["block_out_channels"]))))
+    own = loading.canonical_text_state(encoder)
+    assert own.keys() <= set(keys.tensors(keys.text_modules(text.config["num_hidden_layers"])))
 
 
 # ---- there and back -----------------------------------------------------------------------------------------
