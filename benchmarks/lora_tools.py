@@ -13,10 +13,15 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 FLOOR = """
@@ -199,7 +204,7 @@ def write_tuned(base: Path, path: Path) -> None:
 
     file, generator = open_weights(base), torch.Generator().manual_seed(7)
 
-    def tensors():
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in file.tensors(file.shapes):
             if tensor.ndim > 1 and not name.startswith("first_stage_model."):
                 rows = tensor.float().flatten(1)

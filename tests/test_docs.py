@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from library.config import toml_text
 from library.config.dataset import DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_dataset_file
-from library.config.options import read_config_file, root_options
+from library.config.options import parse, read_config_file, root_options
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig
 from library.sampling.prompts import parse_line, read_prompts
@@ -69,6 +70,30 @@ def commands(page):
 
 
 # --------------------------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):
+    """A script's command line was read."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_all_scripts_are_read_by_their_parsers(page, monkeypatch):
+    """Every option in a command of a page is one of its script, and every value is of its kind."""
+    for text in blocks(page, "bash") + blocks(page, "bat"):
+        for line in re.sub(r"[\\^]\n", " ", text).splitlines():
+            match = re.search(r"((?:networks|tools|finetune)[/\\]\w+)\.py(.*)", line)
+            if match is None:
+                continue
+            module = importlib.import_module(re.sub(r"[/\\]", ".", match[1]))
+            module = getattr(module, "merge_lora", module)  # sdxl_merge_lora is that program
+
+            def reads(*arguments, **more):
+                parse(*arguments, **more)
+                raise Parsed
+
+            monkeypatch.setattr(module, "parse", reads)
+            with pytest.raises(Parsed):
+                module.main(shlex.split(match[2].split("&&")[0].split(">")[0]))
 
 
 def test_tables_are_up_to_date():

@@ -144,6 +144,37 @@ def test_merging_and_unmerging_gives_the_base_back(model_store, tmp_path):
         assert origin == {"name": "a.safetensors", "sha256": source.metadata()["sshs_model_hash"], "ratio": 0.8}
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_kill_in_the_middle_of_writing_leaves_what_was_there(model_store, tmp_path, kind):
+    models, paths = model_store("sd1")
+    file, out = (
+        make_lora(models, tmp_path / "a.safetensors"),
+        tmp_path / ("out" if kind == "folder" else "o.safetensors"),
+    )
+    if kind == "file":
+        out.write_bytes(b"of mine")
+    code = (
+        "import itertools, os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from library.adapters import merging\n"
+        "from networks import merge_lora\n"
+        "whole, calls = merging.merged_tensor, itertools.count()\n"
+        "def killed(*args):\n"
+        "    if next(calls) == 300: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return whole(*args)\n"
+        "merging.merged_tensor = killed\n"
+        "merge_lora.main(sys.argv[1:])\n"
+    )
+    source = paths["folder" if kind == "folder" else "safetensors"]
+    argv = ["--sd_model", source, "--save_to", out, "--models", file, "--ratios", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, check=False)
+    assert done.returncode == -9
+    assert out.read_bytes() == b"of mine" if kind == "file" else not out.exists()
+    assert [path for path in tmp_path.iterdir() if ".tmp" in path.name], "it was killed while it wrote"
+    merge(*argv)
+    assert out.exists()
+
+
 # ---- into one LoRA ------------------------------------------------------------------------------------------
 
 
