@@ -34,7 +34,7 @@ import sys, torch
 from safetensors.torch import load_file
 files = [load_file(path) for path in sys.argv[1:]]
 for name in [name for name in files[0] if name.endswith("lora_down.weight")]:
-    up, down = name.replace("down", "up"), name
+    up, down = name.replace("lora_down", "lora_up"), name
     delta = sum(file[up].float().flatten(1) @ file[down].float().flatten(1) for file in files)
     torch.linalg.svd(delta)
 """

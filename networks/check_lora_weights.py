@@ -96,6 +96,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     keys = readers.keys_of(shapes, family)
     tensors = dict(file.tensors(shapes))
     modules = changes_of(tensors)
+    alphas = {name: alpha for name, (_, alpha, _) in modules.items()}
     claimed = metadata.get("sshs_model_hash")
     return {
         "file": str(path),
@@ -107,7 +108,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
         "parts": {title: part for title, part in parts_of(modules) if part["modules"]},
         "unknown_modules": sorted({key.module for key in keys if not key.is_known}),
         "damage": damage_of(tensors, keys),
-        "readers": {name: verdict.line() for name, verdict in readers.verdicts(keys, family)},
+        "readers": {name: verdict.line() for name, verdict in readers.verdicts(keys, family, alphas)},
         "metadata": {key: metadata[key] for key in SHOWN if metadata.get(key) not in (None, "", "None")},
         "hash_is_true": None if claimed is None else claimed == data_sha256(path),
         "tensors": [statistics_of(name, tensor) for name, tensor in tensors.items()] if with_tensors else None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_lora import pipeline
+from test_lora import pipeline, run
 from test_merge_lora import deltas, make_lora
 
 from networks import check_lora_weights, convert_lora, lora
@@ -140,3 +140,30 @@ def test_all_keys_are_shown_on_demand(model_store, tmp_path, capsys):
     for name, tensor in weights.items():
         assert tensors[name]["mean"] == pytest.approx(float(tensor.double().abs().mean()))
         assert tensors[name]["shape"] == list(tensor.shape)
+
+
+def test_alphas_that_diffusers_does_not_apply_are_told_and_convert_mends_it(model_store, tmp_path, capsys):
+    """diffusers 0.42 takes one alpha for all attention layers of a file in the names of sd-scripts."""
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors", alpha=2.0)
+    weights = load_file(file)
+    weights = {n: t * 4 if n.endswith("alpha") and "_attn1_to_k" in n else t for n, t in weights.items()}
+    save_file(weights, file)
+    assert "one alpha" in report(file, capsys)["readers"]["diffusers"]
+    out = tmp_path / "b.safetensors"
+    assert convert_lora.main(["--model", str(file), "--save_to", str(out), "--to", "diffusers"]) == 0
+    assert "one alpha" not in report(out, capsys)["readers"]["diffusers"]
+    text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])
+    network, _ = lora.create_network_from_weights(1.0, str(file), None, text, unet)
+    network.load_state_dict(weights)
+    network.apply_to(text, unet)
+    expected = run(text, unet)[1]
+    network.remove()
+    found = []
+    for path in (file, out):
+        pipe = pipeline(text, unet, model_store, "sd1")
+        pipe.load_lora_weights(tmp_path, weight_name=path.name)
+        found.append(run(text, unet)[1])
+        pipe.unload_lora_weights()
+    assert (found[0] - expected).norm() > 1e-3 * expected.norm()
+    assert (found[1] - expected).norm() < 1e-5 * expected.norm()

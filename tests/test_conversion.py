@@ -654,3 +654,33 @@ def test_help_and_mistakes_are_answered_without_torch(tmp_path):
             [sys.executable, "-c", code.format(argv, str(SCRIPT))], cwd=tmp_path, capture_output=True, check=False
         )
         assert done.returncode == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.bias",
+        "first_stage_model.decoder.mid.block_1.norm1.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias",
+    ],
+)
+def test_a_checkpoint_with_a_hole_is_refused(model_store, tmp_path, name):
+    state = load_file(model_store("sd1")[1]["safetensors"])
+    del state[name]
+    save_file(state, tmp_path / "hole.safetensors")
+    with pytest.raises(UserError, match="is not whole|holds no whole"):
+        tool.main([str(tmp_path / "hole.safetensors"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_of_a_checkpoint_come_back_with_it(model_store, tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_file(load_file(model_store("sd1")[1]["safetensors"]), source, metadata={"modelspec.title": "mine", "x": "1"})
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    assert tool.main([str(source), str(folder)]) == 0
+    assert tool.main([str(folder), str(back)]) == 0
+    with safe_open(back, "pt") as file:
+        assert {"modelspec.title": "mine", "x": "1"}.items() <= file.metadata().items()
+    with pytest.raises(UserError, match="--metadata is for .safetensors files"):
+        tool.main([str(back), str(tmp_path / "other"), "--metadata", '{"a": 1}'])

@@ -146,6 +146,8 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
         read_metadata(saving.metadata or "{}")
     except ValueError:
         yield f'--metadata must be a JSON object such as {{"title": "x"}}, got {saving.metadata}'
+    if saving.metadata and (files.model_to_save is None or files.model_to_save.suffix.lower() != ".safetensors"):
+        yield f"--metadata is for .safetensors files, {files.model_to_save} is none"
     if files.variant and files.model_to_load is not None and files.model_to_load.is_file():
         yield f"--variant is for Diffusers folders, {files.model_to_load} is a file"
 
@@ -190,7 +192,7 @@ def write_checkpoint(config: ConvertConfig, model: ModelFiles) -> None:
 
 def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, str]:
     """Return the metadata of a checkpoint: the source's, what it is, and --metadata."""
-    own = {} if model.is_folder else dict(model.parts[""][0].metadata)
+    own = {key: text for key, text in source_metadata(model).items() if key != "format"}
     v_prediction = config.model.v_parameterization or model.predicts_v
     if v_prediction is not None and "modelspec.prediction_type" not in own:
         own["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
@@ -198,6 +200,11 @@ def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, s
         family = model.family
         own["modelspec.architecture"] = family.architecture_v if v_prediction else family.architecture
     return own | read_metadata(config.saving.metadata or "{}")
+
+
+def source_metadata(model: ModelFiles) -> Mapping[str, str]:
+    """Return the metadata of the source; a folder has them in its U-Net's file."""
+    return model.parts["unet" if model.is_folder else ""][0].metadata
 
 
 def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
@@ -218,7 +225,8 @@ def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
         for part in dict.fromkeys(name.split("/")[0] for name in plan):
             start = f"{part}/"
             own = {name.removeprefix(start): piece for name, piece in plan.items() if name.startswith(start)}
-            write_file(config, model, own, folder / file_of(part), {"format": "pt"})
+            metadata = dict(source_metadata(model)) if part == "unet" else {}
+            write_file(config, model, own, folder / file_of(part), metadata | {"format": "pt"})
         if left:
             logger.info("%d tensors that Diffusers has no place for are kept in %s", len(left), EXTRAS_FILE)
             extras = {name: conversion.as_is(name) for name in left}

@@ -196,7 +196,7 @@ def family_of(modules: Mapping[str, Sequence[int]]) -> ModelFamily | None:
     if any(re.search(r"transformer_blocks[._][1-9][._]", name) for name in modules):
         return SDXL
     for name, shape in modules.items():
-        if re.match(r"lora_te_|text_encoder\.", name) and re.search(r"self_attn[._]q_proj$", name):
+        if re.match(r"lora_te_|text_encoder\.", name) and re.search(r"(_proj|fc1)$", name):
             return {768: SD1, 1024: SD2}.get(shape[1])
     return None
 

@@ -171,7 +171,22 @@ def applied(keys: Sequence[Key], skipped: Sequence[str], remark: str | None = No
 READERS = {"diffusers": diffusers, "AUTOMATIC1111": web_ui, "Forge": forge, "ComfyUI": comfy_ui}
 
 
-def verdicts(keys: Sequence[Key], family: ModelFamily | None) -> Iterator[tuple[str, Verdict]]:
-    """Yield each program with what it does with a file of such tensors."""
+UNEVEN = (
+    "but with one alpha for all attention layers; networks/convert_lora.py --to diffusers puts alphas into the matrices"
+)
+
+
+def verdicts(
+    keys: Sequence[Key], family: ModelFamily | None, alphas: Mapping[str, float]
+) -> Iterator[tuple[str, Verdict]]:
+    """Yield each program with what it does with a file of such tensors, and alphas by module."""
     for name, reader in READERS.items():
-        yield name, reader(keys, family)
+        verdict = reader(keys, family)
+        if reader is diffusers and verdict.refusal is None and is_uneven(alphas):
+            verdict = dataclasses.replace(verdict, remark=UNEVEN)
+        yield name, verdict
+
+
+def is_uneven(alphas: Mapping[str, float]) -> bool:
+    """Return whether attention layers of a file in the names of sd-scripts have several alphas."""
+    return len({alpha for name, alpha in alphas.items() if re.match(r"lora_.*(attn[12]|self_attn)_", name)}) > 1

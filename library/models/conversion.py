@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,24 @@ def plan_to_folder(model: ModelFiles) -> tuple[Plan, list[str]]:
     for text in family.text_models:
         with whole(model.path, "text encoder", text.prefixes[0]):
             plan |= text_to_folder(shapes, text)
+    check_complete(plan, model.path)
     used = {source for piece in plan.values() for source in piece.sources}
     return plan, [name for name in shapes if name not in used and not name.startswith(LEFT_OUT)]
+
+
+def check_complete(plan: Plan, path: Path) -> None:
+    """Raise UserError where a resnet, transformer or layer lacks a tensor that others of its kind in the part have."""
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for name in plan:
+        match = re.fullmatch(r"((\w+)/.*(resnets|attentions|transformer_blocks|layers)\.\d+)\.(.+)", name)
+        if match is not None:
+            found.setdefault((match[2], match[3]), {}).setdefault(match[1], set()).add(match[4])
+    for containers in found.values():
+        needed = {tensor for tensors in containers.values() for tensor in tensors if "shortcut" not in tensor}
+        for container, tensors in containers.items():
+            if needed - tensors:
+                lacking = min(needed - tensors)
+                raise UserError(f"{path} is not whole: {container}.{lacking} (as Diffusers names it) is missing")
 
 
 def text_to_folder(shapes: families.Shapes, text: TextModel) -> Plan:
