@@ -20,13 +20,14 @@ MAY_IMPORT = {
     "library/adapters": STANDARD_AND_CONFIG | {"library.weights_io", "library.models"},
     "library/sampling": STANDARD_AND_CONFIG | {"library.models", "library.diffusion", "library.weights_io"},
     "library/training": {"library"},
+    "library/generation": {"library"},
     "networks": {"library", "networks"},
     "tools": {"library", "networks"},
     "finetune": {"library"},
 }
 # Heavy library -> the only places that may import it.
 ONLY_IN = {
-    "diffusers": ("library/models", "library/sampling"),
+    "diffusers": ("library/models", "library/sampling", "library/generation/controls.py"),
     "transformers": ("library/models",),
     "accelerate": ("library/training",),
     "xformers": ("library/training",),

@@ -282,32 +282,47 @@ def format_default(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def parse(root: type[Root], argv: Sequence[str] | None = None, *, description: str | None = None) -> Root:
+def parse(
+    root: type[Root],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    retired: Mapping[str, Retired] = RETIRED,
+) -> Root:
     """Return the configuration that a command line stands for: defaults < --config_file < command line.
 
-    Raises UserError for everything a user can get wrong; exits with 0 after --help.
+    retired are the options of sd-scripts' script that this one does not have. Raises UserError for everything a user
+    can get wrong; exits with 0 after --help.
     """
-    return build(root, given_options(root, argv, description=description))
+    return build(root, given_options(root, argv, description=description, retired=retired))
 
 
-def given_options(root: type, argv: Sequence[str] | None, *, description: str | None = None) -> dict[str, Any]:
+def given_options(
+    root: type,
+    argv: Sequence[str] | None,
+    *,
+    description: str | None = None,
+    retired: Mapping[str, Retired] = RETIRED,
+) -> dict[str, Any]:
     """Return flag -> typed value for the options that were given, on the command line or in --config_file.
 
     With --output_config the file is the one to be written, so it is not read.
     """
     options = root_options(root)
-    words = with_whole_names(sys.argv[1:] if argv is None else argv, options)
+    words = with_whole_names(sys.argv[1:] if argv is None else argv, options, retired)
     known, unknown = build_parser(root, description).parse_known_args(words)
-    ignored = _explain_unknown(unknown, options)
+    ignored = _explain_unknown(unknown, options, retired)
     given = {flag: options[flag].read(value, options[flag].label) for flag, value in vars(known).items()}
     if given.get("config_file") is not None and not given.get("output_config"):
         given = read_config_file(given["config_file"], options) | given
-    for retired in ignored:
-        _warn(f"--{retired.name} is ignored: {retired.reason}")
+    for row in ignored:
+        _warn(f"--{row.name} is ignored: {row.reason}")
     return given
 
 
-def with_whole_names(words: Sequence[str], options: Mapping[str, Option]) -> list[str]:
+def with_whole_names(
+    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired] = RETIRED
+) -> list[str]:
     """Return the words of a command line with the beginning of an option's name replaced by the name.
 
     sd-scripts takes any beginning that fits one option only; so does this, with a warning, because a later
@@ -315,7 +330,7 @@ def with_whole_names(words: Sequence[str], options: Mapping[str, Option]) -> lis
     """
     named = [entry for entry in options.values() if not entry.spec.positional]
     names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
-    names += [*RETIRED, "help"]
+    names += [*retired, "help"]
     return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
 
 
@@ -338,18 +353,20 @@ def build(root: type[Root], given: Mapping[str, Any]) -> Root:
     return root(**sections)
 
 
-def _explain_unknown(words: Sequence[str], options: Mapping[str, Option]) -> list[Retired]:
+def _explain_unknown(
+    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired]
+) -> list[Retired]:
     """Return the retired options among words that do no harm; raise for anything else that is not known."""
     ignored = []
     expects_value = False
     for word in words:
         if word.startswith("-"):
             name, _, value = word.lstrip("-").partition("=")
-            retired = RETIRED.get(name)
-            if retired is None or not retired.harmless:
-                raise UserError(unknown_message(f"--{name}", name, options))
-            ignored.append(retired)
-            expects_value = retired.takes_value and not value
+            row = retired.get(name)
+            if row is None or not row.harmless:
+                raise UserError(unknown_message(f"--{name}", name, options, retired))
+            ignored.append(row)
+            expects_value = row.takes_value and not value
         elif expects_value:
             expects_value = False
         else:
@@ -357,10 +374,10 @@ def _explain_unknown(words: Sequence[str], options: Mapping[str, Option]) -> lis
     return ignored
 
 
-def unknown_message(label: str, name: str, known: Mapping[str, Any]) -> str:
+def unknown_message(label: str, name: str, known: Mapping[str, Any], retired: Mapping[str, Retired] = RETIRED) -> str:
     """Return the line for a name that is no option: why it was retired, or the nearest known name."""
-    if name in RETIRED:
-        return f"{label} is not available: {RETIRED[name].reason}"
+    if name in retired:
+        return f"{label} is not available: {retired[name].reason}"
     return f"{label} is not known{nearest(name, known)}"
 
 

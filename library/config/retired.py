@@ -74,3 +74,74 @@ def _rows() -> list[Retired]:
 
 
 RETIRED: dict[str, Retired] = {row.name: row for row in _rows()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# gen_img_diffusers.py
+# --------------------------------------------------------------------------------------------------------------
+
+_NO_PIPELINE = "diffusers' pipelines have nothing of the kind"
+_DRAW_SMALL_FIRST = "not part of this suite: draw small first with --highres_fix_scale"
+_GENERATION_REFUSED = {
+    "negative_scale": f"three-way guidance: {_NO_PIPELINE}; --scale and negative prompts are there",
+    "clip_guidance_scale": _NO_PIPELINE,
+    "clip_image_guidance_scale": _NO_PIPELINE,
+    "vgg16_guidance_scale": _NO_PIPELINE,
+    "vgg16_guidance_layer": _NO_PIPELINE,
+    "clip_vision_strength": "it is for SDXL",
+    "XTI_embeddings": "embeddings for single layers are read by no other program any more",
+    "highres_fix_upscaler": "a foreign upscaler; pictures are enlarged with Lanczos",
+    "highres_fix_upscaler_args": "a foreign upscaler; pictures are enlarged with Lanczos",
+    "control_net_lllite_models": "ControlNet-LLLite is for SDXL",
+    "network_regional_mask_max_color_codes": "networks act on the whole picture; --mask_path is for inpainting",
+    "from_module": "a foreign module that writes prompts; write its lines to a file and give --from_file",
+    "prompter_module_args": "a foreign module that writes prompts; write its lines to a file and give --from_file",
+    "pyramid_noise_prob": "noise of other kinds is for training",
+    "pyramid_noise_discount_range": "noise of other kinds is for training",
+    "noise_offset_prob": "noise of other kinds is for training",
+    "noise_offset_range": "noise of other kinds is for training",
+    **dict.fromkeys(("ds_depth_1", "ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"), _DRAW_SMALL_FIRST),
+    **dict.fromkeys(
+        (
+            "gradual_latent_timesteps",
+            "gradual_latent_ratio",
+            "gradual_latent_ratio_step",
+            "gradual_latent_every_n_steps",
+            "gradual_latent_s_noise",
+            "gradual_latent_unsharp_params",
+        ),
+        _DRAW_SMALL_FIRST,
+    ),
+    **dict.fromkeys(
+        (
+            "original_width",
+            "original_height",
+            "original_width_negative",
+            "original_height_negative",
+            "crop_top",
+            "crop_left",
+        ),
+        "it is for SDXL",
+    ),
+}
+_GENERATION_REFUSED_SWITCHES = {
+    "sdxl": "this script draws with SD 1.x and 2.x",
+    "zero_terminal_snr": "give a Diffusers folder whose scheduler says rescale_betas_zero_snr",
+}
+_GENERATION_HARMLESS_SWITCHES = {
+    "v1": "the kind of model is recognised",
+    "diffusers_xformers": "--xformers is the option",
+    "force_scheduler_zero_steps_offset": "the first step of img2img is the right one without it",
+    "console_log_simple": "log lines are always plain",
+}
+GENERATION: dict[str, Retired] = {
+    row.name: row
+    for row in (
+        *(Retired(name, reason) for name, reason in _GENERATION_REFUSED.items()),
+        *(Retired(name, reason, takes_value=False) for name, reason in _GENERATION_REFUSED_SWITCHES.items()),
+        *(
+            Retired(name, reason, harmless=True, takes_value=False)
+            for name, reason in _GENERATION_HARMLESS_SWITCHES.items()
+        ),
+    )
+}

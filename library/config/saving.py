@@ -65,7 +65,17 @@ class MetadataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class ConsoleConfig:
+    """Lines on the console."""
+
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
+        None, "least weight of the log lines that are shown; unset: INFO"
+    )
+    console_log_file: Path | None = option(None, "write the log lines to this file instead of the console")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig(ConsoleConfig):
     """Logs."""
 
     logging_dir: Path | None = option(None, "folder for the logs of TensorBoard and wandb")
@@ -82,7 +92,3 @@ class LoggingConfig:
     wandb_api_key: str | None = option(
         None, "key of wandb; unset: WANDB_API_KEY, or the login of this machine", parse=parse_text, secret=True
     )
-    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
-        None, "least weight of the log lines that are shown; unset: INFO"
-    )
-    console_log_file: Path | None = option(None, "write the log lines to this file instead of the console")

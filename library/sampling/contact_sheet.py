@@ -17,14 +17,21 @@ FONTS = ("NotoSansCJK-Regular.ttc", "YuGothM.ttc", "msgothic.ttc", "Hiragino San
 
 
 def draw_sheet(
-    cells: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str]
+    cells: Sequence[Sequence[Image.Image | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    cell: int = CELL,
+    title: str = "",
 ) -> Image.Image:
-    """Return a sheet of cells[row][column]; None leaves a cell empty."""
-    size = max((max(picture.size) for row in cells for picture in row if picture), default=CELL)
-    side = min(size, CELL)
+    """Return a sheet of cells[row][column]; None leaves a cell empty. cell is the longest side of a picture on it."""
+    size = max((max(picture.size) for row in cells for picture in row if picture), default=cell)
+    side = min(size, cell)
     step = side + GAP
     sheet = Image.new("RGB", (LABEL_WIDTH + step * len(columns), LABEL_HEIGHT + step * len(rows)), BACKGROUND)
     pen, font = ImageDraw.Draw(sheet), label_font(13)
+    if title:
+        pen.text((6, LABEL_HEIGHT // 2), wrap(title, font, LABEL_WIDTH - 12, max_lines=1)[0], INK, font, anchor="lm")
     for column, label in enumerate(columns):
         pen.text((LABEL_WIDTH + column * step + side // 2, LABEL_HEIGHT // 2), label, fill=INK, font=font, anchor="mm")
     for row, label in enumerate(rows):

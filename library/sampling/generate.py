@@ -1,7 +1,6 @@
-"""Pictures from prompts, as an iterator: previews in training drain it, and generation scripts can.
+"""Previews of prompts, as an iterator that training drains.
 
-Diffusers' pipeline runs the sampling; the text conditioning is ours, so that a preview sees exactly the
-encoding that training uses. Each picture has a generator of its own.
+The text conditioning is exactly the encoding that training uses; `draw.py` does the sampling.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 
 from library.models.loading import LoadedModels
 from library.models.text_encoding import PER_WINDOW, TextOptions, encode_text
+from library.sampling.draw import Batch, decode, draw_latents
 from library.sampling.prompts import Prompt
-from library.sampling.samplers import build_sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,32 +40,19 @@ def generate(
 
     The models are used where and as they are; the caller sets autocast and evaluation mode.
     """
-    from diffusers import StableDiffusionPipeline
-
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        pipeline = StableDiffusionPipeline(
-            vae=models.vae,
-            text_encoder=None,
-            tokenizer=None,
-            unet=models.unet,
-            scheduler=build_sampler(prompt.sample_sampler or sampler, predicts_v=models.predicts_v),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
         text, negative = encode_pair(models, prompt, clip_skip)
-        latents = pipeline(
-            prompt_embeds=text,
-            negative_prompt_embeds=negative,
+        batch = Batch(
+            text=text,
+            negative=negative,
+            seeds=[seed],
             width=prompt.width,
             height=prompt.height,
-            num_inference_steps=prompt.sample_steps,
-            guidance_scale=prompt.scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-        ).images
-        yield Picture(index, prompt, seed, decode(models, latents)[0])
+            steps=prompt.sample_steps,
+            scale=prompt.scale,
+            sampler=prompt.sample_sampler or sampler,
+        )
+        yield Picture(index, prompt, seed, decode(models, draw_latents(models, batch))[0])
 
 
 def encode_pair(models: LoadedModels, prompt: Prompt, clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,14 +67,3 @@ def text_options(models: LoadedModels, prompt: Prompt, clip_skip: int | None) ->
     longest = max(len(ids) - 2 for ids in models.tokenizers[0]([prompt.prompt, prompt.negative_prompt]).input_ids)
     windows = min(MOST_WINDOWS, max(1, -(-longest // PER_WINDOW)))
     return TextOptions(windows * PER_WINDOW, clip_skip, weighted=False)
-
-
-def decode(models: LoadedModels, latents: torch.Tensor) -> list[Image]:
-    """Return the pictures of scaled latents (B, 4, H/8, W/8)."""
-    from PIL import Image
-
-    vae = models.vae
-    with torch.autocast(latents.device.type, enabled=False):
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
-    values = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(value) for value in values]

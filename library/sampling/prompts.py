@@ -81,7 +81,8 @@ def _scale(value: Any) -> float:
     return scale
 
 
-def _sampler(value: Any) -> str:
+def check_sampler_name(value: Any) -> str:
+    """Return the name of a sampler; raises UserError for one that is not known."""
     if value not in SAMPLER_NAMES:
         raise UserError(
             f"sampler {shown(value)} is not known{nearest(str(value), SAMPLER_NAMES)} "
@@ -100,7 +101,7 @@ READ: dict[str, tuple[Callable[[Any], Any], str]] = {
     "seed": (_seed, "a whole number of at most 63 bits"),
     "sample_steps": (lambda value: min(1000, max(1, read_int(value))), "a whole number"),
     "scale": (_scale, "a finite number"),
-    "sample_sampler": (_sampler, "a sampler"),
+    "sample_sampler": (check_sampler_name, "a sampler"),
 }
 
 

@@ -304,7 +304,7 @@ def build_network(
 ) -> TrainableNetwork:
     """Make the network over the models, apply it, and load --network_weights."""
     module = find_module(config)
-    text_encoder, unet = _text_encoder(models), models.unet
+    text_encoder, unet = text_encoder_for_networks(models), models.unet
     if config.dim_from_weights:
         _prepare_making_from_files(module, config, models)
         network = _create_from_weights(module, config, models, text_encoder)
@@ -328,7 +328,7 @@ def build_network(
     return TrainableNetwork(network, config, text_encoder, unet, trains_text_encoder, trains_unet)
 
 
-def _text_encoder(models: LoadedModels) -> nn.Module | list[nn.Module]:
+def text_encoder_for_networks(models: LoadedModels) -> nn.Module | list[nn.Module]:
     """Return the text encoders as network modules get them: one by itself, several in a list."""
     encoders = [
         encoder if hasattr(encoder, "text_model") else CanonicalTextEncoder(encoder) for encoder in models.text_encoders
@@ -339,7 +339,7 @@ def _text_encoder(models: LoadedModels) -> nn.Module | list[nn.Module]:
 def _prepare_making_from_files(module: ModuleType, config: NetworkConfig, models: LoadedModels) -> None:
     """Let lycoris know its preset: it keeps it in a class, where only create_network puts it."""
     if is_foreign(config):
-        _create(module, config, models, _text_encoder(models))
+        _create(module, config, models, text_encoder_for_networks(models))
 
 
 def _create(module: ModuleType, config: NetworkConfig, models: LoadedModels, text_encoder: Any) -> nn.Module | None:
@@ -422,24 +422,43 @@ def merge_base_weights(config: NetworkConfig, models: LoadedModels) -> None:
     """Merge each file of --base_weights into the models, with its multiplier."""
     if not config.base_weights:
         return
-    module, text_encoder = find_module(config), _text_encoder(models)
-    _prepare_making_from_files(module, config, models)
     multipliers = list(config.base_weights_multiplier or ())
     for index, path in enumerate(config.base_weights):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
         with module_errors(config, "merge_to", path):
-            if is_foreign(config):
-                _merge_foreign(module, path, multiplier, models, text_encoder)
-            else:
-                _merge(module, path, multiplier, models, text_encoder)
+            merge_file(config, path, multiplier, models)
         logger.info("%s is merged into the base with multiplier %g", path, multiplier)
 
 
-def _merge(module: ModuleType, path: Path, multiplier: float, models: LoadedModels, text_encoder: Any) -> None:
+def merge_file(
+    config: NetworkConfig,
+    path: Path,
+    multiplier: float,
+    models: LoadedModels,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Merge a file into the models; weights are its tensors, where they have been read."""
+    module, text_encoder = find_module(config), text_encoder_for_networks(models)
+    _prepare_making_from_files(module, config, models)
+    if is_foreign(config):
+        _merge_foreign(module, path, multiplier, models, text_encoder)
+    else:
+        _merge(module, path, multiplier, models, text_encoder, weights=weights)
+
+
+def _merge(
+    module: ModuleType,
+    path: Path,
+    multiplier: float,
+    models: LoadedModels,
+    text_encoder: Any,
+    *,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     network, weights = module.create_network_from_weights(
-        multiplier, str(path), models.vae, text_encoder, models.unet, for_inference=True
+        multiplier, str(path), models.vae, text_encoder, models.unet, weights, for_inference=True
     )
-    network.merge_to(text_encoder, models.unet, weights, next(models.unet.parameters()).dtype, "cpu")
+    network.merge_to(text_encoder, models.unet, weights, next(models.unet.parameters()).dtype, models.unet.device)
 
 
 @torch.no_grad()

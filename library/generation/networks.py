@@ -1,0 +1,154 @@
+"""Networks for drawing: loaded from files of any trainer, in the forward pass or merged, at any strength."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.adapters.lora_file import LoraFile, read_lora, tensors_of
+from library.config.generation import GenerateConfig, NetworksConfig
+from library.config.network import NetworkConfig
+from library.config.values import split_pairs
+from library.errors import UserError
+from library.models.loading import LoadedModels
+from library.training.network_protocol import (
+    find_module,
+    is_foreign,
+    merge_file,
+    module_errors,
+    text_encoder_for_networks,
+)
+from library.weights_io import data_sha256, read_metadata
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class DrawnNetwork:
+    """A network of the run."""
+
+    options: NetworkConfig
+    path: Path
+    multiplier: float  # of --network_mul
+    is_merged: bool
+    network: Any = None  # None where it is merged
+    sha256: str = ""
+
+
+@dataclasses.dataclass
+class DrawnNetworks:
+    """The networks of a run, in order."""
+
+    all: list[DrawnNetwork]
+    base: dict[torch.nn.Parameter, torch.Tensor] | None = None  # weights without networks, with --network_pre_calc
+    models: LoadedModels | None = None
+
+    @property
+    def changeable(self) -> list[DrawnNetwork]:
+        """Those whose strength a prompt can change."""
+        return [network for network in self.all if not network.is_merged]
+
+    def multipliers(self, asked: Sequence[float] | None) -> tuple[float, ...]:
+        """Return the strength of each changeable network for --am: the last number is for all that are left."""
+        own = [network.multiplier for network in self.changeable]
+        if asked is None:
+            return tuple(own)
+        return tuple(asked[min(index, len(asked) - 1)] for index in range(len(own)))
+
+    def set(self, multipliers: Sequence[float]) -> None:
+        """Make the changeable networks act with these strengths."""
+        if self.base is not None:
+            self._add_to_weights(multipliers)
+            return
+        for network, multiplier in zip(self.changeable, multipliers, strict=True):
+            network.network.set_multiplier(multiplier)
+
+    @torch.no_grad()
+    def _add_to_weights(self, multipliers: Sequence[float]) -> None:
+        for parameter, weight in self.base.items():
+            parameter.copy_(weight)
+        for network, multiplier in zip(self.changeable, multipliers, strict=True):
+            merge_one(network, multiplier, self.models)
+
+
+def options_of(config: NetworksConfig) -> list[tuple[NetworkConfig, Path, float]]:
+    """Return module options, file and strength of each network of the command line."""
+    modules, files = config.network_module or (), config.network_weights or ()
+    multipliers, arguments = config.network_mul or (), config.network_args or ()
+    rows = []
+    for index, (name, path) in enumerate(zip(modules, files, strict=True)):
+        given = tuple(arguments[index].split(";")) if index < len(arguments) and arguments[index] else None
+        multiplier = multipliers[index] if index < len(multipliers) else 1.0
+        rows.append((NetworkConfig(network_module=name, network_args=given), path, multiplier))
+    return rows
+
+
+def show_metadata(config: NetworksConfig) -> None:
+    """Show what the files of the networks say of themselves."""
+    for path in config.network_weights or ():
+        text = json.dumps(dict(sorted(read_metadata(path).items())), ensure_ascii=False, indent=2)
+        logger.info("%s: %s", path, text)
+
+
+def load_networks(config: GenerateConfig, models: LoadedModels) -> DrawnNetworks:
+    """Return the networks of a run, merged or applied to the models; raises UserError for files of other models."""
+    options = config.networks
+    networks = []
+    for index, (settings, path, multiplier) in enumerate(options_of(options)):
+        is_merged = options.network_merge or index < (options.network_merge_n_models or 0)
+        networks.append(DrawnNetwork(settings, path, multiplier, is_merged, sha256=data_sha256(path)))
+    found = DrawnNetworks(networks, models=models)
+    for network in networks:
+        if network.is_merged:
+            merge_one(network, network.multiplier, models)
+            logger.info("%s is merged into the model with strength %g", network.path, network.multiplier)
+    if options.network_pre_calc and found.changeable:
+        parts = (models.unet, *models.text_encoders)
+        found.base = {p: p.detach().clone() for part in parts for p in part.parameters() if p.ndim > 1}
+        return found
+    for network in found.changeable:
+        apply_one(network, models)
+    return found
+
+
+def weights_of(network: DrawnNetwork, models: LoadedModels) -> dict[str, torch.Tensor] | None:
+    """Return the tensors of a file as our modules read them, whoever wrote it; None for a foreign module."""
+    if is_foreign(network.options):
+        return None
+    file: LoraFile = read_lora(network.path)
+    if file.family not in (None, models.family):
+        raise UserError(f"{network.path} is for {file.family.title}, the model is {models.family.title}")
+    return tensors_of(file.changes, None)
+
+
+def apply_one(network: DrawnNetwork, models: LoadedModels) -> None:
+    """Make a network act in the forward pass of the models."""
+    module, encoder = find_module(network.options), text_encoder_for_networks(models)
+    with module_errors(network.options, "create_network_from_weights", network.path):
+        made, weights = module.create_network_from_weights(
+            network.multiplier,
+            str(network.path),
+            models.vae,
+            encoder,
+            models.unet,
+            weights_of(network, models),
+            for_inference=True,
+            **dict(split_pairs(network.options.network_args)),
+        )
+        if made is None:
+            raise UserError(f"{network.options.network_module} makes no network of {network.path}")
+        made.apply_to(encoder, models.unet)
+        made.load_state_dict(weights, strict=False)
+        network.network = made.to(models.unet.device, models.unet.dtype).eval().requires_grad_(False)
+
+
+def merge_one(network: DrawnNetwork, multiplier: float, models: LoadedModels) -> None:
+    """Add a network to the weights of the models."""
+    with module_errors(network.options, "merge_to", network.path):
+        merge_file(network.options, network.path, multiplier, models, weights_of(network, models))
