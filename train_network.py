@@ -13,7 +13,6 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from library.config.dataset_file import load_datasets
 from library.config.train import TrainConfig, check, parse_train_config, write_config_file
 from library.errors import Problems
 from library.logs import choose_log_lines, run_script
@@ -34,10 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = Problems()
     with problems:
         check(config)
-    prompts, sets = [], []
+    prompts: list[Prompt] = []
+    sets: list[TrainingSet] = []
     with problems:
         prompts = load_prompts(config)
     with problems:
+        from library.data.records import load_sets  # reads pictures; --help does not
+
         sets = load_sets(config)
     problems.raise_if_any()
 
@@ -57,26 +59,6 @@ def load_prompts(config: TrainConfig) -> list[Prompt]:
     """Return the prompts of the previews; none where there is no such file, which `check` tells."""
     path = config.preview.sample_prompts
     return read_prompts(path) if path is not None and path.is_file() else []
-
-
-def load_sets(config: TrainConfig) -> list[TrainingSet]:
-    """Return the pictures to train on; none where it is open which, as `check` tells."""
-    from library.data.records import build_training_sets
-
-    data = config.data
-    if data.dataset_config is not None:
-        is_told = data.dataset_config.is_file()
-    else:
-        folder = data.train_data_dir or (data.in_json and data.in_json.parent)
-        is_told = folder is not None and folder.is_dir() and config.dataset.resolution is not None
-    if not is_told:
-        return []
-    return build_training_sets(
-        load_datasets(data, config.dataset, config.subset),
-        latents_cached=config.precision.cache_latents,
-        masked_loss=config.loss.masked_loss,
-        seed=config.run.seed,
-    )
 
 
 if __name__ == "__main__":

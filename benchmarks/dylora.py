@@ -262,13 +262,13 @@ def cut(path: Path, ranks: Sequence[int]) -> None:
 
 def load(args: argparse.Namespace, folder: Path) -> Measurement:
     """Return the measurement on what is held out."""
-    import train_network
     from library.config.train import parse_train_config
+    from library.data.records import load_sets
     from library.models.loading import detect
     from library.training.picture_losses import load_measurement, to_measure
 
     config = parse_train_config(options(args, folder, "measured", rank=args.rank, alpha=args.rank, steps=args.steps))
-    sets = to_measure(train_network.load_sets(config))
+    sets = to_measure(load_sets(config))
     detected = detect(config.model)
     return load_measurement(config, sets, detected, num_timesteps=args.timesteps, draws=args.draws)
 

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.dataset_file import load_datasets
+from library.config.train import TrainConfig
 from library.data import buckets
 from library.data.buckets import Placement, Size
 from library.data.images import EXTENSIONS, UnreadablePictureError, load_picture, read_size
@@ -54,6 +56,24 @@ class TrainingSet:
     def num_images(self, *, is_reg: bool) -> int:
         """Return the number of draws in an epoch, repeats included."""
         return sum(record.repeats for record in self.records if record.subset.is_reg == is_reg)
+
+
+def load_sets(config: TrainConfig) -> list[TrainingSet]:
+    """Return the pictures to train on; none where it is open which, as `check` tells."""
+    data = config.data
+    if data.dataset_config is not None:
+        is_told = data.dataset_config.is_file()
+    else:
+        folder = data.train_data_dir or (data.in_json and data.in_json.parent)
+        is_told = folder is not None and folder.is_dir() and config.dataset.resolution is not None
+    if not is_told:
+        return []
+    return build_training_sets(
+        load_datasets(data, config.dataset, config.subset),
+        latents_cached=config.precision.cache_latents,
+        masked_loss=config.loss.masked_loss,
+        seed=config.run.seed,
+    )
 
 
 def build_training_sets(

@@ -133,6 +133,15 @@ def load_models(
     )
 
 
+def load_vae_alone(config: ModelConfig, detected: Detected, dtype: torch.dtype) -> nn.Module:
+    """Return the VAE of a model, or the one of --vae, without the rest."""
+    if config.vae is not None:
+        return load_vae(config.vae, detected.family, dtype)
+    if detected.file is not None:
+        return load_original_vae(detected.file, detected.family, dtype)
+    return _load_folder_part(Path(config.pretrained_model_name_or_path) / "vae", "vae", dtype)
+
+
 def load_tokenizer(config: ModelConfig, path: Path, family: ModelFamily) -> CLIPTokenizer:
     """Return the tokenizer from --tokenizer_cache_dir, the model's folder, or the suite; the first that is there."""
     places = []

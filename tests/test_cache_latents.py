@@ -1,0 +1,39 @@
+"""tools/cache_latents.py: the training finds what it made, and would have made the same."""
+
+from __future__ import annotations
+
+import pytest
+from runs import options
+
+from library.errors import UserError
+from tools import cache_latents
+
+
+def entries(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*.latents.safetensors")}
+
+
+def test_the_training_finds_the_latents_and_makes_the_same(base, pictures, tmp_path, caplog):
+    import train_network
+
+    argv = options(base, pictures, tmp_path / "out", max_train_steps=1, cache_latents_to_disk=True)
+    caplog.set_level("INFO")
+    assert cache_latents.main(argv) == 0
+    made = entries(pictures)
+    assert len(made) == 4
+    assert "latents: 0 of 4 pictures are valid on disk" in caplog.messages
+    caplog.clear()
+    assert train_network.main(argv) == 0
+    assert "latents: 4 of 4 pictures are valid on disk" in caplog.messages
+    for path in pictures.rglob("*.latents.safetensors"):
+        path.unlink()
+    assert train_network.main([*argv, "--output_name", "again"]) == 0
+    assert entries(pictures) == made
+
+
+def test_only_what_concerns_latents_is_asked_for(base, pictures):
+    argv = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(pictures), "--resolution", "64"]
+    assert cache_latents.main(argv) == 0
+    assert len(entries(pictures)) == 4
+    with pytest.raises(UserError, match="--resolution is missing"):
+        cache_latents.main(argv[:-2])

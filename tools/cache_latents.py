@@ -1,0 +1,67 @@
+"""Encode the pictures of a training beforehand: the latents lie beside them, and the training finds them.
+
+python tools/cache_latents.py --config_file examples/unicorn/train.toml
+accelerate launch tools/cache_latents.py --pretrained_model_name_or_path model.safetensors
+    --dataset_config pictures.toml --vae_batch_size 4 --mixed_precision fp16
+
+Takes the command line of the training; what has nothing to do with latents is not looked at. Only the VAE is loaded.
+Options that change latents (--vae, --resolution, buckets, --no_half_vae, --mixed_precision) must be the training's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.config.train import TrainConfig, check, parse_train_config
+from library.errors import Problems
+from library.logs import run_script
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with a command line; return the exit code."""
+    config = caching(parse_train_config(argv, description=__doc__))
+    problems = Problems()
+    with problems:
+        check(config)
+    sets = []
+    with problems:
+        from library.data.records import load_sets  # reads pictures; --help does not
+
+        sets = load_sets(config)
+    problems.raise_if_any()
+
+    # Torch takes seconds to import; up to here every mistake has been answered at once.
+    from library.models.loading import LoadedModels, detect, load_vae_alone
+    from library.training.preparation import cache_latents
+    from library.training.runtime import start_runtime
+
+    detected = detect(config.model)
+    runtime = start_runtime(config.precision, config.logs)
+    vae = load_vae_alone(config.model, detected, runtime.vae_dtype)
+    models = LoadedModels(detected.family, tokenizers=[], text_encoders=[], unet=None, vae=vae, predicts_v=False)
+    cache_latents(config, sets, models, runtime)
+    return 0
+
+
+def caching(config: TrainConfig) -> TrainConfig:
+    """Return the options of a training that does nothing but encode pictures."""
+    return dataclasses.replace(
+        config,
+        precision=dataclasses.replace(config.precision, cache_latents=True, cache_latents_to_disk=True),
+        # Needed by a training and by nothing here.
+        network=dataclasses.replace(config.network, network_module=config.network.network_module or "networks.lora"),
+        saving=dataclasses.replace(config.saving, output_dir=config.saving.output_dir or Path()),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
