@@ -193,6 +193,8 @@ class Session:
 
     def draw(self, requests: Sequence[Request], pictures: dict[int, Image.Image] | None = None) -> None:
         """Draw and save requests; pictures takes them by number, for a grid."""
+        size = self.config.prompts.batch_size
+        logger.info("%d pictures to %s, %d at a time", len(requests), self.config.output.outdir, size)
         jobs = (self.artist.job_of(request, number) for number, request in enumerate(requests))
         with tqdm(total=len(requests), desc="drawing", unit="picture") as bar:
             for group in batches(jobs, self.config.prompts.batch_size):

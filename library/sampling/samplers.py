@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from library.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 from library.errors import UserError
 
-COMMON = {
-    "num_train_timesteps": NUM_TIMESTEPS,
-    "beta_start": BETA_START,
-    "beta_end": BETA_END,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-}
 # clip_sample would cut latents to [-1, 1], which is for models of pixels.
 DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 
@@ -39,9 +31,18 @@ def build_sampler(name: str, *, predicts_v: bool) -> Any:
 
     import diffusers
 
+    from library.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+
     class_name, settings = ROWS[name]
     kind = getattr(diffusers, class_name)
-    wanted = COMMON | settings | {"prediction_type": "v_prediction" if predicts_v else "epsilon"}
+    wanted = {
+        "num_train_timesteps": NUM_TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "prediction_type": "v_prediction" if predicts_v else "epsilon",
+    } | settings
     known = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in wanted.items() if key in known})
 
