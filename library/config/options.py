@@ -253,7 +253,8 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
 
 
 def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
-    names = [f"{'-' if len(name) == 1 else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
+    short = [name for name in entry.spec.aliases if len(name) == 1]  # -s; the option itself may be --W
+    names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
     text = help_text(entry).replace("%", "%%")
     if entry.spec.positional:
         group.add_argument(entry.flag, help=text)
