@@ -64,7 +64,7 @@ def draw_latents(models: LoadedModels, batch: Batch, on_step: Callable[[], None]
     }
     if on_step is not None:
         arguments["callback_on_step_end"] = lambda pipeline, index, time, values: (on_step(), {})[1]
-    guides = None if batch.controls is None else [list(pictures) for pictures in batch.controls.guides]
+    guides = None if batch.controls is None else [guide_pixels(pictures) for pictures in batch.controls.guides]
     if batch.starts is None:
         arguments |= {"width": batch.width, "height": batch.height}
         arguments |= {} if guides is None else {"image": guides}
@@ -126,6 +126,13 @@ def pipeline_class(kind: str, *, with_controls: bool) -> type:
             return super()._encode_vae_image(image.to(self.vae.dtype), generator).to(image.dtype)
 
     return Pipeline
+
+
+def guide_pixels(pictures: Sequence[Image]) -> Tensor:
+    """Return guide pictures as a tensor (B, 3, H, W) from 0 to 1, the one form that all pipelines take of a batch."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor(do_convert_rgb=True, do_normalize=False).preprocess(list(pictures))
 
 
 @torch.no_grad()
