@@ -196,6 +196,11 @@ class Session:
         size = self.config.prompts.batch_size
         logger.info("%d pictures to %s, %d at a time", len(requests), self.config.output.outdir, size)
         jobs = (self.artist.job_of(request, number) for number, request in enumerate(requests))
+        if pictures is not None:  # of a grid, neighbours are not alike: what can be drawn together comes together
+            by_key: dict[object, list[Job]] = {}
+            for job in jobs:
+                by_key.setdefault(job.key, []).append(job)
+            jobs = (job for group in by_key.values() for job in group)
         with tqdm(total=len(requests), desc="drawing", unit="picture") as bar:
             for group in batches(jobs, self.config.prompts.batch_size):
                 with tqdm(total=None, desc="steps", unit="step", leave=False, disable=None) as steps:
