@@ -28,7 +28,7 @@ FENCE = re.compile(r"(?ms)^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$")
 FLAG = re.compile(r"--([A-Za-z]\w*)")
 # Options in the text that belong to accelerate, torchrun, argparse, and to the lines of prompt files.
 FOREIGN = {"num_cpu_threads_per_process", "multi_gpu", "num_processes", "nproc_per_node", "help"}
-PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "g", "ctr", "rcfg", "fs", "cn"}
+PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "t", "am", "f", "g", "ctr", "rcfg", "fs", "cn"}
 
 
 def load_tables():

@@ -18,7 +18,7 @@ body { margin: 0 auto; max-width: 1400px; padding: 1rem; }
 h1 { font-size: 1.2rem; }
 main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }
 figure { margin: 0; border: 1px solid color-mix(in srgb, currentColor 20%, transparent); border-radius: 6px; }
-figure img { display: block; width: 100%; border-radius: 6px 6px 0 0; }
+figure img { display: block; width: 100%; height: auto; border-radius: 6px 6px 0 0; }
 figcaption { padding: .6rem .8rem; overflow-wrap: anywhere; }
 .prompt { font-weight: 600; }
 .settings, .file { font-size: .85em; opacity: .75; margin: .3rem 0 0; white-space: pre-wrap; }

@@ -62,8 +62,7 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
             if config.prompts.interactive:
                 session.draw_typed()
             else:
-                requests = [record.request for record in recorded]
-                session.draw_all(requests or list(all_requests(config, lines)), axes)
+                session.draw_all([record.request for record in recorded] + list(all_requests(config, lines)), axes)
         finally:  # also what was finished before Ctrl-C
             session.close()
 
