@@ -766,7 +766,8 @@ def write_weights(file: Path, weights: Weights, metadata: Mapping[str, str] | No
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         if file.suffix.lower() == ".safetensors":
-            temporary.write_bytes(serialise(weights, dict(metadata or {})))
+            with temporary.open("wb") as target:
+                target.writelines(serialise(weights, dict(metadata or {})))
         else:
             torch.save(dict(weights), temporary)
         temporary.replace(file)
@@ -774,23 +775,51 @@ def write_weights(file: Path, weights: Weights, metadata: Mapping[str, str] | No
         temporary.unlink(missing_ok=True)
 
 
-def serialise(weights: Weights, metadata: dict[str, str]) -> bytes:
-    """Return a safetensors file with metadata and the two hashes that web UIs know a network by.
+# In the order in which safetensors lays them out: wide types first, so that every tensor is aligned.
+TYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def serialise(weights: Weights, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield the parts of a safetensors file with metadata and the two hashes that web UIs know a network by.
 
     `sshs_model_hash` is a SHA-256 of the data alone; `sshs_legacy_hash` the first 8 digits of one over 64 KiB
-    from the first MiB of the file as it is with the ss_* metadata only.
+    from the first MiB of the file as it is with the ss_* metadata only. No tensor is copied.
     """
-    from safetensors.torch import save
-
+    order = {dtype: index for index, dtype in enumerate(TYPE_NAMES)}
+    tensors = sorted(weights.items(), key=lambda entry: (order[entry[1].dtype], entry[0]))
+    flat = (tensor.detach().cpu().contiguous().reshape(-1) for _, tensor in tensors)
+    parts = [memoryview(tensor.view(torch.uint8).numpy()) for tensor in flat]
     training = {key: text for key, text in metadata.items() if key.startswith("ss_")}
-    plain = save(dict(weights), metadata=training or None)
-    header_end = 8 + int.from_bytes(plain[:8], "little")
-    hashes = {
-        "sshs_model_hash": hashlib.sha256(memoryview(plain)[header_end:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(plain[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8],
-    }
-    header = json.loads(plain[8:header_end])
-    header["__metadata__"] = metadata | hashes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + plain[header_end:]
+    whole, legacy, position = hashlib.sha256(), hashlib.sha256(), 0
+    for part in parts:
+        whole.update(part)
+    for part in (file_header(tensors, training), *parts):
+        legacy.update(part[max(0, 0x100000 - position) : max(0, 0x110000 - position)])
+        position += len(part)
+    hashes = {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    yield file_header(tensors, metadata | hashes)
+    yield from parts
+
+
+def file_header(tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file with its length, padded so that data begin at a multiple of 8."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, tensor in tensors:
+        end = start + tensor.numel() * tensor.element_size()
+        table[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
