@@ -14,7 +14,7 @@ import pytest
 from library.config import toml_text
 from library.config.dataset import DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_dataset_file
-from library.config.options import parse, read_config_file, root_options
+from library.config.options import read_config_file, root_options
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig
 from library.sampling.prompts import parse_line, read_prompts
@@ -76,22 +76,29 @@ class Parsed(Exception):
     """A script's command line was read."""
 
 
+def reading(parser):
+    """Return the parser of a script's command line, after which nothing is done."""
+
+    def reads(*arguments, **more):
+        parser(*arguments, **more)
+        raise Parsed
+
+    return reads
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_all_scripts_are_read_by_their_parsers(page, monkeypatch):
     """Every option in a command of a page is one of its script, and every value is of its kind."""
     for text in blocks(page, "bash") + blocks(page, "bat"):
         for line in re.sub(r"[\\^]\n", " ", text).splitlines():
-            match = re.search(r"((?:networks|tools|finetune)[/\\]\w+)\.py(.*)", line)
+            match = re.search(r"((?:(?:networks|tools|finetune)[/\\])\w+|gen_img_diffusers)\.py(.*)", line)
             if match is None:
                 continue
             module = importlib.import_module(re.sub(r"[/\\]", ".", match[1]))
             module = getattr(module, "merge_lora", module)  # sdxl_merge_lora is that program
 
-            def reads(*arguments, **more):
-                parse(*arguments, **more)
-                raise Parsed
-
-            monkeypatch.setattr(module, "parse", reads)
+            name = "parse" if hasattr(module, "parse") else "parse_train_config"
+            monkeypatch.setattr(module, name, reading(getattr(module, name)))
             with pytest.raises(Parsed):
                 module.main(shlex.split(match[2].split("&&")[0].split(">")[0]))
 
