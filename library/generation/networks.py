@@ -37,7 +37,7 @@ class DrawnNetwork:
     path: Path
     multiplier: float  # of --network_mul
     is_merged: bool
-    network: Any = None  # None where it is merged
+    network: Any = None  # None where it is merged or added to the weights
     sha256: str = ""
 
 
@@ -48,6 +48,7 @@ class DrawnNetworks:
     all: list[DrawnNetwork]
     base: dict[torch.nn.Parameter, torch.Tensor] | None = None  # weights without networks, with --network_pre_calc
     models: LoadedModels | None = None
+    added: tuple[float, ...] | None = None  # strengths with which they are in the weights now
 
     @property
     def changeable(self) -> list[DrawnNetwork]:
@@ -63,18 +64,20 @@ class DrawnNetworks:
 
     def set(self, multipliers: Sequence[float]) -> None:
         """Make the changeable networks act with these strengths."""
-        if self.base is not None:
-            self._add_to_weights(multipliers)
-            return
         for network, multiplier in zip(self.changeable, multipliers, strict=True):
-            network.network.set_multiplier(multiplier)
+            if network.network is not None:
+                network.network.set_multiplier(multiplier)
+        if self.base is not None and tuple(multipliers) != self.added:
+            self._add_to_weights(multipliers)
+            self.added = tuple(multipliers)
 
     @torch.no_grad()
     def _add_to_weights(self, multipliers: Sequence[float]) -> None:
         for parameter, weight in self.base.items():
             parameter.copy_(weight)
         for network, multiplier in zip(self.changeable, multipliers, strict=True):
-            merge_one(network, multiplier, self.models)
+            if network.network is None:
+                merge_one(network, multiplier, self.models)
 
 
 def options_of(config: NetworksConfig) -> list[tuple[NetworkConfig, Path, float]]:
@@ -96,12 +99,18 @@ def show_metadata(config: NetworksConfig) -> None:
         logger.info("%s: %s", path, text)
 
 
-def load_networks(config: GenerateConfig, models: LoadedModels) -> DrawnNetworks:
-    """Return the networks of a run, merged or applied to the models; raises UserError for files of other models."""
+def load_networks(config: GenerateConfig, models: LoadedModels, device: torch.device) -> DrawnNetworks:
+    """Return the networks of a run, merged or applied to the models; raises UserError for files of other models.
+
+    Foreign networks are always applied: lycoris merges a LoHa or LoKr with its alpha / rank taken twice.
+    """
     options = config.networks
     networks = []
     for index, (settings, path, multiplier) in enumerate(options_of(options)):
-        is_merged = options.network_merge or index < (options.network_merge_n_models or 0)
+        wanted = options.network_merge or index < (options.network_merge_n_models or 0)
+        if is_foreign(settings) and (wanted or options.network_pre_calc):
+            logger.warning("%s is not merged but applied: merging is safe with networks of this suite only", path)
+        is_merged = wanted and not is_foreign(settings)
         networks.append(DrawnNetwork(settings, path, multiplier, is_merged, sha256=data_sha256(path)))
     found = DrawnNetworks(networks, models=models)
     for network in networks:
@@ -111,9 +120,9 @@ def load_networks(config: GenerateConfig, models: LoadedModels) -> DrawnNetworks
     if options.network_pre_calc and found.changeable:
         parts = (models.unet, *models.text_encoders)
         found.base = {p: p.detach().clone() for part in parts for p in part.parameters() if p.ndim > 1}
-        return found
     for network in found.changeable:
-        apply_one(network, models)
+        if found.base is None or is_foreign(network.options):
+            apply_one(network, models, device)
     return found
 
 
@@ -127,8 +136,8 @@ def weights_of(network: DrawnNetwork, models: LoadedModels) -> dict[str, torch.T
     return tensors_of(file.changes, None)
 
 
-def apply_one(network: DrawnNetwork, models: LoadedModels) -> None:
-    """Make a network act in the forward pass of the models."""
+def apply_one(network: DrawnNetwork, models: LoadedModels, device: torch.device) -> None:
+    """Make a network act in the forward pass of the models, on the device where they will work."""
     module, encoder = find_module(network.options), text_encoder_for_networks(models)
     with module_errors(network.options, "create_network_from_weights", network.path):
         made, weights = module.create_network_from_weights(
@@ -143,9 +152,9 @@ def apply_one(network: DrawnNetwork, models: LoadedModels) -> None:
         )
         if made is None:
             raise UserError(f"{network.options.network_module} makes no network of {network.path}")
-        made.apply_to(encoder, models.unet)
+        made.apply_to(encoder, models.unet, True, True)  # lycoris has no defaults
         made.load_state_dict(weights, strict=False)
-        network.network = made.to(models.unet.device, models.unet.dtype).eval().requires_grad_(False)
+        network.network = made.to(device, models.unet.dtype).eval().requires_grad_(False)
 
 
 def merge_one(network: DrawnNetwork, multiplier: float, models: LoadedModels) -> None:

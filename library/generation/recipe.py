@@ -42,7 +42,7 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
         show_metadata(config.networks)
     axes = grids.read_axes(config.output.grid or ())
     models, device = load_models(config)
-    networks = load_networks(config, models)
+    networks = load_networks(config, models, device)
     expand = load_embeddings(config.control, models)
     artist = Artist(
         config=config,
