@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.generation.starts import floored
 from library.sampling.requests import Request
+
+logger = logging.getLogger(__name__)
 
 KEY = "generation"
 # Samplers in AUTOMATIC1111's words; names that it has not are written as they are.
@@ -105,14 +109,28 @@ def parameters_text(request: Request, facts: RunFacts, networks: list[dict[str, 
         settings["Clip skip"] = request.clip_skip
     if networks:
         pairs = ", ".join(f"{Path(network['file']).stem}: {network['sha256'][:12]}" for network in networks)
-        settings["Lora hashes"] = json.dumps(pairs, ensure_ascii=False)
+        settings["Lora hashes"] = pairs
         strengths = ", ".join(f"{Path(network['file']).stem}: {network['strength']:g}" for network in networks)
-        settings["Lora strengths"] = json.dumps(strengths, ensure_ascii=False)
+        settings["Lora strengths"] = strengths
     settings["Version"] = facts.version
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
+    return "\n".join([*lines, ", ".join(f"{key}: {quoted(value)}" for key, value in settings.items())])
+
+
+def quoted(value: object) -> str:
+    """Return a setting as AUTOMATIC1111 writes it: in quotes where it has what separates settings."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+def unquoted(text: str) -> str:
+    """Return what a setting says."""
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text.strip()
+    except ValueError:
+        return text.strip(' "')
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -127,26 +145,27 @@ class Recorded:
     request: Request
     model_sha256: str | None = None
     networks: tuple[tuple[str, str], ...] = ()  # name of the file and SHA-256, which may be its beginning
+    strengths: tuple[float, ...] = ()  # of these networks, where they are told
     begins_with: str | None = None
 
 
 def read_recorded(path: Path) -> Recorded:
     """Return what a picture's file says; raises UserError for one that says nothing."""
-    texts = read_texts(path)
+    texts, size = read_texts(path)
     if KEY in texts:
         try:
             return from_json(json.loads(texts[KEY]))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: its text {KEY!r} is damaged: give the prompt by --prompt") from None
     if "parameters" in texts:
         return from_parameters(texts["parameters"], path)
     if "prompt" in texts:
-        return from_short(texts, path)
+        return from_short(texts, size, path)
     raise UserError(f"{path} does not say how it was drawn: it has no text 'parameters'; give the prompt by --prompt")
 
 
-def read_texts(path: Path) -> Mapping[str, str]:
-    """Return the texts of a PNG file; of JPEG and WebP the user comment as `parameters`."""
+def read_texts(path: Path) -> tuple[Mapping[str, str], tuple[int, int]]:
+    """Return the texts of a PNG file, of JPEG and WebP the user comment as `parameters`; and the picture's size."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -158,7 +177,7 @@ def read_texts(path: Path) -> Mapping[str, str]:
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
     if isinstance(comment, bytes) and "parameters" not in texts:
         texts["parameters"] = comment[8:].decode("utf-16-be" if comment[:7] == b"UNICODE" else "utf-8", "replace")
-    return texts
+    return texts, picture.size
 
 
 def from_json(table: Mapping[str, Any]) -> Recorded:
@@ -166,19 +185,19 @@ def from_json(table: Mapping[str, Any]) -> Recorded:
     fields = {field.name for field in dataclasses.fields(Request)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in fields}
     networks = tuple((network["file"], network["sha256"]) for network in table.get("networks", ()))
-    if table.get("networks") and "multipliers" not in values:
-        values["multipliers"] = tuple(network["strength"] for network in table["networks"])
-    return Recorded(Request(**values), table.get("model_sha256"), networks, table.get("begins_with"))
+    strengths = tuple(float(network["strength"]) for network in table.get("networks", ()))
+    values["multipliers"] = strengths or None
+    return Recorded(Request(**values), table.get("model_sha256"), networks, strengths, table.get("begins_with"))
 
 
 def from_parameters(text: str, path: Path) -> Recorded:
     """Return what AUTOMATIC1111's text says."""
     *lines, last = text.strip().split("\n")
-    settings = {key.strip(): value.strip(' "') for key, value in SETTING.findall(last)}
+    settings = {key.strip(): unquoted(value) for key, value in SETTING.findall(last)}
     if "Steps" not in settings:
         raise UserError(f"{path}: its text 'parameters' has no settings; give the prompt by --prompt")
-    whole = "\n".join(lines)
-    prompt, _, negative = whole.partition("Negative prompt:")
+    prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt:")
+    strengths = tuple(float(text) for _, text in pairs_of(settings.get("Lora strengths", "")))
     try:
         width, height = (int(side) for side in settings.get("Size", "512x512").split("x"))
         request = Request(
@@ -189,30 +208,34 @@ def from_parameters(text: str, path: Path) -> Recorded:
             height=height,
             steps=int(settings["Steps"]),
             scale=float(settings.get("CFG scale", 7)),
-            sampler=sampler_named(settings.get("Sampler", ""), path),
+            sampler=sampler_named(settings.get("Sampler", ""), settings.get("Schedule type", ""), path),
             strength=float(settings["Denoising strength"]) if "Denoising strength" in settings else None,
             clip_skip=int(settings["Clip skip"]) if "Clip skip" in settings else None,
+            multipliers=strengths or None,
         )
     except (KeyError, ValueError):
         raise UserError(f"{path}: its text 'parameters' cannot be read; give the prompt by --prompt") from None
-    networks = tuple(
-        tuple(part.strip() for part in pair.rpartition(":")[::2])
-        for pair in settings.get("Lora hashes", "").split(",")
-        if ":" in pair
-    )
-    return Recorded(request, settings.get("Model hash"), networks)
+    return Recorded(request, settings.get("Model hash"), pairs_of(settings.get("Lora hashes", "")), strengths)
 
 
-SETTING = re.compile(r'\s*([\w ]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+def pairs_of(text: str) -> tuple[tuple[str, str], ...]:
+    """Return name and value of `name: value, name: value`."""
+    return tuple((name.strip(), value.strip()) for name, value in PAIR.findall(text))
 
 
-def from_short(texts: Mapping[str, str], path: Path) -> Recorded:
-    """Return what the keys of sd-scripts say."""
+PAIR = re.compile(r"(.+?):\s*([^\s:,]+)(?:,|$)")  # a name may have commas
+SETTING = re.compile(r'\s*(\w[\w /-]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+
+
+def from_short(texts: Mapping[str, str], size: tuple[int, int], path: Path) -> Recorded:
+    """Return what the keys of sd-scripts say; the size is that of the picture."""
     try:
         request = Request(
             prompt=texts["prompt"],
             negative_prompt=texts.get("negative-prompt", ""),
             seed=int(texts["seed"]),
+            width=floored(size)[0],
+            height=floored(size)[1],
             steps=int(texts["steps"]),
             scale=float(texts["scale"]),
             sampler=texts["sampler"],
@@ -222,10 +245,14 @@ def from_short(texts: Mapping[str, str], path: Path) -> Recorded:
     return Recorded(request)
 
 
-def sampler_named(word: str, path: Path) -> str:
-    """Return our name for a sampler in AUTOMATIC1111's words."""
+def sampler_named(word: str, schedule: str, path: Path) -> str:
+    """Return our name for a sampler in AUTOMATIC1111's words; older ones have the schedule in the sampler's name."""
     from library.sampling.prompts import SAMPLER_NAMES
 
+    if word.endswith(" Karras"):
+        word, schedule = word.removesuffix(" Karras"), "Karras"
+    if schedule not in ("", "Automatic"):
+        logger.warning("%s: the schedule %s is not here; that of the sampler %s is taken", path, schedule, word)
     name = SAMPLERS.get(word, word)
     if name not in SAMPLER_NAMES:
         raise UserError(f"{path} was drawn with the sampler {word!r}, which is not here; give the prompt by --prompt")

@@ -62,7 +62,8 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
             if config.prompts.interactive:
                 session.draw_typed()
             else:
-                session.draw_all([record.request for record in recorded] + list(all_requests(config, lines)), axes)
+                told = [again(record, networks) for record in recorded]
+                session.draw_all(told + list(all_requests(config, lines)), axes)
         finally:  # also what was finished before Ctrl-C
             session.close()
 
@@ -157,6 +158,21 @@ def tell_differences(recorded: Sequence[Recorded], networks: DrawnNetworks, sess
         model = record.model_sha256
         if model and not session.facts.result().model_sha256.startswith(model):
             logger.warning("a picture was drawn with another model (SHA-256 %s...) than --ckpt", model[:10])
+        if same and len(record.strengths) == len(networks.all):
+            for strength, network in zip(record.strengths, networks.all, strict=True):
+                if network.is_merged and network.multiplier != strength:
+                    logger.warning("a picture was drawn with %s at %g, which is merged now", network.path, strength)
+        if record.begins_with and session.artist.starts is None:
+            logger.warning("a picture began with %s: name it with --image_path", record.begins_with)
+
+
+def again(record: Recorded, networks: DrawnNetworks) -> Request:
+    """Return the request of a recorded picture, with strengths for the networks that are not merged in this run."""
+    if len(record.strengths) != len(networks.all):
+        return record.request
+    pairs = zip(record.strengths, networks.all, strict=True)
+    left = tuple(strength for strength, network in pairs if not network.is_merged)
+    return dataclasses.replace(record.request, multipliers=left or None)
 
 
 @dataclasses.dataclass
