@@ -116,8 +116,8 @@ class Artist:
         strength = request.strength if request.strength is not None else images.strength
         size = request.width, request.height
         if start is not None and None in size:
-            with Image.open(start):  # told early where it is none
-                size = floored(load_picture(start).size)
+            own = floored(load_picture(start).size)
+            size = size[0] or own[0], size[1] or own[1]
         has_strength = start is not None or highres is not None
         return dataclasses.replace(
             request,

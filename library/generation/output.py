@@ -22,12 +22,12 @@ class Writer:
     """Writes the pictures of a run."""
 
     options: OutputConfig
-    number: int = 0  # of the last file with a number
+    taken: int = 0  # the last number that the folder had
 
     def __post_init__(self) -> None:
         """Go on after the numbers that the folder has."""
         names = [path.name for path in self.options.outdir.iterdir()] if self.options.outdir.is_dir() else []
-        self.number = max((int(match[1]) for match in map(NUMBERED.fullmatch, names) if match), default=0)
+        self.taken = max((int(match[1]) for match in map(NUMBERED.fullmatch, names) if match), default=0)
 
     def write(self, drawn: Drawn, index: int, texts: Mapping[str, str]) -> Path:
         """Write a picture, the index-th of its batch; return where."""
@@ -44,8 +44,7 @@ class Writer:
         if self.options.use_original_file_name and drawn.job.start is not None:
             return f"{drawn.job.start.stem}.png"
         if self.options.sequential_file_name:
-            self.number += 1
-            return f"im_{stage}{self.number:06d}.png"
+            return f"im_{stage}{self.taken + drawn.job.number + 1:06d}.png"  # both stages have one number
         return f"im_{datetime.now().strftime('%Y%m%d%H%M%S')}_{stage}{index:03d}_{request.seed}.png"
 
 

@@ -70,7 +70,12 @@ def draw_latents(models: LoadedModels, batch: Batch, on_step: Callable[[], None]
         arguments |= {} if guides is None else {"image": guides}
     else:
         starts = batch.starts
-        latents = starts if torch.is_tensor(starts) else encode_pictures(models, starts, generators)
+        is_kept = int(batch.steps * batch.strength) == 0  # no step is left: pipelines fail, or return noise
+        latents = None
+        if is_kept or batch.masks is None:
+            latents = starts if torch.is_tensor(starts) else encode_pictures(models, starts, generators)
+        if is_kept:
+            return latents
         arguments |= {"image": latents if batch.masks is None else list(starts), "strength": batch.strength}
         arguments |= {} if guides is None else {"control_image": guides}
     if batch.masks is not None:
@@ -97,7 +102,7 @@ def pipeline_for(models: LoadedModels, batch: Batch) -> Any:
         "requires_safety_checker": False,
     }
     if batch.controls is not None:
-        from diffusers.pipelines.controlnet.multicontrolnet import MultiControlNetModel
+        from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
         parts["controlnet"] = MultiControlNetModel(list(batch.controls.nets))
     pipeline = pipeline_class(kind, with_controls=batch.controls is not None)(**parts)
