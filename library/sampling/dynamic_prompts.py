@@ -4,6 +4,7 @@
     {2$$a|b|c}        two different ones, joined by ", "
     {1-2$$ and $$a|b} one or two, joined by " and "
     {e$$a|b|c}        all of them, one after the other; several such groups give all combinations
+    {e$$2$$a|b|c}     all pairs of them, in the order in which they stand
 
 Groups may stand in variants of others; `\\{` and `\\}` are braces themselves. Imports only the standard library.
 """
@@ -11,6 +12,7 @@ Groups may stand in variants of others; `\\{` and `\\}` are braces themselves. I
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import re
@@ -30,6 +32,15 @@ class Group:
     joiner: str = JOINER
     is_enumerated: bool = False
 
+    def selections(self) -> list[Parts]:
+        """Return everything that can be taken of a group that is enumerated."""
+        counts = range(self.least, self.most + 1)
+        picked = [some for count in counts for some in itertools.combinations(self.variants, count)]
+        return [tuple(piece for index, one in enumerate(some) for piece in self._joined(index, one)) for some in picked]
+
+    def _joined(self, index: int, variant: Parts) -> Parts:
+        return (self.joiner, *variant) if index else variant
+
 
 Parts = tuple["str | Group", ...]
 
@@ -42,15 +53,16 @@ def expand(text: str, generator: random.Random, combination: int = 0) -> str:
     parts = parse(text)
     fixed: dict[int, Parts] = {}
     for group in reversed(_enumerated(parts)):
-        combination, pick = divmod(combination, len(group.variants))
-        fixed[id(group)] = group.variants[pick]
+        selections = group.selections()
+        combination, pick = divmod(combination, len(selections))
+        fixed[id(group)] = selections[pick]
     return _chosen(parts, generator, fixed)
 
 
 def num_combinations(text: str) -> int | None:
     """Return how many combinations the enumerated groups of a text have; None without such a group."""
     groups = _enumerated(parse(text))
-    return math.prod(len(group.variants) for group in groups) if groups else None
+    return math.prod(len(group.selections()) for group in groups) if groups else None
 
 
 def parse(text: str) -> Parts:
