@@ -10,6 +10,7 @@ python gen_img_diffusers.py --ckpt examples/pocket_model --prompt "a unicorn --w
 from __future__ import annotations
 
 import glob
+import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with problems:
         recorded = load_recorded(config)
     problems.raise_if_any()
+    warn_of_strengths(config, lines)
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("what is to be drawn is missing: --prompt, --from_file, --from_picture or --interactive")
 
@@ -86,6 +88,8 @@ def model_problems(config: GenerateConfig) -> Iterator[str]:
     for flag, side in (("--W", drawing.W), ("--H", drawing.H)):
         if side is not None and side % 8:
             yield f"{flag} must be a multiple of 8, got {side}; the next are {side // 8 * 8} and {side // 8 * 8 + 8}"
+    if config.output.outdir.exists() and not config.output.outdir.is_dir():
+        yield f"--outdir: {config.output.outdir} is not a folder"
     if speed.fp16 and speed.bf16:
         yield "--fp16 and --bf16 were both given: leave one out"
 
@@ -109,7 +113,7 @@ def prompt_problems(config: GenerateConfig) -> Iterator[str]:
 
 def image_problems(config: GenerateConfig) -> Iterator[str]:
     """Yield what is wrong with pictures to begin with, ControlNets and embeddings."""
-    from library.generation.starts import list_of, read_preparation
+    from library.generation.starts import check_pictures, list_of, read_preparation
 
     images, control = config.images, config.control
     if images.mask_path is not None and images.image_path is None:
@@ -123,7 +127,7 @@ def image_problems(config: GenerateConfig) -> Iterator[str]:
         *(("--guide_image_path", path) for path in guides),
     ):
         try:
-            list_of(flag, path)
+            check_pictures(list_of(flag, path))
         except UserError as error:
             yield str(error)
     for flag, paths in (
@@ -152,6 +156,9 @@ def network_problems(config: GenerateConfig) -> Iterator[str]:
     for text in arguments:
         if any("=" not in pair for pair in text.split(";") if pair):
             yield f"--network_args must be key=value;key=value for each network, got {text!r}"
+    for name in modules:
+        if importlib.util.find_spec(name if name.startswith("networks.") else name.split(".")[0]) is None:
+            yield f"--network_module {name}: there is no such module; networks.lora reads files of most trainers"
     for path in files:
         if not path.is_file():
             yield f"--network_weights: {path} is not a file"
@@ -165,6 +172,17 @@ def load_lines(config: GenerateConfig) -> list[Line]:
     if prompts.from_file is not None:
         return read_lines(prompts.from_file)
     return [] if prompts.prompt is None else [parse_line(prompts.prompt, "--prompt")]
+
+
+def warn_of_strengths(config: GenerateConfig, lines: Sequence[Line]) -> None:
+    """Warn of strengths in prompts that no network has."""
+    networks = config.networks
+    number = len(networks.network_weights or ())
+    number = 0 if networks.network_merge else max(0, number - (networks.network_merge_n_models or 0))
+    for line in lines:
+        strengths = line.options.get("multipliers", ())
+        if len(strengths) > number:
+            logger.warning("%s: --am has %d values, networks that can change: %d", line.place, len(strengths), number)
 
 
 def load_recorded(config: GenerateConfig) -> list[Recorded]:

@@ -74,7 +74,12 @@ class DrawingConfig:
     steps: int = option(50, "steps", minimum=1, maximum=1000)
     scale: float = option(7.5, "guidance scale; up to 1 the negative prompt has no effect")
     sampler: SamplerName = option("ddim", "sampler")
-    seed: int | None = option(None, "seed; of several pictures, the seed of their seeds; unset: another each time")
+    seed: int | None = option(
+        None,
+        "seed; of several pictures, the seed of their seeds; unset: another each time",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
     iter_same_seed: bool = option(False, "one seed for all prompts of a repeat")
 
 
@@ -122,7 +127,9 @@ class ControlConfig:
     control_net_weights: tuple[float, ...] | None = option(
         None, "strength of each; what is missing is 1", aliases=("control_net_multipliers",)
     )
-    control_net_ratios: tuple[float, ...] | None = option(None, "share of the steps in which each acts; unset: 1")
+    control_net_ratios: tuple[float, ...] | None = option(
+        None, "share of the steps in which each acts; unset: 1", minimum=0, maximum=1
+    )
     guide_image_path: tuple[Path, ...] | None = option(None, "guide pictures or folders, one for each ControlNet")
     textual_inversion_embeddings: tuple[Path, ...] | None = option(None, "embedding files; their names are their words")
 

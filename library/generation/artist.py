@@ -22,6 +22,7 @@ from library.sampling.requests import DEFAULT_SIDE, Request
 logger = logging.getLogger(__name__)
 
 DEFAULT_STRENGTH = 0.8
+NEVER = 1e-6  # share of the steps in which a ControlNet of ratio 0 acts: none of them; diffusers refuses 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Artist:
             nets=self.nets,
             guides=guides,
             weights=[weights[index] if index < len(weights) else 1.0 for index in range(len(self.nets))],
-            ends=[ratios[index] if index < len(ratios) else 1.0 for index in range(len(self.nets))],
+            ends=[max(ratios[index], NEVER) if index < len(ratios) else 1.0 for index in range(len(self.nets))],
         )
 
     def _encode(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,6 +74,8 @@ def read_value(name: str, word: str) -> Any:
     _, reading, form = OPTIONS[AXES[name]]
     try:
         value = reading(word.replace(":", ",") if name == "am" else word)
+    except UserError as error:
+        raise UserError(f"--grid: {error}") from None
     except ValueError:
         raise UserError(f"--grid: {name} must be {form}, got {word!r}") from None
     return value[0] if name == "seed" else value

@@ -198,6 +198,7 @@ def from_parameters(text: str, path: Path) -> Recorded:
         raise UserError(f"{path}: its text 'parameters' has no settings; give the prompt by --prompt")
     prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt:")
     strengths = tuple(float(text) for _, text in pairs_of(settings.get("Lora strengths", "")))
+    sampler = sampler_named(settings.get("Sampler", ""), settings.get("Schedule type", ""), path)
     try:
         width, height = (int(side) for side in settings.get("Size", "512x512").split("x"))
         request = Request(
@@ -208,7 +209,7 @@ def from_parameters(text: str, path: Path) -> Recorded:
             height=height,
             steps=int(settings["Steps"]),
             scale=float(settings.get("CFG scale", 7)),
-            sampler=sampler_named(settings.get("Sampler", ""), settings.get("Schedule type", ""), path),
+            sampler=sampler,
             strength=float(settings["Denoising strength"]) if "Denoising strength" in settings else None,
             clip_skip=int(settings["Clip skip"]) if "Clip skip" in settings else None,
             multipliers=strengths or None,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from library.config.generation import GenerateConfig
 from library.config.model import ModelConfig
-from library.errors import UserError
+from library.errors import UserError, told
 from library.generation import grid as grids
 from library.generation.artist import Artist, Drawn, Job, batches
 from library.generation.controls import load_control_nets, load_embeddings
@@ -62,8 +62,8 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
             if config.prompts.interactive:
                 session.draw_typed()
             else:
-                told = [again(record, networks) for record in recorded]
-                session.draw_all(told + list(all_requests(config, lines)), axes)
+                requests = [again(record, networks) for record in recorded]
+                session.draw_all(requests + list(all_requests(config, lines)), axes)
         finally:  # also what was finished before Ctrl-C
             session.close()
 
@@ -71,7 +71,7 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
 def load_models(config: GenerateConfig) -> tuple[LoadedModels, torch.device]:
     """Return the model in its type on its device, and the device."""
     checkpoint, speed = config.checkpoint, config.speed
-    device = torch.device(speed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(speed.device)
     dtype = torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32
     options = ModelConfig(
         pretrained_model_name_or_path=str(checkpoint.ckpt),
@@ -93,6 +93,16 @@ def load_models(config: GenerateConfig) -> tuple[LoadedModels, torch.device]:
         for part in (models.unet, models.vae, *models.text_encoders):
             part.to(device)
     return models, device
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return the device of a name, or the GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise UserError(f"--device {name} cannot be used: {told(error)}; such as cpu, cuda or cuda:1") from None
+    return device
 
 
 def use_xformers(models: LoadedModels, device: torch.device) -> None:

@@ -45,6 +45,16 @@ def list_of(option: str, path: Path | None) -> PictureList | None:
     return PictureList(option, (path,))
 
 
+def check_pictures(pictures: PictureList | None) -> None:
+    """Raise UserError for a file that is no picture, by the beginnings of the files."""
+    for path in pictures.files if pictures else ():
+        try:
+            with Image.open(path):
+                pass
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            raise UserError(f"{pictures.option}: {path} is not a picture that can be read: {error}") from None
+
+
 def load_picture(path: Path, mode: str = "RGB") -> Image.Image:
     """Return a picture in a mode; raises UserError for one that cannot be read."""
     try:

@@ -20,6 +20,7 @@ from library.config.values import MOST_PIXELS
 from library.errors import UserError, shown
 from library.sampling import dynamic_prompts
 from library.sampling.prompts import check_sampler_name
+from library.sampling.samplers import check_sampler
 
 DEFAULT_SIDE = 512
 MOST_SEED = 2**31 - 1  # of those that are drawn, as in sd-scripts
@@ -102,6 +103,11 @@ def _file_name(text: str) -> str:
     return text
 
 
+def _sampler(text: str) -> str:
+    check_sampler(check_sampler_name(text))
+    return text
+
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SIDE_FORM = f"a multiple of 8 from 64 to {MOST_PIXELS}"
 # Option of a line -> (field, reading, how a value looks).
@@ -115,7 +121,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "t": ("strength", _strength, "a number from 0 to 1"),
     "am": ("multipliers", _multipliers, "numbers with commas between"),
     "f": ("file_name", _file_name, f"a name below --outdir that ends in {', '.join(PICTURE_SUFFIXES)}"),
-    "ss": ("sampler", check_sampler_name, "a sampler"),
+    "ss": ("sampler", _sampler, "a sampler"),
 }
 # Options of a line in sd-scripts -> why they are not here.
 _SHRINK = "Deep Shrink is not part of this suite: draw small first with --highres_fix_scale"
