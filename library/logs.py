@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ OUT_OF_MEMORY = (
     "or lower --train_batch_size or --resolution"
 )
 INTERRUPTED = 130  # exit code of shells for Ctrl-C
+TERMINATED = 143  # the same for SIGTERM
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
@@ -74,6 +76,8 @@ class _MarkedFormatter(logging.Formatter):
 def run_script(main: Callable[[Sequence[str]], int]) -> None:
     """Run an entry script's main with the command line and end the process with its exit code."""
     set_up_logging()
+    # So that what is half written is cleaned up; a training replaces it by its own, which saves a state.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -79,8 +79,11 @@ def read_header(path: Path) -> Header:
             f"{path} is not a safetensors file, or its header is damaged; copy or download it again"
         ) from None
     end = max((info.end for info in tensors.values()), default=start)
-    if path.stat().st_size < end:
-        raise UserError(f"{path} is cut short: it has {path.stat().st_size:,} bytes of {end:,}; copy it again")
+    size = path.stat().st_size
+    if size < end:
+        raise UserError(f"{path} is cut short: it has {size:,} bytes of {end:,}; copy it again")
+    if size > end:
+        raise UserError(f"{path} is damaged: {size - end:,} bytes follow its last tensor; copy it again")
     return Header(tensors, metadata, start)
 
 
@@ -182,11 +185,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def load_pickle(path: Path) -> Any:
     """Return what a pickle of torch holds; code is never run, and damage is a UserError."""
     import pickle
+    import warnings
 
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old formats, on the way to being refused
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
@@ -247,17 +253,22 @@ def check_adapter(path: Path) -> None:
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
-    """Raise UserError for a tensor of a file with a number that is NaN or infinite.
+    """Raise UserError for a tensor of a file with a number that is NaN or infinite."""
+    if not is_finite(tensor):
+        raise UserError(f"{path}: {name} holds NaN or infinity: take another copy")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no number of a tensor is NaN or infinite.
 
     One pass over the memory, 0.1 s for 2 GB; `isfinite` would make a tensor of it and take thirty times as long.
     """
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
-        return
+        return True
     values = tensor if tensor.itemsize > 1 else tensor.float()  # 8-bit numbers cannot be compared
-    if not bool(torch.isfinite(torch.stack(values.aminmax())).all()):  # NaN is both least and greatest
-        raise UserError(f"{path}: {name} holds NaN or infinity; nothing can be trained on it: take another copy")
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())  # NaN is both least and greatest
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -87,15 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     """Return what a file holds, as a table for JSON."""
     from library.adapters import readers
+    from library.adapters.lora_file import refuse_model
     from library.weights_io import data_sha256, open_weights
 
     file = open_weights(path)
+    refuse_model(file)
     shapes, metadata = dict(file.shapes), dict(file.metadata)
     types = {str(dtype).removeprefix("torch.") for _, dtype, shape in file.infos() if len(shape) > 0}
     family = readers.detect(shapes, metadata)
     keys = readers.keys_of(shapes, family)
     tensors = dict(file.tensors(shapes))
     modules = changes_of(tensors)
+    damage = damage_of(tensors, keys)
     alphas = {name: alpha for name, (_, alpha, _) in modules.items()}
     claimed = metadata.get("sshs_model_hash")
     return {
@@ -107,8 +110,8 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
         "types": sorted(types),
         "parts": {title: part for title, part in parts_of(modules) if part["modules"]},
         "unknown_modules": sorted({key.module for key in keys if not key.is_known}),
-        "damage": damage_of(tensors, keys),
-        "readers": {name: verdict.line() for name, verdict in readers.verdicts(keys, family, alphas)},
+        "damage": damage,
+        "readers": {} if damage else {name: v.line() for name, v in readers.verdicts(keys, family, alphas)},
         "metadata": {key: metadata[key] for key in SHOWN if metadata.get(key) not in (None, "", "None")},
         "hash_is_true": None if claimed is None else claimed == data_sha256(path),
         "tensors": [statistics_of(name, tensor) for name, tensor in tensors.items()] if with_tensors else None,
@@ -134,14 +137,21 @@ def changes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float, flo
         parts.setdefault(stem, {})[role] = tensors[name]
     found = {}
     for stem, part in parts.items():
-        if not {"down", "up"} <= part.keys() or part["down"].shape[0] != part["up"].shape[1]:
+        if not {"down", "up"} <= part.keys() or not is_whole(part):
             continue
         up, down = part["up"].double().flatten(1), part["down"].double().flatten(1)
         rank = down.shape[0]
         alpha = float(part["alpha"]) if "alpha" in part else float(rank)
-        squared = float(((up.T @ up) * (down @ down.T)).sum())
-        found[stem] = rank, alpha, abs(alpha) / rank * max(0.0, squared) ** 0.5
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)  # NaN stays
+        found[stem] = rank, alpha, abs(alpha) / rank * float(squared.sqrt())
     return found
+
+
+def is_whole(part: Mapping[str, Tensor]) -> bool:
+    """Return whether the tensors of a module make a change."""
+    down, up = part["down"], part["up"]
+    fit = down.ndim > 1 and up.ndim > 1 and down.shape[0] == up.shape[1] > 0 and up[0].numel() == down.shape[0]
+    return fit and ("alpha" not in part or part["alpha"].numel() == 1)
 
 
 def parts_of(modules: Mapping[str, tuple[int, float, float]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,6 +188,11 @@ def damage_of(tensors: Mapping[str, Tensor], keys: Sequence[Key]) -> list[str]:
     for stem, role, name in roles_of(tensors):
         if role != "alpha" and stem in paired:
             ranks.setdefault(stem, set()).add(tensors[name].shape[0 if role == "down" else 1])
+    found += [
+        f"{name} has the shape {tuple(tensors[name].shape)}, one number is meant"
+        for _, role, name in roles_of(tensors)
+        if role == "alpha" and tensors[name].numel() != 1
+    ]
     unequal = [(stem, sorted(sizes)) for stem, sizes in ranks.items() if len(sizes) > 1]
     return found + [f"{stem}: the matrices have the ranks {sizes}" for stem, sizes in unequal]
 

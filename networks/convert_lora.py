@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ConvertConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
     from library.adapters.lora_file import read_lora
+    from library.weights_io import disk_errors
     from networks.lora import write_weights
 
     file = read_lora(config.files.model)
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tensors, metadata = for_diffusers(file, layers, keep_alpha=config.convert.keep_alpha)
     else:
         tensors, metadata = for_kohya(file, layers, config.convert.to)
-    write_weights(config.files.save_to, in_type(tensors, config.convert.save_precision), metadata)
+    with disk_errors(config.files.save_to):
+        write_weights(config.files.save_to, in_type(tensors, config.convert.save_precision), metadata)
     logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
     return 0
 

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.adapters.kept import KeptByBlock
     from library.adapters.lora_file import tensors_of
     from library.models.model_files import open_model
+    from library.weights_io import disk_errors
     from networks.lora import write_weights
 
     original, tuned = open_model(config.files.model_org), open_model(config.files.model_tuned)
@@ -105,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in kept.lines():
         logger.info("%s", line)
     dtype = tool_files.dtype_named(config.files.save_precision or "float")
-    write_weights(config.files.save_to, tensors_of(changes, dtype), metadata_of(config, original, tuned))
+    with disk_errors(config.files.save_to):
+        write_weights(config.files.save_to, tensors_of(changes, dtype), metadata_of(config, original, tuned, changes))
     logger.info("saved %s: %d modules", config.files.save_to, len(changes))
     return 0
 
@@ -138,14 +140,19 @@ def check_kind(kind: KindConfig, original: ModelFiles, tuned: ModelFiles) -> Non
 
 def paired_layers(original: ModelFiles, tuned: ModelFiles, *, with_convolutions: bool) -> Pairs:
     """Return the layers that a LoRA acts on, with their places in both models; raises UserError for other shapes."""
-    from library.adapters.layers import is_attention_layer, is_block_layer, places
+    from library.adapters.layers import UNET, is_attention_layer, is_block_layer, places
 
     first, second = places(original), places(tuned)
     wanted = is_block_layer if with_convolutions else is_attention_layer
     pairs = {layer: (place, second[layer]) for layer, place in first.items() if layer in second and wanted(layer)}
-    missing = sum(wanted(layer) for layer in {*first, *second}) - len(pairs)
-    if missing:
-        logger.warning("%d layers are in one of the models only; they are left out", missing)
+    only_one = sorted(f"{layer.part}.{layer.path}" for layer in {*first, *second} - pairs.keys() if wanted(layer))
+    if any(name.startswith(UNET) for name in only_one):
+        raise UserError(
+            f"{len(only_one)} layers are in one of {original.path} and {tuned.path} only, such as {only_one[-1]}: "
+            "one of the models is not whole"
+        )
+    if only_one:
+        logger.warning("%d layers of text encoders are in one of the models only; they are left out", len(only_one))
     shapes = original.shapes, tuned.shapes
     for layer, (one, other) in pairs.items():
         sizes = [squeezed(shape[place.name]) for shape, place in zip(shapes, (one, other), strict=True)]
@@ -184,7 +191,8 @@ def extracted(
         is_large_conv = difference.ndim == 4 and difference.shape[2:] != (1, 1)
         rank = options.conv_dim if is_large_conv else options.dim
         spectrum = exact_spectrum(matrix) if options.exact else nearest_spectrum(matrix, rank, generator)
-        change = spectrum.truncated(rank, (rank, *difference.shape[1:]))
+        # One alpha for all, whatever ranks a layer can have: diffusers takes one for all attention layers.
+        change = spectrum.truncated(rank, (rank, *difference.shape[1:])).with_alpha(float(rank))
         if options.clamp_quantile is not None:
             change = clamped(change, options.clamp_quantile)
         changes[module_name(layer, original.family)] = change.to("cpu")
@@ -224,8 +232,11 @@ def difference_of(original: ModelFiles, tuned: ModelFiles, places: tuple[Place, 
     return weights[1].reshape(weights[0].shape) - weights[0]
 
 
-def metadata_of(config: ExtractConfig, original: ModelFiles, tuned: ModelFiles) -> Mapping[str, str]:
+def metadata_of(
+    config: ExtractConfig, original: ModelFiles, tuned: ModelFiles, changes: Mapping[str, Change]
+) -> Mapping[str, str]:
     """Return the metadata of the LoRA file, with the keys that sd-scripts writes."""
+    from library.adapters.provenance import common
     from library.models.family import SD2
 
     family, options = original.family, config.extract
@@ -236,7 +247,7 @@ def metadata_of(config: ExtractConfig, original: ModelFiles, tuned: ModelFiles) 
         "ss_v2": str(family is SD2),
         "ss_base_model_version": family.base_version + ("_v" if predicts_v and family is SD2 else ""),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(options.dim),
+        "ss_network_dim": common({change.rank for change in changes.values() if not change.is_large_conv}),
         "ss_network_alpha": str(float(options.dim)),
         "ss_network_args": json.dumps(conv),
     }

@@ -123,6 +123,8 @@ def weighted_files(files: Any, merge: Any) -> list[tuple[LoraFile, Ratios]]:
     for index, path in enumerate(files.models):
         file, ratio = read_lora(path), files.ratios[index]
         weights = None if merge.lbws is None else layer_weights.read_weights(merge.lbws[index])
+        if weights is not None:
+            layer_weights.check_family(weights, file.family, path)
         factors = {name: 1.0 if weights is None else layer_weights.weight_of(name, weights) for name in file.changes}
         weighted.append((file, {name: ratio * factor for name, factor in factors.items()}))
     return weighted
@@ -155,6 +157,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]
     from library.adapters.lora_file import tensors_of
     from library.adapters.low_rank import mixed
     from library.adapters.provenance import architecture, network_metadata
+    from library.weights_io import disk_errors
     from networks.lora import write_weights
 
     merge = config.merge
@@ -174,7 +177,8 @@ def merge_into_lora(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]
     provenance = origin(config, files)
     if provenance:
         metadata |= provenance | architecture(first.family, first.metadata, is_network=True)
-    write_weights(config.files.save_to, tensors_of(changes, written_type(config)), metadata)
+    with disk_errors(config.files.save_to):
+        write_weights(config.files.save_to, tensors_of(changes, written_type(config)), metadata)
 
 
 def parts_by_module(

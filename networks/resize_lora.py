@@ -55,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ResizeConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
     from library.adapters.lora_file import read_lora, tensors_of
+    from library.weights_io import disk_errors
     from networks.lora import write_weights
 
     file = read_lora(config.files.model)
     changes = resized(config, file)
     tensors = tensors_of(changes, tool_files.dtype_named(config.files.save_precision or "float"))
-    write_weights(config.files.save_to, tensors | file.extra, described(config, file, changes))
+    with disk_errors(config.files.save_to):
+        write_weights(config.files.save_to, tensors | file.extra, described(config, file, changes))
     logger.info("saved %s", config.files.save_to)
     return 0
 
@@ -75,7 +77,11 @@ def problems_of(config: ResizeConfig) -> Iterator[str]:
 
 
 def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
-    """Return the changes of a file cut to their ranks; alpha / rank stays what it was, as training may go on."""
+    """Return the changes of a file cut to their ranks.
+
+    Alpha is what keeps alpha / rank for a module that has the whole new rank, also where a module has less: readers
+    such as diffusers take one alpha for all attention layers.
+    """
     from tqdm import tqdm
 
     from library.adapters.kept import KeptByBlock
@@ -83,13 +89,18 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
 
     options, kept = config.ranks, KeptByBlock()
     changes, norms = {}, []
+    largest: dict[bool, int] = {}
+    for change in file.changes.values():
+        largest[change.is_large_conv] = max(change.rank, largest.get(change.is_large_conv, 0))
     for name, change in tqdm(file.changes.items(), desc="resizing", unit="module"):
         unscaled = dataclasses.replace(change, alpha=float(change.rank)).to(config.files.device)
         spectrum = spectrum_of(unscaled)
         most = options.rank_of(is_large_conv=change.is_large_conv)
         rank = rank_to_keep(spectrum.values, most, options.dynamic_method, options.dynamic_param)
         smaller = spectrum.truncated(rank, change.down_shape).to("cpu")
-        changes[name] = dataclasses.replace(smaller, alpha=change.scale * smaller.rank)
+        whole = most if options.dynamic_method is not None else min(most, largest[change.is_large_conv])
+        scaled = dataclasses.replace(smaller, alpha=change.scale * smaller.rank)
+        changes[name] = scaled.with_alpha(change.scale * whole)
         squared = change.scale**2
         kept.add(file.layer(name), squared * spectrum.kept(smaller.rank), squared * spectrum.total, smaller.rank)
         norms.append(spectrum.energy(smaller.rank) ** 0.5)
@@ -129,10 +140,31 @@ def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change
     kept = {key: text for key, text in file.metadata.items() if not key.startswith("sshs_")}
     comment = kept.get("ss_training_comment")
     kept["ss_training_comment"] = how if comment in (None, "", "None") else f"{how}; {comment}"
-    kept["ss_network_dim"] = common({change.rank for change in changes.values()})
-    kept["ss_network_alpha"] = common({change.alpha for change in changes.values()})
+    linear = [change for change in changes.values() if not change.is_large_conv] or list(changes.values())
+    kept["ss_network_dim"] = common({change.rank for change in linear})
+    kept["ss_network_alpha"] = common({change.alpha for change in linear})
+    kept |= conv_arguments(kept, [change for change in changes.values() if change.is_large_conv])
+    if "modelspec.title" in kept:
+        kept["modelspec.title"] = config.files.save_to.stem
     kept.setdefault("ss_network_module", "networks.lora")
     return kept
+
+
+def conv_arguments(metadata: Mapping[str, str], convolutions: Sequence[Change]) -> dict[str, str]:
+    """Return ss_network_args with rank and alpha of the convolutions, where they stand there."""
+    import json
+
+    from library.adapters.provenance import common
+
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", ""))
+    except ValueError:
+        return {}
+    if not convolutions or not isinstance(arguments, dict) or "conv_dim" not in arguments:
+        return {}
+    arguments["conv_dim"] = common({change.rank for change in convolutions})
+    arguments["conv_alpha"] = common({change.alpha for change in convolutions})
+    return {"ss_network_args": json.dumps(arguments)}
 
 
 if __name__ == "__main__":

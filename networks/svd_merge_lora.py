@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tool_files.refuse(problems_of(config))
     from library.adapters.kept import KeptByBlock
     from library.adapters.lora_file import same_family, tensors_of
+    from library.weights_io import disk_errors
     from networks.lora import write_weights
 
     files = weighted_files(config.files, config.merge)
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in kept.lines():
         logger.info("%s", line)
     dtype = tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
-    write_weights(config.files.save_to, tensors_of(changes, dtype), metadata_of(config, [file for file, _ in files]))
+    metadata = metadata_of(config, [file for file, _ in files], changes)
+    with disk_errors(config.files.save_to):
+        write_weights(config.files.save_to, tensors_of(changes, dtype), metadata)
     logger.info("saved %s", config.files.save_to)
     return 0
 
@@ -121,7 +124,8 @@ def merged_changes(
         spectrum = spectrum_of(whole)
         most = config.ranks.rank_of(is_large_conv=whole.is_large_conv)
         rank = rank_to_keep(spectrum.values, most, config.ranks.dynamic_method, config.ranks.dynamic_param)
-        change = spectrum.truncated(rank, whole.down_shape)
+        # One alpha for all, whatever ranks are left out: diffusers takes one for all attention layers.
+        change = spectrum.truncated(rank, whole.down_shape).with_alpha(float(most))
         if config.merge.clamp_quantile is not None:
             change = clamped(change, config.merge.clamp_quantile)
         changes[name] = change.to("cpu")
@@ -129,17 +133,19 @@ def merged_changes(
     return changes
 
 
-def metadata_of(config: SvdMergeConfig, files: Sequence[LoraFile]) -> dict[str, str]:
+def metadata_of(config: SvdMergeConfig, files: Sequence[LoraFile], changes: Mapping[str, Change]) -> dict[str, str]:
     """Return the metadata of the merged file."""
     import json
 
-    from library.adapters.provenance import architecture, merged_metadata, network_metadata
+    from library.adapters.provenance import architecture, common, merged_metadata, network_metadata
 
-    ranks, is_dynamic = config.ranks, config.ranks.dynamic_method is not None
-    dim = "Dynamic" if is_dynamic else ranks.new_rank
-    conv = "Dynamic" if is_dynamic else ranks.rank_of(is_large_conv=True)
-    metadata = network_metadata(files, {dim}, {dim})
-    metadata["ss_network_args"] = json.dumps({"conv_dim": conv, "conv_alpha": conv})
+    ranks = config.ranks
+    linear = {change.rank for change in changes.values() if not change.is_large_conv}
+    conv = {change.rank for change in changes.values() if change.is_large_conv}
+    metadata = network_metadata(files, linear or conv, {float(ranks.new_rank)})
+    if conv:
+        alpha = float(ranks.rank_of(is_large_conv=True))
+        metadata["ss_network_args"] = json.dumps({"conv_dim": common(conv), "conv_alpha": str(alpha)})
     if config.files.no_metadata:
         return metadata
     given = list(zip(files, config.files.ratios, strict=True))

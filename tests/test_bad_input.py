@@ -109,7 +109,7 @@ WORDS = {
     "nothing at all": ([], "--pretrained_model_name_or_path is missing", "--network_module is missing: networks.lora"),
     "unknown option": (["--lerning_rate", "1"], "--lerning_rate is not known; did you mean learning_rate?"),
     "half a name": (["--save_every", "1"], "--save_every is not known; it could be --save_every_n_epochs"),
-    "two values": (["--output_name", "my", "model"], "unexpected argument 'model': put quotes round"),
+    "two values": (["--output_name", "my", "model"], "unexpected argument 'model': give it with its option"),
     "no value": (["--seed"], "--seed: expected one argument"),
     "retired": (["--deepspeed"], "--deepspeed is not available: an adapter over a frozen base needs no sharding"),
     "config file to write": (["--output_config"], "--output_config needs --config_file"),
@@ -497,7 +497,7 @@ ADAPTERS = {
     "another type": (".safetensors", lambda _: raw(entry(dtype="Q3"), bytes(4)), "has the type Q3, which is not read"),
     "another size": (".safetensors", lambda _: raw(entry(shape=[2]), bytes(4)), "has 4 bytes, its shape needs 8"),
     "vast size": (".safetensors", lambda _: raw(entry(shape=[10**12]), bytes(4)), "has 4 bytes, its shape needs 40000"),
-    "more than it tells": (".safetensors", lambda good: save(good) + bytes(9), "f.safetensors is damaged: Error while"),
+    "more than it tells": (".safetensors", lambda good: save(good) + bytes(9), "f.safetensors is damaged: 9 bytes follow its last tensor"),
     "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending tells"),
     "NaN": (
         ".safetensors",

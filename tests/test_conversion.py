@@ -520,9 +520,9 @@ def test_a_model_without_vae(store, tmp_path):
         (["gone.safetensors", "{out}"], "gone.safetensors is not a file or a folder: name a checkpoint .* nothing is"),
         (["runwayml/stable-diffusion-v1-5", "{out}"], "nothing is downloaded"),
         (["{checkpoint}", "{full}"], "is there already and not empty: take another name"),
-        (["{folder}", "{folder}"], "is there already and not empty: take another name"),
+        (["{folder}", "{folder}"], "is within .*, which is read: take another place"),
         (["{checkpoint}", "{checkpoint}"], "is one of the files to be read: take another name"),
-        (["{folder}", "{inside}"], "is one of the files to be read: take another name"),
+        (["{folder}", "{inside}"], "is within .*, which is read: take another place"),
         (["{checkpoint}", "{out}", "--v2"], "--v2 was given, but .* is an SD 1.x model: leave it out"),
         (["{sdxl}", "{out}", "--v1"], "--v1 was given, but .* is an SDXL model: leave it out"),
         (["{checkpoint}", "{out}", "--v1", "--v2"], "--v1 and --v2 were both given"),
@@ -684,3 +684,24 @@ def test_metadata_of_a_checkpoint_come_back_with_it(model_store, tmp_path):
         assert {"modelspec.title": "mine", "x": "1"}.items() <= file.metadata().items()
     with pytest.raises(UserError, match="--metadata is for .safetensors files"):
         tool.main([str(back), str(tmp_path / "other"), "--metadata", '{"a": 1}'])
+
+
+def test_a_model_of_unusual_sizes_comes_back_with_its_settings(tmp_path):
+    source = ROOT / "examples" / "pocket_model"
+    file, folder = tmp_path / "a.safetensors", tmp_path / "back"
+    assert tool.main([str(source), str(file)]) == 0
+    assert tool.main([str(file), str(folder)]) == 0
+    for part in ("unet", "vae", "text_encoder"):
+        before, after = (json.loads((path / part / "config.json").read_text()) for path in (source, folder))
+        own = {key: value for key, value in before.items() if not key.startswith("_") and "dtype" not in key}
+        assert own.items() <= after.items(), part
+    config = ModelConfig(pretrained_model_name_or_path=str(file))
+    models = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    assert (
+        models.unet.config.norm_num_groups
+        == json.loads((source / "unet" / "config.json").read_text())["norm_num_groups"]
+    )
+    state = load_file(file)
+    save_file(state, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="is no Stable Diffusion of the usual sizes"):
+        tool.main([str(tmp_path / "bare.safetensors"), str(tmp_path / "other")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,8 +225,9 @@ def test_one_file_is_scaled_by_its_ratio_and_equal_files_add_up(model_store, tmp
     assert_deltas(out, weighted_sum([file], [ratio]))
     same = tmp_path / "b.safetensors"
     same.write_bytes(file.read_bytes())
-    merge("--save_to", out, "--models", file, same, "--ratios", 0.25, 0.25)
-    assert_deltas(out, weighted_sum([file], [1.0]))  # sqrt(1/4) twice in either factor
+    for other in (0.25, 1.0, -0.2):
+        merge("--save_to", out, "--models", file, same, "--ratios", ratio, other)
+        assert_deltas(out, weighted_sum([file], [ratio + other]), 1e-5)
 
 
 def test_the_numbers_of_sd_scripts_can_be_had(model_store, tmp_path):
@@ -354,3 +356,61 @@ def test_the_script_runs_from_any_folder_and_answers_at_once(tmp_path):
     )
     assert done.returncode == 0
     assert b"--concat" in done.stdout
+
+
+def test_what_is_read_is_never_written_over_even_within_a_folder(model_store, tmp_path):
+    models, paths = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors")
+    for target in (paths["folder"] / "unet" / "diffusion_pytorch_model.safetensors", paths["folder"] / "merged"):
+        with pytest.raises(UserError, match="is within .*, which is read"):
+            merge("--sd_model", paths["folder"], "--save_to", target, "--models", file, "--ratios", 1)
+    (tmp_path / "a_file").write_text("x")
+    with pytest.raises(UserError, match="a_file is a file, so"):
+        merge("--save_to", tmp_path / "a_file" / "b.safetensors", "--models", file, "--ratios", 1)
+
+
+def test_numbers_that_become_too_large_are_told_and_nothing_is_written(model_store, tmp_path, caplog):
+    models, paths = model_store("sd1")
+    file, out = make_lora(models, tmp_path / "a.safetensors"), tmp_path / "out.safetensors"
+    argv = ["--save_to", out, "--models", file, "--ratios", "1e7", "--save_precision", "fp16"]
+    with pytest.raises(UserError, match=r"becomes too large for float16: take smaller ratios"):
+        merge(*argv, "--sd_model", paths["safetensors"])
+    with pytest.raises(UserError, match=r"becomes too large for float16"):
+        merge("--save_to", out, "--models", file, "--ratios", "1e12", "--save_precision", "fp16")
+    assert not out.exists()
+    state = load_file(paths["safetensors"])
+    state["model.diffusion_model.out.2.bias"] = state["model.diffusion_model.out.2.bias"] * torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    merge("--sd_model", tmp_path / "nan.safetensors", "--save_to", out, "--models", file, "--ratios", 1)
+    assert any("out.2.bias holds NaN" in line for line in caplog.messages)
+
+
+def test_a_ratio_of_zero_changes_nothing_and_is_not_counted(model_store, tmp_path, caplog):
+    models, paths = model_store("sd1")
+    file, out = make_lora(models, tmp_path / "a.safetensors"), tmp_path / "out.safetensors"
+    caplog.set_level("INFO")
+    merge("--sd_model", paths["safetensors"], "--save_to", out, "--models", file, "--ratios", 0)
+    assert any(line.startswith("0 tensors of") for line in caplog.messages)
+    before, after = load_file(paths["safetensors"]), load_file(out)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_in_the_place_of_a_network_is_named(model_store, tmp_path):
+    _, paths = model_store("sd1")
+    with pytest.raises(UserError, match="is a base model, not a LoRA file"):
+        merge("--save_to", tmp_path / "o.safetensors", "--models", paths["safetensors"], "--ratios", 1)
+
+
+def test_a_merged_folder_holds_the_model_and_nothing_else(model_store, tmp_path):
+    models, paths = model_store("sd1")
+    source = tmp_path / "source"
+    shutil.copytree(paths["folder"], source)
+    (source / "README.md").write_text("of the source")
+    config = json.loads((source / "text_encoder" / "config.json").read_text()) | {"torch_dtype": "float32"}
+    (source / "text_encoder" / "config.json").write_text(json.dumps(config))
+    file, out = make_lora(models, tmp_path / "a.safetensors"), tmp_path / "out"
+    argv = ["--sd_model", source, "--save_to", out, "--models", file, "--ratios", 1, "--save_precision", "bf16"]
+    merge(*argv)
+    assert not (out / "README.md").exists()
+    assert json.loads((out / "text_encoder" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (out / "scheduler" / "scheduler_config.json").exists()

@@ -63,8 +63,8 @@ def test_svd_merge_is_the_truncated_decomposition_of_the_weighted_sum(model_stor
     }
     assert_deltas(out, exact, 1e-5)
     found = metadata(out)
-    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("3", "3")
-    assert json.loads(found["ss_network_args"]) == {"conv_dim": 2, "conv_alpha": 2}
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("3", "3.0")
+    assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2.0"}
     assert found["modelspec.merged_from"] == "a, b, c"
 
 
@@ -91,7 +91,6 @@ def test_a_dynamic_rank_is_the_smallest_that_reaches_its_target(model_store, tmp
     more = ["--new_rank", most, "--dynamic_method", method, "--dynamic_param", target]
     run(svd_merge_lora, "--save_to", out, "--models", file, "--ratios", 1, *more)
     written = load_file(out)
-    assert metadata(out)["ss_network_dim"] == "Dynamic"
     seen = set()
     for module, delta in deltas(file).items():
         values = torch.linalg.svdvals(delta)[:8]
@@ -105,6 +104,7 @@ def test_a_dynamic_rank_is_the_smallest_that_reaches_its_target(model_store, tmp
         seen.add(rank)
         assert rank == smallest, module
     assert len(seen) > 1 or target in (1.0, 20.0)
+    assert metadata(out)["ss_network_dim"] == ("Dynamic" if len(seen) > 1 else str(most))
 
 
 def test_what_is_kept_is_told_by_block(model_store, tmp_path, caplog):
@@ -158,6 +158,30 @@ def test_resize_keeps_metadata_and_says_what_it_did(model_store, tmp_path, capsy
     assert len(re.findall(r"rank 6 -> 2", capsys.readouterr().out)) == len(deltas(file))
 
 
+def test_all_modules_have_one_alpha_whatever_their_ranks(model_store, tmp_path):
+    """diffusers takes one alpha for all attention layers of a file."""
+    models, _ = model_store("sd1")
+    file, out = make_lora(models, tmp_path / "a.safetensors", rank=8), tmp_path / "out.safetensors"
+    dynamic = ["--new_rank", 7, "--dynamic_method", "sv_fro", "--dynamic_param", 0.8]
+    for module, argv in (
+        (resize_lora, ["--model", file]),
+        (svd_merge_lora, ["--models", file, "--ratios", 1]),
+    ):
+        run(module, *argv, "--save_to", out, *dynamic)
+        written = load_file(out)
+        ranks = {tensor.shape[0] for name, tensor in written.items() if "lora_down" in name}
+        assert len(ranks) > 1
+        assert len({float(tensor) for name, tensor in written.items() if name.endswith("alpha")}) == 1
+
+
+def test_parts_that_cancel_leave_nothing(model_store, tmp_path, caplog):
+    models, _ = model_store("sd1")
+    file, out = make_lora(models, tmp_path / "a.safetensors", rank=4), tmp_path / "out.safetensors"
+    caplog.set_level("INFO")
+    run(svd_merge_lora, "--models", file, file, "--ratios", 1, -1, "--save_to", out)
+    assert all(not delta.any() for delta in deltas(out).values())
+
+
 # ---- extract_lora_from_models -------------------------------------------------------------------------------
 
 
@@ -197,6 +221,15 @@ def test_a_folder_and_a_file_are_compared_and_equal_text_encoders_left_out(model
     assert all(module.startswith("lora_unet_") for module in deltas(out))
     assert_deltas(out, deltas(file), 3e-5)
     assert any("text encoder is left out" in line for line in caplog.messages)
+
+
+def test_a_tuned_model_with_a_hole_is_refused(model_store, tmp_path):
+    original, tuned, _ = tuned_model(model_store, "sd1", tmp_path, rank=4)
+    state = load_file(tuned)
+    del state["model.diffusion_model.middle_block.1.proj_in.weight"]
+    save_file(state, tuned)
+    with pytest.raises(UserError, match=r"mid_block\.attentions\.0\.proj_in.* is not whole"):
+        run(extract_lora_from_models, "--model_org", original, "--model_tuned", tuned, "--save_to", tmp_path / "o.pt")
 
 
 def test_min_diff_and_the_share_kept(model_store, tmp_path, caplog):

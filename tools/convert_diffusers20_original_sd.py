@@ -130,8 +130,6 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
         yield f"{problem}: name a checkpoint or a Diffusers folder on this machine, nothing is downloaded"
     folder = not is_checkpoint(files.model_to_save)
     yield from tool_files.output_problems("model_to_save", files.model_to_save, (files.model_to_load,), folder=folder)
-    if not folder and files.model_to_save.exists() and is_within(files.model_to_save, files.model_to_load):
-        yield f"model_to_save: {files.model_to_save} is one of the files to be read: take another name"
     if files.reference_model is not None and not files.reference_model.is_dir():
         yield (
             f"--reference_model: {files.reference_model} is not a folder, and nothing is downloaded; "
@@ -150,11 +148,6 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
         yield f"--metadata is for .safetensors files, {files.model_to_save} is none"
     if files.variant and files.model_to_load is not None and files.model_to_load.is_file():
         yield f"--variant is for Diffusers folders, {files.model_to_load} is a file"
-
-
-def is_within(path: Path, folder: Path) -> bool:
-    """Return whether a path stands in a folder, at any depth."""
-    return folder.resolve() in path.resolve().parents
 
 
 def check_family(options: ModelConfig, model: ModelFiles) -> None:
@@ -192,6 +185,9 @@ def write_checkpoint(config: ConvertConfig, model: ModelFiles) -> None:
 
 def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, str]:
     """Return the metadata of a checkpoint: the source's, what it is, and --metadata."""
+    from library.models import conversion
+    from library.models.model_files import CONFIGURATIONS
+
     own = {key: text for key, text in source_metadata(model).items() if key != "format"}
     v_prediction = config.model.v_parameterization or model.predicts_v
     if v_prediction is not None and "modelspec.prediction_type" not in own:
@@ -199,6 +195,16 @@ def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, s
     if "modelspec.architecture" not in own:
         family = model.family
         own["modelspec.architecture"] = family.architecture_v if v_prediction else family.architecture
+    unusual = conversion.unusual_configurations(model) if model.is_folder else {}
+    if unusual:
+        own[CONFIGURATIONS] = json.dumps(unusual)
+        if config.files.model_to_save.suffix.lower() != ".safetensors":
+            logger.warning(
+                "%s is no Stable Diffusion of the usual sizes, and a %s has no place for its settings: "
+                "only a .safetensors file can be converted back",
+                model.path,
+                config.files.model_to_save.suffix,
+            )
     return own | read_metadata(config.saving.metadata or "{}")
 
 
@@ -264,7 +270,8 @@ def v_prediction_of(config: ConvertConfig, model: ModelFiles) -> bool:
     found = conversion.predicts_v(model, model.parts[""][0].metadata)
     if found is not None:
         logger.info(
-            "the model predicts %s, by its file; --v_parameterization says that it is v", "v" if found else "noise"
+            "scheduler: the model predicts %s, as far as its file tells; if it is v, give --v_parameterization",
+            "v" if found else "noise",
         )
     return bool(found)
 

@@ -9,6 +9,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+
+if TYPE_CHECKING:
+    from library.models.family import ModelFamily
 
 BASE, FIRST_IN, MIDDLE, FIRST_OUT, NUM_SLOTS = 0, 1, 13, 14, 26
 # Number of weights -> the slots that they are for, in order.
@@ -18,6 +25,7 @@ SLOTS = {
     20: (BASE, *range(1, 10), MIDDLE, *range(14, 23)),
     26: tuple(range(NUM_SLOTS)),
 }
+FOR_SDXL = (12, 20)
 # Pattern of module names, the first slot, and how much each number that it captures adds.
 RULES = (
     (r"lora_te", BASE, ()),
@@ -62,6 +70,13 @@ def problems(lists: Sequence[str], num_models: int) -> Iterator[str]:
         yield f"--lbws must have a list for each of the {num_models} files of --models, got {len(lists)}"
     if len(lengths) > 1:
         yield f"--lbws must be lists of one length, got {', '.join(map(str, sorted(lengths)))}"
+
+
+def check_family(weights: Sequence[float], family: ModelFamily | None, path: Path) -> None:
+    """Raise UserError for weights of SDXL's blocks with a file for another model."""
+    if len(weights) in FOR_SDXL and family is not None and family.name != "sdxl":
+        others = ", ".join(str(number) for number in SLOTS if number not in FOR_SDXL)
+        raise UserError(f"--lbws: {len(weights)} numbers are for SDXL, {path} is for {family.title}: give {others}")
 
 
 def weight_of(module: str, weights: Sequence[float]) -> float:

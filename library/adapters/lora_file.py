@@ -20,7 +20,7 @@ from library.adapters.layers import Layer, layers_by_name, module_name
 from library.adapters.low_rank import Change
 from library.errors import UserError
 from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
-from library.weights_io import WeightFile, check_finite, data_sha256, open_weights
+from library.weights_io import WeightFile, check_finite, data_sha256, is_finite, open_weights
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 # Ending of a tensor's name (after `.weight` is taken off) -> what it is.
@@ -51,6 +51,8 @@ OTHER_KINDS = (
     (".lora_mid.", "a LoCon with Tucker decomposition"),
     (".diff", "a file with full differences"),
 )
+# Beginnings of names in base models and their parts.
+MODEL_NAMES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "down_blocks.")
 # What files of diffusers keep instead of alphas: the configuration of PEFT, each key after its part.
 PEFT_METADATA = "lora_adapter_metadata"
 BASE_VERSIONS = {"sd_v1": SD1, "sd_v2": SD2, "sdxl_": SDXL}
@@ -88,6 +90,7 @@ class LoraFile:
 def check_lora(path: Path) -> WeightFile:
     """Return a LoRA file opened; raises UserError for one that is none, or of another kind. Reads names only."""
     file = open_weights(path)
+    refuse_model(file)
     for part, kind in OTHER_KINDS:
         found = next((name for name in file.shapes if part in name), None)
         if found is not None:
@@ -101,6 +104,14 @@ def check_lora(path: Path) -> WeightFile:
         if lonely is not None:
             raise UserError(f"{path} is damaged: {lonely} has no {other} matrix beside it")
     return file
+
+
+def refuse_model(file: WeightFile) -> None:
+    """Raise UserError for a file that holds a base model, or nothing."""
+    if not file.shapes:
+        raise UserError(f"{file.path} holds no tensors")
+    if any(name.startswith(MODEL_NAMES) for name in file.shapes):
+        raise UserError(f"{file.path} is a base model, not a LoRA file: are two files in each other's place?")
 
 
 def roles_of(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -149,6 +160,8 @@ def change_of(part: Mapping[str, Tensor], path: Path, stem: str, default_alpha: 
     if not rank or up.ndim < 2 or up.shape[1] != rank or up[0].numel() != rank:
         raise UserError(f"{path} is damaged: {stem} has the shapes {tuple(down.shape)} and {tuple(up.shape)}")
     alpha = part.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise UserError(f"{path} is damaged: {stem}{ALPHA} has the shape {tuple(alpha.shape)}, one number is meant")
     default = float(rank) if default_alpha is None else default_alpha
     return Change(
         up=up.flatten(1),
@@ -223,6 +236,9 @@ def tensors_of(changes: Mapping[str, Change], dtype: torch.dtype | None) -> dict
         up, down = stored_factors(change)
         for ending, tensor in ((DOWN, down), (UP, up)):
             tensors[name + ending] = tensor.to(dtype or torch.float32).contiguous()
+            if not is_finite(tensors[name + ending]):
+                kind = str(dtype or torch.float32).removeprefix("torch.")
+                raise UserError(f"{name}{ending} becomes too large for {kind}: take smaller ratios, or another type")
         tensors[name + ALPHA] = torch.tensor(change.alpha)
     return tensors
 

@@ -47,6 +47,12 @@ class Change:
         """Return the change on a device."""
         return dataclasses.replace(self, up=self.up.to(device), down=self.down.to(device))
 
+    def with_alpha(self, alpha: float) -> Change:
+        """Return the same change with another alpha."""
+        if alpha == self.alpha:
+            return self
+        return dataclasses.replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
+
     def delta(self) -> Tensor:
         """Return alpha / R * U D, (out, n), float32."""
         return (self.up.float() @ self.down.float()) * self.scale
@@ -70,12 +76,18 @@ def concatenated(parts: Sequence[tuple[float, Change]]) -> Change:
 
 
 def summed(parts: Sequence[tuple[float, Change]]) -> Change:
-    """Return the sums of the factors of changes of one rank, with the strength that the ratios mean.
+    """Return weighted sums of the factors of changes of one rank.
 
-    U = sum of sqrt|c| U_i and D = sum of sign(c) sqrt|c| D_i with c = ratio * alpha / R: exact for one file, and
-    for files with equal factors; otherwise products of one file's U with another's D come in.
+    With c = ratio * alpha / R and s = sum of |c|: U = sum of |c| U_i / sqrt s, D = sum of c D_i / sqrt s. For one
+    file, and for files with equal factors, the product is the weighted sum; otherwise products of one file's U with
+    another's D come in.
     """
-    return _folded(concatenated(parts), parts[0][1].rank)
+    strengths = [ratio * change.scale for ratio, change in parts]
+    root = math.sqrt(sum(map(abs, strengths))) or 1.0
+    changes = [change for _, change in parts]
+    up = sum(change.up.float() * (abs(c) / root) for c, change in zip(strengths, changes, strict=True))
+    down = sum(change.down.float() * (c / root) for c, change in zip(strengths, changes, strict=True))
+    return Change(up, down, float(changes[0].rank), changes[0].down_shape)
 
 
 def concatenated_as_sd_scripts(parts: Sequence[tuple[float, Change]]) -> Change:
@@ -156,6 +168,8 @@ def spectrum_of(change: Change) -> Spectrum:
     left, upper = torch.linalg.qr(up)  # (out, p), (p, R)
     right, lower = torch.linalg.qr(down.T)  # (n, q), (q, R)
     inner_left, values, inner_right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    # Where parts cancel each other, what is left is the rounding of their numbers.
+    values = values * (values > torch.finfo(torch.float32).eps * up.norm() * down.norm())
     total = float(values.square().sum())
     return Spectrum((left @ inner_left).float(), values.float(), (inner_right @ right.T).float(), total)
 

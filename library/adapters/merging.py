@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -17,8 +18,8 @@ from library.adapters.layers import Place, places
 from library.adapters.lora_file import LoraFile
 from library.adapters.low_rank import Change
 from library.errors import UserError
-from library.models.model_files import TEXT_FILES, UNET_FILES, ModelFiles, tensor_name
-from library.weights_io import WeightFile, disk_errors, write_stream, write_weights
+from library.models.model_files import EXTRAS_FILE, TEXT_FILES, UNET_FILES, ModelFiles, tensor_name
+from library.weights_io import WeightFile, disk_errors, is_finite, write_stream, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def additions_by_tensor(
                 missing.append(name)
                 continue
             check_shape(file, name, change, model.shapes[place.name], place)
+            if ratios[name] == 0:
+                continue
             additions.setdefault(place.name, []).append(Addition(ratios[name], change, place.third))
         tell_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
     return additions
@@ -127,7 +130,7 @@ def write_merged(model: ModelFiles, merge: Merge, save_to: Path) -> None:
             write_part(model.parts[""][0], "", merge, save_to, bar)
             return
         with new_folder(save_to) as folder:
-            copy_others(model, folder, shards=True)
+            copy_others(model, folder, shards=True, dtype=merge.dtype)
             for part, files in model.parts.items():
                 for file in files:
                     write_part(file, part, merge, folder / file.path.relative_to(model.path), bar)
@@ -142,8 +145,17 @@ def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm)
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         for own_name, tensor in file.tensors(file.shapes):
             name = tensor_name(part, own_name)
-            dtype = result_type(name, tensor.dtype, merge.dtype)
-            yield own_name, merged_tensor(tensor, merge.additions.get(name, ()), dtype, scratch)
+            dtype, added = result_type(name, tensor.dtype, merge.dtype), merge.additions.get(name, ())
+            was_finite = is_finite(tensor)
+            if not was_finite:
+                logger.warning("%s: %s holds NaN or infinity, and so does the result", file.path, own_name)
+            result = merged_tensor(tensor, added, dtype, scratch)
+            if was_finite and (added or dtype != tensor.dtype) and not is_finite(result):
+                raise UserError(
+                    f"{own_name} becomes too large for {str(dtype).removeprefix('torch.')}: "
+                    "take smaller ratios, or --save_precision bf16 or float"
+                )
+            yield own_name, result
             bar.update()
 
     if path.suffix.lower() != ".safetensors":
@@ -174,17 +186,30 @@ class new_folder:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def copy_others(model: ModelFiles, folder: Path, *, shards: bool) -> None:
-    """Copy what a Diffusers folder holds besides weights: configurations, tokenizer, scheduler; indexes with shards."""
+def copy_others(model: ModelFiles, folder: Path, *, shards: bool, dtype: torch.dtype | None = None) -> None:
+    """Copy what makes a Diffusers folder besides weights: configurations, tokenizer, scheduler; indexes with shards.
+
+    Other files beside them, such as a description, are of the model that was. dtype is the new type of the text
+    encoders, which their configurations name.
+    """
     weights = (*UNET_FILES, *TEXT_FILES)
     for path in sorted(model.path.rglob("*")):
         relative = path.relative_to(model.path)
-        if path.is_dir() or (
-            relative.parts[0] in model.parts and path.name.startswith(weights) and not (shards and _is_index(path))
-        ):
+        is_weights = relative.parts[0] in model.parts and path.name.startswith(weights)
+        is_foreign = len(relative.parts) == 1 and relative.name not in ("model_index.json", EXTRAS_FILE)
+        if path.is_dir() or is_foreign or (is_weights and not (shards and _is_index(path))):
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, folder / relative)
+        if dtype is not None and relative.parts[0].startswith("text_encoder") and relative.name == "config.json":
+            name_type(folder / relative, dtype)
+
+
+def name_type(path: Path, dtype: torch.dtype) -> None:
+    """Have a configuration of transformers name a type of weights, where it names one."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
+    path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _is_index(path: Path) -> bool:

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import sys
 import types
 import typing
@@ -224,6 +225,10 @@ def root_options(root: type) -> dict[str, Option]:
 # --------------------------------------------------------------------------------------------------------------
 
 
+# What begins with a minus and is no option; argparse's own knows no exponents.
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -244,6 +249,7 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
         formatter_class=_Formatter,
         usage=" ".join(["%(prog)s [options]", *positionals]),
     )
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     for name, section in sections_of(root):
         group = parser.add_argument_group((section.__doc__ or name).split("\n")[0].rstrip("."))
         for entry in section_options(section, name):
@@ -371,7 +377,7 @@ def _explain_unknown(
         elif expects_value:
             expects_value = False
         else:
-            raise UserError(f"unexpected argument {word!r}: put quotes round a value that has spaces")
+            raise UserError(f"unexpected argument {word!r}: give it with its option, and quotes round spaces")
     return ignored
 
 

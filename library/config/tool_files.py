@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,22 +40,44 @@ def output_problems(
     if path is None:
         yield f"{flag} is missing: the {'folder' if folder else 'file'} to write"
         return
-    if folder:
-        if path.suffix.lower() in WEIGHT_SUFFIXES:
-            yield (
-                f"{flag} must be a folder, for the model is one, got {path}; "
-                "tools/convert_diffusers20_original_sd.py makes files of folders"
-            )
-        elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            yield f"{flag}: {path} is there already and not empty: take another name"
-        return
+    sources = [source for source in inputs if source is not None and source.exists()]
+    for source in sources:
+        if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
+            yield f"{flag}: {path} is within {source}, which is read: take another place"
+            return
+    yield from (folder_problems if folder else file_problems)(flag, path, sources)
+    yield from place_problems(flag, path)
+
+
+def folder_problems(flag: str, path: Path, sources: Sequence[Path]) -> Iterator[str]:
+    """Yield what is wrong with a folder to write."""
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        yield (
+            f"{flag} must be a folder, for the model is one, got {path}; "
+            "tools/convert_diffusers20_original_sd.py makes files of folders"
+        )
+    elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        yield f"{flag}: {path} is there already and not empty: take another name"
+
+
+def file_problems(flag: str, path: Path, sources: Sequence[Path]) -> Iterator[str]:
+    """Yield what is wrong with a file to write."""
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
         yield f"{flag} must end in {', '.join(WEIGHT_SUFFIXES)}, got {path}"
     elif path.is_dir():
         yield f"{flag}: {path} is a folder; name a file"
-    for source in inputs:
-        if source is not None and source.exists() and path.exists() and source.samefile(path):
+    for source in sources:
+        if path.exists() and source.samefile(path):
             yield f"{flag}: {path} is one of the files to be read: take another name"
+
+
+def place_problems(flag: str, path: Path) -> Iterator[str]:
+    """Yield why nothing can be written at a place; folders that are missing are made later."""
+    parent = next(parent for parent in (*path.absolute().parents,) if parent.exists())
+    if not parent.is_dir():
+        yield f"{flag}: {parent} is a file, so {path} cannot be in it"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"{flag}: nothing may be written to {parent}"
 
 
 def ratio_problems(ratios: Sequence[float] | None, models: Sequence[Path] | None) -> Iterator[str]:

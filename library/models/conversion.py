@@ -22,7 +22,7 @@ from library.errors import UserError
 from library.models import family as families
 from library.models import keys
 from library.models.family import SD2, ModelFamily, TextModel
-from library.models.model_files import EXTRAS, ModelFiles, read_config, tensor_name
+from library.models.model_files import EXTRAS, ModelFiles, read_config, stored_configuration, tensor_name
 from library.models.tokenizer import WINDOW, shipped_vocabulary
 
 # Beginnings of names that a Diffusers folder does not keep: weights of the training, not of the model.
@@ -255,7 +255,42 @@ def folder_configs(model: ModelFiles) -> dict[str, dict[str, Any]]:
             sizes = families.text_encoder_config(text, **families.text_sizes(text, own))
         kind = "CLIPTextModelWithProjection" if text.has_projection else "CLIPTextModel"
         configs[text.folder] = {"architectures": [kind], "model_type": "clip_text_model"} | sizes
+    metadata = model.parts[""][0].metadata
+    configs = {part: config | stored_configuration(metadata, part) for part, config in configs.items()}
+    check_groups(configs, model.path)
     return {part: config | {"_diffusers_version": DIFFUSERS_VERSION} for part, config in configs.items()}
+
+
+def check_groups(configs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Raise UserError for a model of unusual sizes whose other settings are therefore not known."""
+    for part in ("unet", "vae"):
+        config = configs.get(part, {})
+        groups = config.get("norm_num_groups", 32)
+        if any(channels % groups for channels in config.get("block_out_channels", ())):
+            raise UserError(
+                f"{path} is no Stable Diffusion of the usual sizes ({part}: {config['block_out_channels']} channels), "
+                "and its groups and heads are not in the file; converting its folder to .safetensors keeps them"
+            )
+
+
+def unusual_configurations(model: ModelFiles) -> dict[str, dict[str, Any]]:
+    """Return the configurations of a Diffusers folder that the shapes of its weights do not tell."""
+    found = {}
+    usual = {"unet": model.family.unet, "vae": model.family.vae}
+    usual |= {text.folder: text.config for text in model.family.text_models}
+    for part, expected in usual.items():
+        if part not in model.parts:
+            continue
+        config = read_config(model.path / part)
+        differs = any(key in config and as_tuple(config[key]) != as_tuple(value) for key, value in expected.items())
+        if differs or config.get("norm_num_groups", 32) != 32:
+            found[part] = {key: value for key, value in config.items() if not key.startswith(("_", "torch_dtype"))}
+    return found
+
+
+def as_tuple(value: Any) -> Any:
+    """Return a list as a tuple, for JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

@@ -21,7 +21,15 @@ from library.errors import UserError, told
 from library.models import family as families
 from library.models import keys
 from library.models.family import ModelFamily
-from library.models.model_files import TEXT_FILES, UNET_FILES, check_stem, folder_kind, read_config, weight_files
+from library.models.model_files import (
+    TEXT_FILES,
+    UNET_FILES,
+    check_stem,
+    folder_kind,
+    read_config,
+    stored_configuration,
+    weight_files,
+)
 from library.models.tokenizer import load_clip_tokenizer
 from library.weights_io import WeightFile, check_finite, open_weights
 
@@ -170,6 +178,7 @@ def load_original_unet(file: WeightFile, family: ModelFamily, dtype: torch.dtype
     """Return the U-Net of an original-layout file."""
     with building(file.path, "U-Net", keys.UNET_PREFIX):
         config = families.unet_config(family, keys.without_prefix(file.shapes, keys.UNET_PREFIX))
+        config |= stored_configuration(file.metadata, "unet")
         unet = build_unet(config)
     table = keys.table(unet.state_dict(), unet_rule_for(config))
     return _fill(unet, {keys.UNET_PREFIX + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
@@ -188,6 +197,7 @@ def load_original_vae(file: WeightFile, family: ModelFamily, dtype: torch.dtype 
         raise UserError(f"{file.path} holds no VAE: name one with --vae")
     with building(file.path, "VAE", prefix):
         config = families.vae_config(family, keys.without_prefix(file.shapes, prefix))
+        config |= stored_configuration(file.metadata, "vae")
         vae = build_vae(config)
     table = keys.table(vae.state_dict(), keys.vae_rule(len(config["block_out_channels"])))
     return _fill(vae, {prefix + original: [Wanted(name)] for name, original in table.items()}, [file], dtype)
@@ -204,7 +214,8 @@ def load_original_text_encoder(file: WeightFile, family: ModelFamily, dtype: tor
     shapes = keys.without_prefix(file.shapes, prefix)
     openclip = text.layout == "openclip"
     with building(file.path, "text encoder", prefix):
-        encoder = build_text_encoder(families.text_encoder_config(text, **families.text_sizes(text, shapes)))
+        config = families.text_encoder_config(text, **families.text_sizes(text, shapes))
+        encoder = build_text_encoder(config | stored_configuration(file.metadata, text.folder))
     places: dict[str, list[Wanted]] = {}
     for name in canonical_text_state(encoder):
         original = keys.openclip_name(name) if openclip else name

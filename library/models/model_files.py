@@ -7,7 +7,8 @@ memory, so that tools can go through a model of any size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,19 @@ TEXT_FILES = ("model", "pytorch_model")
 # What a checkpoint held and Diffusers has no place for: written by the conversion into the folder, read back by it.
 EXTRAS, EXTRAS_FILE = "extras", "original_extras.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
+
+
+# Metadata of a checkpoint that was a Diffusers folder of unusual sizes: JSON, part -> its configuration.
+CONFIGURATIONS = "diffusers_configurations"
+
+
+def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+    """Return the configuration of a part that a checkpoint keeps, empty where it keeps none."""
+    try:
+        found = json.loads(metadata.get(CONFIGURATIONS, "{}")).get(part, {})
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclasses.dataclass(frozen=True)
