@@ -5,7 +5,7 @@ from setuptools import setup
 setup(
     name="sd-lora-suite",
     version="0.1.0",
-    description="Train LoRA networks for Stable Diffusion 1.x and 2.x from the command line",
+    description="Train LoRA networks for Stable Diffusion from the command line, draw with them, merge and convert them",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
@@ -15,6 +15,7 @@ setup(
         "library.config",
         "library.data",
         "library.diffusion",
+        "library.generation",
         "library.models",
         "library.optim",
         "library.sampling",
