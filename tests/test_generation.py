@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import html
 import importlib.util
 import io
@@ -27,6 +28,9 @@ from test_merge_lora import make_lora
 
 import gen_img_diffusers
 from library import logs
+from library.config.generation import GenerateConfig
+from library.config.options import parse
+from library.config.retired import GENERATION
 from library.errors import UserError
 from library.generation import artist, infotext, recipe
 from library.models.loading import text_model
@@ -63,7 +67,7 @@ def shot(path):
         return Shot(path, np.asarray(file.convert("RGB")).astype(int), dict(infotext.read_texts(path)[0]))
 
 
-CHANGED_BY = {"--network_module", "--textual_inversion_embeddings", "--opt_channels_last", "--vae_tiling", "--offload"}
+CHANGED_BY = {"--textual_inversion_embeddings", "--opt_channels_last", "--vae_tiling", "--vae_slices", "--offload"}
 
 
 @pytest.fixture(scope="session")
@@ -75,18 +79,22 @@ def loaded():
 @pytest.fixture
 def draw(model_store, tmp_path, loaded, monkeypatch):
     """Return what runs the script and returns its new pictures in order of their names, sheets left out."""
-    load = recipe.loading.load_models
+    load, networks = recipe.loading.load_models, False
 
     def remembered(config, detected, **types):
         key = (config, *types.values())
         if key not in loaded:
             loaded[key] = load(config, detected, **types)
-        return loaded[key]
+        found = loaded[key]  # of what networks change, a copy
+        copies = {"unet": copy.deepcopy(found.unet), "text_encoders": copy.deepcopy(found.text_encoders)}
+        return dataclasses.replace(found, **copies) if networks else found
 
     def run(*words, family="sd1", layout="folder", out="o"):
         folder = tmp_path / out
         before = set(folder.rglob("*")) if folder.is_dir() else set()
         argv = ["--ckpt", model_store(family)[1][layout], "--outdir", folder, *COMMON, *words]
+        nonlocal networks
+        networks = "--network_module" in words
         monkeypatch.setattr(recipe.loading, "load_models", load if CHANGED_BY & set(words) else remembered)
         assert gen_img_diffusers.main([str(word) for word in argv]) == 0
         new = sorted(path for path in set(folder.rglob("*")) - before if path.suffix in SUFFIXES)
@@ -244,11 +252,12 @@ def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path,
     differ(scaled.pixels, found.pixels)
 
 
-@pytest.fixture
-def two(model_store, tmp_path):
+@pytest.fixture(scope="module")
+def two(model_store, tmp_path_factory):
     """Return two LoRA files, and the words that name them."""
     models, _ = model_store("sd1")
-    files = [lora_of(models, tmp_path / f"net{index}.safetensors", seed=index) for index in range(2)]
+    folder = tmp_path_factory.mktemp("two")
+    files = [lora_of(models, folder / f"net{index}.safetensors", seed=index) for index in range(2)]
     return files, ["--network_module", "networks.lora", "networks.lora", "--network_weights", *files]
 
 
@@ -260,7 +269,7 @@ def test_two_networks_at_strengths_of_each_prompt(draw, model_store, two, tmp_pa
     pipe = pipe_of(model_store("sd1")[0])
     plain = pixels_of(pipe)
     for index, file in enumerate(files):
-        pipe.load_lora_weights(str(tmp_path), weight_name=folded(file).name, adapter_name=str(index))
+        pipe.load_lora_weights(str(file.parent), weight_name=folded(file).name, adapter_name=str(index))
     for found, strengths in zip(shots, ([0.7, -0.4], [0.7, 0.7], [0.3, 1.0]), strict=False):
         pipe.set_adapters(["0", "1"], strengths)
         same(found.pixels, pixels_of(pipe))
@@ -401,18 +410,23 @@ def test_what_is_drawn_together_has_one_size_and_one_length(monkeypatch, draw, t
     assert sizes == [2, 1, 1, 1, 2, 1]
 
 
-def test_the_seed_of_one_picture_is_the_seed_and_of_several_their_seed(draw):
+def requests_of(*words):
+    """Return what a command line asks for, without drawing it."""
+    config = parse(GenerateConfig, [str(word) for word in words], retired=GENERATION)
+    return list(recipe.all_requests(config, gen_img_diffusers.load_lines(config)))
+
+
+def test_the_seed_of_one_picture_is_the_seed_and_of_several_their_seed():
     def seeds(*words):
-        return [int(shot.texts["seed"]) for shot in draw("--prompt", "a", "--steps", 1, *words)]
+        return [request.seed for request in requests_of("--prompt", "a", "--seed", 5, *words)]
 
     drawn = random.Random(5)
     expected = [drawn.randint(0, 2**31 - 1) for _ in range(6)]
     assert seeds() == [5]
     assert seeds("--images_per_prompt", 3) == expected[:3]
     assert seeds("--images_per_prompt", 3, "--n_iter", 2) == expected
-    assert seeds("--images_per_prompt", 2, "--n_iter", 2, "--iter_same_seed") == [
-        expected[0], expected[0], expected[1], expected[1]
-    ]  # fmt: skip
+    same_seed = seeds("--images_per_prompt", 2, "--n_iter", 2, "--iter_same_seed")
+    assert same_seed == [expected[0], expected[0], expected[1], expected[1]]
     assert seeds("--images_per_prompt", 4, "--prompt", "a --d 7,9") == [7, 9, 9, 9]
 
 
@@ -425,14 +439,23 @@ def test_without_a_seed_pictures_differ(draw, model_store, tmp_path):
     assert all(0 <= int(seed) <= MOST_SEED for seed in seeds)
 
 
-def test_shuffled_prompts_are_all_drawn_in_each_repeat(draw, tmp_path):
+def test_shuffled_prompts_are_all_drawn_in_each_repeat(tmp_path):
     prompts = [f"p{index}" for index in range(5)]
     (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
-    words = ["--from_file", tmp_path / "p.txt", "--shuffle_prompts", "--n_iter", 2, "--steps", 1]
-    first, again = ([shot.texts["prompt"] for shot in draw(*words, out=out)] for out in "ab")
+    words = ["--from_file", tmp_path / "p.txt", "--shuffle_prompts", "--n_iter", 2, "--seed", 5]
+    first, again = ([request.prompt for request in requests_of(*words)] for _ in range(2))
     assert first == again
     assert first != prompts * 2
     assert sorted(first[:5]) == sorted(first[5:]) == prompts
+
+
+def test_variants_are_chosen_by_the_seed_of_each_picture():
+    words = ["--prompt", "{a|b|c|d} {e|f|g} --n {h|i}", "--images_per_prompt", 12, "--seed", 1]
+    together = requests_of(*words)
+    assert len({request.prompt for request in together}) > 3
+    for request in together:
+        (alone,) = requests_of("--prompt", f"{{a|b|c|d}} {{e|f|g}} --n {{h|i}} --d {request.seed}")
+        assert (alone.prompt, alone.negative_prompt) == (request.prompt, request.negative_prompt)
 
 
 # ---- drawn again from its own file --------------------------------------------------------------------------
@@ -625,11 +648,12 @@ def opened(path, size=(64, 64)):
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("strength", [0.3, 1.0])
+IMG2IMG = [("ddim", 0.3), ("ddim", 1.0), ("euler_a", 0.3), ("heun", 0.3), ("dpmsingle", 1.0)]
+MORE = [pytest.param(name, 0.5, marks=pytest.mark.slow) for name in SAMPLERS]
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [*IMG2IMG, *MORE])
 def test_img2img_is_that_of_diffusers(draw, model_store, source, sampler, strength):
-    if strength == 1.0 and sampler not in ("ddim", "euler_a", "heun"):
-        pytest.skip("one strength is enough")
     words = ["--image_path", source, "--strength", strength, "--steps", 4, "--sampler", sampler]
     (found,) = draw("--prompt", "a cat --n dog", *words)
     pipe = pipe_of(model_store("sd1")[0], "Img2Img", sampler=sampler)
