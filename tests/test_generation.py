@@ -53,6 +53,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LONG = ", ".join(f"thing {index}" for index in range(40))  # two windows
 
 
+def slow(*values):
+    """Return a row of a table that the default run leaves out: another row shows the same."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class Shot(NamedTuple):
     """A picture that was written: its file, its pixels, what the file says."""
 
@@ -189,7 +194,7 @@ def test_names_with_k_are_the_same_samplers():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "flag", "skip"), [("ddim", False, None), ("ddim", True, 2), ("euler_a", True, None)]
+    ("sampler", "flag", "skip"), [("ddim", True, 2), slow("ddim", False, None), slow("euler_a", True, None)]
 )
 def test_sd2_and_v_prediction_are_as_in_diffusers(draw, model_store, sampler, flag, skip):
     words = ["--v_parameterization"] * flag + (["--clip_skip", skip] if skip else [])
@@ -215,7 +220,10 @@ def test_a_scale_of_one_leaves_the_negative_prompt_out(draw, model_store):
     assert np.array_equal(found.pixels, draw("--prompt", "a cat --l 1")[0].pixels)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+FEW_STEPS = ("pndm", "dpm_2_a", "dpmsingle")  # those that begin with more than one
+
+
+@pytest.mark.parametrize("sampler", [name if name in FEW_STEPS else slow(name) for name in SAMPLERS])
 def test_one_step_is_enough_for_every_sampler(draw, sampler):
     assert len(draw("--prompt", "a cat", "--sampler", sampler, "--steps", 1)) == 1
 
@@ -232,8 +240,7 @@ def test_a_vae_takes_the_place_of_the_models(draw, model_store, tmp_path):
 # ---- networks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
-@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize(("family", "conv"), [("sd1", True), ("sd2", False), slow("sd1", False), slow("sd2", True)])
 def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path, family, conv):
     models, _ = model_store(family)
     file = lora_of(
@@ -382,7 +389,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpm_2_a"])
+@pytest.mark.parametrize("sampler", ["euler_a", "dpm_2_a", slow("ddim")])
 def test_a_batch_of_four_is_four_batches_of_one(draw, tmp_path, sampler):
     (tmp_path / "p.txt").write_text("\n".join(DIFFERENT), encoding="utf-8")
     words = ["--from_file", tmp_path / "p.txt", "--sampler", sampler, "--max_embeddings_multiples", 2, "--steps", 3]
@@ -649,7 +656,7 @@ def opened(path, size=(64, 64)):
 
 
 IMG2IMG = [("ddim", 0.3), ("ddim", 1.0), ("euler_a", 0.3), ("heun", 0.3), ("dpmsingle", 1.0)]
-MORE = [pytest.param(name, 0.5, marks=pytest.mark.slow) for name in SAMPLERS]
+MORE = [slow(name, 0.5) for name in SAMPLERS]
 
 
 @pytest.mark.parametrize(("sampler", "strength"), [*IMG2IMG, *MORE])
@@ -845,7 +852,7 @@ def edges(path, low, high):
     return Image.fromarray(cv2.Canny(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), low, high)).convert("RGB")
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("name", ["two", "canny", *(slow(name) for name in CONTROLS if name not in ("two", "canny"))])
 def test_control_nets_are_those_of_diffusers(draw, model_store, nets, guides, name):
     count, words, values = CONTROLS[name]
     folders = [folder for _, folder in nets[:count]]
@@ -935,8 +942,9 @@ def test_control_net_files_of_both_layouts_are_read(draw, nets, guides, tmp_path
 # ---- textual inversion --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("suffix", "count"), [(".pt", 3), (".safetensors", 1), slow(".pt", 1), slow(".safetensors", 3)]
+)
 def test_embeddings_are_those_of_diffusers(draw, model_store, tmp_path, count, suffix):
     vectors = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
     path = tmp_path / f"Bad-hands{suffix}"
@@ -1322,12 +1330,12 @@ def test_typed_prompts_are_drawn_one_by_one(draw, monkeypatch, caplog):
     "words",
     [
         ["--vae_batch_size", 1],
-        ["--vae_batch_size", 0.5],
+        slow(["--vae_batch_size", 0.5]),
         ["--vae_tiling"],
-        ["--vae_slices", 16],
+        slow(["--vae_slices", 16]),
         ["--offload"],
-        ["--sdpa"],
-        ["--xformers"],
+        slow(["--sdpa"]),
+        slow(["--xformers"]),
         ["--opt_channels_last"],
     ],
     ids=str,
@@ -1338,7 +1346,7 @@ def test_saving_memory_changes_no_picture(draw, words):
         same(one.pixels, other.pixels)
 
 
-@pytest.mark.parametrize("words", [["--bf16"], ["--fp16"], ["--bf16", "--no_half_vae"]], ids=str)
+@pytest.mark.parametrize("words", [slow(["--bf16"]), slow(["--fp16"]), ["--bf16", "--no_half_vae"]], ids=str)
 def test_half_precision_draws_much_the_same(draw, words, source, mask):
     argv = ["--prompt", "a cat", "--sampler", "euler_a"]
     half, whole = draw(*argv, *words)[0], draw(*argv)[0]
