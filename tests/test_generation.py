@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import dataclasses
+import functools
 import html
 import importlib.util
 import io
@@ -108,15 +109,18 @@ def draw(model_store, tmp_path, loaded, monkeypatch):
     return run
 
 
-def pipe_of(models, kind="", *, family="sd1", sampler="ddim", predicts_v=False, **more):
-    """Return diffusers' own pipeline over copies of tiny models."""
+known_tokenizer = functools.cache(load_clip_tokenizer)
+
+
+def pipe_of(models, kind="", *, family="sd1", sampler="ddim", predicts_v=False, changed=False, **more):
+    """Return diffusers' own pipeline over tiny models, over copies where something is loaded into them."""
     import diffusers
 
     pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
         vae=models["vae"],
-        text_encoder=copy.deepcopy(models["text_encoder"]),
-        tokenizer=load_clip_tokenizer(pad_token=tiny.FAMILIES[family].pad_token),
-        unet=copy.deepcopy(models["unet"]),
+        text_encoder=copy.deepcopy(models["text_encoder"]) if changed else models["text_encoder"],
+        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_token=tiny.FAMILIES[family].pad_token),
+        unet=copy.deepcopy(models["unet"]) if changed else models["unet"],
         scheduler=build_sampler(sampler, predicts_v=predicts_v),
         safety_checker=None,
         feature_extractor=None,
@@ -199,7 +203,7 @@ def test_names_with_k_are_the_same_samplers():
 def test_sd2_and_v_prediction_are_as_in_diffusers(draw, model_store, sampler, flag, skip):
     words = ["--v_parameterization"] * flag + (["--clip_skip", skip] if skip else [])
     (found,) = draw("--prompt", "a cat --n dog", "--sampler", sampler, *words, family="sd2", layout="safetensors")
-    pipe = pipe_of(model_store("sd2")[0], family="sd2", sampler=sampler, predicts_v=flag)
+    pipe = pipe_of(model_store("sd2")[0], family="sd2", sampler=sampler, predicts_v=flag, changed=True)
     same(found.pixels, pixels_of(pipe, **with_skip(pipe, skip)))
 
 
@@ -208,7 +212,7 @@ def test_clip_skip_is_that_of_diffusers_and_one_more(draw, model_store):
         draw("--prompt", "a cat --n dog", *(["--clip_skip", skip] if skip else [])) for skip in (None, 1, 3)
     )
     assert np.array_equal(plain[0].pixels, first[0].pixels)
-    pipe = pipe_of(model_store("sd1")[0])
+    pipe = pipe_of(model_store("sd1")[0], changed=True)
     same(third[0].pixels, pixels_of(pipe, **with_skip(pipe, 3)))
     differ(third[0].pixels, plain[0].pixels)
     assert "Clip skip: 3" in third[0].texts["parameters"]
@@ -248,7 +252,7 @@ def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path,
     )
     words = ["--network_module", "networks.lora", "--network_weights", file]
     (found,) = draw("--prompt", "a cat --n dog", *words, family=family)
-    pipe = pipe_of(models, family=family)
+    pipe = pipe_of(models, family=family, changed=True)
     plain = pixels_of(pipe)
     pipe.load_lora_weights(str(tmp_path), weight_name=folded(file).name)
     same(found.pixels, pixels_of(pipe))
@@ -273,7 +277,7 @@ def test_two_networks_at_strengths_of_each_prompt(draw, model_store, two, tmp_pa
     lines = ["a cat --n dog --am 0.7,-0.4", "a cat --n dog --am 0.7", "a cat --n dog", "a cat --n dog --am 0"]
     (tmp_path / "p.txt").write_text("\n".join(f"{line} --d 5" for line in lines), encoding="utf-8")
     shots = draw("--from_file", tmp_path / "p.txt", *words, "--network_mul", 0.3, "--batch_size", 4)
-    pipe = pipe_of(model_store("sd1")[0])
+    pipe = pipe_of(model_store("sd1")[0], changed=True)
     plain = pixels_of(pipe)
     for index, file in enumerate(files):
         pipe.load_lora_weights(str(file.parent), weight_name=folded(file).name, adapter_name=str(index))
@@ -341,7 +345,7 @@ def test_a_loha_of_lycoris_is_drawn_as_lycoris_applies_it(draw, model_store, tmp
     from library.training.network_protocol import CanonicalTextEncoder
 
     models, _ = model_store("sd1")
-    pipe = pipe_of(models)
+    pipe = pipe_of(models, changed=True)
     lycoris.LycorisNetworkKohya.apply_preset(lycoris.PRESET["attn-mlp"])
     torch.manual_seed(0)
     shim = CanonicalTextEncoder(pipe.text_encoder)
@@ -954,7 +958,7 @@ def test_embeddings_are_those_of_diffusers(draw, model_store, tmp_path, count, s
         save_file({"emb_params": vectors}, path)
     prompt = "a cat, Bad-hands, of"
     (found,) = draw("--prompt", f"{prompt} --n dog Bad-hands", "--textual_inversion_embeddings", path)
-    pipe = pipe_of(model_store("sd1")[0])
+    pipe = pipe_of(model_store("sd1")[0], changed=True)
     pipe.load_textual_inversion(str(tmp_path), weight_name=path.name, token="Bad-hands", local_files_only=True)
     same(found.pixels, pixels_of(pipe, prompt, negative_prompt="dog Bad-hands"))
     differ(found.pixels, draw("--prompt", f"{prompt} --n dog Bad-hands")[0].pixels)
