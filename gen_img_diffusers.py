@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from library.config.generation import GenerateConfig
 from library.config.options import parse
 from library.config.retired import GENERATION
+from library.config.tool_files import place_problems
 from library.errors import Problems, UserError
 from library.logs import choose_log_lines, run_script
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("what is to be drawn is missing: --prompt, --from_file, --from_picture or --interactive")
 
+    warn_of_idle(config)
     # Torch takes seconds to import; up to here every mistake has been answered at once.
     from library.generation.recipe import generate
 
@@ -90,6 +92,8 @@ def model_problems(config: GenerateConfig) -> Iterator[str]:
             yield f"{flag} must be a multiple of 8, got {side}; the next are {side // 8 * 8} and {side // 8 * 8 + 8}"
     if config.output.outdir.exists() and not config.output.outdir.is_dir():
         yield f"--outdir: {config.output.outdir} is not a folder"
+    else:
+        yield from place_problems("--outdir", config.output.outdir / "picture.png")
     if speed.fp16 and speed.bf16:
         yield "--fp16 and --bf16 were both given: leave one out"
 
@@ -104,6 +108,7 @@ def prompt_problems(config: GenerateConfig) -> Iterator[str]:
         yield "--interactive does not go with --prompt, --from_file and --from_picture"
     if prompts.interactive and config.output.grid:
         yield "--grid does not go with --interactive"
+    yield from grid_problems(config)
     for checked, value in ((read_axes, config.output.grid or ()), (check_sampler, config.drawing.sampler)):
         try:
             checked(value)
@@ -111,15 +116,27 @@ def prompt_problems(config: GenerateConfig) -> Iterator[str]:
             yield str(error)
 
 
+def grid_problems(config: GenerateConfig) -> Iterator[str]:
+    """Yield which axes of --grid would change nothing."""
+    names = [text.partition("=")[0] for text in config.output.grid or ()]
+    networks, images = config.networks, config.images
+    if "am" in names and (not networks.network_weights or networks.network_merge):
+        yield "--grid: am is the strength of networks, and there are none that are not merged"
+    if "strength" in names and images.image_path is None and images.highres_fix_scale is None:
+        yield "--grid: strength is for pictures that begin with one: give --image_path or --highres_fix_scale"
+
+
 def image_problems(config: GenerateConfig) -> Iterator[str]:
     """Yield what is wrong with pictures to begin with, ControlNets and embeddings."""
-    from library.generation.starts import check_pictures, list_of, read_preparation
+    from library.generation.starts import check_pictures, list_of
 
     images, control = config.images, config.control
     if images.mask_path is not None and images.image_path is None:
         yield "--mask_path needs --image_path: the picture of which a part is drawn anew"
     nets, guides = control.control_net_models or (), control.guide_image_path or ()
-    if len(nets) != len(guides):
+    if guides and not nets:
+        yield "--guide_image_path is for ControlNets: give --control_net_models"
+    elif len(nets) != len(guides):
         yield f"--guide_image_path must name a picture for each of {len(nets)} ControlNets, got {len(guides)}"
     for flag, path in (
         ("--image_path", images.image_path),
@@ -137,11 +154,27 @@ def image_problems(config: GenerateConfig) -> Iterator[str]:
         for path in paths:
             if not path.exists():
                 yield f"{flag}: {path} does not exist, and nothing is downloaded"
-    for text in control.control_net_preps or ():
+    yield from preparation_problems(control.control_net_preps or ())
+
+
+def preparation_problems(texts: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with --control_net_preps."""
+    from library.generation.starts import read_preparation
+
+    for text in texts:
         try:
             read_preparation(text)
         except UserError as error:
             yield str(error)
+
+
+def warn_of_idle(config: GenerateConfig) -> None:
+    """Warn of options that change nothing; sd-scripts takes them without a word."""
+    images = config.images
+    if config.prompts.prompt and config.prompts.from_file:
+        logger.warning("--prompt is not drawn, for --from_file is given")
+    if images.strength is not None and images.image_path is None and images.highres_fix_scale is None:
+        logger.warning("--strength is for pictures that begin with one: --image_path or --highres_fix_scale")
 
 
 def network_problems(config: GenerateConfig) -> Iterator[str]:
@@ -195,7 +228,15 @@ def load_recorded(config: GenerateConfig) -> list[Recorded]:
     has_prompts = prompts.prompt is not None or prompts.from_file is not None or prompts.interactive or given
     if not has_prompts and images.image_path is not None and images.image_path.exists():
         given = list_of("--image_path", images.image_path).files
-    return [read_recorded(path) for path in given]
+    recorded = [read_recorded(path) for path in given]
+    for record in recorded:
+        for name, flag, path in (
+            (record.begins_with, "--image_path", images.image_path),
+            (record.mask, "--mask_path", images.mask_path),
+        ):
+            if name is not None and path is None:
+                raise UserError(f"--from_picture: a picture was drawn with {name}, which it does not hold: give {flag}")
+    return recorded
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_the_random_dataset_files_are_read_often_enough(tmp_path):
             outcomes["refused"] += 1
 
     count()
-    assert min(outcomes["read"], outcomes["refused"]) > 20
+    assert min(outcomes["read"], outcomes["refused"]) > 10, outcomes
 
 
 # ---- prompts ------------------------------------------------------------------------------------------------

@@ -520,13 +520,12 @@ def test_networks_act_again_with_the_strengths_of_the_file(draw, two, caplog):
     assert "a picture was drawn with other networks (net0.safetensors, net1.safetensors)" in caplog.text
 
 
-def test_a_picture_that_began_with_another_is_drawn_again_with_it(draw, source, tmp_path, caplog):
+def test_a_picture_that_began_with_another_is_drawn_again_with_it(draw, source, tmp_path):
     (first,) = draw("--prompt", "a cat", "--image_path", source, "--strength", 0.7, "--steps", 4)
     (again,) = draw("--from_picture", first.path, "--image_path", source)
     assert np.array_equal(first.pixels, again.pixels)
-    with caplog.at_level("WARNING"):
+    with pytest.raises(UserError, match="drawn with source.png, which it does not hold: give --image_path"):
         draw("--from_picture", first.path)
-    assert "began with source.png: name it with --image_path" in caplog.text
 
 
 def test_without_a_prompt_pictures_to_begin_with_say_it(draw, tmp_path):
@@ -1399,7 +1398,7 @@ MISTAKES = [
     ([*PROMPT, "--image_path", "{tmp}/no"], ["--image_path: {tmp}/no is not a file or a folder"]),
     ([*PROMPT, "--image_path", "{tmp}/nothing"], ["--image_path: {tmp}/nothing holds no pictures (.png, .jpg"]),
     ([*PROMPT, "--image_path", "{tmp}/empty.txt"], ["empty.txt is not a picture that can be read"]),
-    ([*PROMPT, "--guide_image_path", "{tmp}/plain.png"], ["--guide_image_path must name a picture for each of 0"]),
+    ([*PROMPT, "--guide_image_path", "{tmp}/plain.png"], ["--guide_image_path is for ControlNets: give --control_net_models"]),
     ([*PROMPT, "--control_net_models", "a", "b", "--guide_image_path", "{tmp}/plain.png"],
      ["--guide_image_path must name a picture for each of 2 ControlNets, got 1", "--control_net_models: a does not exist"]),
     ([*PROMPT, "--control_net_preps", "depth"], ["--control_net_preps must be none, canny or canny_T1_T2, got 'depth'"]),
@@ -1539,3 +1538,30 @@ def test_a_pattern_of_one_file_is_that_file(model_store, tmp_path):
     argv = ["--ckpt", f"{folder.parent}/fold*", "--prompt", "a", *SIZE, "--steps", 1, "--outdir", tmp_path / "o"]
     assert gen_img_diffusers.main([str(word) for word in argv]) == 0
     assert len(list((tmp_path / "o").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["seed=1,2", "seed=3"], "the axis seed is named twice"),
+        (["am=0,1"], "am is the strength of networks, and there are none"),
+        (["strength=0.1,0.9"], "strength is for pictures that begin with one"),
+    ],
+)
+def test_axes_that_would_change_nothing_are_refused(draw, axes, message):
+    with pytest.raises(UserError, match=message):
+        draw("--prompt", "a", "--grid", *axes)
+
+
+def test_what_is_no_embedding_and_a_mask_that_is_missing_are_told(draw, source, tmp_path):
+    with pytest.raises(UserError, match="no embedding|vectors of"):
+        draw("--prompt", "a", "--textual_inversion_embeddings", make_numbers(tmp_path / "x.safetensors"))
+    (first,) = draw("--prompt", "a", "--image_path", source, "--mask_path", source)
+    with pytest.raises(UserError, match="which it does not hold: give --mask_path"):
+        draw("--from_picture", first.path, "--image_path", source)
+
+
+def make_numbers(path):
+    """Write a file of a single number, which is no embedding."""
+    save_file({"x.alpha": torch.tensor(1.0)}, path)
+    return path

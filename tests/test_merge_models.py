@@ -214,7 +214,7 @@ def test_models_that_do_not_belong_together_are_refused_in_one_line(model_store,
         (two, "only models of one family can be merged: .* is SD 1.x, .* is SD 2.x"),
         (tmp_path / "sdxl.safetensors", "only models of one family"),
         (tmp_path / "inpainting.safetensors", f"{first} is of the shape .*4.* and .*8"),
-        (tmp_path / "lora.safetensors", "has no tensor in common with"),
+        (tmp_path / "lora.safetensors", "is a network: networks/merge_lora.py merges those"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             merge("--models", one, other, "--output", out)

@@ -132,7 +132,7 @@ def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
         yield f"--ratios must have a number for each of the {number} files of --models, got {len(files.ratios)}"
     for path in files.models or ():
         yield from input_problems("--models", path, "the checkpoints")
-        if path.suffix.lower() not in INPUT_SUFFIXES:
+        if path.exists() and path.suffix.lower() not in INPUT_SUFFIXES:
             yield f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}"
         if path.exists() and output.exists() and path.samefile(output):
             yield f"--output {output} is one of the files to be read: take another name"
@@ -150,6 +150,9 @@ def check_device(device: str) -> None:
 
 def check_family(models: Sequence[Model]) -> None:
     """Raise UserError for models of more than one family; one that is not recognised is left to `check_shapes`."""
+    for model in models:
+        if any(".lora_" in name or ".hada_" in name or ".lokr_" in name for name in model.names):
+            raise UserError(f"{model.path} is a network: networks/merge_lora.py merges those")
     titles = {model.path: title for model in models if (title := family_title(model)) is not None}
     if len(set(titles.values())) > 1:
         found = ", ".join(f"{path} is {title}" for path, title in titles.items())

@@ -144,7 +144,7 @@ class OutputConfig:
     grid: tuple[str, ...] | None = option(
         None, "draw all combinations on a sheet: axes such as seed=1,2,3 am=0,0.5,1 (columns, rows, sheets)"
     )
-    html: bool = option(False, "write index.html with all pictures of the run and their prompts")
+    html: bool = option(False, "write a page, gallery-DATE.html, with all pictures of the run and their prompts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

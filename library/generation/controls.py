@@ -89,7 +89,7 @@ def embedding_of(path: Path) -> torch.Tensor:
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         content = content["string_to_param"]
     tensors = [value for value in content.values() if torch.is_tensor(value)] if isinstance(content, dict) else []
-    if not tensors or tensors[0].ndim > 2:
+    if not tensors or tensors[0].ndim not in (1, 2):
         raise UserError(f"--textual_inversion_embeddings: {path} holds no embedding")
     vectors = tensors[0].detach().float()
     return vectors[None] if vectors.ndim == 1 else vectors

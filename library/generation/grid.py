@@ -63,6 +63,8 @@ def read_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
         if name != REPLACE and name not in AXES:
             known = (*AXES, REPLACE)
             raise UserError(f"--grid: {name!r} is no axis{nearest(name, known)} ({', '.join(known)})")
+        if name in (axis.name for axis in axes):
+            raise UserError(f"--grid: the axis {name} is named twice: give all its values in one")
         axes.append(Axis(name, tuple((word, read_value(name, word)) for word in rest.split(","))))
     return tuple(axes)
 

@@ -51,7 +51,12 @@ class RunFacts:
 
 
 def texts_for(
-    request: Request, facts: RunFacts, multipliers: tuple[float, ...], *, begins_with: str | None
+    request: Request,
+    facts: RunFacts,
+    multipliers: tuple[float, ...],
+    *,
+    begins_with: str | None,
+    mask: str | None = None,
 ) -> dict[str, str]:
     """Return key -> text for a picture; multipliers are those of the networks that are not merged."""
     networks = networks_of(facts, multipliers)
@@ -67,6 +72,7 @@ def texts_for(
         "networks": networks,
         "dtype": facts.dtype,
         "begins_with": begins_with,
+        "mask": mask,
         "version": facts.version,
     }
     short = {
@@ -147,6 +153,7 @@ class Recorded:
     networks: tuple[tuple[str, str], ...] = ()  # name of the file and SHA-256, which may be its beginning
     strengths: tuple[float, ...] = ()  # of these networks, where they are told
     begins_with: str | None = None
+    mask: str | None = None
 
 
 def read_recorded(path: Path) -> Recorded:
@@ -187,7 +194,8 @@ def from_json(table: Mapping[str, Any]) -> Recorded:
     networks = tuple((network["file"], network["sha256"]) for network in table.get("networks", ()))
     strengths = tuple(float(network["strength"]) for network in table.get("networks", ()))
     values["multipliers"] = strengths or None
-    return Recorded(Request(**values), table.get("model_sha256"), networks, strengths, table.get("begins_with"))
+    began = (table.get("begins_with"), table.get("mask"))
+    return Recorded(Request(**values), table.get("model_sha256"), networks, strengths, *began)
 
 
 def from_parameters(text: str, path: Path) -> Recorded:

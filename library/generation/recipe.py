@@ -172,8 +172,6 @@ def tell_differences(recorded: Sequence[Recorded], networks: DrawnNetworks, sess
             for strength, network in zip(record.strengths, networks.all, strict=True):
                 if network.is_merged and network.multiplier != strength:
                     logger.warning("a picture was drawn with %s at %g, which is merged now", network.path, strength)
-        if record.begins_with and session.artist.starts is None:
-            logger.warning("a picture began with %s: name it with --image_path", record.begins_with)
 
 
 def again(record: Recorded, networks: DrawnNetworks) -> Request:
@@ -241,7 +239,7 @@ class Session:
         number = 0
         while True:
             try:
-                text = input("prompt> ")
+                text = input("prompt> ").encode(errors="replace").decode()  # half a character may have come
             except EOFError:
                 return
             if not text.strip():
@@ -261,7 +259,11 @@ class Session:
     def _save(self, drawn: Drawn, index: int) -> Path:
         job: Job = drawn.job
         texts = texts_for(
-            job.request, self.facts.result(), job.multipliers, begins_with=job.start.name if job.start else None
+            job.request,
+            self.facts.result(),
+            job.multipliers,
+            begins_with=job.start.name if job.start else None,
+            mask=job.mask.name if job.mask else None,
         )
         path = self.writer.write(drawn, index, texts)
         if self.config.output.html:
