@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 PLAIN = """
-import sys
+import sys, torch
 from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True, safety_checker=None)
+options = {"local_files_only": True, "safety_checker": None, "torch_dtype": torch.float32}
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], **options)
 pipe("a cat", height=int(sys.argv[2]), width=int(sys.argv[2]), num_inference_steps=1).images[0].save(sys.argv[3])
 """
 
