@@ -5,7 +5,7 @@ from setuptools import setup
 setup(
     name="sd-lora-suite",
     version="0.1.0",
-    description="Train LoRA networks for Stable Diffusion from the command line, draw with them, merge and convert them",
+    description="Train LoRA networks for Stable Diffusion from the command line; draw with them, merge, convert",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[

@@ -497,7 +497,11 @@ ADAPTERS = {
     "another type": (".safetensors", lambda _: raw(entry(dtype="Q3"), bytes(4)), "has the type Q3, which is not read"),
     "another size": (".safetensors", lambda _: raw(entry(shape=[2]), bytes(4)), "has 4 bytes, its shape needs 8"),
     "vast size": (".safetensors", lambda _: raw(entry(shape=[10**12]), bytes(4)), "has 4 bytes, its shape needs 40000"),
-    "more than it tells": (".safetensors", lambda good: save(good) + bytes(9), "f.safetensors is damaged: 9 bytes follow its last tensor"),
+    "more than it tells": (
+        ".safetensors",
+        lambda good: save(good) + bytes(9),
+        "f.safetensors is damaged: 9 bytes follow its last tensor",
+    ),
     "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending tells"),
     "NaN": (
         ".safetensors",

@@ -45,8 +45,7 @@ from library.sampling.requests import MOST_SEED, Request
 from library.sampling.samplers import ROWS, build_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
-HAS_SCIPY = importlib.util.find_spec("scipy") is not None
-SAMPLERS = [name for name in SAMPLER_NAMES if not name.startswith("k_") and (name != "lms" or HAS_SCIPY)]
+SAMPLERS = [name for name in SAMPLER_NAMES if not name.startswith("k_")]
 SIZE = ["--W", 64, "--H", 64]
 COMMON = [*SIZE, "--steps", 2, "--scale", 4, "--seed", 5, "--sequential_file_name"]
 SETTINGS = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 4.0}
@@ -1487,11 +1486,14 @@ def test_all_bad_lines_of_a_file_are_told_at_once(mistaken):
         assert message in line
 
 
-@pytest.mark.skipif(HAS_SCIPY, reason="scipy is installed")
 @pytest.mark.parametrize(
     "words", [["--sampler", "lms"], ["--prompt", "a --ss k_lms"], ["--grid", "sampler=ddim,lms"]], ids=str
 )
-def test_a_sampler_that_lacks_its_package_is_told_first(mistaken, words):
+def test_a_sampler_that_lacks_its_package_is_told_first(mistaken, words, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "scipy" else found(name, *more)
+    )
     argv = ["--ckpt", str(mistaken / "m.safetensors"), "--prompt", "a", *words]
     with pytest.raises(UserError, match="lms needs scipy: pip install scipy"):
         gen_img_diffusers.main(argv)

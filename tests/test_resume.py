@@ -128,11 +128,11 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, monkeypatch, step):
     [
         ["--optimizer_type", "AdamW8bit", "--network_dim", "64"],
         ["--optimizer_type", "AdaFactor"],
-        ["--optimizer_type", "SGDNesterov"],
+        pytest.param(["--optimizer_type", "SGDNesterov"], marks=pytest.mark.slow),
         ["--optimizer_type", "Prodigy", "--learning_rate", "1.0"],
         ["--optimizer_type", "AdamWScheduleFree", "--lr_warmup_steps", "0", "--lr_scheduler", "constant"],
         ["--max_data_loader_n_workers", "2"],
-        ["--scale_weight_norms", "0.01", "--noise_offset", "0.1"],
+        pytest.param(["--scale_weight_norms", "0.01", "--noise_offset", "0.1"], marks=pytest.mark.slow),
     ],
     ids=lambda more: more[1],
 )
@@ -304,7 +304,7 @@ def server():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("rounds", [pytest.param(10), pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [pytest.param(5), pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_path, server, rounds):
     more = ["--save_state", "--save_every_n_steps", "1", "--cache_latents_to_disk"]
     plain = json.loads(data.read_text(encoding="utf-8"))

@@ -161,7 +161,7 @@ def draw(models, prompts, seeds, sampler="ddim"):
     return [np.asarray(picture.image) for picture in generate(models, prompts, seeds, sampler=sampler)]
 
 
-@pytest.mark.parametrize("sampler", sorted(set(SAMPLER_NAMES) - {"lms", "k_lms"}))
+@pytest.mark.parametrize("sampler", sorted(SAMPLER_NAMES))
 def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(models, sampler):
     from diffusers import StableDiffusionPipeline
 
