@@ -304,13 +304,13 @@ def server():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("rounds", [pytest.param(6), pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [pytest.param(10), pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_path, server, rounds):
     more = ["--save_state", "--save_every_n_steps", "1", "--cache_latents_to_disk"]
     plain = json.loads(data.read_text(encoding="utf-8"))
     plain["datasets"] = plain["datasets"][:1]
     data.write_text(json.dumps(plain), encoding="utf-8")
-    steps = max(24, 2 * rounds)  # more than there is time for between the kills
+    steps = 2 * rounds  # more than there is time for between the kills
     expected = run(base, data, tmp_path / "whole", *more, steps=steps)
     argv = arguments(base, data, tmp_path / "parts", *more, "--resume", "auto", steps=steps)
     moments, killed = random.Random(0), 0
@@ -324,7 +324,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_p
             state.read_tensors(folder)
         if (tmp_path / "parts" / "x.safetensors").exists():
             break
-    assert killed >= 2
+    assert killed >= 3
     final = tmp_path / "parts" / "x.safetensors"
     if not final.exists():
         assert server(argv, 300) == 0
