@@ -175,7 +175,7 @@ def test_sums_of_any_ratios_types_and_shapes(tmp_path, ratios, dtype, shape, lac
 def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, monkeypatch):
     one, two, *_ = pair
     monkeypatch.setattr(weights_io, "open_weights", lambda path: pytest.fail("a file was read"))
-    monkeypatch.setattr(merge_models, "check_device", lambda device: None)
+    monkeypatch.setattr(merge_models, "device_problems", lambda device: ())
     before = one.read_bytes()
     with pytest.raises(UserError) as caught:
         merge("--models", one, tmp_path / "gone.safetensors", ROOT / "README.md", "--output", one, "--ratios", 1)
@@ -219,7 +219,7 @@ def test_models_that_do_not_belong_together_are_refused_in_one_line(model_store,
         with pytest.raises(UserError, match=message) as caught:
             merge("--models", one, other, "--output", out)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="--device: nonsense cannot be used"):
+    with pytest.raises(UserError, match="--device: there is no nonsense that torch can use here"):
         merge("--models", one, "--output", out, "--device", "nonsense")
     assert not out.exists()
 

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.options import option, parse
-from library.config.tool_files import Precision, dtype_named, input_problems, refuse
+from library.config.tool_files import Precision, device_problems, dtype_named, input_problems, refuse
 from library.errors import UserError
 from library.logs import run_script
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from library.weights_io import write_stream
 
-    check_device(config.merge.device)
+    refuse(device_problems(config.merge.device))
     models = open_models(config.files)
     check_family(models)
     check_shapes(models, config.merge)
@@ -136,16 +136,6 @@ def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
             yield f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}"
         if path.exists() and output.exists() and path.samefile(output):
             yield f"--output {output} is one of the files to be read: take another name"
-
-
-def check_device(device: str) -> None:
-    """Raise UserError for a device that this machine does not have."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):  # torch without CUDA raises the latter
-        raise UserError(f"--device: {device} cannot be used on this machine: leave it out, or give cpu") from None
 
 
 def check_family(models: Sequence[Model]) -> None:
