@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 if TYPE_CHECKING:
-    from library.training.picture_losses import Losses, Measurement
+    from library.training.measure.picture_losses import Losses, Measurement
 
 UPDATES = ("all", "unit")
 
@@ -265,7 +265,7 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
     from library.config.train import parse_train_config
     from library.data.records import load_sets
     from library.models.loading import detect
-    from library.training.picture_losses import load_measurement, to_measure
+    from library.training.measure.picture_losses import load_measurement, to_measure
 
     config = parse_train_config(options(args, folder, "measured", rank=args.rank, alpha=args.rank, steps=args.steps))
     sets = to_measure(load_sets(config))
@@ -297,7 +297,7 @@ def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> 
 
 def print_losses(losses: dict[str, dict[int, Losses]], base: Losses) -> None:
     """Print a row for each rank: the loss of each kind, and its difference to the plain LoRA with its 95 % interval."""
-    from library.training.picture_losses import interval, paired, picture_means
+    from library.training.measure.picture_losses import interval, paired, picture_means
 
     mean = interval(picture_means(base)).mean
     print(f"base model: {mean:.5f}; {len(base)} pictures held out; in brackets the difference to the plain LoRA\n")

@@ -81,7 +81,7 @@ def parts(args: argparse.Namespace, device: str) -> tuple:
 
 def counted(args: argparse.Namespace) -> int:
     """Return the bytes of activations and gradients that are counted."""
-    from library.training.memory import step_activations
+    from library.training.rehearse.memory import step_activations
 
     models, network, dtype = parts(args, "meta")
     size = (args.resolution, args.resolution)
@@ -93,7 +93,7 @@ def measured(args: argparse.Namespace) -> int:
     """Return by how many bytes the process's peak grows in a step."""
     import gc
 
-    from library.training.memory import _make_step
+    from library.training.rehearse.memory import _make_step
 
     models, network, dtype = parts(args, "cpu")
     _make_step(models, network, dtype, size=(64, 64), batch=1, windows=1)  # libraries take memory once

@@ -146,10 +146,10 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.models.loading import LoadedModels
     from library.models.tokenizer import load_clip_tokenizer
     from library.training import preparation, recipe
-    from library.training.loop import Trainer
     from library.training.network_protocol import build_network
-    from library.training.objective import Objective
-    from library.training.runtime import start_runtime
+    from library.training.run.loop import Trainer
+    from library.training.run.objective import Objective
+    from library.training.run.runtime import start_runtime
 
     given = {
         "network_module": args.network_module,

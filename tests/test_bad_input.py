@@ -60,7 +60,7 @@ def contents(folder):
 def refused(base, pictures, tmp_path, monkeypatch, capsys):
     """Return what starts train_network.py with bad input and checks all that holds for a refusal."""
     from library.training import recipe
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     out = tmp_path / "out"
     out.mkdir()
@@ -812,7 +812,7 @@ def test_states(refused, tmp_path, monkeypatch, state, name):
 
 def test_of_several_states_a_damaged_one_is_passed_over(state, tmp_path, caplog):
     from library.config.saving import SavingConfig
-    from library.training.state import find_state
+    from library.training.run.state import find_state
 
     for step in (3, 4):
         shutil.copytree(state, tmp_path / f"x-step{step:08d}-state")

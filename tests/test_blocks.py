@@ -285,10 +285,11 @@ def test_the_dry_run_draws_the_blocks(base, pictures, tmp_path, monkeypatch):
     import numpy as np
     from PIL import Image
 
-    from library.training import block_chart, memory
+    from library.training.charts import block_chart
+    from library.training.rehearse import memory
 
     known = memory.MemoryEstimate(*range(1, 8))
-    monkeypatch.setattr("library.training.dry_run.estimate_memory", lambda *args, **more: known)
+    monkeypatch.setattr("library.training.rehearse.dry_run.estimate_memory", lambda *args, **more: known)
     given = {"dry_run": True, "network_args": ["up_lr_weight=zeros", "mid_lr_weight=0.5"]}
     assert train_network.main(options(base, pictures, tmp_path, **given)) == 0
     with Image.open(tmp_path / "x-blocks.png") as picture:
@@ -303,7 +304,7 @@ def test_the_dry_run_draws_the_blocks(base, pictures, tmp_path, monkeypatch):
 def test_bars_are_as_high_as_the_rates():
     import numpy as np
 
-    from library.training.block_chart import BAR_COLOUR, CHART_HEIGHT, draw_blocks
+    from library.training.charts.block_chart import BAR_COLOUR, CHART_HEIGHT, draw_blocks
 
     blocks = [{"index": n, "weight": w, "ranks": [4], "count": 3} for n, w in enumerate((0.5, 1.0, 0.25))]
     pixels = np.asarray(draw_blocks(blocks, 1e-4))

@@ -16,8 +16,8 @@ from library.config.train import TrainConfig
 from library.errors import UserError
 from library.models.loading import LoadedModels
 from library.models.tokenizer import load_clip_tokenizer
-from library.training import memory
 from library.training.network_protocol import build_network
+from library.training.rehearse import memory
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _without_the_estimate(request, monkeypatch):
     """Spare the seconds that counting memory takes, but in the tests of it."""
     if "memory" not in request.node.name:
         known = memory.MemoryEstimate(*range(1, 8))
-        monkeypatch.setattr("library.training.dry_run.estimate_memory", lambda *args, **more: known)
+        monkeypatch.setattr("library.training.rehearse.dry_run.estimate_memory", lambda *args, **more: known)
 
 
 def dry(base, pictures, out, **more):
@@ -34,7 +34,7 @@ def dry(base, pictures, out, **more):
 
 
 def test_a_dry_run_loads_no_weights_and_trains_nothing(base, pictures, tmp_path, monkeypatch):
-    from library.training import dry_run
+    from library.training.rehearse import dry_run
 
     real = dry_run.load_models
     monkeypatch.setattr(dry_run, "load_models", lambda *a, **k: empty.append(real(*a, **k)) or empty[-1])
@@ -57,7 +57,7 @@ def test_it_counts_as_the_run_does(base, pictures, tmp_path):
 
 
 def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatch):
-    from library.training import objective
+    from library.training.run import objective
 
     fed = []
     real = objective.encode_text

@@ -23,8 +23,8 @@ import train_network
 from library.errors import UserError
 from library.models.tokenizer import load_clip_tokenizer
 from library.randomness import generator_for
-from library.training import picture_losses, rank_results
-from library.training.rank_results import BASE, compare_ranks, draw_plot
+from library.training.measure import picture_losses, rank_results
+from library.training.measure.rank_results import BASE, compare_ranks, draw_plot
 from networks import extract_lora_from_dylora, lora
 from tools import dylora_report
 
@@ -251,7 +251,7 @@ def test_the_sheet_has_the_ranks_that_matter():
 )
 def test_mistakes_are_told_before_anything_is_loaded(trained, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(
-        "library.training.picture_losses.load_models", lambda *a, **k: pytest.fail("a model was loaded")
+        "library.training.measure.picture_losses.load_models", lambda *a, **k: pytest.fail("a model was loaded")
     )
     with pytest.raises(UserError) as caught:
         dylora_report.main(arguments(trained, tmp_path / "r", **more))

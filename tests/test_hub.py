@@ -15,7 +15,7 @@ from library.config.hub import HubConfig, HubState, parse_hub_state
 from library.config.options import parse, to_toml
 from library.config.train import TrainConfig
 from library.errors import UserError
-from library.training.upload import Uploads
+from library.training.record.upload import Uploads
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 TARGET = {"huggingface_repo_id": "u/r", "huggingface_token": TOKEN}
@@ -207,7 +207,7 @@ def test_uploads_in_the_background_keep_their_order_and_are_waited_for(hub, tmp_
 
 
 def test_a_run_that_is_stopped_in_order_waits_for_its_uploads(hub, base, pictures, tmp_path, monkeypatch):
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     step = Trainer.step
 

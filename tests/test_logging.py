@@ -16,7 +16,7 @@ from library import logs
 from library.config.options import parse
 from library.config.train import TrainConfig
 from library.errors import UserError
-from library.training import tracking
+from library.training.record import tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 

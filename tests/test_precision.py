@@ -18,8 +18,9 @@ from library.diffusion.losses import per_sample_loss
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.eight_bit import STORAGE, store_in_eight_bits
-from library.training import objective, preparation
-from library.training.runtime import GradientScaler
+from library.training import preparation
+from library.training.run import objective
+from library.training.run.runtime import GradientScaler
 
 # ---- 8 bits -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import train_network
 from library.config.saving import SavingConfig
 from library.errors import UserError
-from library.training import state
+from library.training.run import state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +96,7 @@ def run(base, data, out, *more, **values):
 
 def stop_after(monkeypatch, steps):
     """Make the next run end as if it were killed after a number of steps."""
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     after = Trainer._after_step
 
@@ -158,7 +158,7 @@ def test_a_run_killed_after_its_last_step_still_gets_its_file(base, data, tmp_pa
 def test_a_signal_in_the_last_step_of_an_epoch_or_the_run_leaves_its_file(
     base, data, tmp_path, monkeypatch, step, file
 ):
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     plain = Trainer.step
 
@@ -339,7 +339,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_p
 def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, data, tmp_path, monkeypatch, limited):
     import resource
 
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     after = Trainer._after_step

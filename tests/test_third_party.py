@@ -19,7 +19,8 @@ import networks.lora
 import train_network
 from library import logs
 from library.errors import UserError
-from library.training import loop, network_protocol, recipe
+from library.training import network_protocol, recipe
+from library.training.run import loop
 
 LYCORIS = {"network_module": "lycoris.kohya"}
 

@@ -12,7 +12,8 @@ from runs import metadata, options, same, train
 
 import train_network
 from library.errors import UserError
-from library.training import loss_curve, validation
+from library.training.charts import loss_curve
+from library.training.measure import validation
 
 
 def metrics(out):

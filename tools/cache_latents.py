@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Torch takes seconds to import; up to here every mistake has been answered at once.
     from library.models.loading import LoadedModels, detect, load_vae_alone
     from library.training.preparation import cache_latents
-    from library.training.runtime import start_runtime
+    from library.training.run.runtime import start_runtime
 
     detected = detect(config.model)
     runtime = start_runtime(config.precision, config.logs)

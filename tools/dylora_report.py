@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.models.loading import Detected
+    from library.training.measure.picture_losses import Losses, Measurement
+    from library.training.measure.rank_results import RankResults
     from library.training.network_protocol import TrainableNetwork
-    from library.training.picture_losses import Losses, Measurement
-    from library.training.rank_results import RankResults
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = plan(parse(ReportConfig, argv, description=__doc__))
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
-    from library.training.picture_losses import to_measure
+    from library.training.measure.picture_losses import to_measure
 
     detected = check_further(job)
     job = dataclasses.replace(job, sets=to_measure(job.sets))
@@ -288,9 +288,9 @@ def tell(job: Job) -> None:
 def report(job: Job, detected: Detected) -> None:
     """Measure, draw and write."""
     from library.sampling.contact_sheet import save_sheet
+    from library.training.measure.picture_losses import load_measurement
+    from library.training.measure.rank_results import compare_ranks, draw_plot
     from library.training.network_protocol import build_network
-    from library.training.picture_losses import load_measurement
-    from library.training.rank_results import compare_ranks, draw_plot
 
     config, training = job.config, job.training
     measurement = load_measurement(
@@ -333,7 +333,7 @@ def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Se
     """Return rank -> losses, of the base model and of every rank."""
     from tqdm import tqdm
 
-    from library.training.rank_results import BASE
+    from library.training.measure.rank_results import BASE
 
     losses = {}
     for rank in tqdm([BASE, *ranks], desc="ranks", unit="rank"):
@@ -382,8 +382,8 @@ def write_results(
 
 def ranks_to_draw(ranks: list[int], needed: set[int]) -> list[int]:
     """Return the ranks of the contact sheet: the base model, evenly chosen ranks, and those that are needed."""
-    from library.training.preview import spread
-    from library.training.rank_results import BASE
+    from library.training.measure.rank_results import BASE
+    from library.training.record.preview import spread
 
     if len(ranks) < MOST_COLUMNS:
         return [BASE, *ranks]

@@ -29,18 +29,18 @@ from library.optim.schedulers import check_scheduler
 from library.sampling.generate import text_options
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import check_sampler
-from library.training import checkpoints
-from library.training.metadata import thumbnail
+from library.training.measure.validation import Validation
 from library.training.network_protocol import TrainableNetwork, check_network, trained_parts
-from library.training.objective import encode_pixels
-from library.training.runtime import (
+from library.training.record import run_files
+from library.training.record.metadata import thumbnail
+from library.training.record.tracking import check_trackers, tracker_names
+from library.training.record.upload import fetch_state
+from library.training.run.objective import encode_pixels
+from library.training.run.runtime import (
     Runtime,
     use_attention,
 )
-from library.training.state import find_state, read_position
-from library.training.tracking import check_trackers, tracker_names
-from library.training.upload import fetch_state
-from library.training.validation import Validation
+from library.training.run.state import find_state, read_position
 from library.weights_io import tensors_sha256
 
 logger = logging.getLogger(__name__)
@@ -89,10 +89,10 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
 def check_output(saving: SavingConfig) -> None:
     """Make the output folder; raises UserError where the files of the run cannot be written to it."""
     check_folder("output_dir", saving.output_dir)
-    final = checkpoints.final_file(saving)
+    final = run_files.final_file(saving)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=f".{checkpoints.step_file(saving, 0).name}"):
+        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=f".{run_files.step_file(saving, 0).name}"):
             pass
     except OSError as error:
         raise UserError(
@@ -294,7 +294,7 @@ def plan_run(
         plan = dataclasses.replace(plan, num_steps=config.run.max_train_epochs * plan.steps_per_epoch)
     plan = dataclasses.replace(plan, start_step=start_step(config, resumed, plan.steps_per_epoch))
     # A run that was stopped between its last step and its file has only the file left to write.
-    is_through = checkpoints.final_file(config.saving).exists()
+    is_through = run_files.final_file(config.saving).exists()
     if plan.start_step > plan.num_steps or (plan.start_step == plan.num_steps and is_through):
         raise UserError(
             f"nothing is left to train: {plan.start_step} steps are made, and {plan.num_steps} are asked for"

@@ -23,13 +23,9 @@ from library.optim.optimizers import (
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.sampling.prompts import Prompt
-from library.training import checkpoints, report
-from library.training.dry_run import dry_run
-from library.training.loop import BackgroundHashes, Trainer
-from library.training.loss_curve import draw_loss_curve
-from library.training.metadata import training_metadata
+from library.training.charts.loss_curve import draw_loss_curve
+from library.training.measure.validation import Validation
 from library.training.network_protocol import TrainableNetwork, build_network, merge_base_weights
-from library.training.objective import Objective
 from library.training.preparation import (
     build_validation,
     cache_latents,
@@ -44,15 +40,19 @@ from library.training.preparation import (
     plan_run,
     warn_of_cut_captions,
 )
-from library.training.preview import Preview
-from library.training.runtime import (
+from library.training.record import report, run_files
+from library.training.record.metadata import training_metadata
+from library.training.record.preview import Preview
+from library.training.record.upload import Uploads, make_repository
+from library.training.rehearse.dry_run import dry_run
+from library.training.run.loop import BackgroundHashes, Trainer
+from library.training.run.objective import Objective
+from library.training.run.runtime import (
     Runtime,
     broadcast_parameters,
     shared,
     start_runtime,
 )
-from library.training.upload import Uploads, make_repository
-from library.training.validation import Validation
 from library.weights_io import replacing
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
 
 def finish(config: TrainConfig, trainer: Trainer) -> Path:
     """Save the finished network, and a state if one is wanted; tell how it went and return the path of the file."""
-    final = checkpoints.final_file(config.saving)
+    final = run_files.final_file(config.saving)
     trainer.save(final, epoch=trainer.plan.num_epochs)
     if config.state.save_state or config.state.save_state_on_train_end:
         trainer.save_state(final, trainer.plan.num_epochs)
@@ -130,15 +130,15 @@ def finish(config: TrainConfig, trainer: Trainer) -> Path:
         report.describe_result(trainer.network, final)
         if trainer.preview.columns:
             logger.info("pictures: %s", trainer.preview.sheet)
-        curve = checkpoints.loss_curve_file(config.saving)
-        if draw_loss_curve(checkpoints.metrics_file(config.saving), curve):
+        curve = run_files.loss_curve_file(config.saving)
+        if draw_loss_curve(run_files.metrics_file(config.saving), curve):
             logger.info("course of the loss: %s", curve)
     return final
 
 
 def write_options(config: TrainConfig) -> None:
     """Write all options of the run beside its files, as a --config_file that repeats it."""
-    path = checkpoints.options_file(config.saving)
+    path = run_files.options_file(config.saving)
     with replacing(path) as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     logger.info("the options of this run are in %s", path)
@@ -161,7 +161,7 @@ def build_trainer(
         groups = flatten_groups(groups)
     rate = config.optimizer.learning_rate
     optimizer = build_optimizer(choice, groups, rate)
-    report.describe_run(config, plan, network, names, checkpoints.final_file(config.saving))
+    report.describe_run(config, plan, network, names, run_files.final_file(config.saving))
     trainer = Trainer(
         config=config,
         runtime=runtime,

@@ -21,11 +21,11 @@ from library.data.records import TrainingSet, as_they_are
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.loading import Detected, LoadedModels, load_models
+from library.training.measure.validation import Validation
 from library.training.network_protocol import TrainableNetwork
-from library.training.objective import Objective
 from library.training.preparation import build_validation, cache_latents, check_clip_skip, place_models
-from library.training.runtime import Runtime, start_runtime
-from library.training.validation import Validation
+from library.training.run.objective import Objective
+from library.training.run.runtime import Runtime, start_runtime
 
 Losses = dict[str, list[float]]  # picture -> loss at each timestep
 

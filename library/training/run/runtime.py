@@ -22,7 +22,7 @@ from library.config.saving import LoggingConfig
 from library.config.training import PrecisionConfig
 from library.errors import UserError
 from library.randomness import seed_for
-from library.training.tracking import tracker_names
+from library.training.record.tracking import tracker_names
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,7 +9,7 @@ import torch
 from library.config.training import ValidationConfig
 from library.data.dataset import BatchMaker, BatchRequest, plan_epoch
 from library.data.records import TrainingSet
-from library.training.objective import Objective
+from library.training.run.objective import Objective
 
 NUM_TIMESTEPS = 4  # at which each picture is measured: evenly spaced, 200, 400, 600 and 800 of 0 to 1000
 

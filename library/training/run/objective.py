@@ -17,7 +17,7 @@ from library.diffusion.schedule import NoiseSchedule
 from library.models.loading import LoadedModels
 from library.models.text_encoding import TextConditioning, encode_text
 from library.training.network_protocol import TrainableNetwork
-from library.training.runtime import Runtime
+from library.training.run.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from library.training.runtime import Runtime
+from library.training.run.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

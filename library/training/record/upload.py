@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.config.hub import HubConfig, HubState
 from library.errors import UserError
-from library.training.state import OPTIONS_FILE, POSITION_FILE, TENSOR_FILE
+from library.training.run.state import OPTIONS_FILE, POSITION_FILE, TENSOR_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

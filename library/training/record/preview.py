@@ -17,7 +17,7 @@ from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.generate import Picture, generate
 from library.sampling.prompts import Prompt
-from library.training.runtime import Runtime
+from library.training.run.runtime import Runtime
 from library.weights_io import replacing
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,7 @@ from library.models.loading import Detected, LoadedModels, load_models
 from library.models.text_encoding import PER_WINDOW, split_at_limit
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
-from library.training.block_chart import draw_blocks
-from library.training.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
+from library.training.charts.block_chart import draw_blocks
 from library.training.network_protocol import TrainableNetwork, build_network
 from library.training.preparation import (
     all_captions,
@@ -31,8 +30,9 @@ from library.training.preparation import (
     enable_gradient_checkpointing,
     plan_run,
 )
-from library.training.runtime import DTYPES
-from library.training.state import find_state
+from library.training.rehearse.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
+from library.training.run.runtime import DTYPES
+from library.training.run.state import find_state
 from library.weights_io import replacing, tensors_sha256
 
 logger = logging.getLogger(__name__)

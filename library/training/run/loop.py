@@ -29,16 +29,17 @@ from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.errors import UserError
 from library.optim.optimizers import adapted_rates, averaged_weights, current_rates
 from library.randomness import seed_for
-from library.training import checkpoints, state
-from library.training.interruption import StopRequest
-from library.training.metadata import file_metadata
+from library.training.measure.validation import Validation
 from library.training.network_protocol import TrainableNetwork
-from library.training.objective import Objective
-from library.training.preview import Preview
-from library.training.runtime import SAVE_DTYPES, Runtime, average_gradients, seed_micro_batch
-from library.training.tracking import log_pictures, start_trackers
-from library.training.upload import Uploads
-from library.training.validation import Validation
+from library.training.record import run_files
+from library.training.record.metadata import file_metadata
+from library.training.record.preview import Preview
+from library.training.record.tracking import log_pictures, start_trackers
+from library.training.record.upload import Uploads
+from library.training.run import state
+from library.training.run.interruption import StopRequest
+from library.training.run.objective import Objective
+from library.training.run.runtime import SAVE_DTYPES, Runtime, average_gradients, seed_micro_batch
 from library.weights_io import disk_errors, file_legacy_hash, file_sha256, replacing
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Trainer:
         """Train from the first step to the last, with files and pictures on the way; prepare comes before."""
         if self.runtime.is_main:
             start_trackers(self.config, self.runtime.accelerator)
-            cut_metrics(checkpoints.metrics_file(self.config.saving), self.num_done)
+            cut_metrics(run_files.metrics_file(self.config.saving), self.num_done)
         self.network.on_epoch_start()
         self._draw_if(not self.num_done and self.preview.due_at_step(0), suffix="e000000", label="start")
         batches = zip(iter(self.plan), loader, strict=True)
@@ -209,28 +210,28 @@ class Trainer:
         if self.validation is not None and self.validation.due_at_step(done):
             self._validate("step")
         self._draw_if(self.preview.due_at_step(done), suffix=f"{done:06d}", label=f"step {done}")
-        if checkpoints.saves_step(saving, done):
-            path = checkpoints.step_file(saving, done)
+        if run_files.saves_step(saving, done):
+            path = run_files.step_file(saving, done)
             self.save(path, epoch=epoch - 1)
-            self._remove(checkpoints.outdated_step_file(saving, done, saving.save_last_n_steps))
+            self._remove(run_files.outdated_step_file(saving, done, saving.save_last_n_steps))
             if self.config.state.save_state:
                 keep = self.config.state.save_last_n_steps_state or saving.save_last_n_steps
                 self.save_state(path, epoch)
-                self._remove_state(checkpoints.outdated_step_file(saving, done, keep))
+                self._remove_state(run_files.outdated_step_file(saving, done, keep))
 
     def _after_epoch(self, epoch: int) -> None:
         saving, num_epochs = self.config.saving, self.plan.num_epochs
         if self.validation is not None and self.validation.due_at_epoch(epoch):
             self._validate("epoch")
-        if checkpoints.saves_epoch(saving, epoch, num_epochs):
-            path = checkpoints.epoch_file(saving, epoch)
+        if run_files.saves_epoch(saving, epoch, num_epochs):
+            path = run_files.epoch_file(saving, epoch)
             self.save(path, epoch=epoch)
-            self._remove(checkpoints.outdated_epoch_file(saving, epoch, num_epochs, saving.save_last_n_epochs))
+            self._remove(run_files.outdated_epoch_file(saving, epoch, num_epochs, saving.save_last_n_epochs))
         self._draw_if(self.preview.due_at_epoch(epoch), suffix=f"e{epoch:06d}", label=f"epoch {epoch}")
-        if checkpoints.saves_epoch(saving, epoch, num_epochs) and self.config.state.save_state:
+        if run_files.saves_epoch(saving, epoch, num_epochs) and self.config.state.save_state:
             keep = self.config.state.save_last_n_epochs_state or saving.save_last_n_epochs
             self.save_state(path, epoch)  # after the pictures, which it knows of
-            self._remove_state(checkpoints.outdated_epoch_file(saving, epoch, num_epochs, keep))
+            self._remove_state(run_files.outdated_epoch_file(saving, epoch, num_epochs, keep))
 
     def _draw_if(self, is_due: bool, *, suffix: str, label: str) -> None:
         if is_due and self.runtime.is_main:
@@ -289,14 +290,14 @@ class Trainer:
                 columns=tuple((label, tuple(map(str, files))) for label, files in self.preview.columns),
             )
             state.write_state(
-                checkpoints.state_folder(file), state.collect(*self._parts()), position, to_toml(self.config)
+                run_files.state_folder(file), state.collect(*self._parts()), position, to_toml(self.config)
             )
             if self.config.hub.save_state_to_huggingface:
-                self.uploads.add(checkpoints.state_folder(file))
+                self.uploads.add(run_files.state_folder(file))
 
     def _remove_state(self, file: Path | None) -> None:
         if file is not None and self.runtime.is_main:
-            self.uploads.after(lambda: shutil.rmtree(checkpoints.state_folder(file), ignore_errors=True))
+            self.uploads.after(lambda: shutil.rmtree(run_files.state_folder(file), ignore_errors=True))
 
     def _remove(self, path: Path | None) -> None:
         if path is not None and self.runtime.is_main:
@@ -306,11 +307,11 @@ class Trainer:
         """Save and raise KeyboardInterrupt if a signal came; a run that is through just ends."""
         if not self._stop.asked(self.runtime) or self.num_done >= self.plan.num_steps:
             return
-        path = checkpoints.step_file(self.config.saving, self.num_done)
+        path = run_files.step_file(self.config.saving, self.num_done)
         self.save(path, epoch=epoch - 1)
         self.save_state(path, epoch)
         logger.warning("stopped after step %d: what was learned is in %s", self.num_done, path)
-        logger.warning("the same command with this goes on: --resume %s", checkpoints.state_folder(path))
+        logger.warning("the same command with this goes on: --resume %s", run_files.state_folder(path))
         self.uploads.wait()
         raise KeyboardInterrupt
 
@@ -326,7 +327,7 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         if not self.runtime.is_main:
             return
-        path = checkpoints.metrics_file(self.config.saving)
+        path = run_files.metrics_file(self.config.saving)
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.num_done, "time": round(time.time(), 3), **values}) + "\n")
         self.runtime.accelerator.log(values, step=self.num_done)

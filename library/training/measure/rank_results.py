@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from library.sampling.contact_sheet import BACKGROUND, INK, label_font
-from library.training.picture_losses import Interval, Losses, interval, paired, picture_means
+from library.training.measure.picture_losses import Interval, Losses, interval, paired, picture_means
 
 BASE = 0  # in place of a rank: the base model without the adapter
 WIDTH, HEIGHT = 960, 540
