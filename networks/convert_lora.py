@@ -148,7 +148,7 @@ def for_kohya(file: LoraFile, layers: Mapping[str, Layer], to: str) -> tuple[dic
     changes = [file.changes[module] for module in layers]
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
-        metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version}
+        metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version(predicts_v=False)}
     kept = {key: text for key, text in file.metadata.items() if key not in ("format", "lora_adapter_metadata")}
     if common({change.rank for change in changes}) == "Dynamic":
         logger.info("modules have different ranks; readers take each module's own")

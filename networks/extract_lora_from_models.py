@@ -126,16 +126,14 @@ def problems_of(config: ExtractConfig) -> Iterator[str]:
 
 def check_kind(kind: KindConfig, original: ModelFiles, tuned: ModelFiles) -> None:
     """Raise UserError for models of two kinds, or of another than was said."""
-    from library.models.family import SD2, SDXL
+    from library.models.family import check_flags
 
     if original.family is not tuned.family:
         raise UserError(
             f"{original.path} is an {original.family.title} model, {tuned.path} an {tuned.family.title} model: "
             "a LoRA is extracted from two of one kind"
         )
-    for flag, given, family in (("--v2", kind.v2, SD2), ("--sdxl", kind.sdxl, SDXL)):
-        if given and original.family is not family:
-            raise UserError(f"{flag} was given, but {original.path} is an {original.family.title} model: leave it out")
+    check_flags(original.family, original.path, v2=kind.v2, sdxl=kind.sdxl)
 
 
 def paired_layers(original: ModelFiles, tuned: ModelFiles, *, with_convolutions: bool) -> Pairs:
@@ -245,7 +243,7 @@ def metadata_of(
     conv = {} if options.conv_dim is None else {"conv_dim": str(options.conv_dim), "conv_alpha": str(options.conv_dim)}
     metadata = {
         "ss_v2": str(family is SD2),
-        "ss_base_model_version": family.base_version + ("_v" if predicts_v and family is SD2 else ""),
+        "ss_base_model_version": family.base_version(predicts_v=predicts_v),
         "ss_network_module": "networks.lora",
         "ss_network_dim": common({change.rank for change in changes.values() if not change.is_large_conv}),
         "ss_network_alpha": str(float(options.dim)),
@@ -253,10 +251,9 @@ def metadata_of(
     }
     if config.files.no_metadata:
         return metadata
-    name = family.architecture_v if predicts_v else family.architecture
     return metadata | {
         "modelspec.title": config.files.save_to.stem,
-        "modelspec.architecture": f"{name}/lora",
+        "modelspec.architecture": f"{family.architecture(predicts_v=predicts_v)}/lora",
         "modelspec.prediction_type": "v" if predicts_v else "epsilon",
         "merge_recipe": json.dumps(
             {"operation": "extract", "original": original.path.name, "tuned": tuned.path.name}, ensure_ascii=False

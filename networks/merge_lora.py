@@ -134,12 +134,11 @@ def merge_into_model(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios
     """Write the base model with the changes of all files added, tensor by tensor."""
     from library.adapters.merging import Merge, additions_by_tensor, write_merged
     from library.adapters.provenance import architecture
-    from library.models.family import SD2
+    from library.models.family import check_flags
     from library.models.model_files import open_model
 
     model = open_model(config.files.sd_model)
-    if config.files.v2 and model.family is not SD2:
-        raise UserError(f"--v2 was given, but {model.path} is an {model.family.title} model: leave out --v2")
+    check_flags(model.family, model.path, v2=config.files.v2)
     additions = additions_by_tensor(model, files, allow_unmatched=config.merge.allow_unmatched)
     own = {} if model.is_folder else dict(model.parts[""][0].metadata)
     base = own.get("modelspec.title") or model.path.stem

@@ -118,7 +118,9 @@ def pipe_of(models, kind="", *, family="sd1", sampler="ddim", predicts_v=False, 
     pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
         vae=models["vae"],
         text_encoder=copy.deepcopy(models["text_encoder"]) if changed else models["text_encoder"],
-        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_token=tiny.FAMILIES[family].pad_token),
+        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(
+            pad_token=tiny.FAMILIES[family].text_models[0].pad_token
+        ),
         unet=copy.deepcopy(models["unet"]) if changed else models["unet"],
         scheduler=build_sampler(sampler, predicts_v=predicts_v),
         safety_checker=None,
@@ -1008,7 +1010,7 @@ def encoders(model_store):
     for name in ("sd1", "sd2"):
         encoder = copy.deepcopy(model_store(name)[0]["text_encoder"])
         text_model(encoder).final_layer_norm.bias.data.fill_(-0.2)
-        made[name] = load_clip_tokenizer(pad_token=tiny.FAMILIES[name].pad_token), encoder
+        made[name] = load_clip_tokenizer(pad_token=tiny.FAMILIES[name].text_models[0].pad_token), encoder
     return made
 
 

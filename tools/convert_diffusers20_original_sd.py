@@ -23,7 +23,6 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config import tool_files
 from library.config.options import option, parse
-from library.errors import UserError
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -104,10 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ConvertConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
+    from library.models.family import check_flags
     from library.models.model_files import check_stem, open_model
 
     model = open_model(config.files.model_to_load, variant=config.files.variant)
-    check_family(config.model, model)
+    check_flags(model.family, model.path, v1=config.model.v1, v2=config.model.v2)
     if not model.is_folder:
         check_stem(model.parts[""][0])
     if is_checkpoint(config.files.model_to_save):
@@ -150,15 +150,6 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
         yield f"--variant is for Diffusers folders, {files.model_to_load} is a file"
 
 
-def check_family(options: ModelConfig, model: ModelFiles) -> None:
-    """Raise UserError where --v1 or --v2 says something else than the model."""
-    from library.models.family import SD1, SD2
-
-    for flag, given, family in (("--v1", options.v1, SD1), ("--v2", options.v2, SD2)):
-        if given and model.family is not family:
-            raise UserError(f"{flag} was given, but {model.path} is an {model.family.title} model: leave it out")
-
-
 def written_type(saving: SavingConfig) -> torch.dtype | None:
     """Return the type to write, None to keep each tensor's own."""
     words = {"fp16": saving.fp16, "bf16": saving.bf16, "float": saving.float_}
@@ -193,8 +184,7 @@ def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, s
     if v_prediction is not None and "modelspec.prediction_type" not in own:
         own["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
     if "modelspec.architecture" not in own:
-        family = model.family
-        own["modelspec.architecture"] = family.architecture_v if v_prediction else family.architecture
+        own["modelspec.architecture"] = model.family.architecture(predicts_v=bool(v_prediction))
     unusual = conversion.unusual_configurations(model) if model.is_folder else {}
     if unusual:
         own[CONFIGURATIONS] = json.dumps(unusual)

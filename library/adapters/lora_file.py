@@ -19,6 +19,7 @@ from torch import Tensor
 from library.adapters.layers import Layer, layers_by_name, module_name
 from library.adapters.low_rank import Change
 from library.errors import UserError
+from library.models import keys
 from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
 from library.weights_io import WeightFile, check_finite, data_sha256, is_finite, open_weights
 
@@ -52,7 +53,7 @@ OTHER_KINDS = (
     (".diff", "a file with full differences"),
 )
 # Beginnings of names in base models and their parts.
-MODEL_NAMES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.", "down_blocks.")
+MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
 # What files of diffusers keep instead of alphas: the configuration of PEFT, each key after its part.
 PEFT_METADATA = "lora_adapter_metadata"
 BASE_VERSIONS = {"sd_v1": SD1, "sd_v2": SD2, "sdxl_": SDXL}

@@ -18,6 +18,7 @@ from library.adapters.layers import Place, places
 from library.adapters.lora_file import LoraFile
 from library.adapters.low_rank import Change
 from library.errors import UserError
+from library.models import keys
 from library.models.model_files import EXTRAS_FILE, TEXT_FILES, UNET_FILES, ModelFiles, tensor_name
 from library.weights_io import WeightFile, disk_errors, is_finite, write_stream, write_weights
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MOST_NAMED = 5
 # Beginnings of the names of what networks act on: written in the type asked for, the rest as it is.
-MERGED_PARTS = ("model.diffusion_model.", "cond_stage_model.", "conditioner.", "unet/", "text_encoder")
+MERGED_PARTS = (keys.UNET_PREFIX, *keys.TEXT_PREFIXES, "unet/", "text_encoder")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def architecture(family: ModelFamily | None, metadata: Mapping[str, str], *, is_
     if key in metadata or family is None:
         return {key: metadata[key]} if key in metadata else {}
     predicts_v = metadata.get("modelspec.prediction_type") == "v"
-    name = family.architecture_v if predicts_v else family.architecture
+    name = family.architecture(predicts_v=predicts_v)
     return {key: f"{name}/lora" if is_network else name}
 
 

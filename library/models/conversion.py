@@ -26,9 +26,9 @@ from library.models.model_files import EXTRAS, ModelFiles, read_config, stored_c
 from library.models.tokenizer import WINDOW, shipped_vocabulary
 
 # Beginnings of names that a Diffusers folder does not keep: weights of the training, not of the model.
-LEFT_OUT = ("model_ema.", "first_stage_model.loss.")
+LEFT_OUT = ("model_ema.", f"{keys.VAE_PREFIX}loss.")
 DIFFUSERS_VERSION = "0.30.0"  # the oldest that reads everything that is written here
-V_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09
 
 
@@ -343,7 +343,6 @@ def write_surroundings(folder: Path, model: ModelFiles, *, v_prediction: bool) -
     for part, config in configs.items():
         write_json(folder / part / "config.json", config)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(v_prediction=v_prediction))
-    pads = (model.family.pad_token, "!")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if len(configs) > 3 else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -351,11 +350,11 @@ def write_surroundings(folder: Path, model: ModelFiles, *, v_prediction: bool) -
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"] if "vae" in configs else [None, None],
     }
-    for text, pad_token in zip(model.family.text_models, pads, strict=False):
+    for text in model.family.text_models:
         tokenizer = text.folder.replace("text_encoder", "tokenizer")
         index[text.folder] = ["transformers", configs[text.folder]["architectures"][0]]
         index[tokenizer] = ["transformers", "CLIPTokenizer"]
-        write_tokenizer(folder / tokenizer, pad_token)
+        write_tokenizer(folder / tokenizer, text.pad_token)
     if len(model.family.text_models) == 1:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.models import keys
 from library.models.tokenizer import EOS_TOKEN, WINDOW
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,6 +54,7 @@ class TextModel:
     prefixes: tuple[str, ...]  # in original files, in order of search
     lora_prefix: str  # of its modules in LoRA files
     config: dict[str, Any]
+    pad_token: str = EOS_TOKEN
     has_projection: bool = False  # a matrix on the pooled output, which the U-Net is given too
     unused_layers: int = 0  # at the end of original files, which training did not use
 
@@ -68,10 +70,17 @@ class ModelFamily:
     unet_head_width: int | None  # channels of an attention head; None: as many heads in every block
     vae: dict[str, Any]
     text_models: tuple[TextModel, ...]
-    pad_token: str
-    base_version: str  # ss_base_model_version; v-prediction appends "_v"
-    architecture: str  # modelspec.architecture
-    architecture_v: str  # the same for v-prediction
+    version: str
+    epsilon_architecture: str
+    v_architecture: str
+
+    def base_version(self, *, predicts_v: bool) -> str:
+        """Return `ss_base_model_version` of models that predict noise, or v."""
+        return f"{self.version}_v" if predicts_v else self.version
+
+    def architecture(self, *, predicts_v: bool) -> str:
+        """Return `modelspec.architecture` of models that predict noise, or v."""
+        return self.v_architecture if predicts_v else self.epsilon_architecture
 
 
 CLIP_L = TEXT_BASE | {
@@ -95,15 +104,14 @@ SD1 = ModelFamily(
             folder="text_encoder",
             layout="clip",
             # Files without `text_model` are about.
-            prefixes=("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+            prefixes=tuple(f"{keys.TEXT_PREFIX}transformer.{inner}" for inner in ("text_model.", "")),
             lora_prefix="lora_te_",
             config=CLIP_L,
         ),
     ),
-    pad_token=EOS_TOKEN,
-    base_version="sd_v1",
-    architecture="stable-diffusion-v1",
-    architecture_v="stable-diffusion-v1",
+    version="sd_v1",
+    epsilon_architecture="stable-diffusion-v1",
+    v_architecture="stable-diffusion-v1",
 )
 SD2 = ModelFamily(
     name="sd2",
@@ -117,7 +125,7 @@ SD2 = ModelFamily(
         TextModel(
             folder="text_encoder",
             layout="openclip",
-            prefixes=("cond_stage_model.model.",),
+            prefixes=(f"{keys.TEXT_PREFIX}model.",),
             lora_prefix="lora_te_",
             config=TEXT_BASE
             | {
@@ -129,13 +137,13 @@ SD2 = ModelFamily(
                 "projection_dim": 512,
                 "pad_token_id": 0,
             },
+            pad_token="!",
             unused_layers=1,
         ),
     ),
-    pad_token="!",
-    base_version="sd_v2",
-    architecture="stable-diffusion-v2-512",
-    architecture_v="stable-diffusion-v2-768-v",
+    version="sd_v2",
+    epsilon_architecture="stable-diffusion-v2-512",
+    v_architecture="stable-diffusion-v2-768-v",
 )
 SDXL = ModelFamily(
     name="sdxl",
@@ -161,14 +169,14 @@ SDXL = ModelFamily(
         TextModel(
             folder="text_encoder",
             layout="clip",
-            prefixes=("conditioner.embedders.0.transformer.text_model.",),
+            prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.0.transformer.text_model.",),
             lora_prefix="lora_te1_",
             config=CLIP_L,
         ),
         TextModel(
             folder="text_encoder_2",
             layout="openclip",
-            prefixes=("conditioner.embedders.1.model.",),
+            prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.1.model.",),
             lora_prefix="lora_te2_",
             config=TEXT_BASE
             | {
@@ -180,13 +188,13 @@ SDXL = ModelFamily(
                 "projection_dim": 1280,
                 "pad_token_id": 1,
             },
+            pad_token="!",
             has_projection=True,
         ),
     ),
-    pad_token=EOS_TOKEN,
-    base_version="sdxl_base_v1-0",
-    architecture="stable-diffusion-xl-v1-base",
-    architecture_v="stable-diffusion-xl-v1-base",
+    version="sdxl_base_v1-0",
+    epsilon_architecture="stable-diffusion-xl-v1-base",
+    v_architecture="stable-diffusion-xl-v1-base",
 )
 FAMILIES = (SD1, SD2, SDXL)
 TRAINED = (SD1, SD2)
@@ -196,20 +204,27 @@ TEXT_HEAD_WIDTH = 64  # channels of an attention head in every CLIP text encoder
 
 def detect_family(shapes: Shapes, source: str) -> ModelFamily:
     """Return the family of an original-layout checkpoint from the names and shapes of its tensors."""
-    if any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
+    if any(name.startswith(f"{keys.TEXT_PREFIX_XL}embedders.0.model.") for name in shapes):
         raise UserError(f"{source} is an SDXL refiner, which no tool here works on; the base model is another file")
     for family in (SDXL, SD2, SD1):
         if any(name.startswith(text.prefixes) for text in family.text_models for name in shapes):
             return family
-    if any(name.startswith(("conditioner.embedders.", "model.diffusion_model.label_emb.")) for name in shapes):
+    if any(name.startswith((f"{keys.TEXT_PREFIX_XL}embedders.", f"{keys.UNET_PREFIX}label_emb.")) for name in shapes):
         return SDXL
     for name, shape in shapes.items():
-        if name.startswith("model.diffusion_model.") and name.endswith("attn2.to_k.weight"):
+        if name.startswith(keys.UNET_PREFIX) and name.endswith("attn2.to_k.weight"):
             return SD2 if shape[1] == SD2.context_width else SD1
     raise UserError(
-        f"{source} is no Stable Diffusion checkpoint (1.x, 2.x or XL): it has no tensors under model.diffusion_model. "
+        f"{source} is no Stable Diffusion checkpoint (1.x, 2.x or XL): it has no tensors under {keys.UNET_PREFIX} "
         f"(its first is {min(shapes, default='none')})"
     )
+
+
+def check_flags(family: ModelFamily, source: Path, *, v1: bool = False, v2: bool = False, sdxl: bool = False) -> None:
+    """Raise UserError for --v1, --v2 or --sdxl that was given with a model of another family."""
+    for flag, given, expected in (("--v1", v1, SD1), ("--v2", v2, SD2), ("--sdxl", sdxl, SDXL)):
+        if given and family is not expected:
+            raise UserError(f"{flag} was given, but {source} is an {family.title} model: leave out {flag}")
 
 
 OTHER_INPUTS = ((5, "a depth model"), (8, "an editing model"), (9, "an inpainting model"))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+# Beginnings of the names in original files: U-Net, VAE, text encoders (of SD 1.x and 2.x, of SDXL).
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX, TEXT_PREFIX_XL = TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 
 UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",

@@ -88,8 +88,7 @@ def detect(config: ModelConfig) -> Detected:
         found = Detected(*folder_kind(path), None)
     if found.family not in families.TRAINED:
         raise UserError(f"{path} is an {found.family.title} model; this version trains SD 1.x and SD 2.x")
-    if config.v2 and found.family is not families.SD2:
-        raise UserError(f"--v2 was given, but {path} is an {found.family.title} model: leave out --v2")
+    families.check_flags(found.family, path, v2=config.v2)
     if found.family is families.SD2 and not config.v2:
         logger.info("%s is an SD 2.x model: --v2 is set", path)
     if found.predicts_v and not config.v_parameterization:
@@ -165,7 +164,7 @@ def load_tokenizer(config: ModelConfig, path: Path, family: ModelFamily) -> CLIP
     places.append(path / "tokenizer")
     folder = next((place for place in places if _is_tokenizer(place)), None)
     try:
-        return load_clip_tokenizer(folder, pad_token=family.pad_token)
+        return load_clip_tokenizer(folder, pad_token=family.text_models[0].pad_token)
     except Exception as error:  # transformers raises anything for a damaged one
         raise UserError(f"tokenizer in {folder} cannot be read: {told(error)}") from error
 

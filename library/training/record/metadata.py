@@ -121,7 +121,7 @@ def training_metadata(
         "ss_session_id": random.SystemRandom().randrange(2**32),
         "ss_training_started_at": time.time(),
         "ss_v2": family.name == "sd2",
-        "ss_base_model_version": family.base_version + ("_v" if predicts_v else ""),
+        "ss_base_model_version": family.base_version(predicts_v=predicts_v),
         "ss_optimizer": optimizer,
         "ss_num_train_images": sum(entry.num_images(is_reg=False) for entry in sets),
         "ss_num_validation_images": sum(len(entry.held_out) for entry in sets),
@@ -284,7 +284,7 @@ def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool, res
     title = metadata.metadata_title or config.saving.output_name or f"LoRA@{now.timestamp():.0f}"
     values = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{family.architecture_v if predicts_v else family.architecture}/lora",
+        "architecture": f"{family.architecture(predicts_v=predicts_v)}/lora",
         "implementation": "diffusers",
         "implementation_version": f"{NAME}/{VERSION}",
         "title": title,
