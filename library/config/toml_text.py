@@ -1,12 +1,13 @@
 """TOML in and out: the standard library reads, thirty lines of ours write. JSON in, in the same words.
 
-The `toml` package, which sd-scripts uses, writes invalid files for Windows paths and refuses `[1e-4, 1]`;
-it serves here only where Python 3.10 has no `tomllib`.
+The `toml` package, which sd-scripts uses, writes invalid files for Windows paths and refuses `[1e-4, 1]`.
+Python 3.10 has no `tomllib`; `tomli` is the same code as a package.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises UserError with one line that names the file and the place of the mistake.
     """
-    text = read_text(path)
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:
-        import toml as tomllib  # Python 3.10
+    else:
+        import tomli as tomllib
+    text = read_text(path)
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:

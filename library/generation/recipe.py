@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from library import NAME, VERSION
 from library.config.generation import GenerateConfig
 from library.config.model import ModelConfig
 from library.errors import UserError, told
@@ -32,8 +33,6 @@ from library.sampling.requests import Line, Request, Seeds, num_pictures, parse_
 from library.weights_io import file_sha256
 
 logger = logging.getLogger(__name__)
-
-VERSION = "sd-lora-suite 0.1.0"
 
 
 def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[Recorded]) -> None:
@@ -141,7 +140,7 @@ def run_facts(
                 for n in networks.all
             ),
             dtype=str(models.unet.dtype).removeprefix("torch."),
-            version=VERSION,
+            version=f"{NAME} {VERSION}",
         )
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
