@@ -152,7 +152,7 @@ def make_files(files: dict[str, Path], family_name: str, rank: int) -> None:
     import torch
 
     from library.models import loading
-    from library.weights_io import write_stream
+    from library.safetensors_io import write_stream
 
     family = tiny.FAMILIES[family_name]
     if not files["base"].exists():
@@ -200,7 +200,8 @@ def write_tuned(base: Path, path: Path) -> None:
     """Write a checkpoint as training might leave it: each matrix changed by a falling spectrum over noise."""
     import torch
 
-    from library.weights_io import open_weights, write_stream
+    from library.safetensors_io import write_stream
+    from library.weight_file import open_weights
 
     file, generator = open_weights(base), torch.Generator().manual_seed(7)
 

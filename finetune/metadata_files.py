@@ -46,7 +46,7 @@ def check_entry(path: Path, name: str, values: Any) -> None:
 
 def write_metadata(path: Path, entries: Entries) -> None:
     """Write a metadata file whole or not at all: UTF-8, letters of all scripts as they are."""
-    from library.weights_io import replacing
+    from library.files import replacing
 
     text = json.dumps(entries, indent=2, ensure_ascii=False)
     try:

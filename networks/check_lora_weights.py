@@ -88,7 +88,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     """Return what a file holds, as a table for JSON."""
     from library.adapters import readers
     from library.adapters.lora_file import refuse_model
-    from library.weights_io import data_sha256, open_weights
+    from library.weight_file import data_sha256, open_weights
 
     file = open_weights(path)
     refuse_model(file)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ConvertConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
     from library.adapters.lora_file import read_lora
-    from library.weights_io import disk_errors
+    from library.files import disk_errors
     from networks.lora import write_weights
 
     file = read_lora(config.files.model)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from library.weights_io import open_weights
+    from library.weight_file import open_weights
     from networks.lora import write_weights
 
     file = open_weights(config.files.model)

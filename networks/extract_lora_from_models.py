@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tool_files.refuse(problems_of(config))
     from library.adapters.kept import KeptByBlock
     from library.adapters.lora_file import tensors_of
+    from library.files import disk_errors
     from library.models.model_files import open_model
-    from library.weights_io import disk_errors
     from networks.lora import write_weights
 
     original, tuned = open_model(config.files.model_org), open_model(config.files.model_tuned)
@@ -220,7 +220,7 @@ def unchanged_encoders(options: ExtractOptions, original: ModelFiles, tuned: Mod
 
 def difference_of(original: ModelFiles, tuned: ModelFiles, places: tuple[Place, Place]) -> Tensor:
     """Return tuned less original of a layer, float32, in the shape of the original; raises UserError for NaN."""
-    from library.weights_io import check_finite
+    from library.weight_file import check_finite
 
     weights = []
     for model, place in zip((original, tuned), places, strict=True):

@@ -156,7 +156,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]
     from library.adapters.lora_file import tensors_of
     from library.adapters.low_rank import mixed
     from library.adapters.provenance import architecture, network_metadata
-    from library.weights_io import disk_errors
+    from library.files import disk_errors
     from networks.lora import write_weights
 
     merge = config.merge

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ResizeConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
     from library.adapters.lora_file import read_lora, tensors_of
-    from library.weights_io import disk_errors
+    from library.files import disk_errors
     from networks.lora import write_weights
 
     file = read_lora(config.files.model)

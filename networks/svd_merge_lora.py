@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tool_files.refuse(problems_of(config))
     from library.adapters.kept import KeptByBlock
     from library.adapters.lora_file import same_family, tensors_of
-    from library.weights_io import disk_errors
+    from library.files import disk_errors
     from networks.lora import write_weights
 
     files = weighted_files(config.files, config.merge)

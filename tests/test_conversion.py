@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library import weights_io
+from library import files, weight_file
 from library.config.model import ModelConfig
 from library.errors import UserError
 from library.models import family as families
@@ -582,14 +582,14 @@ def test_an_end_in_the_middle_leaves_what_was_there(store, tmp_path, monkeypatch
     else:
         out.mkdir()
     reads = itertools.count()
-    true_read = weights_io.WeightFile.tensor
+    true_read = weight_file.WeightFile.tensor
 
     def failing(self, name):
         if next(reads) == 700:
             raise KeyboardInterrupt if failure is KeyboardInterrupt else OSError(errno.EIO, "the disk is gone")
         return true_read(self, name)
 
-    monkeypatch.setattr(weights_io.WeightFile, "tensor", failing)
+    monkeypatch.setattr(weight_file.WeightFile, "tensor", failing)
     with pytest.raises(failure):
         convert(model.checkpoint if target == "out" else model.folder, out)
     assert list(tmp_path.iterdir()) == [out]
@@ -605,7 +605,7 @@ def test_a_full_disk_leaves_what_was_there(store, tmp_path, monkeypatch, target)
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights_io.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="could not be written: No space left"):
         convert(model.checkpoint, out)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if out.suffix else [])
@@ -614,7 +614,7 @@ def test_a_full_disk_leaves_what_was_there(store, tmp_path, monkeypatch, target)
 def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
     """No more is alive than some tensors that are written and the parts of the next: query, key and value."""
     model, alive, most, number = store("sdxl"), weakref.WeakSet(), 0, 0
-    true_read = weights_io.WeightFile.tensor
+    true_read = weight_file.WeightFile.tensor
 
     def counted(self, name):
         nonlocal most, number
@@ -625,7 +625,7 @@ def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
         most, number = max(most, len(alive)), number + 1
         return tensor
 
-    monkeypatch.setattr(weights_io.WeightFile, "tensor", counted)
+    monkeypatch.setattr(weight_file.WeightFile, "tensor", counted)
     convert(model.checkpoint, tmp_path / "folder")
     convert(model.folder, tmp_path / "out.safetensors")
     assert number > 1500

@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDARD_AND_CONFIG = {"library.config", "library.errors"}
+FILES = {"library.files", "library.pickles", "library.safetensors_io", "library.weight_file"}
 
 # Package -> packages of the suite that its modules may import (besides itself).
 MAY_IMPORT = {
     "library/config": {"library.errors"},
-    "library/data": STANDARD_AND_CONFIG | {"library.randomness", "library.weights_io"},
+    "library/data": STANDARD_AND_CONFIG | FILES | {"library.randomness"},
     "library/diffusion": STANDARD_AND_CONFIG | {"library.randomness"},
     "library/optim": STANDARD_AND_CONFIG,
-    "library/models": STANDARD_AND_CONFIG | {"library.weights_io"},
-    "library/adapters": STANDARD_AND_CONFIG | {"library.weights_io", "library.models"},
-    "library/sampling": STANDARD_AND_CONFIG | {"library.models", "library.diffusion", "library.weights_io"},
+    "library/models": STANDARD_AND_CONFIG | FILES,
+    "library/adapters": STANDARD_AND_CONFIG | FILES | {"library.models"},
+    "library/sampling": STANDARD_AND_CONFIG | FILES | {"library.models", "library.diffusion"},
     "library/training": {"library"},
     "library/generation": {"library"},
     "networks": {"library", "networks"},

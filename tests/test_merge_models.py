@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library import weights_io
+from library import pickles, weight_file
 from library.errors import UserError
 from tools import merge_models
 
@@ -97,7 +97,7 @@ def test_types_are_the_first_models_or_as_asked(model_store, tmp_path, word):
     paths = model_store("sd1")[1]
     out = tmp_path / "out.safetensors"
     merge("--models", paths["fp16"], paths["ckpt"], "--output", out, *(["--saving_precision", word] if word else []))
-    first, second = load_file(paths["fp16"]), weights_io.read_pickle(paths["ckpt"])
+    first, second = load_file(paths["fp16"]), pickles.read_pickle(paths["ckpt"])
     dtype = {None: torch.float16, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[word]
     merged = load_file(out)
     assert merged[POSITIONS].dtype == torch.int64
@@ -174,7 +174,7 @@ def test_sums_of_any_ratios_types_and_shapes(tmp_path, ratios, dtype, shape, lac
 
 def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, monkeypatch):
     one, two, *_ = pair
-    monkeypatch.setattr(weights_io, "open_weights", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr(weight_file, "open_weights", lambda path: pytest.fail("a file was read"))
     monkeypatch.setattr(merge_models, "device_problems", lambda device: ())
     before = one.read_bytes()
     with pytest.raises(UserError) as caught:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import train_network
 from library.errors import UserError
-from library.weights_io import file_legacy_hash, file_sha256
+from library.files import file_sha256
+from library.weight_file import file_legacy_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 

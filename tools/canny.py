@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from PIL import Image
 
     from library.data.images import UnreadablePictureError, load_picture
-    from library.weights_io import replacing
+    from library.files import replacing
 
     try:
         pixels = load_picture(config.files.input)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--input: {config.files.input} cannot be read: {error}") from None
     edges = Image.fromarray(edges_of(pixels, config.edges.thres1, config.edges.thres2))
     # Pillow opens paths of any script, which OpenCV on Windows does not.
-    with replacing(config.files.output) as temporary:
+    with replacing(config.files.output, suffix=config.files.output.suffix) as temporary:
         edges.save(temporary, quality=100)  # for the formats that have one
     logger.info("saved %s", config.files.output)
     return 0

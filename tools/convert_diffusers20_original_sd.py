@@ -205,7 +205,8 @@ def source_metadata(model: ModelFiles) -> Mapping[str, str]:
 
 def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
     """Write a Diffusers folder."""
-    from library.adapters.merging import copy_others, new_folder
+    from library.adapters.merging import copy_others
+    from library.files import new_folder
     from library.models import conversion
     from library.models.model_files import EXTRAS_FILE
 
@@ -272,7 +273,8 @@ def write_file(config: ConvertConfig, model: ModelFiles, plan: Plan, path: Path,
 
     from library.models import conversion
     from library.models.model_files import TEXT_FILES, UNET_FILES
-    from library.weights_io import load_pickle, write_pickle, write_stream
+    from library.pickles import load_pickle, write_pickle
+    from library.safetensors_io import write_stream
 
     infos = conversion.infos_of(plan, model, written_type(config.saving))
     made = conversion.tensors_of(plan, model, infos)

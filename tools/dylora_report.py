@@ -33,9 +33,11 @@ from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import TrainingSet, build_training_sets
 from library.errors import Problems, UserError, shortened
+from library.files import replacing
 from library.logs import run_script
+from library.safetensors_io import Header
 from library.sampling.prompts import Prompt, read_prompts
-from library.weights_io import Header, WeightFile, open_weights, replacing
+from library.weight_file import WeightFile, open_weights
 from networks.extract_lora_from_dylora import DOWN, UP, full_rank, ranks_to_write, unit_of
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from library.logs import run_script
 if TYPE_CHECKING:
     import torch
 
-    from library.weights_io import WeightFile
+    from library.weight_file import WeightFile
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = output_path(config.files.output)
     refuse(problems_of(config.files, output))
 
-    from library.weights_io import write_stream
+    from library.safetensors_io import write_stream
 
     refuse(device_problems(config.merge.device))
     models = open_models(config.files)
@@ -199,7 +199,7 @@ def tell_of_skipped(models: Sequence[Model], merge: MergeOptions) -> None:
 
 def open_models(files: FilesConfig) -> list[Model]:
     """Return the models, of which safetensors files are not read yet."""
-    from library.weights_io import open_weights
+    from library.weight_file import open_weights
 
     ratios = files.ratios or (1 / len(files.models),) * len(files.models)
     opened = [open_weights(path) for path in files.models]
@@ -259,7 +259,7 @@ def weighted_sum(models: Sequence[Model], name: str, first: torch.Tensor, device
 
 def read_one(model: Model, name: str) -> torch.Tensor:
     """Return one tensor of a model; a pickle lets go of it."""
-    from library.weights_io import Header, read_tensors
+    from library.safetensors_io import Header, read_tensors
 
     content, own = model.file.content, model.names[name]
     if not isinstance(content, Header):

@@ -24,7 +24,8 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.config.options import option, parse
 from library.errors import Problems, UserError
 from library.logs import FAILURE, run_script
-from library.weights_io import PICKLE_SUFFIXES, read_header
+from library.pickles import PICKLE_SUFFIXES
+from library.safetensors_io import read_header
 
 logger = logging.getLogger(__name__)
 

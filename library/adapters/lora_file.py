@@ -21,7 +21,7 @@ from library.adapters.low_rank import Change
 from library.errors import UserError
 from library.models import keys
 from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
-from library.weights_io import WeightFile, check_finite, data_sha256, is_finite, open_weights
+from library.weight_file import WeightFile, check_finite, data_sha256, is_finite, open_weights
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 # Ending of a tensor's name (after `.weight` is taken off) -> what it is.

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,11 @@ from library.adapters.layers import Place, places
 from library.adapters.lora_file import LoraFile
 from library.adapters.low_rank import Change
 from library.errors import UserError
+from library.files import new_folder
 from library.models import keys
 from library.models.model_files import EXTRAS_FILE, TEXT_FILES, UNET_FILES, ModelFiles, tensor_name
-from library.weights_io import WeightFile, disk_errors, is_finite, write_stream, write_weights
+from library.safetensors_io import write_stream
+from library.weight_file import WeightFile, is_finite, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -164,27 +165,6 @@ def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm)
         return
     infos = {name: (result_type(tensor_name(part, name), own, merge.dtype), shape) for name, own, shape in file.infos()}
     write_stream(path, infos, merged(), dict(file.metadata) | dict(merge.metadata))
-
-
-class new_folder:
-    """Within it a folder is filled under a temporary name; when the block ends well it gets its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.resolve()  # of a link to an empty folder the folder is filled
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            with disk_errors(self.path):
-                if self.path.is_dir():
-                    self.path.rmdir()  # empty, as was checked
-                self.temporary.replace(self.path)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def copy_others(model: ModelFiles, folder: Path, *, shards: bool, dtype: torch.dtype | None = None) -> None:

@@ -21,7 +21,8 @@ import torch
 from library.data import images
 from library.data.records import NUM_THREADS, ImageRecord, TrainingSet, raise_for_unreadable
 from library.errors import UserError
-from library.weights_io import read_header, read_tensors, write_weights
+from library.safetensors_io import read_header, read_tensors
+from library.weight_file import write_weights
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from library.config.generation import ControlConfig
 from library.errors import UserError, told
 from library.models.loading import LoadedModels
-from library.weights_io import open_weights, read_weights
+from library.weight_file import open_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def load_embeddings(config: ControlConfig, models: LoadedModels) -> Callable[[st
 
 def embedding_of(path: Path) -> torch.Tensor:
     """Return the vectors (N, D) of an embedding file: `emb_params`, `string_to_param`, or its only tensor."""
-    from library.weights_io import PICKLE_SUFFIXES, load_pickle
+    from library.pickles import PICKLE_SUFFIXES, load_pickle
 
     content = load_pickle(path) if path.suffix.lower() in PICKLE_SUFFIXES else read_weights(path)
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from library.weights_io import replacing
+from library.files import replacing
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }

@@ -24,7 +24,7 @@ from library.training.network_protocol import (
     module_errors,
     text_encoder_for_networks,
 )
-from library.weights_io import data_sha256, read_metadata
+from library.weight_file import data_sha256, read_metadata
 
 logger = logging.getLogger(__name__)
 

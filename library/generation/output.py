@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from library.config.generation import OutputConfig
+from library.files import replacing
 from library.generation.artist import Drawn
-from library.weights_io import replacing
 
 NUMBERED = re.compile(r"im_(?:[01])?(\d{6})\.png")
 
@@ -60,7 +60,7 @@ def unused(path: Path) -> Path:
 def save(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
     """Write a picture with its texts: PNG as text chunks, JPEG and WebP as the user comment of EXIF."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, suffix=path.suffix) as temporary:
         if path.suffix.lower() == ".png":
             info = PngImagePlugin.PngInfo()
             for key, text in texts.items():

@@ -19,6 +19,7 @@ from library import NAME, VERSION
 from library.config.generation import GenerateConfig
 from library.config.model import ModelConfig
 from library.errors import UserError, told
+from library.files import file_sha256
 from library.generation import grid as grids
 from library.generation.artist import Artist, Drawn, Job, batches
 from library.generation.controls import load_control_nets, load_embeddings
@@ -30,7 +31,6 @@ from library.generation.starts import list_of
 from library.models import loading
 from library.models.loading import LoadedModels
 from library.sampling.requests import Line, Request, Seeds, num_pictures, parse_line, requests_of
-from library.weights_io import file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from library.models.model_files import (
     weight_files,
 )
 from library.models.tokenizer import load_clip_tokenizer
-from library.weights_io import WeightFile, check_finite, open_weights
+from library.weight_file import WeightFile, check_finite, open_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

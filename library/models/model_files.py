@@ -17,7 +17,7 @@ from library.errors import UserError, shown
 from library.models import family as families
 from library.models import keys
 from library.models.family import ModelFamily
-from library.weights_io import WeightFile, open_weights
+from library.weight_file import WeightFile, open_weights
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from library.weights_io import replacing
+from library.files import replacing
 
 CELL = 256  # longest side of a picture on the sheet, in pixels
 LABEL_HEIGHT, LABEL_WIDTH, GAP = 24, 200, 4

@@ -25,8 +25,9 @@ from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
 from library.config.values import split_pairs
 from library.errors import UserError, shortened
+from library.files import replacing
 from library.models.loading import LoadedModels
-from library.weights_io import check_adapter, open_weights, replacing
+from library.weight_file import check_adapter, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +163,8 @@ class TrainableNetwork:
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the network's file, whole or not at all."""
-        # Some multiply while they collect; in a file there is no graph to keep.
-        with replacing(path) as temporary, torch.no_grad():
+        # Some multiply while they collect; in a file there is no graph to keep. All choose the format by the suffix.
+        with replacing(path, suffix=path.suffix) as temporary, torch.no_grad():
             self.network.save_weights(str(temporary), dtype, dict(metadata))
 
     def state_dict(self) -> dict[str, torch.Tensor]:

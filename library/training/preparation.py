@@ -41,7 +41,7 @@ from library.training.run.runtime import (
     use_attention,
 )
 from library.training.run.state import find_state, read_position
-from library.weights_io import tensors_sha256
+from library.weight_file import tensors_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from library.config.train import TrainConfig, with_seed
 from library.data.dataset import BatchMaker, RunPlan, make_loader
 from library.data.records import TrainingSet, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
+from library.files import replacing
 from library.models.loading import LoadedModels, load_models
 from library.optim.flat import flatten_groups
 from library.optim.optimizers import (
@@ -53,7 +54,6 @@ from library.training.run.runtime import (
     shared,
     start_runtime,
 )
-from library.weights_io import replacing
 
 logger = logging.getLogger(__name__)
 

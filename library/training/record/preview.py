@@ -12,13 +12,13 @@ from PIL import Image
 
 from library.config.preview import PreviewConfig
 from library.config.saving import SavingConfig
+from library.files import replacing
 from library.models.loading import LoadedModels
 from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.generate import Picture, generate
 from library.sampling.prompts import Prompt
 from library.training.run.runtime import Runtime
-from library.weights_io import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from library.data.buckets import Size
 from library.data.dataset import BatchMaker, RunPlan, num_batches, samples_by_bucket
 from library.data.latent_cache import count_valid
 from library.data.records import ImageRecord, TrainingSet
+from library.files import replacing
 from library.models.loading import Detected, LoadedModels, load_models
 from library.models.text_encoding import PER_WINDOW, split_at_limit
 from library.optim.optimizers import OptimizerChoice
@@ -33,7 +34,7 @@ from library.training.preparation import (
 from library.training.rehearse.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
 from library.training.run.runtime import DTYPES
 from library.training.run.state import find_state
-from library.weights_io import replacing, tensors_sha256
+from library.weight_file import tensors_sha256
 
 logger = logging.getLogger(__name__)
 

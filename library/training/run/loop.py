@@ -27,6 +27,7 @@ from library.config.options import to_toml
 from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.errors import UserError
+from library.files import disk_errors, file_sha256, replacing
 from library.optim.optimizers import adapted_rates, averaged_weights, current_rates
 from library.randomness import seed_for
 from library.training.measure.validation import Validation
@@ -40,7 +41,7 @@ from library.training.run import state
 from library.training.run.interruption import StopRequest
 from library.training.run.objective import Objective
 from library.training.run.runtime import SAVE_DTYPES, Runtime, average_gradients, seed_micro_batch
-from library.weights_io import disk_errors, file_legacy_hash, file_sha256, replacing
+from library.weight_file import file_legacy_hash
 
 logger = logging.getLogger(__name__)
 

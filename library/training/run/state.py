@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import shutil
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.saving import SavingConfig
 from library.errors import UserError, shown, told
-from library.weights_io import disk_errors, load_pickle
+from library.files import new_folder
+from library.pickles import load_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -47,26 +46,11 @@ def write_state(folder: Path, tensors: dict[str, Any], position: Position, optio
     """Write a state under a temporary name and rename it; one that was there under the name goes."""
     import torch
 
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    for path in (temporary, old):
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        with disk_errors(folder):
-            temporary.mkdir(parents=True)
-            torch.save(tensors, temporary / TENSOR_FILE)
-            record = {"version": FORMAT_VERSION, **dataclasses.asdict(position)}
-            (temporary / POSITION_FILE).write_text(json.dumps(record), encoding="utf-8")
-            (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
-            for path in temporary.iterdir():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    with new_folder(folder, replace=True) as temporary:
+        torch.save(tensors, temporary / TENSOR_FILE)
+        record = {"version": FORMAT_VERSION, **dataclasses.asdict(position)}
+        (temporary / POSITION_FILE).write_text(json.dumps(record), encoding="utf-8")
+        (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
 
 
 def find_state(resume: str, saving: SavingConfig) -> Path | None:

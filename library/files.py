@@ -1,0 +1,110 @@
+"""Files and folders written whole or not at all, and the hash of a file.
+
+What is written goes to a temporary name in the folder of the target and is renamed when it is complete, so that no
+reader sees half a file, and a run that is killed leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+HASHED_AT_ONCE = 2**20  # bytes
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path in the folder of path; when the block ends well it takes the place of path.
+
+    suffix ends the temporary name, for writers that choose the format by it. Without `durable`, for one of many files
+    that the next run can make again, nothing waits for the disk, and the temporary name is the same in every process,
+    so that the next run replaces what a killed one left. Raises OSError, as `disk_errors` has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path, f"{os.getpid()}.tmp{suffix}" if durable else f"tmp{suffix}")
+    try:
+        with disk_errors(path):
+            yield temporary
+            if durable:
+                _wait_for_disk(temporary)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside path; when the block ends well it takes the place of path.
+
+    A folder that is there must be empty, unless it may be replaced. Raises OSError, as `disk_errors` has it.
+    """
+    target = path.resolve()  # the folder that a link leads to is replaced, not the link
+    temporary, former = (_temporary(target, f"{os.getpid()}.{ending}") for ending in ("tmp", "old"))
+    try:
+        with disk_errors(path):
+            for folder in (temporary, former):  # of a killed process that had this number
+                shutil.rmtree(folder, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _wait_for_disk(file)
+            if target.exists() and replace:
+                target.rename(former)
+            elif target.exists():
+                target.rmdir()
+            temporary.rename(target)
+            shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path, ending: str) -> Path:
+    """Return a hidden name beside path that is short where the name of path is as long as names may be."""
+    digest = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    return path.with_name(f".{digest}.{ending}")
+
+
+def _wait_for_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Map write failures of any library to one OSError that names the file to be written."""
+    try:
+        yield
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        refused = OSError(f"{path} could not be written: {reason}; what was saved before is whole")
+        refused.errno = getattr(error, "errno", None)
+        raise refused from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """Return why the disk refuses to write, or None where an error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and "I/O error: " in text:
+        return text.split("I/O error: ")[1]
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's writer gives no reason
+        return "the disk is full or refuses it"
+    return None
+
+
+def file_sha256(path: Path, start: int = 0) -> str:
+    """Return the SHA-256 of a file from an offset on, 64 hex digits; the file is read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()

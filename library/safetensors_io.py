@@ -1,0 +1,201 @@
+"""Safetensors files: read tensor by tensor, and written tensor by tensor.
+
+Tensors are read into fresh memory instead of being mapped: mapped pages count as used memory until the end, and
+parameters that are not aligned to 64 bytes take other code paths in torch, which makes bit-equal weights give unequal
+outputs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from library.errors import UserError
+from library.files import replacing
+
+if TYPE_CHECKING:
+    import io
+
+    import torch
+
+MAX_HEADER_BYTES = 100 * 2**20
+# The names of torch, in the order in which the package safetensors lays tensors out: wide ones first, so that each is
+# aligned.
+DTYPE_NAMES = {
+    "I64": "int64",
+    "F64": "float64",
+    "F32": "float32",
+    "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I16": "int16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a safetensors file; start and end are offsets from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Header of a safetensors file: tensors by name, metadata, and the offset at which data begins."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a safetensors file; raises UserError for a file that is damaged or of another kind."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                raise ValueError("no header")
+            table = json.loads(file.read(length))
+        metadata = dict(table.pop("__metadata__", None) or {})
+        start = 8 + length
+        tensors = {name: _tensor_info(entry, start) for name, entry in table.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path} is not a safetensors file, or its header is damaged; copy or download it again"
+        ) from None
+    end = max((info.end for info in tensors.values()), default=start)
+    size = path.stat().st_size
+    if size < end:
+        raise UserError(f"{path} is cut short: it has {size:,} bytes of {end:,}; copy it again")
+    if size > end:
+        raise UserError(f"{path} is damaged: {size - end:,} bytes follow its last tensor; copy it again")
+    return Header(tensors, metadata, start)
+
+
+def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    are_counts = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
+    if not are_counts or not isinstance(dtype, str):
+        raise ValueError("no header of a tensor")
+    return TensorInfo(dtype, shape, data_start + start, data_start + end)
+
+
+def read_tensors(
+    path: Path, header: Header | None = None, names: Collection[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a safetensors file in the order of the data, each in memory of its own.
+
+    names limits what is read; None reads all.
+    """
+    import torch
+
+    header = header or read_header(path)
+    wanted = header.tensors if names is None else [name for name in names if name in header.tensors]
+    with path.open("rb", buffering=0) as file:
+        for name in sorted(wanted, key=lambda name: header.tensors[name].start):
+            info = header.tensors[name]
+            if info.dtype not in DTYPE_NAMES:
+                raise UserError(f"{path}: {name} has the type {info.dtype}, which is not read here")
+            dtype = getattr(torch, DTYPE_NAMES[info.dtype])
+            needed = math.prod(info.shape) * dtype.itemsize
+            if needed != info.end - info.start:
+                raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {needed}")
+            tensor = torch.empty(info.shape, dtype=dtype)
+            if needed:
+                buffer = bytes_of(tensor)
+                file.seek(info.start)
+                while buffer:
+                    buffer = buffer[file.readinto(buffer) :]
+            yield name, tensor
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a tensor, which must be contiguous, on the CPU, and not empty."""
+    import torch
+
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def write_stream(
+    path: Path,
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file tensor by tensor, so that never more than one is in memory.
+
+    infos is name -> (type, shape) of all of them, in the order in which tensors yields them.
+    """
+    header = _header_bytes(infos, metadata)
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, _Writer(file) as writer:
+        writer.write(header)
+        for (name, (dtype, shape)), (given, tensor) in zip(infos.items(), tensors, strict=True):
+            assert (name, dtype, shape) == (given, tensor.dtype, tuple(tensor.shape))
+            if tensor.numel():
+                writer.write(bytes_of(tensor.contiguous()))
+
+
+def _header_bytes(
+    infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> bytes:
+    """Return the header with its length before it, padded so that data begin at a multiple of 8."""
+    import torch
+
+    names_of_types = {getattr(torch, python): name for name, python in DTYPE_NAMES.items()}
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, (dtype, shape) in infos.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": names_of_types[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class _Writer:
+    """Writes to a file in a thread of its own, so that the next tensor is made meanwhile; at most one waits."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file = file
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.pending: list[concurrent.futures.Future[None]] = []
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self._wait_for(0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take data to be written; raises the OSError of what was taken before."""
+        self._wait_for(1)
+        self.pending.append(self.pool.submit(self._write, memoryview(data)))
+
+    def _wait_for(self, most: int) -> None:
+        while len(self.pending) > most:
+            self.pending.pop(0).result()
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self.file.write(data) :]

@@ -1,0 +1,167 @@
+"""Weight files of either kind, safetensors or pickle: tensors, metadata, hashes, and the checks of what is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError, told
+from library.files import file_sha256
+from library.pickles import PICKLE_SUFFIXES, read_pickle, write_pickle
+from library.safetensors_io import DTYPE_NAMES, Header, bytes_of, read_header, read_tensors, write_stream
+
+if TYPE_CHECKING:
+    import torch
+
+LEGACY_OFFSET, LEGACY_BYTES = 0x100000, 0x10000
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """A weight file of either kind: the shapes at once, the tensors one by one."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    content: Header | dict[str, torch.Tensor]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata; none in a pickle."""
+        return self.content.metadata if isinstance(self.content, Header) else {}
+
+    def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and shape of each tensor, in the order in which `tensors` yields them."""
+        import torch
+
+        if isinstance(self.content, Header):
+            for name, info in sorted(self.content.tensors.items(), key=lambda entry: entry[1].start):
+                yield name, getattr(torch, DTYPE_NAMES[info.dtype]), info.shape
+        else:
+            for name, tensor in self.content.items():
+                yield name, tensor.dtype, tuple(tensor.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor, in memory of its own; a pickle keeps it."""
+        if isinstance(self.content, Header):
+            return next(read_tensors(self.path, self.content, (name,)))[1]
+        return self.content[name].clone()
+
+    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for those of names that the file has, each in memory of its own.
+
+        A pickle lets go of what it yields, so that it is not held twice; it can be read only once.
+        """
+        if isinstance(self.content, Header):
+            yield from read_tensors(self.path, self.content, names)
+            return
+        for name in [name for name in self.content if name in names]:
+            yield name, self.content.pop(name).clone()
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open a weight file; of safetensors only the header is read, a pickle is read whole."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        tensors = read_pickle(path)
+        return WeightFile(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
+    header = read_header(path)
+    return WeightFile(path, {name: info.shape for name, info in header.tensors.items()}, header)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a weight file: safetensors, or a pickle, of which only weights are read."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return read_pickle(path)
+    return dict(read_tensors(path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a weight file; a pickle has none."""
+    return {} if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).metadata
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to path, as a pickle for the suffixes of pickles, else as safetensors with metadata."""
+    import torch
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        write_pickle(path, tensors)
+        return
+    order = [getattr(torch, name) for name in DTYPE_NAMES.values()]
+    laid_out = sorted(tensors.items(), key=lambda entry: (order.index(entry[1].dtype), entry[0]))
+    infos = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in laid_out}
+    write_stream(path, infos, laid_out, metadata)
+
+
+def check_adapter(path: Path) -> None:
+    """Raise UserError for an adapter that cannot be read, holds nothing, or has numbers that are not finite.
+
+    Network modules read it again by themselves, by the suffix and with the package safetensors, which is stricter
+    than what is here.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+        raise UserError(f"{path} must be a .safetensors, .ckpt or .pt file: the ending tells how it is read")
+    weights = read_weights(path)
+    if not weights:
+        raise UserError(f"{path} holds no weights")
+    for name, tensor in weights.items():
+        check_finite(tensor, name, path)
+    if path.suffix.lower() == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {told(error)}; copy or download it again") from None
+
+
+def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    """Raise UserError for a tensor of a file with a number that is NaN or infinite."""
+    if not is_finite(tensor):
+        raise UserError(f"{path}: {name} holds NaN or infinity: take another copy")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether no number of a tensor is NaN or infinite.
+
+    One pass over the memory, 0.1 s for 2 GB; `isfinite` would make a tensor of it and take thirty times as long.
+    """
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    values = tensor if tensor.itemsize > 1 else tensor.float()  # 8-bit numbers cannot be compared
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())  # NaN is both least and greatest
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Hashes
+# --------------------------------------------------------------------------------------------------------------
+
+
+def data_sha256(path: Path) -> str:
+    """Return the SHA-256 of a safetensors file without its header, which metadata do not change; of others, of all."""
+    return file_sha256(path, 0 if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).data_start)
+
+
+def file_legacy_hash(path: Path) -> str:
+    """Return the short hash of old web UIs: 8 hex digits over 64 KiB from the first MiB on."""
+    with path.open("rb") as file:
+        file.seek(LEGACY_OFFSET)
+        return hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()[:8]
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of tensors, in order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if math.prod(tensor.shape):
+            digest.update(bytes_of(tensor))
+    return digest.hexdigest()
