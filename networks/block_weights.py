@@ -2,16 +2,17 @@
 
 The blocks of SD 1.x and 2.x are numbered 0 to 24: 12 on the way down, the middle (12), 12 on the way up. Block 0,
 the first convolution, has no modules. SDXL has 23. Numbers, presets and names of arguments are those of
-sd-scripts. Imports only the standard library.
+sd-scripts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from library.adapters.layers import block_of
 
 ARGUMENTS = (
     "down_lr_weight",
@@ -29,13 +30,11 @@ ARGUMENTS = (
 class BlockTable:
     """The blocks of a kind of U-Net.
 
-    A rule is a pattern of module names, the block of the first match, and how much each number that the pattern
-    captures adds. lr_parts are the numbers of weights that down, mid and up take; edge is the number of blocks
-    before and after these, which have no weight.
+    lr_parts are the numbers of weights that down, mid and up take; edge is the number of blocks before and after
+    these, which have no weight.
     """
 
     name: str
-    rules: tuple[tuple[str, int, tuple[int, ...]], ...]
     lr_parts: tuple[int, int, int]
     edge: int
 
@@ -46,37 +45,19 @@ class BlockTable:
 
     def index_of(self, module_name: str) -> int:
         """Return the block of a module by its name in files; raises ValueError for a name that is in none."""
-        for pattern, first, steps in self.rules:
-            match = re.match(pattern, module_name)
-            if match:
-                return first + sum(int(number) * step for number, step in zip(match.groups(), steps, strict=True))
-        raise ValueError(f"{module_name} is in no block of {self.name}")
+        down, middle, up = self.lr_parts
+        starts = {"in": 0, "middle": down, "out": down + middle}
+        if self.edge:
+            starts |= {"first": -1, "last": down + middle + up}
+        block = block_of(module_name)
+        if block is None or block.side not in starts:
+            raise ValueError(f"{module_name} is in no block of {self.name}")
+        index = min(block.index, middle - 1) if block.side == "middle" else block.index
+        return self.edge + starts[block.side] + index
 
 
-SD = BlockTable(
-    name="SD 1.x and 2.x",
-    rules=(
-        (r"lora_unet_down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", 1, (3, 1)),
-        (r"lora_unet_down_blocks_(\d+)_downsamplers_0_", 3, (3,)),
-        (r"lora_unet_mid_block_", 12, ()),
-        (r"lora_unet_up_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", 13, (3, 1)),
-        (r"lora_unet_up_blocks_(\d+)_upsamplers_0_", 15, (3,)),
-    ),
-    lr_parts=(12, 1, 12),
-    edge=0,
-)
-SDXL = BlockTable(
-    name="SDXL",
-    rules=(
-        (r"lora_unet_(?:time_embed|label_emb)_", 0, ()),
-        (r"lora_unet_input_blocks_(\d+)_", 1, (1,)),
-        (r"lora_unet_middle_block_(\d+)_", 10, (1,)),
-        (r"lora_unet_output_blocks_(\d+)_", 13, (1,)),
-        (r"lora_unet_out_", 22, ()),
-    ),
-    lr_parts=(9, 3, 9),
-    edge=1,
-)
+SD = BlockTable("SD 1.x and 2.x", lr_parts=(12, 1, 12), edge=0)
+SDXL = BlockTable("SDXL", lr_parts=(9, 3, 9), edge=1)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from library.logs import run_script
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.adapters.kept import KeptByBlock
+    from library.adapters.energy import KeptByBlock
     from library.adapters.layers import Layer, Place
     from library.adapters.low_rank import Change
     from library.models.model_files import ModelFiles
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ExtractConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
-    from library.adapters.kept import KeptByBlock
+    from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import tensors_of
     from library.files import disk_errors
     from library.models.model_files import open_model

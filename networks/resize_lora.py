@@ -84,7 +84,7 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     """
     from tqdm import tqdm
 
-    from library.adapters.kept import KeptByBlock
+    from library.adapters.energy import KeptByBlock
     from library.adapters.low_rank import rank_to_keep, spectrum_of
 
     options, kept = config.ranks, KeptByBlock()

@@ -27,7 +27,7 @@ from library.logs import run_script
 from networks.merge_lora import check_layers, parts_by_module, weighted_files
 
 if TYPE_CHECKING:
-    from library.adapters.kept import KeptByBlock
+    from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import LoraFile
     from library.adapters.low_rank import Change
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(SvdMergeConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
-    from library.adapters.kept import KeptByBlock
+    from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import same_family, tensors_of
     from library.files import disk_errors
     from networks.lora import write_weights

@@ -11,7 +11,9 @@ from runs import options, train
 from safetensors import safe_open
 
 import train_network
+from library.adapters.layers import block_of, layers_by_name
 from library.errors import UserError
+from library.models.family import FAMILIES
 from networks import block_weights, lora
 from networks.block_weights import SD, SDXL, name_blocks, plan_blocks, read_lr_weights
 
@@ -83,6 +85,13 @@ def test_sdxl_has_its_place_with_23_blocks():
         "lora_unet_output_blocks_8_0_x": 21,
     }
     assert {name: SDXL.index_of(name) for name in names} == names
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_all_names_of_a_layer_are_in_its_block(family):
+    names = {name: layer for name, layer in layers_by_name(family).items() if name.startswith("lora_")}
+    assert None not in {layer.block for layer in names.values()}
+    assert {name: block_of(name) for name in names} == {name: layer.block for name, layer in names.items()}
 
 
 def test_a_module_that_is_in_no_block_is_no_module_of_the_last_one():

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.adapters.layers import block_of
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,19 +26,8 @@ SLOTS = {
     26: tuple(range(NUM_SLOTS)),
 }
 FOR_SDXL = (12, 20)
-# Pattern of module names, the first slot, and how much each number that it captures adds.
-RULES = (
-    (r"lora_te", BASE, ()),
-    (r"lora_unet_down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", FIRST_IN + 1, (3, 1)),
-    (r"lora_unet_down_blocks_(\d+)_downsamplers_0_", FIRST_IN + 3, (3,)),
-    (r"lora_unet_mid(?:dle)?_block_", MIDDLE, ()),
-    (r"lora_unet_up_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", FIRST_OUT, (3, 1)),
-    (r"lora_unet_up_blocks_(\d+)_upsamplers_0_", FIRST_OUT + 2, (3,)),
-    (r"lora_unet_input_blocks_(\d+)_", FIRST_IN, (1,)),
-    (r"lora_unet_output_blocks_(\d+)_", FIRST_OUT, (1,)),
-    (r"lora_unet_(?:time_embed|label_emb)", FIRST_IN, ()),
-    (r"lora_unet_(?:out_|conv_norm_out|conv_out)", 23, ()),
-)
+# Side of a block -> its first slot; all blocks of the middle share one, what comes last has that of SDXL.
+SIDES = {"text": BASE, "first": FIRST_IN, "in": FIRST_IN, "middle": MIDDLE, "out": FIRST_OUT, "last": 23}
 
 
 def read_weights(text: str) -> tuple[float, ...]:
@@ -80,16 +69,10 @@ def check_family(weights: Sequence[float], family: ModelFamily | None, path: Pat
 
 
 def weight_of(module: str, weights: Sequence[float]) -> float:
-    """Return the weight of a module by its name."""
-    slot = slot_of(module)
+    """Return the weight of a module by its name; 1 for one that no slot is for."""
+    block = block_of(module)
+    if block is None:
+        return 1.0
+    slot = SIDES[block.side] + (0 if block.side == "middle" else block.index)
     slots = SLOTS[len(weights)]
     return weights[slots.index(slot)] if slot in slots else 1.0
-
-
-def slot_of(module: str) -> int | None:
-    """Return the slot of a module, None for one in none."""
-    for pattern, first, steps in RULES:
-        match = re.match(pattern, module)
-        if match:
-            return first + sum(int(number) * step for number, step in zip(match.groups(), steps, strict=True))
-    return None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 from library.models import keys
 from library.models.family import SDXL, ModelFamily, TextModel
@@ -20,12 +22,65 @@ UNET_WORD = "lora_unet_"
 LAYERS_PER_BLOCK = 2
 
 
+class Block(NamedTuple):
+    """A block of a base model, as checkpoints number them: `input_blocks.4` is in 4, `output_blocks.0` is out 0.
+
+    text is all text encoders, first the embeddings of time and size, last what follows the output blocks.
+    """
+
+    side: Literal["text", "first", "in", "middle", "out", "last"]
+    index: int = 0
+
+    @property
+    def title(self) -> str:
+        """The block of diffusers that it is a part of: down 1, middle, up 0."""
+        stages = {"in": f"down {(self.index - 1) // 3}", "middle": "middle", "out": f"up {self.index // 3}"}
+        return "edges" if self == Block("in") else stages.get(self.side, "edges")
+
+
+# Pattern of a U-Net's module after its prefix, in the words of diffusers or of checkpoints -> the block for numbers of
+# 0, and how much each number that the pattern captures adds.
+BLOCKS: tuple[tuple[str, Block, tuple[int, ...]], ...] = (
+    (r"down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", Block("in", 1), (3, 1)),
+    (r"down_blocks_(\d+)_downsamplers_0_", Block("in", 3), (3,)),
+    (r"mid_block_resnets_(\d+)_", Block("middle"), (2,)),
+    (r"mid_block_attentions_0_", Block("middle", 1), ()),
+    (r"up_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", Block("out"), (3, 1)),
+    (r"up_blocks_(\d+)_upsamplers_0_", Block("out", 2), (3,)),
+    (r"input_blocks_(\d+)_", Block("in"), (1,)),
+    (r"middle_block_(\d+)_", Block("middle"), (1,)),
+    (r"output_blocks_(\d+)_", Block("out"), (1,)),
+    (r"conv_in$", Block("in"), ()),
+    (r"time_embed|label_emb|add_embedding_", Block("first"), ()),
+    (r"out_|conv_norm_out$|conv_out$", Block("last"), ()),
+)
+
+
+def block_of(module: str) -> Block | None:
+    """Return the block of a module by its name in one word (`lora_unet_...`); None for a name that is in none."""
+    if module.startswith("lora_te"):
+        return Block("text")
+    word = module.removeprefix(UNET_WORD)
+    for pattern, first, steps in BLOCKS if word != module else ():
+        match = re.match(pattern, word)
+        if match:
+            return Block(
+                first.side, first.index + sum(int(n) * step for n, step in zip(match.groups(), steps, strict=True))
+            )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer of a base model."""
 
     part: str  # as the folder of a Diffusers model: unet, text_encoder or text_encoder_2
     path: str  # in diffusers; of a text encoder without `text_model.`
+
+    @property
+    def block(self) -> Block | None:
+        """The block that it is in."""
+        return block_of(UNET_WORD + self.path.replace(".", "_")) if self.part == UNET else Block("text")
 
 
 @dataclasses.dataclass(frozen=True)

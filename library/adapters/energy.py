@@ -1,9 +1,8 @@
-"""How much of the changes a smaller rank keeps, told by block."""
+"""Energy (squared norm) of changes that a smaller rank keeps, by block."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 
 from library.adapters.layers import UNET, Layer
@@ -59,10 +58,7 @@ def block_title(layer: Layer | None) -> str:
         return "other"
     if layer.part != UNET:
         return layer.part.replace("_", " ")
-    match = re.match(r"(down|up)_blocks\.(\d+)", layer.path)
-    if match:
-        return f"{match[1]} {match[2]}"
-    return "middle" if layer.path.startswith("mid_block") else "edges"
+    return layer.block.title if layer.block else "edges"
 
 
 def order_of(title: str) -> tuple[int, str]:
