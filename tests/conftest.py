@@ -39,6 +39,7 @@ def family_name(request):
 def model_store(tmp_path_factory):
     """Return family name -> (models, {layout: path}), each made once."""
     import tiny
+    import torch
 
     made = {}
 
@@ -50,7 +51,7 @@ def model_store(tmp_path_factory):
                 "folder": tiny.write_folder(models, name, root / "folder"),
                 "safetensors": tiny.write_checkpoint(models, name, root / "model.safetensors", ema=True),
                 "ckpt": tiny.write_checkpoint(models, name, root / "model.ckpt"),
-                "fp16": tiny.write_checkpoint(models, name, root / "fp16.safetensors", __import__("torch").float16),
+                "fp16": tiny.write_checkpoint(models, name, root / "fp16.safetensors", torch.float16),
             }
             made[name] = (models, paths)
         return made[name]
@@ -73,3 +74,51 @@ def pictures(tmp_path):
 @pytest.fixture
 def base(model_store):
     return model_store("sd1")[1]["safetensors"]
+
+
+# ---- gen_img_diffusers.py -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def draw(model_store, tmp_path, monkeypatch):
+    """Return what runs the script and returns its new pictures."""
+    from drawing import Drawing
+
+    return Drawing(model_store, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def two(model_store, tmp_path_factory):
+    """Return two LoRA files, and the words that name them."""
+    from drawing import lora_of
+
+    models, _ = model_store("sd1")
+    folder = tmp_path_factory.mktemp("two")
+    files = [lora_of(models, folder / f"net{index}.safetensors", seed=index) for index in range(2)]
+    return files, ["--network_module", "networks.lora", "networks.lora", "--network_weights", *files]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Return a picture to begin with."""
+    pixels = np.random.default_rng(3).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / "source.png")
+    return tmp_path / "source.png"
+
+
+@pytest.fixture
+def mask(tmp_path):
+    """Return a mask of which the right half is drawn anew."""
+    Image.fromarray(np.repeat(np.repeat([[0, 255]], 64, 0), 32, 1).astype(np.uint8)).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+# ---- train_network.py ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(base, pictures, tmp_path, monkeypatch, capsys):
+    """Return what starts a training with bad input and checks all that holds for a refusal."""
+    from refusals import Refused
+
+    return Refused(base, pictures, tmp_path, monkeypatch, capsys)

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
+from tensors import Tensors, assert_same
 
 import train_network
 
 
-def options(base, pictures, out, **more):
+def words(**values: object) -> list[str]:
     """Return a command line; None leaves an option out, True makes it a switch."""
+    argv = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            given = [] if value is True else value if isinstance(value, list) else [value]
+            argv += [f"--{name}", *map(str, given)]
+    return argv
+
+
+def options(base: Path | None, pictures: Path | None, out: Path | str | None, **more: object) -> list[str]:
+    """Return the command line of a short run over a folder of pictures."""
     values = {
         "pretrained_model_name_or_path": base,
         "train_data_dir": pictures,
@@ -27,35 +42,41 @@ def options(base, pictures, out, **more):
         "max_train_steps": 3,
         "max_data_loader_n_workers": 0,
         "seed": 7,
-    } | more
-    argv = []
-    for name, value in values.items():
-        if value is True:
-            argv.append(f"--{name}")
-        elif isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv += [f"--{name}", str(value)]
-    return argv
+    }
+    return words(**values | more)
 
 
-def train(base, pictures, out, **more):
+def train(base: Path, pictures: Path | None, out: Path, **more: object) -> dict[str, torch.Tensor]:
+    """Train, and return the weights that were written."""
     assert train_network.main(options(base, pictures, out, **more)) == 0
     path = out / f"x.{more.get('save_model_as', 'safetensors')}"
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
-def metadata(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+@contextlib.contextmanager
+def killed_after(steps: int) -> Iterator[None]:
+    """Have the run within end as if it were killed after a number of steps."""
+    from library.training.loop import Trainer
+
+    after = Trainer._after_step
+
+    def killed(self, epoch):
+        after(self, epoch)
+        if self.num_done == steps:
+            raise MemoryError("killed")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError, match="killed"):
+        patch.setattr(Trainer, "_after_step", killed)
+        yield
 
 
-def same(one, other, tolerance=0.0):
-    assert one.keys() == other.keys()
+def same(one: Tensors, other: Tensors, tolerance: float = 0.0) -> None:
+    """Hold that two LoRA files are the same, to rounding where a tolerance is given, and that something was learned."""
     size = max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_up" in name)
     assert size > 0
+    if tolerance == 0:
+        return assert_same(one, other)
+    assert one.keys() == other.keys()
     for name, tensor in one.items():
-        if tolerance:
-            torch.testing.assert_close(tensor, other[name], rtol=tolerance, atol=tolerance * size)
-        else:
-            assert torch.equal(tensor, other[name]), name
+        torch.testing.assert_close(tensor, other[name], rtol=tolerance, atol=tolerance * size)
+    return None

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawing import pipe_of
+from loras import deltas, make_lora, outputs
 from safetensors.torch import load_file, save_file
-from test_lora import pipeline, run
-from test_merge_lora import deltas, make_lora
 
 from networks import check_lora_weights, convert_lora, lora
 
@@ -73,7 +73,7 @@ def test_diffusers_refuses_what_is_said_to_be_refused(model_store, tmp_path, cap
     lora.write_weights(file, change(load_file(file)), {"ss_base_model_version": "sd_v1"})
     verdict = report(file, capsys)["readers"]["diffusers"]
     text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])
-    pipe = pipeline(text, unet, model_store, "sd1")
+    pipe = pipe_of(model_store("sd1")[0] | {"text_encoder": text, "unet": unet}, family="sd1")
     try:
         pipe.load_lora_weights(tmp_path, weight_name=file.name)
     except Exception:  # noqa: BLE001 - whatever it raises
@@ -157,13 +157,13 @@ def test_alphas_that_diffusers_does_not_apply_are_told_and_convert_mends_it(mode
     network, _ = lora.create_network_from_weights(1.0, str(file), None, text, unet)
     network.load_state_dict(weights)
     network.apply_to(text, unet)
-    expected = run(text, unet)[1]
+    expected = outputs(text, unet)[1]
     network.remove()
     found = []
     for path in (file, out):
-        pipe = pipeline(text, unet, model_store, "sd1")
+        pipe = pipe_of(model_store("sd1")[0] | {"text_encoder": text, "unet": unet}, family="sd1")
         pipe.load_lora_weights(tmp_path, weight_name=path.name)
-        found.append(run(text, unet)[1])
+        found.append(outputs(text, unet)[1])
         pipe.unload_lora_weights()
     assert (found[0] - expected).norm() > 1e-3 * expected.norm()
     assert (found[1] - expected).norm() < 1e-5 * expected.norm()

@@ -18,6 +18,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensors import assert_same, metadata, read_folder
 
 from library import files, weight_file
 from library.config.model import ModelConfig
@@ -94,31 +95,10 @@ def states(pipeline):
     return {part: getattr(pipeline, part).state_dict() for part in PARTS if hasattr(pipeline, part)}
 
 
-def assert_same(found, expected):
-    """Hold that two tables of tensors are the same: names, types, shapes, bits."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
 def read(path):
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, weights_only=True)["state_dict"]
-
-
-def read_folder(folder):
-    return {
-        f"{path.parent.name}/{name}": tensor
-        for path in sorted(folder.glob("*/*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def prediction_of(folder):
@@ -361,12 +341,12 @@ def test_metadata_stay_are_added_and_never_run(store, tmp_path):
     source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
     save_file(read(model.checkpoint) | {"extra.x": torch.ones(1)}, source, {"author": "somebody", "title": "old"})
     convert(source, out, "--metadata", '{"title": "new", "tags": {"a": [1, true]}}')
-    found = metadata_of(out)
+    found = metadata(out)
     assert (found["author"], found["title"], json.loads(found["tags"])) == ("somebody", "new", {"a": [1, True]})
     assert found["modelspec.architecture"] == "stable-diffusion-v1"
     assert_same(read(out), read(source))
     convert(model.folder, out, "--metadata", "{'title': 'x', 'set': {1}, 'n': None, 3: 'three'}")
-    found = metadata_of(out)
+    found = metadata(out)
     assert (found["title"], found["n"], found["3"]) == ("x", "null", "three")
     for text in (
         f"__import__('pathlib').Path({str(mark)!r}).touch()",
@@ -386,15 +366,15 @@ def test_metadata_stay_are_added_and_never_run(store, tmp_path):
 def test_what_the_model_predicts_is_written(store, tmp_path):
     model = store("sd2")
     assert prediction_of(model.made_folder) == "epsilon"
-    assert metadata_of(model.made_checkpoint)["modelspec.architecture"] == "stable-diffusion-v2-512"
+    assert metadata(model.made_checkpoint)["modelspec.architecture"] == "stable-diffusion-v2-512"
     convert(model.made_folder, tmp_path / "v.safetensors", "--v_parameterization")
-    found = metadata_of(tmp_path / "v.safetensors")
+    found = metadata(tmp_path / "v.safetensors")
     assert found["modelspec.prediction_type"] == "v"
     assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v"
     convert(tmp_path / "v.safetensors", tmp_path / "v")
     assert prediction_of(tmp_path / "v") == "v_prediction"
     convert(tmp_path / "v", tmp_path / "v.safetensors")
-    assert metadata_of(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
+    assert metadata(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
     # Without a word the spread of a bias tells it.
     state = read(model.checkpoint)
     state[V_BIAS] = torch.linspace(-0.5, 0.5, len(state[V_BIAS]))

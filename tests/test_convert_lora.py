@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
+from drawing import pipe_of
+from loras import deltas, make_lora, outputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lora import pipeline, run
-from test_merge_lora import deltas, make_lora
 
 from library.adapters.lora_file import read_lora
 from library.errors import UserError
@@ -57,11 +57,13 @@ def test_diffusers_loads_what_was_converted(model_store, family_name, tmp_path, 
     network, weights = lora.create_network_from_weights(1.0, str(file), None, text, unet)
     network.load_state_dict(weights)
     network.apply_to(text, unet)
-    expected_text, expected = run(text, unet)
+    expected_text, expected = outputs(text, unet)
     network.remove()
-    plain = run(text, unet)[1]
-    pipeline(text, unet, model_store, family_name).load_lora_weights(folder)
-    got_text, got = run(text, unet)
+    plain = outputs(text, unet)[1]
+    pipe_of(model_store(family_name)[0] | {"text_encoder": text, "unet": unet}, family=family_name).load_lora_weights(
+        folder
+    )
+    got_text, got = outputs(text, unet)
     assert (expected - plain).abs().max() > 0.01
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(1.0, float(expected.abs().max())))
     torch.testing.assert_close(got_text, expected_text, rtol=0, atol=2e-5 * max(1.0, float(expected_text.abs().max())))

@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 from PIL import Image
-from runs import metadata, options, train
+from runs import options, train
+from tensors import metadata
 
 import train_network
 from library.config.options import build

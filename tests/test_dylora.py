@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import metadata, options, same, train
+from runs import options, same, train
 from safetensors.torch import load_file, save_file
+from tensors import metadata
 
 import train_network
 from library.errors import UserError

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from drawing import pipe_of
+from loras import applied, outputs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,36 +33,6 @@ def models(model_store, family_name):
     """Return fresh copies of a tiny model's U-Net and text encoder."""
     made, _ = model_store(family_name)
     return copy.deepcopy(made["text_encoder"]), copy.deepcopy(made["unet"])
-
-
-def inputs(unet, batch=2):
-    generator = torch.Generator().manual_seed(3)
-    latents = torch.randn(batch, 4, 16, 16, generator=generator)
-    tokens = torch.randint(0, 49406, (batch, 77), generator=generator)
-    return latents, torch.full((batch,), 500), tokens
-
-
-@torch.no_grad()
-def run(text_encoder, unet):
-    latents, timesteps, tokens = inputs(unet)
-    hidden = text_encoder(tokens).last_hidden_state
-    return hidden, unet(latents, timesteps, hidden).sample
-
-
-def randomise(network, seed=1, size=0.05):
-    """Give a network weights that act."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(network.named_parameters()):
-            if "lora_up" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return network
-
-
-def applied(text_encoder, unet, *, multiplier=1.0, seed=1, **args):
-    network = create_network(multiplier, 4, 2.0, None, text_encoder, unet, **args)
-    network.apply_to(text_encoder, unet)
-    return randomise(network, seed)
 
 
 # ---- names, shapes, counts ----------------------------------------------------------------------------------
@@ -131,38 +103,38 @@ def test_building_one_network_never_changes_what_the_next_targets(models):
 
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "4"}, {"neuron_dropout": 0.5, "rank_dropout": "0.5"}])
 def test_a_fresh_network_changes_nothing_bit_for_bit(models, args):
-    before = run(*models)
+    before = outputs(*models)
     network = create_network(1.0, 4, 1, None, *models, **args)
     network.apply_to(*models)
     network.train()
-    assert all(torch.equal(a, b) for a, b in zip(run(*models), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(*models), before, strict=True))
 
 
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "4"}])
 def test_apply_then_remove_is_the_identity(models, args):
     text, unet = models
-    before = run(text, unet)
+    before = outputs(text, unet)
     network = applied(text, unet, **args)
-    assert not torch.equal(run(text, unet)[1], before[1])
+    assert not torch.equal(outputs(text, unet)[1], before[1])
     network.remove()
-    assert all(torch.equal(a, b) for a, b in zip(run(text, unet), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outputs(text, unet), before, strict=True))
     assert not any("forward" in vars(module) for model in models for module in model.modules())
 
 
 def test_networks_on_one_model_add_up_and_come_off_in_any_order(models):
     text, unet = models
-    before = run(text, unet)[1]
+    before = outputs(text, unet)[1]
     first = applied(text, unet, seed=1)
-    only_first = run(text, unet)[1]
+    only_first = outputs(text, unet)[1]
     second = applied(text, unet, seed=2)
     third = applied(text, unet, seed=3)
     second.remove()
     third.set_multiplier(0.0)
-    assert torch.equal(run(text, unet)[1], only_first)
+    assert torch.equal(outputs(text, unet)[1], only_first)
     third.set_enabled(False)
     first.remove()
     third.remove()
-    assert torch.equal(run(text, unet)[1], before)
+    assert torch.equal(outputs(text, unet)[1], before)
 
 
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "4", "conv_alpha": "2"}])
@@ -170,12 +142,12 @@ def test_networks_on_one_model_add_up_and_come_off_in_any_order(models):
 def test_merged_equals_applied(models, args, multiplier):
     text, unet = models
     network = applied(text, unet, multiplier=multiplier, **args)
-    expected = run(text, unet)
+    expected = outputs(text, unet)
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.remove()
     merged, _ = create_network_from_weights(multiplier, None, None, text, unet, weights)
     merged.merge_to(text, unet, weights)
-    for got, want in zip(run(text, unet), expected, strict=True):
+    for got, want in zip(outputs(text, unet), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
 
@@ -347,7 +319,7 @@ def test_a_file_without_alphas_means_alpha_equals_rank(models):
 def test_linear_and_pointwise_weights_stand_for_each_other(models):
     text, unet = models
     network = applied(text, unet)
-    expected = run(text, unet)[1]
+    expected = outputs(text, unet)[1]
     weights = {}
     for name, tensor in network.state_dict().items():
         is_projection = "_proj_in." in name or "_proj_out." in name
@@ -359,7 +331,7 @@ def test_linear_and_pointwise_weights_stand_for_each_other(models):
     other, _ = create_network_from_weights(1.0, None, None, text, unet, weights)
     other.apply_to(text, unet)
     other.load_state_dict(weights)
-    assert torch.equal(run(text, unet)[1], expected)
+    assert torch.equal(outputs(text, unet)[1], expected)
 
 
 def test_a_file_that_matches_nothing_is_an_error_and_one_in_part_is_told(models, caplog, tmp_path):
@@ -435,34 +407,17 @@ def test_loraplus_gives_the_up_matrices_their_own_rate(models):
 # ---- the readers of the files -------------------------------------------------------------------------------
 
 
-def pipeline(text, unet, model_store, family_name):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    from library.models.tokenizer import load_clip_tokenizer
-
-    return StableDiffusionPipeline(
-        vae=model_store(family_name)[0]["vae"],
-        text_encoder=text,
-        tokenizer=load_clip_tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler.from_config(tiny.SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "2", "conv_alpha": "1"}], ids=["LierLa", "C3Lier"])
 def test_diffusers_loads_the_file_and_gives_the_same_output(models, model_store, family_name, tmp_path, args):
     text, unet = models
     network = applied(text, unet, **args)
-    expected_text, expected = run(text, unet)
+    expected_text, expected = outputs(text, unet)
     network.save_weights(tmp_path / "x.safetensors", None, {"ss_v2": str(family_name == "sd2")})
     network.remove()
-    plain = run(text, unet)[1]
-    pipe = pipeline(text, unet, model_store, family_name)
+    plain = outputs(text, unet)[1]
+    pipe = pipe_of(model_store(family_name)[0] | {"text_encoder": text, "unet": unet}, family=family_name)
     pipe.load_lora_weights(tmp_path, weight_name="x.safetensors")
-    got_text, got = run(text, unet)
+    got_text, got = outputs(text, unet)
     assert (expected - plain).abs().max() > 0.01, "the network must do something"
     torch.testing.assert_close(got_text, expected_text, rtol=0, atol=1e-5 * max(1.0, float(expected_text.abs().max())))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
@@ -476,8 +431,8 @@ def test_the_diffusers_example_of_the_documentation_runs(models, model_store, fa
         network.save_weights(paths[-1], torch.float32, None)
         network.remove()
     text_encoder, unet = models
-    pipe = pipeline(text_encoder, unet, model_store, family_name)
-    plain = run(text_encoder, unet)[1]
+    pipe = pipe_of(model_store(family_name)[0] | {"text_encoder": text_encoder, "unet": unet}, family=family_name)
+    plain = outputs(text_encoder, unet)[1]
 
     sd = load_file(paths[0])
     network1, sd = create_network_from_weights(0.5, None, pipe.vae, text_encoder, unet, sd)
@@ -495,17 +450,17 @@ def test_the_diffusers_example_of_the_documentation_runs(models, model_store, fa
     network1.set_multiplier(0.8)
     network2.set_multiplier(0.8)
     network3.set_multiplier(0.8)
-    stacked = run(text_encoder, unet)[1]
+    stacked = outputs(text_encoder, unet)[1]
     image = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
     for network in (network1, network2, network3):
         network.remove()
-    assert torch.equal(run(text_encoder, unet)[1], plain)
+    assert torch.equal(outputs(text_encoder, unet)[1], plain)
     for path in paths:
         sd = load_file(path)
         network, sd = create_network_from_weights(0.8, None, pipe.vae, text_encoder, unet, sd)
         network.merge_to(text_encoder, unet, sd)
-    merged = run(text_encoder, unet)[1]
+    merged = outputs(text_encoder, unet)[1]
     torch.testing.assert_close(merged, stacked, rtol=0, atol=1e-4 * float(stacked.abs().max()))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loras import assert_deltas, deltas, make_lora, weighted_sum
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,47 +27,8 @@ from networks import lora, merge_lora
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_lora(models, path, *, rank=4, alpha=3.0, seed=0, dtype=torch.float32, keep=lambda name: True, **arguments):
-    """Write a LoRA file with random factors over tiny models."""
-    torch.manual_seed(seed)
-    network = lora.create_network(1.0, rank, alpha, None, models["text_encoder"], models["unet"], **arguments)
-    for module in network.modules_in_order():
-        torch.nn.init.normal_(module.lora_up.weight, std=0.05)
-    weights = {name: tensor.to(dtype) for name, tensor in network.state_dict().items() if keep(name)}
-    lora.write_weights(path, weights, {"ss_v2": "False"})
-    return path
-
-
 def merge(*argv):
     assert merge_lora.main([str(word) for word in argv]) == 0
-
-
-def deltas(path):
-    """Return module -> its change in float64, as a reader applies it."""
-    weights = load_file(path)
-    found = {}
-    for name in weights:
-        if name.endswith(".lora_down.weight"):
-            module = name.removesuffix(".lora_down.weight")
-            down, up = weights[name].double().flatten(1), weights[f"{module}.lora_up.weight"].double().flatten(1)
-            alpha = weights.get(f"{module}.alpha", torch.tensor(float(down.shape[0])))
-            found[module] = float(alpha) / down.shape[0] * up @ down
-    return found
-
-
-def weighted_sum(paths, ratios):
-    total = {}
-    for path, ratio in zip(paths, ratios, strict=True):
-        for module, delta in deltas(path).items():
-            total[module] = total.get(module, 0) + ratio * delta
-    return total
-
-
-def assert_deltas(path, expected, tolerance=1e-6):
-    found = deltas(path)
-    assert found.keys() == expected.keys()
-    for module, delta in expected.items():
-        assert (found[module] - delta).norm() <= tolerance * delta.norm(), module
 
 
 # ---- into a checkpoint --------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensors import metadata
 
 from library import pickles, weight_file
 from library.errors import UserError
@@ -24,11 +24,6 @@ POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 def merge(*argv):
     assert merge_models.main([str(word) for word in argv]) == 0
-
-
-def metadata_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def assert_close(found, expected, dtype):
@@ -69,7 +64,7 @@ def test_the_sum_is_that_of_float64_and_what_is_told_of_it_is_true(pair, tmp_pat
             assert torch.equal(merged[name], tensor)
         else:
             assert_close(merged[name], 0.7 * tensor.double() + 0.3 * other.get(name, tensor).double(), torch.float32)
-    told = metadata_of(tmp_path / "混ぜた.safetensors")
+    told = metadata(tmp_path / "混ぜた.safetensors")
     recipe = json.loads(told.pop("merge_recipe"))
     assert told == {
         "modelspec.author": "わたし",

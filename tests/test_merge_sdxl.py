@@ -12,8 +12,9 @@ import shutil
 
 import pytest
 import torch
+from loras import deltas, make_lora
 from safetensors.torch import load_file, save_file
-from test_merge_lora import deltas, make_lora
+from tensors import assert_same, read_folder
 
 from library.errors import UserError
 from library.models import loading
@@ -42,26 +43,11 @@ def convert(*argv):
     assert converter.main([str(word) for word in argv]) == 0
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
 def assert_close(found, expected):
     """Hold that tables of tensors are the same but for the last bits, which depend on how memory is aligned."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
-
-
-def read_folder(folder):
-    return {
-        f"{path.parent.name}/{name}": tensor
-        for path in sorted(folder.glob("*/*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
 
 
 # ---- a network on every layer, in every naming --------------------------------------------------------------

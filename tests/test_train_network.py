@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import metadata, options, same, train
+from runs import options, same, train
 from safetensors.torch import load_file
+from tensors import metadata
 
 import train_network
 from library.errors import UserError

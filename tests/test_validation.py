@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from runs import metadata, options, same, train
+from runs import options, same, train
+from tensors import metadata
 
 import train_network
 from library.errors import UserError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from library.models import family as families
 from library.models import keys, loading
 from library.models.family import ModelFamily
+
+ModelStore = Callable[[str], tuple[dict[str, torch.nn.Module], dict[str, Path]]]
 
 FAMILIES = {"sd1": families.SD1, "sd2": families.SD2, "sdxl": families.SDXL}
 CHANNELS = {families.SD1: (32, 64, 96, 96), families.SD2: (64, 128, 192, 192), families.SDXL: (64, 128, 128)}

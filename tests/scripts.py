@@ -1,0 +1,27 @@
+"""The scripts of the suite, run in this process or in one of their own, for tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Script(Protocol):
+    """A module with the entry point of a script."""
+
+    def main(self, argv: list[str], /) -> int: ...
+
+
+def call(script: Script, *argv: object) -> None:
+    """Run a script in this process, and hold that it ends well."""
+    assert script.main([str(word) for word in argv]) == 0
+
+
+def python(*words: object, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, and return its exit code and what it said, in UTF-8."""
+    argv = [sys.executable, *map(str, words)]
+    return subprocess.run(argv, cwd=cwd, capture_output=True, encoding="utf-8", check=False, **more)

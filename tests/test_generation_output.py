@@ -1,0 +1,185 @@
+"""The files that gen_img_diffusers.py writes: names, sheets, the page; stopping and typing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawing import HIGHRES, SIZE, same, shot
+from PIL import Image
+
+import gen_img_diffusers
+from library import logs
+from library.generation import artist
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ---- files --------------------------------------------------------------------------------------------------
+
+
+def test_numbers_go_on_after_those_of_the_folder(draw):
+    words = ["--prompt", "a", "--images_per_prompt", 2, "--steps", 1]
+    names = [shot.path.name for _ in range(2) for shot in draw(*words)]
+    assert names == ["im_000001.png", "im_000002.png", "im_000003.png", "im_000004.png"]
+    both = draw(*words, *HIGHRES, "--highres_fix_save_1st", "--batch_size", 2)
+    assert [shot.path.name for shot in both] == ["im_0000005.png", "im_0000006.png", "im_1000005.png", "im_1000006.png"]
+
+
+def test_names_of_their_own_are_never_written_over(draw, source):
+    shots = draw("--prompt", "a --f x/cat.png", "--images_per_prompt", 2, "--steps", 1)
+    again = draw("--prompt", "a --f x/cat.png --d 7", "--steps", 1)
+    names = [shot.path.name for shot in (*shots, *again)]
+    assert sorted(names) == ["cat-1.png", "cat-2.png", "cat.png"]
+    words = ["--prompt", "a", "--image_path", source, "--use_original_file_name", "--images_per_prompt", 2]
+    assert [shot.path.name for shot in draw(*words)] == ["source-1.png", "source.png"]
+
+
+def test_default_names_have_time_place_and_seed(model_store, tmp_path):
+    argv = [
+        "--ckpt",
+        model_store("sd1")[1]["folder"],
+        "--prompt",
+        "a --d 3,3,8",
+        *SIZE,
+        "--steps",
+        1,
+        "--batch_size",
+        2,
+    ]
+    argv += ["--images_per_prompt", 3, "--outdir", tmp_path / "deep" / "er"]
+    assert gen_img_diffusers.main([str(word) for word in argv]) == 0
+    names = sorted(path.name for path in (tmp_path / "deep" / "er").iterdir())
+    assert [re.fullmatch(r"im_\d{14}_(\d{3})_(\d+)\.png", name).groups() for name in names] in (
+        [("000", "3"), ("000", "8"), ("001", "3")], [("000", "3"), ("001", "3"), ("000", "8")]
+    )  # fmt: skip
+
+
+def test_the_page_holds_every_picture_and_every_prompt(draw, tmp_path):
+    prompts = ['<script>alert("1")</script> & a cat', "猫 'quoted'"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + " --n <b>", encoding="utf-8")
+    shots = draw("--from_file", tmp_path / "p.txt", "--html")
+    (page,) = (tmp_path / "o").glob("*.html")
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    for prompt, found in zip(prompts, shots, strict=True):
+        assert html.escape(prompt) in text
+        assert found.path.name in text
+    assert "Negative prompt: &lt;b&gt;" in text
+    encoded_pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", text)
+    for index, code in enumerate(encoded_pictures):
+        with Image.open(io.BytesIO(base64.b64decode(code))) as picture:
+            own, other = (np.abs(np.asarray(picture) - shots[at].pixels).mean() for at in (index, 1 - index))
+        assert own < other / 2
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def cells_of(path, columns, rows):
+    """Return the pictures of a sheet, from its lower right corner."""
+    with Image.open(path) as file:
+        sheet = np.asarray(file.convert("RGB")).astype(int)
+    height, width = sheet.shape[:2]
+    at = lambda row, column: (height - 68 * (rows - row), width - 68 * (columns - column))  # noqa: E731
+    return [
+        [sheet[y : y + 64, x : x + 64] for y, x in (at(row, column) for column in range(columns))]
+        for row in range(rows)
+    ]
+
+
+def test_a_grid_of_one_axis_has_a_row_for_each_prompt(draw, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog --l 2\n", encoding="utf-8")
+    draw("--from_file", tmp_path / "p.txt", "--grid", "seed=1,2,3", "--batch_size", 4)
+    cells = cells_of(tmp_path / "o" / "grid.png", 3, 2)
+    for row, line in enumerate(("a cat", "a dog --l 2")):
+        for column in range(3):
+            (single,) = draw("--prompt", f"{line} --d {column + 1}", out="single")
+            same(cells[row][column], single.pixels)
+
+
+def test_a_grid_of_two_axes(draw, tmp_path):
+    draw("--prompt", "a cat on a mat", "--grid", "replace=cat,dog", "steps=1,3")
+    cells = cells_of(tmp_path / "o" / "grid.png", 2, 2)
+    for row, steps in enumerate((1, 3)):
+        for column, word in enumerate(("cat", "dog")):
+            (single,) = draw("--prompt", f"a {word} on a mat --s {steps}", out="single")
+            same(cells[row][column], single.pixels)
+
+
+def test_a_grid_of_three_axes_over_networks(draw, two, tmp_path):
+    _, words = two
+    axes = ["am=0:0,1:0.5", "sampler=ddim,euler_a", "scale=2,4"]
+    draw("--prompt", "a cat", *words, "--grid", *axes)
+    sheets = sorted((tmp_path / "o").glob("grid*.png"), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.name for path in sheets] == ["grid.png", "grid-1.png"]
+    for path, scale in zip(sheets, (2, 4), strict=True):
+        cells = cells_of(path, 2, 2)
+        line = f"a cat --am 1,0.5 --ss euler_a --l {scale}"
+        same(cells[1][1], draw("--prompt", line, *words, out="single")[0].pixels)
+        same(cells[0][0], draw("--prompt", f"a cat --l {scale}", out="single")[0].pixels)
+
+
+# ---- stopping and typing ------------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, number):
+    """Have Ctrl-C come while the number-th picture is drawn."""
+    plain, calls = artist.draw_latents, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(artist, "draw_latents", stopped)
+
+
+def test_ctrl_c_keeps_what_is_finished(draw, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        draw("--prompt", "a cat", "--images_per_prompt", 5, "--html", "--steps", 1)
+    files = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert files[1:] == ["im_000001.png", "im_000002.png"]
+    assert files[0].startswith("gallery-")
+    assert (tmp_path / "o" / files[0]).read_text(encoding="utf-8").count("<figure>") == 2
+
+
+def test_ctrl_c_leaves_a_sheet_with_holes(draw, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        draw("--prompt", "a cat", "--grid", "seed=1,2", "scale=2,3", "--steps", 1)
+    cells = cells_of(tmp_path / "o" / "grid.png", 2, 2)
+    shots = [shot(path) for path in sorted((tmp_path / "o").glob("im_*"))]
+    assert len(shots) == 2
+    filled = [cell for row in cells for cell in row if (cell != 255).any()]
+    assert len(filled) == 2
+    for cell in filled:
+        assert any(np.array_equal(cell, found.pixels) for found in shots)
+
+
+def test_ctrl_c_ends_with_its_exit_code(monkeypatch, model_store, tmp_path, capsys):
+    monkeypatch.setattr(logs, "set_up_logging", lambda: None)
+    stop_at(monkeypatch, 1)
+    words = ["--ckpt", model_store("sd1")[1]["folder"], "--prompt", "a", "--outdir", tmp_path, *SIZE]
+    monkeypatch.setattr(sys, "argv", ["gen_img_diffusers.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        logs.run_script(gen_img_diffusers.main)
+    assert ended.value.code == 130
+    assert "gen_img_diffusers.py: stopped" in capsys.readouterr().err
+
+
+def test_typed_prompts_are_drawn_one_by_one(draw, monkeypatch, caplog):
+    typed = ["a cat --d 5", "", "a dog --x 3", "a dog --w 70", "a dog --d 6 --s 1"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
+    with caplog.at_level("INFO"):
+        shots = draw("--interactive", "--n_iter", 3, "--batch_size", 4)
+    assert [shot.texts["prompt"] for shot in shots] == ["a cat", "a dog"]
+    assert "--x is not known" in caplog.text
+    assert "--w must be a multiple of 8" in caplog.text
+    assert str(shots[0].path) in caplog.text
+    same(shots[0].pixels, draw("--prompt", "a cat --d 5")[0].pixels)
