@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -122,3 +124,21 @@ def refused(base, pictures, tmp_path, monkeypatch, capsys):
     from refusals import Refused
 
     return Refused(base, pictures, tmp_path, monkeypatch, capsys)
+
+
+# ---- converted models ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tidy(tmp_path):
+    """Leave nothing of the hundreds of megabytes behind that a test writes."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Return family name -> its models and what the converter makes of them, each once."""
+    from conversions import make_converted
+
+    return functools.cache(lambda name: make_converted(name, tmp_path_factory.mktemp(name)))

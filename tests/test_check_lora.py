@@ -6,17 +6,16 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from drawing import pipe_of
 from loras import deltas, make_lora, outputs
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 
 from networks import check_lora_weights, convert_lora, lora
 
-ROOT = Path(__file__).resolve().parents[1]
 MIDDLE = "lora_unet_mid_block_attentions_0_proj_in"
 
 

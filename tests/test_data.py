@@ -23,7 +23,6 @@ from library.data.records import build_training_sets, regularisation_repeats
 from library.errors import UserError
 from library.randomness import random_for
 
-ROOT = Path(__file__).resolve().parents[1]
 MOMENT = Moment(epoch=1, step=0, num_steps=100)
 
 

@@ -7,9 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
 from library.config import toml_text
 from library.config.dataset import DatasetOptions, SubsetOptions
@@ -19,7 +19,6 @@ from library.config.retired import RETIRED
 from library.config.train import TrainConfig
 from library.sampling.prompts import parse_line, read_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 ENGLISH = [page for page in PAGES if not page.stem.endswith("-ja")]

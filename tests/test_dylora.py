@@ -6,21 +6,19 @@ import collections
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from runs import options, same, train
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 from tensors import metadata
 
 import train_network
 from library.errors import UserError
 from networks import dylora, extract_lora_from_dylora, lora
 from networks.dylora import DyLoRANetwork
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Transformer2DModel(torch.nn.Module):

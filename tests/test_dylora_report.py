@@ -10,7 +10,6 @@ import random
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from runs import options
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 
 import train_network
 from library.errors import UserError
@@ -28,7 +28,6 @@ from library.training.measure.rank_results import BASE, compare_ranks, draw_plot
 from networks import extract_lora_from_dylora, lora
 from tools import dylora_report
 
-ROOT = Path(__file__).resolve().parents[1]
 RANKS = [2, 4, 6, 8]
 SEED = 7
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scripts import ROOT
 
 from finetune import clean_captions_and_tags, merge_captions_to_metadata, merge_dd_tags_to_metadata
 from finetune.clean_captions_and_tags import CAPTION_REPLACEMENTS, clean_caption, clean_tags
@@ -20,7 +21,6 @@ from library.config.dataset import SubsetOptions
 from library.data.sources import list_subset
 from library.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {"赤い 家.png": "a red house", "b.v2.JPG": "a dog\n\n  a cat  ", "c [1].webp": "", "d_10_20_5_6.png": "a face"}
 
 

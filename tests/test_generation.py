@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from library.generation import artist, recipe
 from library.sampling.prompts import SAMPLER_NAMES
 from library.sampling.requests import MOST_SEED
 from library.sampling.samplers import ROWS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def with_skip(pipe, skip):

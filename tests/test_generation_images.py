@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from library.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # ---- pictures to begin with ---------------------------------------------------------------------------------
 

@@ -16,8 +16,6 @@ from library.errors import UserError
 from library.generation import infotext
 from library.sampling.requests import Request
 
-ROOT = Path(__file__).resolve().parents[1]
-
 # ---- drawn again from its own file --------------------------------------------------------------------------
 
 

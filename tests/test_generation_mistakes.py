@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from drawing import SIZE
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
+from scripts import ROOT
 
 import gen_img_diffusers
 from library.errors import UserError
 from library.generation import recipe
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # ---- mistakes -----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from test_merge_lora import make_lora
 
 from library.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def folded(path):

@@ -7,7 +7,6 @@ import html
 import io
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from PIL import Image
 import gen_img_diffusers
 from library import logs
 from library.generation import artist
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # ---- files --------------------------------------------------------------------------------------------------
 

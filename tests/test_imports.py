@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
+from scripts import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 STANDARD_AND_CONFIG = {"library.config", "library.errors"}
 FILES = {"library.files", "library.pickles", "library.safetensors_io", "library.weight_file"}
 

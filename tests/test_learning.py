@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT
 
 import train_network
 from library.config.model import ModelConfig
@@ -15,7 +15,6 @@ from library.sampling.generate import generate
 from library.sampling.prompts import Prompt
 from networks.lora import create_network_from_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "pocket_model"))
 NUM_UNICORNS = 24
 

@@ -6,10 +6,10 @@ import importlib.metadata
 import logging
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from runs import options, same, train
+from scripts import ROOT
 
 import train_network
 from library import logs
@@ -17,8 +17,6 @@ from library.config.options import parse
 from library.config.train import TrainConfig
 from library.errors import UserError
 from library.training.record import tracking
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SECRETS = {
     "wandb_api_key": "0123456789abcdef0123456789abcdef01234567",

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -15,13 +14,13 @@ import torch
 from drawing import pipe_of
 from loras import applied, outputs
 from safetensors.torch import load_file
+from scripts import ROOT
 from torch import nn
 
 from library.models import loading
 from networks import lora
 from networks.lora import LoRAModule, Shape, create_network, create_network_from_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 COUNTS = {  # U-Net LierLa, U-Net C3Lier, text encoder; and values for each rank: LierLa, C3Lier linear, 3x3, text
     "sd1": (192, 278, 72, 423_936, 506_816, 544_000, 165_888),
     "sd2": (192, 278, 138, 432_128, 515_008, 544_000, 423_936),

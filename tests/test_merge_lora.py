@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +16,13 @@ from hypothesis import strategies as st
 from loras import assert_deltas, deltas, make_lora, weighted_sum
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 
 from library.adapters.low_rank import Change, concatenated, mixed, spectrum_of
 from library.config.model import ModelConfig
 from library.errors import UserError
 from library.models import loading
 from networks import lora, merge_lora
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def merge(*argv):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 from tensors import metadata
 
 from library import pickles, weight_file
 from library.errors import UserError
 from tools import merge_models
 
-ROOT = Path(__file__).resolve().parents[1]
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from scripts import ROOT
 
 from library.errors import UserError
 from tools import canny, show_metadata
 
-ROOT = Path(__file__).resolve().parents[1]
 TAGS = {"1_sks dog": {"犬": 3, 'a "quoted" tag': 1}}
 METADATA = {"ss_tag_frequency": json.dumps(TAGS), "ss_seed": "42", "modelspec.title": "わたしの犬", "a_list": "[1, 2]"}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import tomllib
+from scripts import ROOT
 
 from library.config import toml_text
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
@@ -16,8 +15,6 @@ from library.config.options import build_parser, format_default, given_options, 
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig, parse_train_config
 from library.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def read(*argv):

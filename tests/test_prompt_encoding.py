@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from pathlib import Path
 
 import pytest
 import tiny
@@ -19,8 +18,6 @@ from library.models.prompt_weights import parse_weights
 from library.models.text_encoding import encode_tokens, tokenize
 from library.models.tokenizer import load_clip_tokenizer
 from library.sampling import dynamic_prompts
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # ---- attention weights and windows --------------------------------------------------------------------------
 

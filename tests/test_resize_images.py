@@ -11,19 +11,18 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
+from scripts import ROOT
 
 from library.data import images
 from library.errors import UserError
 from tools import resize_images_to_resolution as tool
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "resize_images_to_resolution.py"
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SIDES = st.integers(1, 3000)

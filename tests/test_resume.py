@@ -17,13 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import ROOT
 
 import train_network
 from library.config.saving import SavingConfig
 from library.errors import UserError
 from library.training.run import state
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loras import assert_deltas, deltas, make_lora, weighted_sum
 from safetensors.torch import load_file, save_file
-from scripts import call
+from scripts import ROOT, call
 from tensors import metadata
 
 from library.adapters import low_rank
 from library.adapters.low_rank import Change
 from library.errors import UserError
 from networks import extract_lora_from_models, merge_lora, resize_lora, svd_merge_lora
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def truncated(matrix, rank):

@@ -16,15 +16,13 @@ import torch
 from PIL import Image
 from runs import options, same, train
 from safetensors.torch import load_file
+from scripts import ROOT
 from tensors import metadata
 
 import train_network
 from library.errors import UserError
 from library.files import file_sha256
 from library.weight_file import file_legacy_hash
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 # ---- what it trains -----------------------------------------------------------------------------------------
 

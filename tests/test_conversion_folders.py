@@ -1,0 +1,325 @@
+"""tools/convert_diffusers20_original_sd.py: kinds of folders, mistakes, and how little is held in memory."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import weakref
+
+import pytest
+import torch
+from conversions import convert, read
+from safetensors.torch import load_file, save_file
+from scripts import ROOT, python
+from tensors import assert_same, metadata, read_folder
+
+from library import weights_io
+from library.config.model import ModelConfig
+from library.errors import UserError
+from library.models import loading
+from library.models.model_files import open_model
+
+SCRIPT = ROOT / "tools" / "convert_diffusers20_original_sd.py"
+pytestmark = pytest.mark.usefixtures("tidy")
+
+# ---- folders ------------------------------------------------------------------------------------------------
+
+
+def split_text_encoder(folder, ending=""):
+    """Split the weights of a text encoder into two files with an index."""
+    whole = folder / "model.safetensors"
+    state = load_file(whole)
+    names, weight_map = sorted(state), {}
+    for at, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model{ending}-0000{at}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / f"model.safetensors.index{ending}.json").write_text(json.dumps(index))
+    whole.unlink()
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_sharded_folders(store, tmp_path, name):
+    model = store(name)
+    folder = tmp_path / "folder"
+    shutil.copytree(model.folder, folder)
+    shutil.rmtree(folder / "unet")
+    model.models["unet"].save_pretrained(folder / "unet", max_shard_size="10MB")
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 1
+    split_text_encoder(folder / "text_encoder")
+    convert(folder, tmp_path / "out.safetensors")
+    assert_same(read(tmp_path / "out.safetensors"), read(model.made_checkpoint))
+    convert(folder, tmp_path / "whole")  # one file of each part, and no index of files that are not there
+    assert not list((tmp_path / "whole").glob("*/*.index*"))
+    assert_same(read_folder(tmp_path / "whole"), read_folder(model.folder))
+
+
+def test_variants(store, tmp_path):
+    model = store("sd1")
+    folder = tmp_path / "folder"
+    shutil.copytree(model.folder, folder)
+    for path in sorted(folder.glob("*/*.safetensors")):
+        state = {name: tensor.half() for name, tensor in load_file(path).items()}
+        save_file(state, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
+    convert(folder, tmp_path / "full.safetensors")
+    convert(folder, tmp_path / "half.safetensors", "--variant", "fp16")
+    assert_same(read(tmp_path / "full.safetensors"), read(model.made_checkpoint))
+    half = {name: tensor.half() for name, tensor in read(model.made_checkpoint).items()}
+    assert_same(read(tmp_path / "half.safetensors"), half)
+    with pytest.raises(UserError, match="unet holds no weights of the variant bf16"):
+        convert(folder, tmp_path / "x.safetensors", "--variant", "bf16")
+    with pytest.raises(UserError, match="--variant is for Diffusers folders"):
+        convert(model.checkpoint, tmp_path / "x", "--variant", "fp16")
+
+
+def test_a_sharded_variant_does_not_stand_for_the_full_weights(store, tmp_path):
+    model = store("sd1")
+    folder, encoder = tmp_path / "folder", tmp_path / "folder" / "text_encoder"
+    shutil.copytree(model.folder, folder)
+    full = (encoder / "model.safetensors").read_bytes()
+    save_file({name: tensor.half() for name, tensor in load_file(encoder / "model.safetensors").items()},
+              encoder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    split_text_encoder(encoder, ".fp16")
+    types = {tensor.dtype for name, tensor in folder_tensors(folder).items() if name.startswith("text_encoder/")}
+    assert types == {torch.float16}  # nothing else is there
+    (encoder / "model.safetensors").write_bytes(full)
+    assert_same(folder_tensors(folder), folder_tensors(model.folder))
+    split_text_encoder(encoder)
+    assert_same(folder_tensors(folder), folder_tensors(model.folder))
+
+
+def folder_tensors(folder):
+    files = open_model(folder)
+    return {name: files.read(name) for name in files.shapes}
+
+
+def test_scheduler_and_tokenizer_of_another_folder(store, tmp_path):
+    model, other = store("sdxl"), tmp_path / "other"
+    for part in ("scheduler", "tokenizer", "unet"):
+        (other / part).mkdir(parents=True)
+    (other / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "EulerDiscreteScheduler"}')
+    (other / "tokenizer" / "tokenizer.json").write_text("{}")
+    convert(model.checkpoint, tmp_path / "out", "--reference_model", other)
+    out = tmp_path / "out"
+    assert "Euler" in (out / "scheduler" / "scheduler_config.json").read_text()
+    assert [path.name for path in (out / "tokenizer").iterdir()] == ["tokenizer.json"]
+    assert (out / "tokenizer_2" / "vocab.json").is_file()
+    assert_same(read_folder(out), read_folder(model.made_folder))
+    with pytest.raises(UserError, match="--reference_model: runwayml/x is not a folder, and nothing is downloaded"):
+        convert(model.checkpoint, tmp_path / "no", "--reference_model", "runwayml/x")
+
+
+def test_the_name_of_a_folder_may_hold_a_dot_and_the_folder_be_there(store, tmp_path):
+    model = store("sd1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for name in ("my.model", "link"):
+        convert(model.checkpoint, tmp_path / name)
+        assert (tmp_path / name / "model_index.json").is_file()
+    assert_same(read_folder(tmp_path / "my.model"), read_folder(tmp_path / "empty"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "my.model"]
+
+
+def test_a_model_without_vae(store, tmp_path):
+    model = store("sd1")
+    state = {name: t for name, t in read(model.checkpoint).items() if not name.startswith("first_stage_model.")}
+    save_file(state, tmp_path / "bare.safetensors")
+    convert(tmp_path / "bare.safetensors", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    assert_same(read(tmp_path / "back.safetensors"), state)
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["gone.safetensors", "{out}"], "gone.safetensors is not a file or a folder: name a checkpoint .* nothing is"),
+        (["runwayml/stable-diffusion-v1-5", "{out}"], "nothing is downloaded"),
+        (["{checkpoint}", "{full}"], "is there already and not empty: take another name"),
+        (["{folder}", "{folder}"], "is within .*, which is read: take another place"),
+        (["{checkpoint}", "{checkpoint}"], "is one of the files to be read: take another name"),
+        (["{folder}", "{inside}"], "is within .*, which is read: take another place"),
+        (["{checkpoint}", "{out}", "--v2"], "--v2 was given, but .* is an SD 1.x model: leave it out"),
+        (["{sdxl}", "{out}", "--v1"], "--v1 was given, but .* is an SDXL model: leave it out"),
+        (["{checkpoint}", "{out}", "--v1", "--v2"], "--v1 and --v2 were both given"),
+        (["{checkpoint}", "{out}", "--fp16", "--bf16"], "one type can be written, got --fp16 --bf16"),
+        (["{lora}", "{out}"], "is no Stable Diffusion checkpoint"),
+        (["{refiner}", "{out}"], "is an SDXL refiner"),
+        (["{inpainting}", "{out}"], "is an inpainting model"),
+        (["{noise}", "{out}"], "is not a safetensors file"),
+        (["{empty}", "{out}"], "is no Diffusers folder: unet/config.json is missing"),
+        (["{headless}", "{out}"], "holds no text encoder"),
+        (["{blind}", "{out}"], "holds no whole text encoder: conditioner.embedders.1.model.text_projection is missing"),
+        (["{odd}", "{out}.safetensors"], "holds something.weight, which has no place in a checkpoint"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(store, tmp_path, argv, text):
+    model, sdxl = store("sd1"), store("sdxl")
+    paths = {"checkpoint": model.checkpoint, "folder": model.folder, "sdxl": sdxl.checkpoint, "out": tmp_path / "out"}
+    paths |= {"inside": model.folder / "vae" / "diffusion_pytorch_model.safetensors", "full": model.made_folder}
+    changed = {
+        "lora": lambda: {"lora_unet_a.lora_down.weight": torch.ones(1, 1)},
+        "refiner": lambda: {"conditioner.embedders.0.model.ln_final.weight": torch.ones(1)},
+        "inpainting": lambda: (
+            read(model.checkpoint) | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}
+        ),
+        "headless": lambda: {name: t for name, t in read(model.checkpoint).items() if "cond_stage" not in name},
+        "blind": lambda: {name: t for name, t in read(sdxl.checkpoint).items() if "text_projection" not in name},
+    }
+    for name, make in changed.items():
+        if f"{{{name}}}" in argv:
+            paths[name] = tmp_path / f"{name}.safetensors"
+            save_file(make(), paths[name])
+    paths["noise"], paths["empty"], paths["odd"] = tmp_path / "noise.safetensors", tmp_path / "empty", tmp_path / "odd"
+    paths["noise"].write_bytes(bytes(range(200)))
+    paths["empty"].mkdir()
+    if "{odd}" in argv:
+        shutil.copytree(model.folder, paths["odd"])
+        unet = paths["odd"] / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file(load_file(unet) | {"something.weight": torch.ones(1)}, unet)
+    before = sorted(tmp_path.rglob("*"))
+    stamp = paths["inside"].stat().st_mtime_ns
+    with pytest.raises(UserError, match=text) as caught:
+        convert(*(word.format(**paths) for word in argv))
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert paths["inside"].stat().st_mtime_ns == stamp
+
+
+# ---- safety and size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["out.safetensors", "out.ckpt", "out"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_an_end_in_the_middle_leaves_what_was_there(store, tmp_path, monkeypatch, target, failure):
+    model, out = store("sd2"), tmp_path / target
+    if out.suffix:
+        out.write_bytes(b"old")
+    else:
+        out.mkdir()
+    reads = itertools.count()
+    true_read = weights_io.WeightFile.tensor
+
+    def failing(self, name):
+        if next(reads) == 700:
+            raise KeyboardInterrupt if failure is KeyboardInterrupt else OSError(errno.EIO, "the disk is gone")
+        return true_read(self, name)
+
+    monkeypatch.setattr(weights_io.WeightFile, "tensor", failing)
+    with pytest.raises(failure):
+        convert(model.checkpoint if target == "out" else model.folder, out)
+    assert list(tmp_path.iterdir()) == [out]
+    assert not list(out.iterdir()) if target == "out" else out.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("target", ["out.safetensors", "out.ckpt", "out"])
+def test_a_full_disk_leaves_what_was_there(store, tmp_path, monkeypatch, target):
+    model, out = store("sd1"), tmp_path / target
+    if out.suffix:
+        out.write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights_io.os, "fsync", full)
+    with pytest.raises(OSError, match="could not be written: No space left"):
+        convert(model.checkpoint, out)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if out.suffix else [])
+
+
+def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
+    """No more is alive than some tensors that are written and the parts of the next: query, key and value."""
+    model, alive, most, number = store("sdxl"), weakref.WeakSet(), 0, 0
+    true_read = weights_io.WeightFile.tensor
+
+    def counted(self, name):
+        nonlocal most, number
+        tensor = true_read(self, name)
+        holder = tensor.untyped_storage()
+        alive.add(holder)
+        tensor.holder = holder  # a storage object lives as long as a tensor that knows it
+        most, number = max(most, len(alive)), number + 1
+        return tensor
+
+    monkeypatch.setattr(weights_io.WeightFile, "tensor", counted)
+    convert(model.checkpoint, tmp_path / "folder")
+    convert(model.folder, tmp_path / "out.safetensors")
+    assert number > 1500
+    assert 2 <= most <= 10
+
+
+# ---- the command line ---------------------------------------------------------------------------------------
+
+
+def test_the_script_runs_from_any_folder(store, tmp_path):
+    model = store("sd1")
+    shutil.copy(model.checkpoint, tmp_path / "model.safetensors")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = python(SCRIPT, "model.safetensors", "a b/folder", cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert_same(read_folder(tmp_path / "a b" / "folder"), read_folder(model.folder))
+
+
+def test_help_and_mistakes_are_answered_without_torch(tmp_path):
+    code = "import sys, runpy; sys.argv = {!r}\ntry: runpy.run_path({!r}, run_name='__main__')\n"
+    code += "except SystemExit as end: code = end.code\nsys.exit(10 * ('torch' in sys.modules) + (code or 0))"
+    for argv, expected in ((["x", "--help"], 0), (["x", "gone", "out"], 2)):
+        done = python("-c", code.format(argv, str(SCRIPT)), cwd=tmp_path)
+        assert done.returncode == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.bias",
+        "first_stage_model.decoder.mid.block_1.norm1.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias",
+    ],
+)
+def test_a_checkpoint_with_a_hole_is_refused(model_store, tmp_path, name):
+    state = load_file(model_store("sd1")[1]["safetensors"])
+    del state[name]
+    save_file(state, tmp_path / "hole.safetensors")
+    with pytest.raises(UserError, match="is not whole|holds no whole"):
+        convert(tmp_path / "hole.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_of_a_checkpoint_come_back_with_it(model_store, tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_file(load_file(model_store("sd1")[1]["safetensors"]), source, metadata={"modelspec.title": "mine", "x": "1"})
+    folder, back = tmp_path / "folder", tmp_path / "back.safetensors"
+    convert(source, folder)
+    convert(folder, back)
+    assert {"modelspec.title": "mine", "x": "1"}.items() <= metadata(back).items()
+    with pytest.raises(UserError, match="--metadata is for .safetensors files"):
+        convert(back, tmp_path / "other", "--metadata", '{"a": 1}')
+
+
+def test_a_model_of_unusual_sizes_comes_back_with_its_settings(tmp_path):
+    source = ROOT / "examples" / "pocket_model"
+    file, folder = tmp_path / "a.safetensors", tmp_path / "back"
+    convert(source, file)
+    convert(file, folder)
+    for part in ("unet", "vae", "text_encoder"):
+        before, after = (json.loads((path / part / "config.json").read_text()) for path in (source, folder))
+        own = {key: value for key, value in before.items() if not key.startswith("_") and "dtype" not in key}
+        assert own.items() <= after.items(), part
+    config = ModelConfig(pretrained_model_name_or_path=str(file))
+    models = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    assert (
+        models.unet.config.norm_num_groups
+        == json.loads((source / "unet" / "config.json").read_text())["norm_num_groups"]
+    )
+    state = load_file(file)
+    save_file(state, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="is no Stable Diffusion of the usual sizes"):
+        convert(tmp_path / "bare.safetensors", tmp_path / "other")
