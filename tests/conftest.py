@@ -142,3 +142,10 @@ def store(tmp_path_factory):
     from conversions import make_converted
 
     return functools.cache(lambda name: make_converted(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Return a folder to read pictures from, and one to write to, which is not there."""
+    (tmp_path / "src").mkdir()
+    return tmp_path / "src", tmp_path / "dst"
