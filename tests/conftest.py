@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import shutil
@@ -59,6 +60,13 @@ def model_store(tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def fresh_models(model_store, family_name):
+    """Return copies of a tiny model's text encoder and U-Net."""
+    made, _ = model_store(family_name)
+    return copy.deepcopy(made["text_encoder"]), copy.deepcopy(made["unet"])
 
 
 @pytest.fixture

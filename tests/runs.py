@@ -13,6 +13,16 @@ from tensors import Tensors, assert_same
 
 import train_network
 
+# Options of a DyLoRA over linear layers, and over convolutions as well; options of a run in which it learns.
+LIERLA: dict[str, object] = {
+    "network_module": "networks.dylora",
+    "network_dim": 8,
+    "network_alpha": 4,
+    "network_args": ["unit=2"],
+}
+C3LIER = LIERLA | {"network_args": ["unit=2", "conv_dim=8", "conv_alpha=4"]}
+RATE = {"learning_rate": "3e-2", "max_train_steps": 6}
+
 
 def words(**values: object) -> list[str]:
     """Return a command line; None leaves an option out, True makes it a switch."""
