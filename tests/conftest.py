@@ -134,6 +134,17 @@ def refused(base, pictures, tmp_path, monkeypatch, capsys):
     return Refused(base, pictures, tmp_path, monkeypatch, capsys)
 
 
+@pytest.fixture
+def run(base, pictures, tmp_path):
+    """Return what trains for two steps with cached latents, into a folder of a name, and returns the weights."""
+    from runs import train
+
+    def train_into(out="o", **more):
+        return train(base, pictures, tmp_path / out, **{"cache_latents": True, "max_train_steps": 2} | more)
+
+    return train_into
+
+
 # ---- converted models ---------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,11 @@ LIERLA: dict[str, object] = {
 C3LIER = LIERLA | {"network_args": ["unit=2", "conv_dim=8", "conv_alpha=4"]}
 RATE = {"learning_rate": "3e-2", "max_train_steps": 6}
 
+# Options whose place a dataset file takes.
+BY_FILE: dict[str, object] = dict.fromkeys(
+    ("train_data_dir", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "resolution")
+)
+
 
 def words(**values: object) -> list[str]:
     """Return a command line; None leaves an option out, True makes it a switch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,10 @@ def python(*words: object, cwd: Path | None = None, **more: Any) -> subprocess.C
     """Run Python in a process of its own, and return its exit code and what it said, in UTF-8."""
     argv = [sys.executable, *map(str, words)]
     return subprocess.run(argv, cwd=cwd, capture_output=True, encoding="utf-8", check=False, **more)
+
+
+def two_processes(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes that train together on the CPU."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    return python(*launch, *words, env=environment, timeout=300)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from refusals import rows, write
+from runs import BY_FILE
 
 CONFIG_FILES = {
     "no TOML": ("network_dim = ", "c.toml is not valid TOML: Invalid value"),
@@ -110,9 +111,6 @@ PROMPTS = {
     "JSON digits": ("p.json", '[{"prompt": "a", "width": ' + "9" * 5000 + "}]", "p.json is not valid JSON: Exceeds"),
     "half a character": ("p.json", '[{"prompt": "\\ud800"}]', "p.json[0]: prompt must be a text, got '\\ud800'"),
 }
-BY_FILE = dict.fromkeys(
-    ("train_data_dir", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "resolution")
-)
 FOLDER_NAMED = ("dataset_config", "network_weights", "base_weights", "sample_prompts", "log_tracker_config")
 
 

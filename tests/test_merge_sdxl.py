@@ -12,35 +12,38 @@ import shutil
 
 import pytest
 import torch
+from conversions import convert
 from loras import deltas, make_lora
 from safetensors.torch import load_file, save_file
+from scripts import call
+from sdxl_networks import (
+    INS,
+    LISTS,
+    OPENCLIP,
+    OUTS,
+    UNET,
+    assert_is,
+    block_weights,
+    expected_state,
+    make_network,
+    one_word,
+    read_sdxl,
+    sd_block,
+    sdxl_block,
+    sgm_word,
+    write_network,
+)
 from tensors import assert_same, read_folder
 
 from library.errors import UserError
-from library.models import loading
 from library.models.model_files import EXTRAS_FILE
 from networks import merge_lora, sdxl_merge_lora
-from tools import convert_diffusers20_original_sd as converter
 
-UNET = "model.diffusion_model."
-CLIP_L = "conditioner.embedders.0.transformer.text_model."
-OPENCLIP = "conditioner.embedders.1.model."
-OPENCLIP_WORDS = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-
-
-@pytest.fixture(autouse=True)
-def _tidy(tmp_path):
-    """Leave nothing of the hundreds of megabytes behind that each test writes."""
-    yield
-    shutil.rmtree(tmp_path, ignore_errors=True)
+pytestmark = pytest.mark.usefixtures("tidy")
 
 
 def merge(*argv, script=sdxl_merge_lora):
-    assert script.main([str(word) for word in argv]) == 0
-
-
-def convert(*argv):
-    assert converter.main([str(word) for word in argv]) == 0
+    call(script, *argv)
 
 
 def assert_close(found, expected):
@@ -55,103 +58,7 @@ def assert_close(found, expected):
 
 @pytest.fixture(scope="module")
 def sdxl(model_store):
-    """Return models and paths, and for every layer (part, path) where its weight stands: (name, which third)."""
-    models, paths = model_store("sdxl")
-    state = load_file(paths["safetensors"])
-    by_content = {
-        tensor.numpy().tobytes(): name.removesuffix(".weight")
-        for name, tensor in state.items()
-        if name.startswith(UNET) and name.endswith(".weight") and tensor.ndim > 1
-    }
-    places = {}
-    for path, module in models["unet"].named_modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            places["unet", path] = (f"{by_content[module.weight.numpy().tobytes()]}.weight", None)
-    assert len(places) == len(by_content)
-    for part in ("text_encoder", "text_encoder_2"):
-        for path, module in loading.text_model(models[part]).named_modules():
-            if isinstance(module, torch.nn.Linear):
-                places[part, path] = (f"{CLIP_L}{path}.weight", None) if part == "text_encoder" else openclip(path)
-    return models, paths, state, places
-
-
-def openclip(path):
-    """Return where a layer of the second text encoder stands: query, key and value are one tensor."""
-    layer, rest = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", path).groups()
-    block = f"{OPENCLIP}transformer.resblocks.{layer}."
-    if rest in OPENCLIP_WORDS:
-        return f"{block}{OPENCLIP_WORDS[rest]}.weight", None
-    return f"{block}attn.in_proj_weight", "qkv".index(rest.removeprefix("self_attn.")[0])
-
-
-def make_network(sdxl, seed=0):
-    """Return layer -> (down, up, alpha): random, of ranks 2 to 4, with an alpha of its own each."""
-    models, generator, network = sdxl[0], torch.Generator().manual_seed(seed), {}
-    for at, (part, path) in enumerate(sdxl[3]):
-        weight = dict(loading.text_model(models[part]).named_modules())[path].weight
-        rank = 2 + at % 3
-        down = torch.randn((rank, *weight.shape[1:]), generator=generator) * 0.2
-        up = torch.randn((weight.shape[0], rank, *(1 for _ in weight.shape[2:])), generator=generator) * 0.2
-        network[part, path] = (down, up, 1.0 + at % 7)
-    return network
-
-
-def sgm_word(sdxl, part, path):
-    return f"lora_unet_{sdxl[3][part, path][0].removeprefix(UNET).removesuffix('.weight').replace('.', '_')}"
-
-
-def one_word(part, path):
-    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
-    return prefix[part] + path.replace(".", "_")
-
-
-def dotted(part, path):
-    return f"{part}.{path}" if part == "unet" else f"{part}.text_model.{path}"
-
-
-def write_network(sdxl, network, path, naming):
-    """Write a LoRA file in the naming `sgm`, `diffusers` or `peft`."""
-    tensors, metadata = {}, {}
-    for (part, layer), (down, up, alpha) in network.items():
-        if naming == "peft":
-            stem = dotted(part, layer)
-            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
-            inner = stem.partition(".")[2]
-            metadata.setdefault(f"{part}.alpha_pattern", {})[inner] = alpha
-            metadata |= {f"{part}.r": 4, f"{part}.lora_alpha": 99.0}
-        else:
-            stem = sgm_word(sdxl, part, layer) if naming == "sgm" and part == "unet" else one_word(part, layer)
-            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
-            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
-    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
-    return path
-
-
-def expected_state(sdxl, networks):
-    """Return the checkpoint with networks, each with the strength of its layers, added in float64."""
-    state = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in sdxl[2].items()}
-    for network, strength in networks:
-        for key, (down, up, alpha) in network.items():
-            name, third = sdxl[3][key]
-            delta = strength(key) * alpha / len(down) * (up.double().flatten(1) @ down.double().flatten(1))
-            whole = state[name].clone()
-            part = whole if third is None else whole.chunk(3)[third]
-            part += delta.reshape(part.shape)
-            state[name] = whole
-    return state
-
-
-def assert_is(found, expected, base):
-    """Hold that a merged checkpoint is what was expected in float64, and that the rest has not changed by a bit."""
-    assert found.keys() == expected.keys()
-    changed = 0
-    for name, tensor in expected.items():
-        if torch.equal(tensor, base[name].double() if tensor.is_floating_point() else base[name]):
-            assert torch.equal(found[name], base[name]), name
-        else:
-            changed += 1
-            torch.testing.assert_close(found[name].double(), tensor, rtol=1e-5, atol=1e-6, msg=name)
-    return changed
+    return read_sdxl(*model_store("sdxl"))
 
 
 @pytest.fixture(scope="module")
@@ -162,33 +69,33 @@ def merged(sdxl, tmp_path_factory):
     namings = ("sgm", "diffusers", "peft")
     files = {naming: write_network(sdxl, network, root / f"{naming}.safetensors", naming) for naming in namings}
     out = root / "out.safetensors"
-    merge("--sd_model", sdxl[1]["safetensors"], "--save_to", out, "--models", files["sgm"], "--ratios", 0.7)
+    merge("--sd_model", sdxl.paths["safetensors"], "--save_to", out, "--models", files["sgm"], "--ratios", 0.7)
     yield network, files, out
     shutil.rmtree(root)
 
 
 def test_every_layer_gets_its_change(sdxl, merged):
     network, _, out = merged
-    names = {sdxl[3][key][0] for key in network}
+    names = {sdxl.places[key][0] for key in network}
     assert any("in_proj_weight" in name for name in names)
     expected = expected_state(sdxl, [(network, lambda key: 0.7)])
-    assert assert_is(load_file(out), expected, sdxl[2]) == len(names)
+    assert assert_is(load_file(out), expected, sdxl.state) == len(names)
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "peft"])
 def test_the_naming_of_a_file_changes_nothing(sdxl, merged, tmp_path, naming):
     _, files, out = merged
-    base = sdxl[1]["safetensors"]
+    base = sdxl.paths["safetensors"]
     merge("--sd_model", base, "--save_to", tmp_path / "x.safetensors", "--models", files[naming], "--ratios", 0.7)
     assert_same(load_file(tmp_path / "x.safetensors"), load_file(out))
 
 
 def test_a_folder_becomes_what_the_checkpoint_becomes(sdxl, merged, tmp_path):
     _, files, out = merged
-    merge("--sd_model", sdxl[1]["folder"], "--save_to", tmp_path / "x", "--models", files["peft"], "--ratios", 0.7)
+    merge("--sd_model", sdxl.paths["folder"], "--save_to", tmp_path / "x", "--models", files["peft"], "--ratios", 0.7)
     convert(out, tmp_path / "y")
     assert_close(read_folder(tmp_path / "x"), read_folder(tmp_path / "y"))
-    others = {path.relative_to(sdxl[1]["folder"]) for path in sdxl[1]["folder"].rglob("*")}
+    others = {path.relative_to(sdxl.paths["folder"]) for path in sdxl.paths["folder"].rglob("*")}
     assert {path.relative_to(tmp_path / "x") for path in (tmp_path / "x").rglob("*")} == others
 
 
@@ -201,7 +108,7 @@ def test_diffusers_makes_the_same_of_the_file(sdxl, tmp_path):
 
     network = {key: (down, up, 3.0) for key, (down, up, _) in make_network(sdxl).items()}
     file = write_network(sdxl, network, tmp_path / "sgm.safetensors", "sgm")
-    merge("--sd_model", sdxl[1]["folder"], "--save_to", tmp_path / "x", "--models", file, "--ratios", 0.7)
+    merge("--sd_model", sdxl.paths["folder"], "--save_to", tmp_path / "x", "--models", file, "--ratios", 0.7)
     found = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "x", local_files_only=True)
     assert_fused(sdxl, found, file, 0.7, least=len(network))
 
@@ -211,13 +118,13 @@ def assert_fused(sdxl, found, file, strength, *, least):
     import diffusers
 
     parts = ["unet", "text_encoder", "text_encoder_2"]
-    oracle = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl[1]["folder"], local_files_only=True)
+    oracle = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl.paths["folder"], local_files_only=True)
     oracle.load_lora_weights(str(file.parent), weight_name=file.name)
     oracle.fuse_lora(components=parts, lora_scale=strength)
     oracle.unload_lora_weights()
     changed = 0
     for part in parts:
-        state, plain = getattr(found, part).state_dict(), sdxl[0][part].state_dict()
+        state, plain = getattr(found, part).state_dict(), sdxl.models[part].state_dict()
         for name, tensor in getattr(oracle, part).state_dict().items():
             torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{part} {name}")
             changed += not torch.equal(tensor, plain[name])
@@ -230,14 +137,14 @@ def test_several_networks_into_half_precision(sdxl, merged, tmp_path):
     other = make_network(sdxl, seed=5)
     more = write_network(sdxl, other, tmp_path / "more.safetensors", "diffusers")
     merge(
-        "--sd_model", sdxl[1]["ckpt"], "--save_to", tmp_path / "x.safetensors",
+        "--sd_model", sdxl.paths["ckpt"], "--save_to", tmp_path / "x.safetensors",
         "--models", files["peft"], more, "--ratios", 0.5, -0.8, "--save_precision", "fp16",
     )  # fmt: skip
     expected = expected_state(sdxl, [(network, lambda key: 0.5), (other, lambda key: -0.8)])
     found = load_file(tmp_path / "x.safetensors")
     for name, tensor in found.items():
         if name.startswith("first_stage_model."):
-            assert torch.equal(tensor, sdxl[2][name])
+            assert torch.equal(tensor, sdxl.state[name])
         elif tensor.is_floating_point():
             assert tensor.dtype == torch.float16
             assert (tensor.double() - expected[name]).abs().max() <= 2**-11 * expected[name].abs().max() + 1e-6, name
@@ -249,10 +156,10 @@ def test_parts_of_a_network_touch_nothing_else(sdxl, tmp_path):
     key = ("text_encoder_2", "encoder.layers.1.self_attn.k_proj")
     file = write_network(sdxl, {key: network[key]}, tmp_path / "k.safetensors", "peft")
     out = tmp_path / "x.safetensors"
-    merge("--sd_model", sdxl[1]["safetensors"], "--save_to", out, "--models", file, "--ratios", 1)
+    merge("--sd_model", sdxl.paths["safetensors"], "--save_to", out, "--models", file, "--ratios", 1)
     found, name = load_file(out), f"{OPENCLIP}transformer.resblocks.1.attn.in_proj_weight"
-    assert [each for each in found if not torch.equal(found[each], sdxl[2][each])] == [name]
-    same = [torch.equal(a, b) for a, b in zip(found[name].chunk(3), sdxl[2][name].chunk(3), strict=True)]
+    assert [each for each in found if not torch.equal(found[each], sdxl.state[each])] == [name]
+    same = [torch.equal(a, b) for a, b in zip(found[name].chunk(3), sdxl.state[name].chunk(3), strict=True)]
     assert same == [True, False, True]
 
 
@@ -290,7 +197,7 @@ def test_files_that_diffusers_wrote_act_as_in_diffusers(sdxl, tmp_path, rank_sta
 
     kind = diffusers.StableDiffusionXLPipeline
     torch.manual_seed(0)
-    pipeline = kind.from_pretrained(sdxl[1]["folder"], local_files_only=True)
+    pipeline = kind.from_pretrained(sdxl.paths["folder"], local_files_only=True)
     own = {
         "unet": {
             "target_modules": ["to_q", "to_out.0", "conv1", "proj_in"],
@@ -312,7 +219,7 @@ def test_files_that_diffusers_wrote_act_as_in_diffusers(sdxl, tmp_path, rank_sta
         notes[f"{part}_lora_adapter_metadata"] = config.to_dict()
     kind.save_lora_weights(tmp_path, **layers, **notes)
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    merge("--sd_model", sdxl[1]["folder"], "--save_to", tmp_path / "out", "--models", file, "--ratios", 0.6)
+    merge("--sd_model", sdxl.paths["folder"], "--save_to", tmp_path / "out", "--models", file, "--ratios", 0.6)
     found = kind.from_pretrained(tmp_path / "out", local_files_only=True)
     assert_fused(sdxl, found, file, 0.6, least=50)
 
@@ -351,44 +258,6 @@ def test_a_sharded_folder_stays_sharded(model_store, tmp_path):
 
 # ---- weights by block ---------------------------------------------------------------------------------------
 
-INS, OUTS = [f"IN{n:02}" for n in range(12)], [f"OUT{n:02}" for n in range(12)]
-WORDS = {
-    12: "BASE IN04 IN05 IN07 IN08 MID OUT00 OUT01 OUT02 OUT03 OUT04 OUT05",
-    17: "BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11",
-    20: "BASE IN00 IN01 IN02 IN03 IN04 IN05 IN06 IN07 IN08 MID OUT00 OUT01 OUT02 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08",
-    26: " ".join(["BASE", *INS, "MID", *OUTS]),
-}
-LISTS = {length: words.split() for length, words in WORDS.items()}
-
-
-def block_weights(length):
-    """Return weights that tell the blocks apart, among them 0, 1 and a negative one."""
-    return [0, 1, -0.5, *(round(0.1 * n, 1) for n in range(3, length))]
-
-
-def sdxl_block(sdxl, key):
-    """Return the block of an SDXL layer, by where it stands in the checkpoint."""
-    if key[0] != "unet":
-        return "BASE"
-    name = sdxl[3][key][0].removeprefix(UNET)
-    start, number = name.split(".")[:2]
-    table = {"input_blocks": INS, "output_blocks": OUTS}
-    if start in table:
-        return table[start][int(number)]
-    return {"middle_block": "MID", "out": "OUT09", "time_embed": "IN00", "label_emb": "IN00"}[start]
-
-
-def sd_block(module):
-    """Return the block of a module of SD 1.x or 2.x, by its name in diffusers' words."""
-    if module.startswith("lora_te_"):
-        return "BASE"
-    if "_mid_block_" in module:
-        return "MID"
-    side, block, kind, layer = re.match(r"lora_unet_(down|up)_blocks_(\d)_([a-z]+)_(\d)", module).groups()
-    if kind.endswith("samplers"):
-        return INS[3 * int(block) + 3] if side == "down" else OUTS[3 * int(block) + 2]
-    return INS[3 * int(block) + int(layer) + 1] if side == "down" else OUTS[3 * int(block) + int(layer)]
-
 
 @pytest.mark.parametrize("length", sorted(LISTS))
 def test_weights_by_block_into_a_checkpoint(sdxl, merged, tmp_path, length):
@@ -398,9 +267,9 @@ def test_weights_by_block_into_a_checkpoint(sdxl, merged, tmp_path, length):
     naming = {12: "sgm", 17: "peft", 20: "diffusers", 26: "sgm"}[length]
     out = tmp_path / "x.safetensors"
     words = ("--models", files[naming], "--ratios", 0.7, "--lbws", json.dumps(weights))
-    merge("--sd_model", sdxl[1]["safetensors"], "--save_to", out, *words)
+    merge("--sd_model", sdxl.paths["safetensors"], "--save_to", out, *words)
     expected = expected_state(sdxl, [(network, lambda key: 0.7 * by_block.get(sdxl_block(sdxl, key), 1.0))])
-    assert_is(load_file(out), expected, sdxl[2])
+    assert_is(load_file(out), expected, sdxl.state)
 
 
 @pytest.mark.parametrize("more", [[], ["--concat"], ["--concat", "--shuffle", "--seed", "1"]], ids=len)
@@ -414,7 +283,7 @@ def test_weights_by_block_act_once_in_a_lora_too(sdxl, merged, tmp_path, length,
     merge("--save_to", out, "--models", files["sgm"], *words)
     before, after = deltas(files["sgm"]), deltas(out)
     assert before.keys() == after.keys()
-    for key in sdxl[3]:
+    for key in sdxl.places:
         name = sgm_word(sdxl, *key) if key[0] == "unet" else one_word(*key)
         expected = -0.5 * by_block.get(sdxl_block(sdxl, key), 1.0) * before[name]
         assert (after[name] - expected).norm() <= 1e-5 * before[name].norm(), name
@@ -453,7 +322,7 @@ def told(*argv):
 def test_files_for_other_models_are_refused_in_a_sentence(sdxl, model_store, tmp_path, base):
     sd1_models, sd1_paths = model_store("sd1")
     out = tmp_path / ("out" if base == "folder" else "out.safetensors")
-    into_sdxl = ("--sd_model", sdxl[1][base], "--save_to", out, "--ratios", 1, "--models")
+    into_sdxl = ("--sd_model", sdxl.paths[base], "--save_to", out, "--ratios", 1, "--models")
     into_sd1 = ("--sd_model", sd1_paths[base], "--save_to", out, "--ratios", 1, "--models")
 
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"

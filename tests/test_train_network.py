@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from runs import options, same, train
+from runs import BY_FILE, options, same, train
 from safetensors.torch import load_file
-from scripts import ROOT
+from scripts import ROOT, two_processes
 from tensors import metadata
 
 from library.errors import UserError
@@ -94,30 +91,15 @@ def test_accumulated_batches_equal_one_large_batch(base, pictures, tmp_path):
     same(two, one, 1e-3)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
 def test_two_processes_equal_one_with_the_doubled_batch(base, pictures, tmp_path):
     for path in (pictures / "1_sks dog").glob("[23].*"):
         path.unlink()
     extra = {"optimizer_type": "SGDNesterov", "learning_rate": "1.0", "max_train_steps": 4}
     one = train(base, pictures, tmp_path / "one", train_batch_size=2, **extra)
     argv = options(base, pictures, tmp_path / "two", train_batch_size=1, **extra)
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "DUMP_RANKS": str(tmp_path / "rank"),
-    }
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT)), encoding="utf-8")
-    done = subprocess.run(
-        [*TORCHRUN, "--nproc_per_node", "2", str(script), *argv],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    script.write_text(RANKS.format(root=str(ROOT), dumped=str(tmp_path / "rank")), encoding="utf-8")
+    done = two_processes(script, *argv)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(f"{tmp_path / 'rank'}{rank}.pt") for rank in range(2)]
     same(ranks[0], ranks[1])
@@ -125,7 +107,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(base, pictures, tmp_path
 
 
 RANKS = """
-import os, sys
+import sys
 sys.path.insert(0, {root!r})
 import torch
 import train_network
@@ -134,7 +116,7 @@ from library.training.run.loop import Trainer
 saved = Trainer.run
 def run(self, loader):
     saved(self, loader)
-    torch.save(self.network.network.state_dict(), os.environ["DUMP_RANKS"] + str(self.runtime.rank) + ".pt")
+    torch.save(self.network.network.state_dict(), {dumped!r} + str(self.runtime.rank) + ".pt")
 Trainer.run = run
 train_network.main(sys.argv[1:])
 """
@@ -247,27 +229,25 @@ def test_it_learns_with_other_settings(base, pictures, tmp_path, more):
 
 
 def preserving(pictures, tmp_path, preserved):
+    """Return the options of a run in which the base model may be the target."""
     path = tmp_path / "data.toml"
-    tables = [
-        f"[[datasets.subsets]]\nimage_dir = '{pictures / '1_sks dog'}'\n"
-        + ("custom_attributes.diff_output_preservation = true\n" if preserved else "")
-    ]
-    path.write_text("[[datasets]]\nresolution = 64\n" + "\n".join(tables), encoding="utf-8")
-    return {"dataset_config": path, "train_data_dir": None, "resolution": None, "enable_bucket": None}
+    table = f"[[datasets.subsets]]\nimage_dir = '{pictures / '1_sks dog'}'\n"
+    more = "custom_attributes.diff_output_preservation = true\n" if preserved else ""
+    path.write_text(f"[[datasets]]\nresolution = 64\n{table}{more}", encoding="utf-8")
+    return BY_FILE | {"dataset_config": path}
 
 
 def test_where_the_base_model_is_the_target_a_fresh_network_has_nothing_to_learn(base, pictures, tmp_path):
-    more = {"min_bucket_reso": None, "max_bucket_reso": None, "bucket_no_upscale": None}
-    learned = train(base, pictures, tmp_path / "a", **more, **preserving(pictures, tmp_path, False))
+    learned = train(base, pictures, tmp_path / "a", **preserving(pictures, tmp_path, False))
     assert any(bool(tensor.any()) for name, tensor in learned.items() if "lora_up" in name)
-    kept = train(base, pictures, tmp_path / "b", **more, **preserving(pictures, tmp_path, True))
+    kept = train(base, pictures, tmp_path / "b", **preserving(pictures, tmp_path, True))
     lines = (tmp_path / "b" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert all(json.loads(line).get("loss/current", 0.0) == 0.0 for line in lines)
     assert not any(bool(tensor.any()) for name, tensor in kept.items() if "lora_up" in name)
 
 
 def test_a_network_that_went_astray_is_led_back_to_the_base_model(base, pictures, tmp_path):
-    more = {"min_bucket_reso": None, "max_bucket_reso": None, "bucket_no_upscale": None, "max_train_steps": 12}
+    more = {"max_train_steps": 12}
     train(base, pictures, tmp_path / "a", **more, **preserving(pictures, tmp_path, False))
     start = {"network_weights": tmp_path / "a" / "x.safetensors", "optimizer_type": "SGD", "learning_rate": "1e-1"}
     train(base, pictures, tmp_path / "b", **more, **start, **preserving(pictures, tmp_path, True))

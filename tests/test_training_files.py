@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import options, same, train
+from runs import BY_FILE, options, same, train
 from safetensors.torch import load_file
 from scripts import ROOT
 from tensors import metadata
@@ -316,10 +316,7 @@ def test_a_folder_of_the_dataset_file_trains_like_the_folder_layout(base, pictur
         encoding="utf-8",
     )
     expected = train(base, pictures, tmp_path / "a")
-    plain = dict.fromkeys(
-        ("train_data_dir", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
-    )
-    same(train(base, pictures, tmp_path / "b", dataset_config=tmp_path / "d.toml", **plain), expected)
+    same(train(base, pictures, tmp_path / "b", dataset_config=tmp_path / "d.toml", **BY_FILE), expected)
     found = metadata(tmp_path / "b" / "x.safetensors")
     described = json.loads(found["ss_datasets"])[0]
     assert described["subsets"][0]["image_dir"] == "1_sks dog"
