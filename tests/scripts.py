@@ -33,3 +33,12 @@ def two_processes(*words: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     return python(*launch, *words, env=environment, timeout=300)
+
+
+def help_of(script: str, cwd: Path, *absent: str) -> str:
+    """Return the help of a script that starts in another folder, and hold that it does not import some modules."""
+    code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\n"
+    code += "except SystemExit: pass\nsys.exit(any(name in sys.modules for name in {!r}))"
+    done = python("-c", code.format(str(ROOT / script), absent), cwd=cwd, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

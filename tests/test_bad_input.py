@@ -5,14 +5,13 @@ Each case is a row of a table; what holds for all of them is in `refusals.Refuse
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from refusals import Payload, pickled, rows, write
 from runs import options
-from scripts import ROOT
+from scripts import ROOT, python
 
 from library import logs
 
@@ -176,13 +175,8 @@ def test_a_process_ends_with_code_2_and_lines_without_a_traceback(base, pictures
         "could run code": {"network_weights": evil},
     }
     for fragment, more in cases.items():
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "train_network.py"), *options(base, pictures, tmp_path / "out", **more)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        argv = options(base, pictures, tmp_path / "out", **more)
+        done = python(ROOT / "train_network.py", *argv, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
         assert line.startswith("train_network.py: error: ")

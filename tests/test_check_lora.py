@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from drawing import pipe_of
 from loras import deltas, make_lora, outputs
 from safetensors.torch import load_file, save_file
-from scripts import ROOT
+from scripts import ROOT, python
 
 from networks import check_lora_weights, convert_lora, lora
 
@@ -41,13 +39,9 @@ def test_modules_ranks_norms_and_metadata_are_those_of_the_file(model_store, tmp
     assert found["kinds"] == {"LoRA": len(load_file(file))}
     assert found["hash_is_true"] is True
     assert found["damage"] == found["unknown_modules"] == []
-    text = subprocess.run(
-        [sys.executable, str(ROOT / "networks" / "check_lora_weights.py"), str(file)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    done = python(ROOT / "networks" / "check_lora_weights.py", file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
     assert len(text.splitlines()) < 24
     assert f"{len(unet)}" in text
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, python
 
 from library.config import toml_text
 from library.config.dataset import DatasetOptions, SubsetOptions
@@ -139,7 +137,7 @@ def test_a_missing_or_surplus_japanese_meaning_is_told(tmp_path, monkeypatch):
 
 def test_tables_do_without_torch():
     code = "import sys; sys.path.insert(0, 'docs'); import tables; tables.outdated(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
+    assert python("-B", "-c", code, cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_every_page_exists_in_both_languages():

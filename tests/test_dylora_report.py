@@ -8,8 +8,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ import torch
 from PIL import Image
 from runs import options
 from safetensors.torch import load_file, save_file
-from scripts import ROOT
+from scripts import ROOT, python
 
 import train_network
 from library.errors import UserError
@@ -272,15 +270,8 @@ def test_files_of_other_kinds_are_told(trained, tmp_path):
 
 
 def test_the_script_runs_from_any_folder(tmp_path):
-    script = ROOT / "tools" / "dylora_report.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--model", "gone.safetensors", "--resolution", "64", "--train_data_dir", "."],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    words = ["--model", "gone.safetensors", "--resolution", 64, "--train_data_dir", "."]
+    done = python(ROOT / "tools" / "dylora_report.py", *words, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
     assert "dylora_report.py: error: --model: gone.safetensors is not a file" in done.stderr
     assert "Traceback" not in done.stderr

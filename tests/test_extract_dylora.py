@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from runs import C3LIER, LIERLA, RATE, same, train
 from safetensors.torch import load_file, save_file
-from scripts import ROOT
+from scripts import ROOT, help_of, python
 from tensors import metadata
 
 from library.errors import UserError
@@ -141,11 +138,6 @@ def test_mistakes_of_the_extractor_are_told(tmp_path, argv, message):
 
 
 def test_the_script_runs_from_any_folder(tmp_path):
-    script = ROOT / "networks" / "extract_lora_from_dylora.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode == 0
-    assert "--save_to" in done.stdout
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "--save_to" in help_of("networks/extract_lora_from_dylora.py", tmp_path)
+    done = python(ROOT / "networks" / "extract_lora_from_dylora.py", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

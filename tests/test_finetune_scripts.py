@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scripts import ROOT
+from scripts import ROOT, help_of, python
 
 from finetune import clean_captions_and_tags, merge_captions_to_metadata, merge_dd_tags_to_metadata
 from finetune.clean_captions_and_tags import CAPTION_REPLACEMENTS, clean_caption, clean_tags
@@ -40,9 +38,8 @@ def folder(tmp_path):
 
 
 def run(script, *argv, cwd):
-    command = [sys.executable, str(ROOT / "finetune" / script), *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, check=False, timeout=60)
-    return done.returncode, done.stderr.decode("utf-8")
+    done = python(ROOT / "finetune" / script, *argv, cwd=cwd, timeout=60)
+    return done.returncode, done.stderr
 
 
 def captions(*argv):
@@ -327,9 +324,4 @@ def test_a_table_of_ones_own_takes_the_place_of_the_built_in_one(tmp_path):
     "script", ["merge_captions_to_metadata.py", "merge_dd_tags_to_metadata.py", "clean_captions_and_tags.py"]
 )
 def test_help_comes_without_torch_from_any_folder(tmp_path, script):
-    code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\n"
-    code += "except SystemExit: pass\nsys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
-    command = [sys.executable, "-c", code.format(str(ROOT / "finetune" / script))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert b"out_json" in done.stdout
+    assert "out_json" in help_of(f"finetune/{script}", tmp_path, "torch", "numpy")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import torch
 from drawing import SIZE
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
-from scripts import ROOT
+from scripts import ROOT, python
 
 import gen_img_diffusers
 from library.errors import UserError
@@ -165,9 +163,7 @@ def test_a_mistake_ends_with_two_before_torch_is_imported(mistaken):
     )
     picture = ["--from_picture", mistaken / "plain.png", "--image_path", mistaken / "plain.png"]
     words = ["--ckpt", mistaken / "m.safetensors", "--prompt", "a {b|c} --x 3 --w 64", "--grid", "seed=1,2", *picture]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", code, *words, cwd=ROOT)
     assert done.returncode == 2
     assert done.stdout.strip() == "[]"
     assert "error: --prompt: --x is not known" in done.stderr

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from drawing import pipe_of
 from loras import applied, outputs
 from safetensors.torch import load_file
-from scripts import ROOT
+from scripts import ROOT, python
 
 from networks import lora
 from networks.lora import create_network, create_network_from_weights
@@ -251,5 +249,5 @@ print("alone")
 def test_the_file_works_copied_into_an_empty_folder(tmp_path):
     (tmp_path / "networks").mkdir()
     shutil.copy(ROOT / "networks" / "lora.py", tmp_path / "networks" / "lora.py")
-    done = subprocess.run([sys.executable, "-c", STANDALONE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = python("-c", STANDALONE, cwd=tmp_path)
     assert done.stdout.strip() == "alone", done.stderr

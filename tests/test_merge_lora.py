@@ -6,8 +6,6 @@ import copy
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from loras import assert_deltas, deltas, make_lora, weighted_sum
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scripts import ROOT
+from scripts import ROOT, help_of, python
 
 from library.adapters.low_rank import Change, concatenated, mixed, spectrum_of
 from library.config.model import ModelConfig
@@ -128,7 +126,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_what_was_there(model_store, tmp_
     )
     source = paths["folder" if kind == "folder" else "safetensors"]
     argv = ["--sd_model", source, "--save_to", out, "--models", file, "--ratios", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, check=False)
+    done = python("-c", code, *argv)
     assert done.returncode == -9
     assert out.read_bytes() == b"of mine" if kind == "file" else not out.exists()
     assert [path for path in tmp_path.iterdir() if ".tmp" in path.name], "it was killed while it wrote"
@@ -308,14 +306,7 @@ def test_other_kinds_of_networks_are_named(tmp_path, name, kind):
 
 
 def test_the_script_runs_from_any_folder_and_answers_at_once(tmp_path):
-    script = ROOT / "networks" / "merge_lora.py"
-    code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\n"
-    code += "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code.format(str(script))], cwd=tmp_path, capture_output=True, check=False
-    )
-    assert done.returncode == 0
-    assert b"--concat" in done.stdout
+    assert "--concat" in help_of("networks/merge_lora.py", tmp_path, "torch")
 
 
 def test_what_is_read_is_never_written_over_even_within_a_folder(model_store, tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import cv2
 import numpy as np
@@ -14,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from scripts import ROOT
+from scripts import ROOT, help_of, python
 
 from library.errors import UserError
 from tools import canny, show_metadata
@@ -29,8 +27,7 @@ def safetensors(path, metadata=None):
 
 
 def run(script, *argv, cwd):
-    command = [sys.executable, str(ROOT / "tools" / script), *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, check=False, timeout=60)
+    return python(ROOT / "tools" / script, *argv, cwd=cwd, timeout=60)
 
 
 def show(*argv):
@@ -43,8 +40,8 @@ def show(*argv):
 def test_what_is_printed_is_what_the_file_has_sorted_and_readable(tmp_path):
     safetensors(tmp_path / "犬.safetensors", METADATA)
     done = run("show_metadata.py", "--model", "犬.safetensors", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode("utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = done.stdout
     assert text == json.dumps(METADATA, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
     assert "わたしの犬" in text
 
@@ -83,7 +80,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
         show()
     done = run("show_metadata.py", "--model", "damaged.safetensors", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.decode().startswith("show_metadata.py: error: ")
+    assert done.stderr.startswith("show_metadata.py: error: ")
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,19 +103,14 @@ def test_unfolding_reads_what_json_wrote(value):
 
 @pytest.mark.parametrize("script", ["show_metadata.py", "canny.py", "merge_models.py"])
 def test_help_comes_without_torch_from_any_folder(tmp_path, script):
-    code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({!r}, run_name='__main__')\n"
-    code += "except SystemExit: pass\nsys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'cv2')))"
-    command = [sys.executable, "-c", code.format(str(ROOT / "tools" / script))]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert b"usage" in done.stdout
+    assert "usage" in help_of(f"tools/{script}", tmp_path, "torch", "numpy", "cv2")
 
 
 def test_show_metadata_never_imports_torch(tmp_path):
     path = safetensors(tmp_path / "a.safetensors", METADATA)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools import show_metadata\n"
     code += f"show_metadata.main(['--model', {str(path)!r}, '--nested']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=60).returncode == 0
+    assert python("-c", code, timeout=60).returncode == 0
 
 
 # ---- canny --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from resizing import names, noise, run, smooth
-from scripts import ROOT
+from scripts import ROOT, python
 
 from library.data import images
 from library.errors import UserError
@@ -194,18 +194,12 @@ def test_the_command_line_of_sd_scripts_from_another_folder(folders, tmp_path):
         (source / name).with_suffix(".txt").write_text("説明", encoding="utf-8")
     words = ["--max_resolution", "128x128,96x96,64x64", "--save_as_png", "--copy_associated_files"]
     words += ["--divisible_by", "8", "--interpolation", "lanczos4", "src", "dst"]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
-    )
+    done = python(SCRIPT, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (
-        "dst: 2 pictures as they are, 2 in 128x128, 2 in 96x96, 2 in 64x64, 6 files that belong to copies"
-        in done.stderr
-    )
+    told = "dst: 2 pictures as they are, 2 in 128x128, 2 in 96x96, 2 in 64x64, 6 files that belong to copies"
+    assert told in done.stderr
     assert len(names(destination)) == 2 + 2 + 6 + 6
-    again = subprocess.run(
-        [sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
-    )
+    again = python(SCRIPT, *words, cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
 
@@ -231,4 +225,4 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(folders):
 
 def test_help_does_without_torch_and_opencv():
     code = "import sys; from tools import resize_images_to_resolution; sys.exit({'torch', 'cv2'} & set(sys.modules) != set())"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert python("-c", code, cwd=ROOT).returncode == 0

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from runs import BY_FILE, options, same, train
 from safetensors.torch import load_file
-from scripts import ROOT
+from scripts import ROOT, python
 from tensors import metadata
 
 import train_network
@@ -166,14 +166,8 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(base, pictures, 
     assert (tmp_path / "x.safetensors").read_bytes() == good
 
 
-def script(*argv, **more):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train_network.py"), *argv], capture_output=True, text=True, check=False, **more
-    )
-
-
 def test_a_mistake_is_one_line_with_exit_code_2(tmp_path):
-    done = script("--netwrk_dim", "4")
+    done = python(ROOT / "train_network.py", "--netwrk_dim", 4)
     assert done.returncode == 2
     assert done.stderr.strip() == "train_network.py: error: --netwrk_dim is not known; did you mean network_dim?"
     assert done.stdout == ""
@@ -189,7 +183,7 @@ def test_help_and_mistakes_answer_without_heavy_imports(pictures):
         "print(sorted({name.split('.')[0] for name in sys.modules} & heavy))"
     )
     for argv in (["--help"], ["--foo"], ["--max_train_steps", "many"], ["--dataset_config", "absent.toml"]):
-        done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = python("-c", code, *argv, cwd=ROOT)
         assert done.stdout.strip().endswith("[]"), argv
 
 
@@ -336,24 +330,11 @@ def test_an_unchanged_disk_cache_serves_the_next_run(base, pictures, tmp_path):
 def test_it_starts_from_another_folder_and_through_accelerate(base, pictures, tmp_path):
     launcher = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
     argv = options(base, pictures, tmp_path / "out", max_train_steps=1)
+    launch = [launcher, "launch", "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1"]
     done = subprocess.run(
-        [
-            launcher,
-            "launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-            "--num_cpu_threads_per_process",
-            "1",
-            str(ROOT / "train_network.py"),
-            *argv,
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
-    )
+        [*launch, str(ROOT / "train_network.py"), *argv],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "x.safetensors").exists()
     assert "steps: 1 in 1 epoch of 4 batches" in done.stderr
