@@ -25,7 +25,7 @@ class Converted(NamedTuple):
 
     name: str
     unet: dict[str, Any]
-    models: dict[str, torch.nn.Module]
+    models: tiny.Models
     checkpoint: Path
     folder: Path
     made_folder: Path

@@ -20,7 +20,7 @@ class FakeHub:
     def __init__(self):
         self.files = {}  # repository -> path -> bytes
         self.private = {}  # repository -> whether it was made private
-        self.tokens = set()
+        self.tokens: set[str] = set()
         self.commits = []  # paths, in order
         self.delay = 0.0  # seconds that a commit takes
         self.refuses = lambda path: False  # whether the commit of a path fails
@@ -78,7 +78,9 @@ class FakeHub:
             self.files.setdefault(name, {})
             self.private[name] = wanted.get("visibility") == "private" or wanted.get("private", False)
             return reply({"url": f"{self.url}/{name}"})
-        _, repository, action = re.fullmatch(r"/api/(\w+)s/([^/]+/[^/]+)/(preupload|commit)/main", path).groups()
+        found = re.fullmatch(r"/api/(\w+)s/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        assert found
+        _, repository, action = found.groups()
         if action == "preupload":
             names = [entry["path"] for entry in json.loads(body)["files"]]
             plain = {"uploadMode": "regular", "shouldIgnore": False}

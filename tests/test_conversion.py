@@ -145,7 +145,7 @@ def test_folder_to_checkpoint_to_folder_keeps_every_bit_and_type(model, tmp_path
     shutil.copytree(model.folder, folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         # Query, key and value may be one tensor in the checkpoint, which has one type.
-        kinds = {}
+        kinds: dict[str, torch.dtype] = {}
         state = {
             name: tensor.to(kinds.setdefault(name.replace("k_proj", "q_proj").replace("v_proj", "q_proj"), next(types)))
             for name, tensor in load_file(path).items()

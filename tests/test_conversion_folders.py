@@ -32,7 +32,8 @@ def split_text_encoder(folder, ending=""):
     """Split the weights of a text encoder into two files with an index."""
     whole = folder / "model.safetensors"
     state = load_file(whole)
-    names, weight_map = sorted(state), {}
+    names = sorted(state)
+    weight_map: dict[str, str] = {}
     for at, part in enumerate((names[::2], names[1::2]), 1):
         file = f"model{ending}-0000{at}-of-00002.safetensors"
         save_file({name: state[name] for name in part}, folder / file, {"format": "pt"})
@@ -235,7 +236,8 @@ def test_a_full_disk_leaves_what_was_there(store, tmp_path, monkeypatch, target)
 
 def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
     """No more is alive than some tensors that are written and the parts of the next: query, key and value."""
-    model, alive, most, number = store("sdxl"), weakref.WeakSet(), 0, 0
+    model, most, number = store("sdxl"), 0, 0
+    alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     true_read = weights_io.WeightFile.tensor
 
     def counted(self, name):
@@ -315,10 +317,8 @@ def test_a_model_of_unusual_sizes_comes_back_with_its_settings(tmp_path):
         assert own.items() <= after.items(), part
     config = ModelConfig(pretrained_model_name_or_path=str(file))
     models = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
-    assert (
-        models.unet.config.norm_num_groups
-        == json.loads((source / "unet" / "config.json").read_text())["norm_num_groups"]
-    )
+    described = json.loads((source / "unet" / "config.json").read_text())
+    assert models.unet.config["norm_num_groups"] == described["norm_num_groups"]
     state = load_file(file)
     save_file(state, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="is no Stable Diffusion of the usual sizes"):

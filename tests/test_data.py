@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,7 +261,9 @@ def test_a_second_run_reads_every_entry_and_encodes_none(folder):
 @pytest.mark.parametrize("change", ["pixels", "vae", "resolution", "interpolation", "flip"])
 def test_an_entry_is_used_only_for_what_it_was_made_from(folder, change):
     make_cache(training_sets(folder, latents_cached=True), folder)
-    dataset, subset, encoder, expected = {}, {}, "vae1", 7
+    encoder, expected = "vae1", 7
+    dataset: dict[str, Any] = {}
+    subset: dict[str, Any] = {}
     if change == "pixels":
         picture = folder / "p2.png"
         Image.new("RGB", (64, 64), (1, 2, 3)).save(picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def factors(config, num_steps=40, rate=1e-3):
     return [factor(config.lr_scheduler, step, curve) for step in range(num_steps)]
 
 
-ORACLES = {
+ORACLES: dict[str, dict[str, Any]] = {
     "constant": {},
     "constant_with_warmup": {"lr_warmup_steps": 7},
     "linear": {"lr_warmup_steps": 7},
@@ -218,7 +219,7 @@ def test_schedules_are_those_of_transformers(name):
     from transformers import get_scheduler
 
     config = ScheduleConfig(lr_scheduler=name, **ORACLES[name])
-    specific = {
+    specific: dict[str, Any] = {
         "cosine_with_restarts": {"num_cycles": 3},
         "polynomial": {"power": 2.0},
         "cosine_with_min_lr": {"min_lr_rate": 0.2, "num_cycles": 1.0},

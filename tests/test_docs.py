@@ -30,6 +30,8 @@ PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "t", "am", "f", "g", "ctr"
 
 def load_tables():
     spec = importlib.util.spec_from_file_location("docs_tables", DOCS / "tables.py")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -179,7 +179,7 @@ def test_a_dataset_file_is_read_or_refused(tmp_path, table):
 
 def test_the_random_dataset_files_are_read_often_enough(tmp_path):
     """A fuzz whose every file is refused for the first key would hold nothing."""
-    outcomes = Counter()
+    outcomes: Counter[str] = Counter()
 
     @settings(quickly, max_examples=300)  # a few of ten are read: enough of them to count
     @given(table=FILES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,13 @@ def test_img2img_is_that_of_diffusers(draw, model_store, source, sampler, streng
     words = ["--image_path", source, "--strength", strength, "--steps", 4, "--sampler", sampler]
     (found,) = draw("--prompt", "a cat --n dog", *words)
     pipe = pipe_of(model_store("sd1")[0], "Img2Img", sampler=sampler)
-    values = {"image": opened(source), "strength": strength, "num_inference_steps": 4, "width": None, "height": None}
+    values: dict[str, Any] = {
+        "image": opened(source),
+        "strength": strength,
+        "num_inference_steps": 4,
+        "width": None,
+        "height": None,
+    }
     same(found.pixels, pixels_of(pipe, **values))
     assert f"Denoising strength: {strength:g}" in found.texts["parameters"]
 
@@ -37,7 +44,12 @@ def test_inpainting_is_that_of_diffusers_and_keeps_the_rest(draw, model_store, s
     words = ["--image_path", source, "--mask_path", mask, "--strength", strength, "--steps", 4, "--sampler", sampler]
     (found,) = draw("--prompt", "a cat --n dog", *words)
     pipe = pipe_of(model_store("sd1")[0], "Inpaint", sampler=sampler)
-    values = {"image": opened(source), "mask_image": Image.open(mask), "strength": strength, "num_inference_steps": 4}
+    values: dict[str, Any] = {
+        "image": opened(source),
+        "mask_image": Image.open(mask),
+        "strength": strength,
+        "num_inference_steps": 4,
+    }
     expected = pixels_of(pipe, **values)
     same(found.pixels[:, 32:], expected[:, 32:])
     assert np.array_equal(found.pixels[:, :32], np.asarray(opened(source)).astype(int)[:, :32])
@@ -123,10 +135,10 @@ def test_highres_fix_is_the_two_pipelines_by_hand(draw, model_store, latents):
         small = pipe(
             "a cat", negative_prompt="dog", generator=torch.Generator().manual_seed(5), output_type="latent", **SETTINGS
         ).images
-        start = torch.nn.functional.interpolate(small, (16, 16), mode="bicubic")
+        start: Any = torch.nn.functional.interpolate(small, (16, 16), mode="bicubic")
     else:
         start = Image.fromarray(first.pixels.astype(np.uint8)).resize((128, 128), Image.Resampling.LANCZOS)
-    values = {"image": start, "strength": 0.6, "num_inference_steps": 4, "width": None, "height": None}
+    values: dict[str, Any] = {"image": start, "strength": 0.6, "num_inference_steps": 4, "width": None, "height": None}
     same(second.pixels, pixels_of(pipe_of(models, "Img2Img", sampler="euler_a"), seed=6, **values))
     assert [shot.path.name for shot in (first, second)] == ["im_0000001.png", "im_1000001.png"]
     assert first.texts["seed"] == second.texts["seed"] == "5"
@@ -136,7 +148,13 @@ def test_highres_fix_may_begin_with_a_picture(draw, model_store, source):
     words = [*HIGHRES, "--image_path", source, "--highres_fix_strength", 0.5, "--highres_fix_save_1st", "--steps", 4]
     first, _ = draw("--prompt", "a cat --n dog", *words, "--highres_fix_steps", 4)
     pipe = pipe_of(model_store("sd1")[0], "Img2Img")
-    values = {"image": opened(source), "strength": 0.5, "num_inference_steps": 4, "width": None, "height": None}
+    values: dict[str, Any] = {
+        "image": opened(source),
+        "strength": 0.5,
+        "num_inference_steps": 4,
+        "width": None,
+        "height": None,
+    }
     same(first.pixels, pixels_of(pipe, **values))
 
 
@@ -173,7 +191,7 @@ def guides(tmp_path):
     return paths
 
 
-CONTROLS = {
+CONTROLS: dict[str, tuple[int, list[Any], dict[str, Any]]] = {
     "one": (1, [], {}),
     "weighted": (1, ["--control_net_weights", 0.4], {"controlnet_conditioning_scale": 0.4}),
     "a share of the steps": (1, ["--control_net_ratios", 0.5], {"control_guidance_end": 0.5}),
@@ -218,7 +236,12 @@ def test_control_nets_go_with_pictures_to_begin_with(draw, model_store, nets, gu
     words += ["--mask_path", mask] if kind == "Inpaint" else []
     (found,) = draw("--prompt", "a cat --n dog", *words)
     pipe = pipe_of(model_store("sd1")[0], f"ControlNet{kind}", controlnet=nets[0][0])
-    values = {"image": opened(source), "control_image": opened(guides[0]), "strength": 0.8, "num_inference_steps": 4}
+    values: dict[str, Any] = {
+        "image": opened(source),
+        "control_image": opened(guides[0]),
+        "strength": 0.8,
+        "num_inference_steps": 4,
+    }
     values["controlnet_conditioning_scale"] = 1.0  # theirs differ from pipeline to pipeline
     expected = pixels_of(pipe, **values, **({"mask_image": Image.open(mask)} if kind == "Inpaint" else {}))
     same(found.pixels[:, 32:], expected[:, 32:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_the_model_and_the_networks_are_told_with_their_hashes(draw, two, model_
     assert f'Lora hashes: "net0: {digests[0][:12]}, net1: {digests[1][:12]}"' in found.texts["parameters"]
 
 
-A1111 = {
+A1111: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": (
         "a cat, (masterpiece:1.2)\nNegative prompt: blurry,\nbad: hands\n"
         "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 965400086, Size: 512x768, Model hash: 6ce0161689, "

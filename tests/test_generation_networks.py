@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,9 +33,8 @@ def folded(path):
 @pytest.mark.parametrize(("family", "conv"), [("sd1", True), ("sd2", False), slow("sd1", False), slow("sd2", True)])
 def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path, family, conv):
     models, _ = model_store(family)
-    file = lora_of(
-        models, tmp_path / "a.safetensors", rank=2 + conv, **({"conv_dim": "2", "conv_alpha": "1.5"} if conv else {})
-    )
+    more: dict[str, Any] = {"conv_dim": "2", "conv_alpha": "1.5"} if conv else {}
+    file = lora_of(models, tmp_path / "a.safetensors", rank=2 + conv, **more)
     words = ["--network_module", "networks.lora", "--network_weights", file]
     (found,) = draw("--prompt", "a cat --n dog", *words, family=family)
     pipe = pipe_of(models, family=family, changed=True)

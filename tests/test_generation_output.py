@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from drawing import HIGHRES, SIZE, same, shot
 from PIL import Image
+from scripts import call
 
 import gen_img_diffusers
 from library import logs
@@ -38,21 +39,11 @@ def test_names_of_their_own_are_never_written_over(draw, source):
 
 
 def test_default_names_have_time_place_and_seed(model_store, tmp_path):
-    argv = [
-        "--ckpt",
-        model_store("sd1")[1]["folder"],
-        "--prompt",
-        "a --d 3,3,8",
-        *SIZE,
-        "--steps",
-        1,
-        "--batch_size",
-        2,
-    ]
-    argv += ["--images_per_prompt", 3, "--outdir", tmp_path / "deep" / "er"]
-    assert gen_img_diffusers.main([str(word) for word in argv]) == 0
+    words = ["--prompt", "a --d 3,3,8", *SIZE, "--steps", 1, "--batch_size", 2, "--images_per_prompt", 3]
+    call(gen_img_diffusers, "--ckpt", model_store("sd1")[1]["folder"], "--outdir", tmp_path / "deep" / "er", *words)
     names = sorted(path.name for path in (tmp_path / "deep" / "er").iterdir())
-    assert [re.fullmatch(r"im_\d{14}_(\d{3})_(\d+)\.png", name).groups() for name in names] in (
+    found = [re.fullmatch(r"im_\d{14}_(\d{3})_(\d+)\.png", name) for name in names]
+    assert [match and match.groups() for match in found] in (
         [("000", "3"), ("000", "8"), ("001", "3")], [("000", "3"), ("001", "3"), ("000", "8")]
     )  # fmt: skip
 

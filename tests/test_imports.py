@@ -54,7 +54,7 @@ def modules():
 def imports(path, *, top_only=False):
     """Return the dotted names that a module imports; those under TYPE_CHECKING do not count."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_only else list(ast.walk(tree))
+    nodes: list[ast.AST] = [*(tree.body if top_only else ast.walk(tree))]
     typing_only = {
         id(child)
         for node in ast.walk(tree)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def merge(*argv):
 @pytest.mark.parametrize("conv", [False, True])
 def test_the_merged_checkpoint_is_the_base_with_the_networks_applied(model_store, family_name, tmp_path, conv):
     models, paths = model_store(family_name)
-    more = {"conv_dim": "2", "conv_alpha": "1.5"} if conv else {}
+    more: dict[str, Any] = {"conv_dim": "2", "conv_alpha": "1.5"} if conv else {}
     files = [make_lora(models, tmp_path / f"{n}.safetensors", seed=n, rank=2 + n, **more) for n in range(2)]
     ratios = (0.7, -0.4)
     out = tmp_path / "merged.safetensors"

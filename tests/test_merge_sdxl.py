@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_files_that_diffusers_wrote_act_as_in_diffusers(sdxl, tmp_path, rank_sta
     kind = diffusers.StableDiffusionXLPipeline
     torch.manual_seed(0)
     pipeline = kind.from_pretrained(sdxl.paths["folder"], local_files_only=True)
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "unet": {
             "target_modules": ["to_q", "to_out.0", "conv1", "proj_in"],
             "rank_pattern": {"conv1": 3, "mid_block.attentions.0.proj_in": 5},
@@ -299,7 +300,7 @@ def test_weights_by_block_of_several_sd1_files(model_store, tmp_path, length):
     found, parts, blocks = deltas(out), [deltas(file) for file in files], set()
     for name, delta in found.items():
         blocks.add(sd_block(name))
-        expected = 0
+        expected = torch.zeros(())
         for changes, ratio, table in zip(parts, (0.7, 2), tables, strict=True):
             by_block = dict(zip(LISTS[length], table, strict=True))
             expected = expected + ratio * by_block.get(sd_block(name), 1.0) * changes[name]

@@ -40,7 +40,7 @@ def train(choice, *, flat, steps=6, rate=1.0):
     optimizer = build_optimizer(choice, flatten_groups(groups) if flat else groups, rate)
     losses = []
     for _ in range(steps):
-        loss = sum((parameter - 1).square().sum() for parameter in parameters)
+        loss = torch.stack([(parameter - 1).square().sum() for parameter in parameters]).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=not flat)

@@ -54,8 +54,9 @@ def encoders(model_store):
 
 
 def encoded(pair, *prompts, **options):
-    tokens = [tokenize_prompt(pair[0], prompt, options.get("max_windows", 1)) for prompt in prompts]
-    return encode_prompts(*pair, tokens, PromptOptions(**options))
+    tokenizer, encoder = pair
+    tokens = [tokenize_prompt(tokenizer, prompt, options.get("max_windows", 1)) for prompt in prompts]
+    return encode_prompts(tokenizer, encoder, tokens, PromptOptions(**options))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -179,6 +180,7 @@ ENUMERATED = {
 @pytest.mark.parametrize("text", ENUMERATED)
 def test_groups_that_are_enumerated_give_all_combinations(draw, text):
     number = dynamic_prompts.num_combinations(text)
+    assert number
     found = [dynamic_prompts.expand(text, random.Random(0), index) for index in range(number)]
     assert found == ENUMERATED[text]
 

@@ -199,7 +199,9 @@ def test_the_table_of_samplers_is_the_list_of_the_option():
 def test_a_contact_sheet_has_each_picture_in_its_cell():
     from PIL import Image
 
-    cells = [[Image.new("RGB", (64, 64), (50 * row, 80 * column, 0)) for column in range(3)] for row in range(2)]
+    cells: list[list[Image.Image | None]] = [
+        [Image.new("RGB", (64, 64), (50 * row, 80 * column, 0)) for column in range(3)] for row in range(2)
+    ]
     cells[1][2] = None
     sheet = np.asarray(
         draw_sheet(cells, ["first prompt that is long enough to be wrapped", "猫"], ["start", "step 1", "step 2"])

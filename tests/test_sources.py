@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,12 @@ def folder(tmp_path):
 
 
 def sets_of(*subsets, masked_loss=False, latents_cached=False, seed=0, **dataset):
-    values = {"resolution": (64, 64), "batch_size": 2, "enable_bucket": True, "bucket_no_upscale": True} | dataset
+    values: dict[str, Any] = {
+        "resolution": (64, 64),
+        "batch_size": 2,
+        "enable_bucket": True,
+        "bucket_no_upscale": True,
+    } | dataset
     config = DatasetConfig(options=DatasetOptions(**values), subsets=subsets)
     return build_training_sets([config], latents_cached=latents_cached, masked_loss=masked_loss, seed=seed)
 
@@ -59,7 +65,7 @@ def batches(sets, cache=None, seed=3):
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_a_metadata_file_lists_pictures_with_caption_and_tags(folder, kind):
-    entries = {
+    entries: dict[str, dict[str, Any]] = {
         "p0.png": {"caption": "a picture", "tags": "red, blue", "image_size": [1, 1]},
         "p1": {"tags": "green"},  # without extension, as tools of sd-scripts write it
         str(folder / "p2.png"): {"caption": "日本語の説明"},
@@ -154,7 +160,7 @@ def test_cached_masks_are_those_of_the_pixels_and_stay_on_disk(folder):
 
 def test_transparency_masks_the_loss_and_opaque_pictures_have_full_weight(folder):
     sets = sets_of(subset_of(folder, alpha_mask=True))
-    names = {}
+    names: dict[str, torch.Tensor] = {}
     for batch in batches(sets):
         names |= dict(zip([Path(name).name for name in batch.names], batch.masks, strict=True))
     assert float(names["p0.png"].min()) == 1.0

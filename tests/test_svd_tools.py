@@ -50,10 +50,10 @@ def test_svd_merge_is_the_truncated_decomposition_of_the_weighted_sum(model_stor
     for module in sorted(total)[::6]:  # the whole decomposition of all takes long
         exact = truncated(total[module], 2 if is_large_conv(out, module) else 3)
         assert (found[module] - exact).norm() <= 1e-5 * exact.norm(), module
-    found = metadata(out)
-    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("3", "3.0")
-    assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2.0"}
-    assert found["modelspec.merged_from"] == "a, b, c"
+    written = metadata(out)
+    assert (written["ss_network_dim"], written["ss_network_alpha"]) == ("3", "3.0")
+    assert json.loads(written["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "2.0"}
+    assert written["modelspec.merged_from"] == "a, b, c"
 
 
 def test_with_enough_ranks_svd_merge_is_exact_and_no_larger_than_needed(model_store, tmp_path):

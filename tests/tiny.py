@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +14,8 @@ from library.models import family as families
 from library.models import keys, loading
 from library.models.family import ModelFamily
 
-ModelStore = Callable[[str], tuple[dict[str, torch.nn.Module], dict[str, Path]]]
+Models = dict[str, Any]  # U-Net, VAE and text encoders, of diffusers and transformers
+ModelStore = Callable[[str], tuple[Models, dict[str, Path]]]
 
 FAMILIES = {"sd1": families.SD1, "sd2": families.SD2, "sdxl": families.SDXL}
 CHANNELS = {families.SD1: (32, 64, 96, 96), families.SD2: (64, 128, 192, 192), families.SDXL: (64, 128, 128)}
@@ -71,7 +73,7 @@ def materialise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def make_models(family_name: str, seed: int = 0) -> dict[str, torch.nn.Module]:
+def make_models(family_name: str, seed: int = 0) -> Models:
     """Return U-Net, VAE and text encoders of a tiny model, under the names of a Diffusers folder."""
     family = FAMILIES[family_name]
     models = {
@@ -84,7 +86,7 @@ def make_models(family_name: str, seed: int = 0) -> dict[str, torch.nn.Module]:
     return models
 
 
-def text_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+def text_state(encoder: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a text encoder as transformers 4 named them."""
     state = {f"text_model.{name}": tensor for name, tensor in loading.canonical_text_state(encoder).items()}
     if hasattr(encoder, "text_projection"):
@@ -92,7 +94,7 @@ def text_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def write_folder(models: dict, family_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def write_folder(models: Models, family_name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a Diffusers folder with text-encoder names as transformers 4 wrote them."""
     family = FAMILIES[family_name]
     for part in ("unet", "vae"):
@@ -100,7 +102,7 @@ def write_folder(models: dict, family_name: str, folder: Path, dtype: torch.dtyp
         models[part].to(torch.float32)
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
-    index = {
+    index: dict[str, Any] = {
         "_class_name": f"StableDiffusion{'XL' if family is families.SDXL else ''}Pipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -124,7 +126,7 @@ def write_folder(models: dict, family_name: str, folder: Path, dtype: torch.dtyp
     return folder
 
 
-def original_state(models: dict, family_name: str) -> dict[str, torch.Tensor]:
+def original_state(models: Models, family_name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a tiny model in the original layout."""
     family = FAMILIES[family_name]
     unet, vae = models["unet"].state_dict(), models["vae"].state_dict()
@@ -167,7 +169,7 @@ def openclip_state(text: dict[str, torch.Tensor], num_unused: int) -> dict[str, 
 
 
 def write_checkpoint(
-    models: dict, family_name: str, path: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False
+    models: Models, family_name: str, path: Path, dtype: torch.dtype = torch.float32, *, ema: bool = False
 ) -> Path:
     """Write an original-layout file; the suffix chooses safetensors or pickle."""
     state = {
