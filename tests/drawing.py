@@ -98,10 +98,11 @@ def pipe_of(
     **more: Any,
 ) -> Any:
     """Return diffusers' own pipeline over tiny models, over copies where something is loaded into them."""
+    text = tiny.FAMILIES[family].text_models[0]
     pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
         vae=models["vae"],
         text_encoder=copy.deepcopy(models["text_encoder"]) if changed else models["text_encoder"],
-        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_token=tiny.FAMILIES[family].pad_token),
+        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_token=text.pad_token),
         unet=copy.deepcopy(models["unet"]) if changed else models["unet"],
         scheduler=build_sampler(sampler, predicts_v=predicts_v),
         safety_checker=None,

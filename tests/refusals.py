@@ -74,7 +74,7 @@ class Refused:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        from library.training.loop import Trainer
+        from library.training.run.loop import Trainer
 
         self.base, self.pictures, self.folder, self.out = base, pictures, folder, folder / "out"
         self.monkeypatch, self.capsys = monkeypatch, capsys

@@ -71,7 +71,7 @@ def train(base: Path, pictures: Path | None, out: Path, **more: object) -> dict[
 @contextlib.contextmanager
 def killed_after(steps: int) -> Iterator[None]:
     """Have the run within end as if it were killed after a number of steps."""
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     after = Trainer._after_step
 

@@ -112,7 +112,7 @@ def test_states(refused, tmp_path, monkeypatch, state, name):
 
 def test_of_several_states_a_damaged_one_is_passed_over(state, tmp_path, caplog):
     from library.config.saving import SavingConfig
-    from library.training.state import find_state
+    from library.training.run.state import find_state
 
     for step in (3, 4):
         shutil.copytree(state, tmp_path / f"x-step{step:08d}-state")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from scripts import ROOT, python
 from tensors import assert_same, metadata, read_folder
 
-from library import weights_io
+from library import files, weight_file
 from library.config.model import ModelConfig
 from library.errors import UserError
 from library.models import loading
@@ -146,8 +146,8 @@ def test_a_model_without_vae(store, tmp_path):
         (["{folder}", "{folder}"], "is within .*, which is read: take another place"),
         (["{checkpoint}", "{checkpoint}"], "is one of the files to be read: take another name"),
         (["{folder}", "{inside}"], "is within .*, which is read: take another place"),
-        (["{checkpoint}", "{out}", "--v2"], "--v2 was given, but .* is an SD 1.x model: leave it out"),
-        (["{sdxl}", "{out}", "--v1"], "--v1 was given, but .* is an SDXL model: leave it out"),
+        (["{checkpoint}", "{out}", "--v2"], "--v2 was given, but .* is an SD 1.x model: leave out --v2"),
+        (["{sdxl}", "{out}", "--v1"], "--v1 was given, but .* is an SDXL model: leave out --v1"),
         (["{checkpoint}", "{out}", "--v1", "--v2"], "--v1 and --v2 were both given"),
         (["{checkpoint}", "{out}", "--fp16", "--bf16"], "one type can be written, got --fp16 --bf16"),
         (["{lora}", "{out}"], "is no Stable Diffusion checkpoint"),
@@ -205,14 +205,14 @@ def test_an_end_in_the_middle_leaves_what_was_there(store, tmp_path, monkeypatch
     else:
         out.mkdir()
     reads = itertools.count()
-    true_read = weights_io.WeightFile.tensor
+    true_read = weight_file.WeightFile.tensor
 
     def failing(self, name):
         if next(reads) == 700:
             raise KeyboardInterrupt if failure is KeyboardInterrupt else OSError(errno.EIO, "the disk is gone")
         return true_read(self, name)
 
-    monkeypatch.setattr(weights_io.WeightFile, "tensor", failing)
+    monkeypatch.setattr(weight_file.WeightFile, "tensor", failing)
     with pytest.raises(failure):
         convert(model.checkpoint if target == "out" else model.folder, out)
     assert list(tmp_path.iterdir()) == [out]
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_what_was_there(store, tmp_path, monkeypatch, target)
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights_io.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="could not be written: No space left"):
         convert(model.checkpoint, out)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"old"] if out.suffix else [])
@@ -238,7 +238,7 @@ def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
     """No more is alive than some tensors that are written and the parts of the next: query, key and value."""
     model, most, number = store("sdxl"), 0, 0
     alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-    true_read = weights_io.WeightFile.tensor
+    true_read = weight_file.WeightFile.tensor
 
     def counted(self, name):
         nonlocal most, number
@@ -249,7 +249,7 @@ def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
         most, number = max(most, len(alive)), number + 1
         return tensor
 
-    monkeypatch.setattr(weights_io.WeightFile, "tensor", counted)
+    monkeypatch.setattr(weight_file.WeightFile, "tensor", counted)
     convert(model.checkpoint, tmp_path / "folder")
     convert(model.folder, tmp_path / "out.safetensors")
     assert number > 1500

@@ -49,7 +49,7 @@ def encoders(model_store):
     for name in ("sd1", "sd2"):
         encoder = copy.deepcopy(model_store(name)[0]["text_encoder"])
         text_model(encoder).final_layer_norm.bias.data.fill_(-0.2)
-        made[name] = load_clip_tokenizer(pad_token=tiny.FAMILIES[name].pad_token), encoder
+        made[name] = load_clip_tokenizer(pad_token=tiny.FAMILIES[name].text_models[0].pad_token), encoder
     return made
 
 

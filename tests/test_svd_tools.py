@@ -205,7 +205,9 @@ def test_a_folder_and_a_file_are_compared_and_equal_text_encoders_left_out(model
     tuned, out = tmp_path / "tuned.safetensors", tmp_path / "out.safetensors"
     call(merge_lora, "--sd_model", paths["safetensors"], "--save_to", tuned, "--models", file, "--ratios", 1)
     caplog.set_level("INFO")
-    call(extract_lora_from_models, "--model_org", paths["folder"], "--model_tuned", tuned, "--save_to", out)
+    models_given = "--model_org", paths["folder"], "--model_tuned", tuned
+    call(extract_lora_from_models, *models_given, "--save_to", out, "--v_parameterization")
+    assert metadata(out)["ss_base_model_version"] == "sd_v1_v"  # as training names it
     assert all(module.startswith("lora_unet_") for module in deltas(out))
     assert_deltas(out, deltas(file), 3e-5)
     assert any("text encoder is left out" in line for line in caplog.messages)

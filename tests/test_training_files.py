@@ -21,7 +21,8 @@ from tensors import metadata
 
 import train_network
 from library.errors import UserError
-from library.weights_io import file_legacy_hash, file_sha256
+from library.files import file_sha256
+from library.weight_file import file_legacy_hash
 
 # ---- what it writes -----------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_path, monkeypatch, caplog, number):
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     expected = train(base, pictures, tmp_path / "whole", max_train_steps=4)
     step = Trainer.step
@@ -290,7 +291,7 @@ def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_pa
 
 
 def test_a_second_signal_stops_at_once(base, pictures, tmp_path, monkeypatch):
-    from library.training.loop import Trainer
+    from library.training.run.loop import Trainer
 
     def twice(self, index, batches):
         signal.raise_signal(signal.SIGINT)
