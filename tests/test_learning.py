@@ -16,7 +16,6 @@ from library.sampling.prompts import Prompt
 from networks.lora import create_network_from_weights
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "pocket_model"))
 NUM_UNICORNS = 24
 
 
@@ -39,7 +38,7 @@ def draw(models, subjects, glyphs, seed):
 
 @pytest.mark.slow
 def test_the_example_teaches_the_unicorn_and_spares_the_others(tmp_path, monkeypatch):
-    import glyphs
+    from examples.pocket_model import glyphs
 
     monkeypatch.chdir(ROOT)
     assert train_network.main(["--config_file", "examples/unicorn/train.toml", "--output_dir", str(tmp_path)]) == 0
