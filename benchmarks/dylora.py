@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 if TYPE_CHECKING:
     from library.training.measure.picture_losses import Losses, Measurement
@@ -83,8 +83,7 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 
 def measure_steps(args: argparse.Namespace) -> None:
     """Print the time of a step for each variant, and its ratio to the plain step of the same round."""
-    from train_step import base_models, make_ours, share
-
+    from benchmarks.train_step import base_models, make_ours, share
     from networks import dylora
 
     models = base_models(args.size)

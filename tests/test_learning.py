@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from scripts import ROOT
@@ -15,7 +13,6 @@ from library.sampling.generate import generate
 from library.sampling.prompts import Prompt
 from networks.lora import create_network_from_weights
 
-sys.path.insert(0, str(ROOT / "examples" / "pocket_model"))
 NUM_UNICORNS = 24
 
 
@@ -38,7 +35,7 @@ def draw(models, subjects, glyphs, seed):
 
 @pytest.mark.slow
 def test_the_example_teaches_the_unicorn_and_spares_the_others(tmp_path, monkeypatch):
-    import glyphs
+    from examples.pocket_model import glyphs
 
     monkeypatch.chdir(ROOT)
     assert train_network.main(["--config_file", "examples/unicorn/train.toml", "--output_dir", str(tmp_path)]) == 0

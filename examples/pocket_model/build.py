@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parents[1])]
+sys.path.insert(0, str(FOLDER.parents[1]))
 
 import numpy as np
 import torch
 import torch.multiprocessing as mp
-from glyphs import BACKGROUNDS, HELD_OUT, SHEET, SIZE, SUBJECTS, caption, draw, save_sheet
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from examples.pocket_model.glyphs import BACKGROUNDS, HELD_OUT, SHEET, SIZE, SUBJECTS, caption, draw, save_sheet
 from library.models.tokenizer import load_clip_tokenizer, shipped_vocabulary
 
 if TYPE_CHECKING:

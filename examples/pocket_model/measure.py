@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(FOLDER.parents[1]))
 
 import torch
-from glyphs import BACKGROUNDS, SIZE, SUBJECTS, caption, nearest_background, nearest_glyph
 from PIL import Image, ImageDraw
+
+from examples.pocket_model.glyphs import BACKGROUNDS, SIZE, SUBJECTS, caption, nearest_background, nearest_glyph
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

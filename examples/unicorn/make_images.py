@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "pocket_model"))
+sys.path.insert(0, str(FOLDER.parents[1]))
 
-from glyphs import BACKGROUNDS, caption, draw
+from examples.pocket_model.glyphs import BACKGROUNDS, caption, draw
 
 SUBJECT, SEED = "unicorn", 7
 
