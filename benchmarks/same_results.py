@@ -43,6 +43,7 @@ Record = dict[str, dict[str, str]]  # run -> item -> what it is: its text, or th
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 15  # lines of a difference
+MOST_TEXT = 200_000  # letters; of longer texts the hash is kept
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
 ENVIRONMENT |= dict.fromkeys(("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"), "error")
 # Command lines run in forks of a process that has imported what takes seconds, and nothing of the suite.
@@ -118,7 +119,7 @@ def make_models(folder: Path) -> None:
                 torch.nn.init.normal_(block.weight, std=0.05)
             torch.nn.init.normal_(control.controlnet_cond_embedding.conv_out.weight, std=0.3)
             control.save_pretrained(folder / "control")
-            save_file({"emb_params": torch.randn((2, 64), generator=keyed)}, folder / "word.safetensors")
+            save_file({"emb_params": torch.randn((2, 64), generator=keyed)}, folder / "sksword.safetensors")
 
 
 def lora_of(layers: dict[str, torch.Tensor], rank: int, keyed: torch.Generator) -> tuple[dict, dict[str, str]]:
@@ -143,36 +144,34 @@ def lora_of(layers: dict[str, torch.Tensor], rank: int, keyed: torch.Generator) 
 # What may differ between two runs of the same code -> what is recorded in its place.
 UNSTEADY = (
     (re.compile(r"(?m)^[^\n:]*\.py:\d+: (?=\w*Warning)"), "PLACE: "),
-    (re.compile(r"\b\d{14}\b"), "TIME"),
+    (re.compile(r"(?<![\d.])20\d{12}(?!\d)"), "TIME"),
     (re.compile(r"\b\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?(\.\d+)?"), "TIME"),
     (re.compile(r"events\.out\.tfevents\S*"), "events.out.tfevents"),
     (re.compile(r"\b[\d.]+ (s|min|ms|seconds?)\b"), "DURATION"),
 )
 UNSTEADY_METADATA = re.compile(r"ss_session_id|ss_training_(started|finished)_at|sshs_\w*|modelspec\.date")
-BAR = re.compile(r"^(?P<name>[^|]*?):? +(?P<share>\d+)%\|.*\| *(?P<count>\S+)/(?P=count) \[.*$|^[^|]*\d+%\|.*$")
+BAR = re.compile(r"(?P<name>[^|\r\n]*?):? +\d+%\|[^|\r\n]*\| *[^\s/]+/(?P<total>\S+) \[[^]\r\n]*\](\x1b\[A)?")
 
 
 class Folders:
-    """Where a run happened: what is taken out of texts."""
+    """Where a run happens: what is taken out of texts."""
 
     def __init__(self, work: Path, repository: Path) -> None:
         self.names = {str(work): "WORK", str(repository): "REPOSITORY", sys.prefix: "PYTHON"}
 
     def steady(self, text: str) -> str:
-        """Return a text without what differs between two runs of the same code: paths, times, unfinished bars."""
-        lines: list[str] = []
-        for line in re.split(r"[\r\n]+", text):
-            bar = BAR.match(line)
-            if not bar:
-                lines.append(line)
-            elif bar["count"] and (finished := f"{bar['name']}: all {bar['count']}") not in lines[-1:]:
-                lines.append(finished)
-        text = "\n".join(lines)
+        """Return a text without what differs between two runs of the same code: paths and times."""
         for path, name in self.names.items():
             text = text.replace(path, name)
         for pattern, replacement in UNSTEADY:
             text = pattern.sub(replacement, text)
         return text
+
+    def printed(self, text: str) -> str:
+        """Return what a script printed, with a list of its progress bars in place of how they went on."""
+        bars = sorted({f"progress bar: {bar['name'].strip()}, of {bar['total']}" for bar in BAR.finditer(text)})
+        lines = [line.rstrip() for line in re.split(r"[\r\n]", BAR.sub("\n", text).replace("\x1b[A", ""))]
+        return self.steady("\n".join([line for line in lines if line] + bars))
 
 
 def short_hash(data: bytes) -> str:
@@ -272,9 +271,9 @@ def run_all(name: str, work: Path, args: argparse.Namespace) -> dict[str, str]:
     items = {}
     for number, line in enumerate(RUNS[name], 1):
         script, *words = shlex.split(line)
-        if args.cold:
+        if args.python:
             with Path(f"{folder}.stdout").open("wb") as out, Path(f"{folder}.stderr").open("wb") as err:
-                command = [sys.executable, str(args.repository / script), *words]
+                command = [args.python, str(args.repository / script), *words]
                 code = subprocess.run(command, cwd=folder, stdout=out, stderr=err, check=False).returncode
         else:
             process = FORKS.Process(target=execute, args=(args.repository / script, words, folder))
@@ -283,8 +282,8 @@ def run_all(name: str, work: Path, args: argparse.Namespace) -> dict[str, str]:
             code = process.exitcode
         items[f"{number} {script}: exit code"] = str(code)
         for stream in ("stdout", "stderr"):
-            text = Path(f"{folder}.{stream}").read_text(encoding="utf-8")
-            items[f"{number} {script}: {stream}"] = folders.steady(text)
+            text = Path(f"{folder}.{stream}").read_text(encoding="utf-8", errors="replace")
+            items[f"{number} {script}: {stream}"] = folders.printed(text)
     items |= contents(folder, work / "files", folders)
     shutil.rmtree(folder)
     return items
@@ -300,7 +299,10 @@ def contents(folder: Path, given: Path, folders: Folders) -> dict[str, str]:
         name = folders.steady(own.as_posix())
         names.append(name)
         read = read_events if "tfevents" in name else READERS.get(path.suffix, read_text)
-        items |= {f"{name}: {kind}": text for kind, text in read(path, folders.steady).items()}
+        items |= {
+            f"{name}: {kind}": text if len(text) < MOST_TEXT else short_hash(text.encode())
+            for kind, text in read(path, folders.steady).items()
+        }
     return items | {"files": "\n".join(names)}
 
 
@@ -313,6 +315,8 @@ def make_record(args: argparse.Namespace) -> Record:
         making = FORKS.Process(target=make_models, args=(work / "models",))
         making.start()
         making.join()
+        if making.exitcode:
+            raise SystemExit("the models could not be made")
 
         def timed(name: str) -> dict[str, str]:
             begin = time.perf_counter()
@@ -331,18 +335,18 @@ def difference(before: str | None, after: str | None) -> list[str]:
         return ["is new" if before is None else "is gone"]
     lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))[2:]
     more = [f"... {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else []
-    return [line[:300] for line in lines[:SHOWN]] + more
+    return [line[:300] for line in lines[:SHOWN]] + more or ["in how lines end"]
 
 
 def compare(before: Record, after: Record) -> bool:
     """Print for each run that it is equal or how it differs; return whether all are equal."""
-    for name, items in after.items():
-        old = before.get(name, {})
+    for name in {**before, **after}:
+        old, items = before.get(name, {}), after.get(name, {})
         changed = [item for item in {**old, **items} if old.get(item) != items.get(item)]
         print(f"{name}: {'equal' if not changed else f'{len(changed)} of {len(items)} items differ'}")
         for item in changed:
             print(f"  {item}", *difference(old.get(item), items.get(item)), sep="\n    ")
-    return all(before.get(name) == items for name, items in after.items())
+    return before == after
 
 
 def main() -> int:
@@ -353,17 +357,18 @@ def main() -> int:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="runs whose names match, such as 'train-*'")
     parser.add_argument("--repository", type=Path, default=ROOT, help="folder of the scripts that are run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--cold", action="store_true", help="start an interpreter for each command line: slower")
+    parser.add_argument("--python", help="start this interpreter for each command line: slower, as a user does")
     args = parser.parse_args()
     args.repository = args.repository.resolve()
     os.environ |= ENVIRONMENT
     FORKS.set_forkserver_preload(PRELOADED)
     begin = time.perf_counter()
-    before = json.loads(args.file.read_text(encoding="utf-8")) if args.command == "compare" else None
+    before: Record = json.loads(args.file.read_text(encoding="utf-8")) if args.command == "compare" else {}
     after = make_record(args)
     print(f"{len(after) - 1} runs in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    if before is not None:
-        return 0 if compare(before, after) else 1
+    if args.command == "compare":
+        asked = {name: before[name] for name in before if name == "given" or fnmatch.fnmatch(name, args.only)}
+        return 0 if compare(asked, after) else 1
     args.file.write_text(json.dumps(after, indent=1, ensure_ascii=False), encoding="utf-8")
     return 0
 

@@ -88,6 +88,11 @@ TRAININGS = {
         f"--resolution 64 --vae {SD1} --token_warmup_step 2 --shuffle_caption --training_comment hello "
         "--metadata_title T --metadata_author A",
     ],
+    "config-file": [
+        f"{ON_SD1} --output_config --config_file run.toml",
+        "train_network.py --config_file run.toml --max_train_steps 1 --log_config --console_log_file log.txt "
+        "--console_log_level DEBUG",
+    ],
     "dry-run": [
         f"{ON_SD1} --dry_run --network_args mid_lr_weight=2 up_lr_weight=sine --enable_bucket --min_bucket_reso 64",
         f"{TRAIN} --pretrained_model_name_or_path {POCKET} --dataset_config masks.toml --masked_loss --dry_run",
@@ -97,8 +102,8 @@ DRAWINGS = {
     "lora-brackets": [
         f"{DRAW} --ckpt {SD1} {DRAW_LORA} --network_mul 0.7 --max_embeddings_multiples 2 --images_per_prompt 2 "
         '--batch_size 2 --prompt "a (cat:1.3) [on] ((a)) mat BREAK a \\\\(dog --n (bad:1.2) --am 0.5"',
-        f'{DRAW} --ckpt {SD1_FOLDER} {DRAW_LORA} --network_merge --prompt "a cat" --clip_skip 2 --sampler dpmsolver++ '
-        "--textual_inversion_embeddings ../models/word.safetensors --bf16",
+        f'{DRAW} --ckpt {SD1_FOLDER} {DRAW_LORA} --network_merge --prompt "a sksword cat" --clip_skip 2 '
+        "--sampler dpmsolver++ --textual_inversion_embeddings ../models/sksword.safetensors --bf16",
     ],
     "img2img-inpainting": [
         f'{DRAW} --ckpt {POCKET} --image_path photo.png --strength 0.6 --prompt "a fox" --use_original_file_name',
@@ -157,9 +162,14 @@ TOOLS = {
         f"networks/merge_lora.py --sd_model {SD1_FOLDER} --save_to merged --models ../models/sd1-lora.safetensors "
         "--ratios 0.5",
         f"tools/convert_diffusers20_original_sd.py {SD1_FOLDER} model.ckpt --bf16 --epoch 2 --global_step 3",
+        f"{DRAW} --ckpt merged --vae model.ckpt --prompt dog",
     ],
     "sd1-convert": conversions_of(SD1),
-    "sd2-convert": conversions_of(SD2),
+    "sd2-convert": [
+        *conversions_of(f"{SD2} --v_parameterization"),
+        f"{DRAW} --ckpt folder --prompt dog",
+        f"{TRAIN} {DATA} --pretrained_model_name_or_path folder --max_train_steps 1",
+    ],
     "sd2": tools_of("sd2", SD2, "merge_lora.py"),
     "sdxl": tools_of("sdxl", SDXL, "sdxl_merge_lora.py"),
     "sdxl-convert": conversions_of(SDXL),
