@@ -263,13 +263,12 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
     """Return the measurement on what is held out."""
     from library.config.train import parse_train_config
     from library.data.records import load_sets
-    from library.models.loading import detect
+    from library.models.base import find_base
     from library.training.measure.picture_losses import load_measurement, to_measure
 
     config = parse_train_config(options(args, folder, "measured", rank=args.rank, alpha=args.rank, steps=args.steps))
     sets = to_measure(load_sets(config))
-    detected = detect(config.model)
-    return load_measurement(config, sets, detected, num_timesteps=args.timesteps, draws=args.draws)
+    return load_measurement(config, sets, find_base(config.model), num_timesteps=args.timesteps, draws=args.draws)
 
 
 def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> Losses:
@@ -280,7 +279,7 @@ def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> 
     network = build_network(
         NetworkConfig(network_module="networks.lora", network_weights=path, dim_from_weights=True),
         measurement.config.optimizer,
-        measurement.models,
+        measurement.base,
         checkpointing=False,
         device=measurement.runtime.device,
     )

@@ -54,21 +54,22 @@ def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
     from library.config.options import parse
     from library.generation.artist import Artist
     from library.generation.networks import DrawnNetworks
-    from library.generation.recipe import load_models
+    from library.generation.recipe import device_of, open_base
     from library.sampling.requests import Request
 
     config = parse(GenerateConfig, ["--ckpt", str(args.ckpt), "--steps", str(args.steps)])
-    models, device = load_models(config)
-    artist = Artist(config, models, DrawnNetworks([]), device)
+    device = device_of(config.speed.device)
+    base = open_base(config, device)
+    artist = Artist(config, base, DrawnNetworks([]), device)
     requests = [
         Request(prompt="a cat", seed=seed, width=args.size, height=args.size, steps=args.steps)
         for seed in range(args.batch)
     ]
     pipe = StableDiffusionPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoders[0],
-        tokenizer=models.tokenizers[0],
-        unet=models.unet,
+        vae=base.vae,
+        text_encoder=base.texts[0].module,
+        tokenizer=base.texts[0].tokenizer,
+        unet=base.unet,
         scheduler=DDIMScheduler.from_pretrained(args.ckpt, subfolder="scheduler"),
         safety_checker=None,
         feature_extractor=None,

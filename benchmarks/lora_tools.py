@@ -181,16 +181,15 @@ def write_lora(base: Path, path: Path, rank: int, seed: int) -> None:
     from library.adapters import layers
     from library.adapters.lora_file import tensors_of
     from library.adapters.low_rank import Change
-    from library.models.model_files import open_model
+    from library.models.checkpoint import open_checkpoint
     from networks import lora
 
-    model, generator = open_model(base), torch.Generator().manual_seed(seed)
+    model, generator = open_checkpoint(base), torch.Generator().manual_seed(seed)
     shapes, changes = model.shapes, {}
     for layer, place in layers.places(model).items():
         if layers.is_attention_layer(layer):
-            shape = shapes[place.name]
-            out = shape[0] if place.third is None else shape[0] // 3
-            up, down = (torch.randn(size, generator=generator) * 0.01 for size in ((out, rank), (rank, shape[1])))
+            shape = place.shape_of(shapes[place.name])
+            up, down = (torch.randn(size, generator=generator) * 0.01 for size in ((shape[0], rank), (rank, shape[1])))
             down_shape = (rank, *shape[1:])
             changes[layers.module_name(layer, model.family)] = Change(up, down, float(rank), down_shape)
     lora.write_weights(path, tensors_of(changes, torch.float16), {})

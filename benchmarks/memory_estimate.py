@@ -43,49 +43,52 @@ def main() -> None:
 
 
 def parts(args: argparse.Namespace, device: str) -> tuple:
-    """Return (models, network, dtype) with weights on a device."""
+    """Return (base, network, dtype) with weights on a device."""
     import tiny
     import torch
 
     from library.config.options import build
     from library.config.train import TrainConfig
+    from library.models import building
     from library.models import family as families
-    from library.models import loading
+    from library.models.base import BaseModel, TextEncoder
     from library.models.tokenizer import load_clip_tokenizer
     from library.training.network_protocol import build_network
     from library.training.preparation import enable_gradient_checkpointing
 
     unet, encoder = (
-        loading.build_unet(families.SD1.unet),
-        loading.build_text_encoder(families.SD1.text_models[0].config),
+        building.build_unet(families.SD1.unet),
+        building.build_text_encoder(families.SD1.text_models[0].config),
     )
     dtype = getattr(torch, DTYPES[args.dtype])
     if device == "cpu":
         unet, encoder = tiny.materialise(unet, 0).to(dtype), tiny.materialise(encoder, 1).to(dtype)
     for model in (unet, encoder):
         model.requires_grad_(False).eval()
-    models = loading.LoadedModels(families.SD1, [load_clip_tokenizer()], [encoder], unet, None, predicts_v=False)
+    text = TextEncoder(families.SD1.text_models[0], load_clip_tokenizer(), encoder)
+    vae = building.build_vae(families.SD1.vae)
+    base = BaseModel(families.SD1, predicts_v=False, unet=unet, vae=vae, texts=(text,))
     config = build(TrainConfig, {"network_module": "networks.lora", "network_dim": args.rank, "seed": 1})
     network = build_network(
         config.network,
         config.optimizer,
-        models,
+        base,
         checkpointing=args.checkpointing,
         device=torch.device(device),
     )
     network.groups(config.optimizer)
     if args.checkpointing:
-        enable_gradient_checkpointing(models, network)
-    return models, network, dtype
+        enable_gradient_checkpointing(base, network)
+    return base, network, dtype
 
 
 def counted(args: argparse.Namespace) -> int:
     """Return the bytes of activations and gradients that are counted."""
     from library.training.rehearse.memory import step_activations
 
-    models, network, dtype = parts(args, "meta")
+    base, network, dtype = parts(args, "meta")
     size = (args.resolution, args.resolution)
-    activations = step_activations(models, network, dtype, size=size, batch=args.batch_size, windows=1)
+    activations = step_activations(base, network, dtype, size=size, batch=args.batch_size, windows=1)
     return activations + 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -95,13 +98,13 @@ def measured(args: argparse.Namespace) -> int:
 
     from library.training.rehearse.memory import _make_step
 
-    models, network, dtype = parts(args, "cpu")
-    _make_step(models, network, dtype, size=(64, 64), batch=1, windows=1)  # libraries take memory once
+    base, network, dtype = parts(args, "cpu")
+    _make_step(base, network, dtype, size=(64, 64), batch=1, windows=1)  # libraries take memory once
     network.network.zero_grad(set_to_none=True)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
     before = _status("VmRSS")
-    _make_step(models, network, dtype, size=(args.resolution, args.resolution), batch=args.batch_size, windows=1)
+    _make_step(base, network, dtype, size=(args.resolution, args.resolution), batch=args.batch_size, windows=1)
     return _status("VmHWM") - before
 
 

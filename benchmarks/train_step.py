@@ -19,6 +19,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -80,17 +84,17 @@ def base_models(size: str) -> tuple:
     """Return (U-Net, text encoder) with random weights: SD 1.5, or its structure with narrow layers."""
     import tiny
 
+    from library.models import building
     from library.models import family as families
-    from library.models import loading
 
     unet_config, text_config = families.SD1.unet, families.SD1.text_models[0].config
     if size == "small":
         unet_config = unet_config | {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": 64}
-        text_config = families.text_encoder_config(
+        text_config = building.text_encoder_config(
             families.SD1.text_models[0], width=64, inner_width=256, num_layers=12
         )
-    unet = tiny.materialise(loading.build_unet(unet_config), 0)
-    return unet, tiny.materialise(loading.build_text_encoder(text_config), 1)
+    unet = tiny.materialise(building.build_unet(unet_config), 0)
+    return unet, tiny.materialise(building.build_text_encoder(text_config), 1)
 
 
 def share(model):  # noqa: ANN001, ANN201
@@ -108,15 +112,20 @@ def batch_inputs(args: argparse.Namespace) -> tuple:
     return moments, ["a photo of a cat"] * args.batch_size
 
 
+def token_ids(captions: list[str]) -> torch.Tensor:
+    """Return the padded token ids (B, 77) of captions."""
+    from library.models.tokenizer import WINDOW, load_clip_tokenizer
+
+    tokens = load_clip_tokenizer()(captions, padding="max_length", max_length=WINDOW, return_tensors="pt")
+    return tokens.input_ids
+
+
 def make_floor(unet, text_encoder, args):  # noqa: ANN001, ANN201
     import torch
 
-    from library.models.text_encoding import encode_tokens, tokenize
-    from library.models.tokenizer import load_clip_tokenizer
-
     if args.checkpointing:
         unet.enable_gradient_checkpointing()
-    tokens = tokenize(load_clip_tokenizer(), batch_inputs(args)[1])
+    tokens = token_ids(batch_inputs(args)[1])
     latents = batch_inputs(args)[0][:, :4].clone().requires_grad_()
     timesteps = torch.full((args.batch_size,), 500)
     embeddings = text_encoder.get_input_embeddings()
@@ -124,11 +133,11 @@ def make_floor(unet, text_encoder, args):  # noqa: ANN001, ANN201
     def step() -> None:
         if args.unet_only:
             with torch.no_grad():
-                hidden = encode_tokens(text_encoder, tokens)
+                hidden = text_encoder(tokens).last_hidden_state
         else:
             # Gradients reach the first layer's input, as they do in training.
             handle = embeddings.register_forward_hook(lambda module, given, out: out.requires_grad_())
-            hidden = encode_tokens(text_encoder, tokens)
+            hidden = text_encoder(tokens).last_hidden_state
             handle.remove()
         unet(latents, timesteps, hidden).sample.square().mean().backward()
         latents.grad = None
@@ -142,8 +151,11 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.config.options import build
     from library.config.train import TrainConfig
     from library.data.dataset import Batch, Sample
+    from library.models import building
+    from library.models.base import BaseModel, TextEncoder
+    from library.models.conditioning import LiveConditioner, TextOptions
     from library.models.family import SD1
-    from library.models.loading import LoadedModels
+    from library.models.latent_encoder import LatentEncoder
     from library.models.tokenizer import load_clip_tokenizer
     from library.training import preparation, recipe
     from library.training.network_protocol import build_network
@@ -162,19 +174,31 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     }
     config = build(TrainConfig, given)
     runtime = start_runtime(config.precision, config.logs)
-    vae = torch.nn.Module()
-    vae.config = argparse.Namespace(scaling_factor=0.18215)
-    models = LoadedModels(SD1, [load_clip_tokenizer()], [text_encoder], unet, vae, predicts_v=False)
-    network = build_network(config.network, config.optimizer, models, checkpointing=False, device=runtime.device)
+    vae = building.build_vae(SD1.vae)
+    texts = (TextEncoder(SD1.text_models[0], load_clip_tokenizer(), text_encoder),)
+    base = BaseModel(SD1, predicts_v=False, unet=unet, vae=vae, texts=texts)
+    network = build_network(config.network, config.optimizer, base, checkpointing=False, device=runtime.device)
     if args.checkpointing:
-        preparation.enable_gradient_checkpointing(models, network)
+        preparation.enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
     choice = recipe.choose_optimizer(config.optimizer)
     optimizer = recipe.build_optimizer(choice, recipe.flatten_groups(groups), 1e-4)
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        objective=Objective(config, models, recipe.stable_diffusion_schedule(), runtime, network),
+        objective=Objective(
+            base=base,
+            network=network,
+            encoder=LatentEncoder(vae, runtime.types.vae),
+            conditioner=LiveConditioner(texts),
+            text=TextOptions(),
+            schedule=recipe.stable_diffusion_schedule(),
+            loss=config.loss,
+            types=runtime.types,
+            device=runtime.device,
+            seed=1,
+            vae_batch_size=1,
+        ),
         network=network,
         optimizer=optimizer,
         scheduler=None,
@@ -204,10 +228,8 @@ def make_peft(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from peft.tuners.lora import LoraModel
 
     from library.diffusion.schedule import stable_diffusion_schedule
-    from library.models.text_encoding import encode_tokens, tokenize
-    from library.models.tokenizer import load_clip_tokenizer
 
-    tokenizer, schedule = load_clip_tokenizer(), stable_diffusion_schedule()
+    schedule = stable_diffusion_schedule()
     targets = r".*attentions.*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2)"
     if args.conv_dim:
         targets = r"(down_blocks|mid_block|up_blocks).*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2"
@@ -226,7 +248,7 @@ def make_peft(unet, text_encoder, args):  # noqa: ANN001, ANN201
         latents = moments[:, :4] * 0.18215
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
         with torch.set_grad_enabled(not args.unet_only):
-            hidden = encode_tokens(text_encoder, tokenize(tokenizer, captions))
+            hidden = text_encoder(token_ids(captions)).last_hidden_state
         prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, hidden).sample
         (prediction - noise).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from library.adapters.energy import KeptByBlock
     from library.adapters.layers import Layer, Place
     from library.adapters.low_rank import Change
-    from library.models.model_files import ModelFiles
+    from library.models.checkpoint import Checkpoint
 
     Pairs = dict[Layer, tuple[Place, Place]]  # where a layer stands in the original model, and in the tuned one
 
@@ -93,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import tensors_of
     from library.files import disk_errors
-    from library.models.model_files import open_model
+    from library.models.checkpoint import open_checkpoint
     from networks.lora import write_weights
 
-    original, tuned = open_model(config.files.model_org), open_model(config.files.model_tuned)
+    original, tuned = open_checkpoint(config.files.model_org), open_checkpoint(config.files.model_tuned)
     check_kind(config.kind, original, tuned)
     pairs = paired_layers(original, tuned, with_convolutions=config.extract.conv_dim is not None)
     kept = KeptByBlock()
@@ -124,7 +124,7 @@ def problems_of(config: ExtractConfig) -> Iterator[str]:
     yield from tool_files.device_problems(config.extract.device)
 
 
-def check_kind(kind: KindConfig, original: ModelFiles, tuned: ModelFiles) -> None:
+def check_kind(kind: KindConfig, original: Checkpoint, tuned: Checkpoint) -> None:
     """Raise UserError for models of two kinds, or of another than was said."""
     from library.models.family import check_flags
 
@@ -136,7 +136,7 @@ def check_kind(kind: KindConfig, original: ModelFiles, tuned: ModelFiles) -> Non
     check_flags(original.family, original.path, v2=kind.v2, sdxl=kind.sdxl)
 
 
-def paired_layers(original: ModelFiles, tuned: ModelFiles, *, with_convolutions: bool) -> Pairs:
+def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions: bool) -> Pairs:
     """Return the layers that a LoRA acts on, with their places in both models; raises UserError for other shapes."""
     from library.adapters.layers import UNET, is_attention_layer, is_block_layer, places
 
@@ -168,7 +168,7 @@ def squeezed(shape: Sequence[int]) -> list[int]:
 
 
 def extracted(
-    options: ExtractOptions, original: ModelFiles, tuned: ModelFiles, pairs: Pairs, kept: KeptByBlock
+    options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs, kept: KeptByBlock
 ) -> dict[str, Change]:
     """Return the change of each module that changed; those of a text encoder that hardly did are left out."""
     import torch
@@ -198,7 +198,7 @@ def extracted(
     return changes
 
 
-def unchanged_encoders(options: ExtractOptions, original: ModelFiles, tuned: ModelFiles, pairs: Pairs) -> set[str]:
+def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> set[str]:
     """Return the text encoders of which no layer differs by more than --min_diff in any number."""
     from library.adapters.layers import UNET
 
@@ -218,7 +218,7 @@ def unchanged_encoders(options: ExtractOptions, original: ModelFiles, tuned: Mod
     return unchanged
 
 
-def difference_of(original: ModelFiles, tuned: ModelFiles, places: tuple[Place, Place]) -> Tensor:
+def difference_of(original: Checkpoint, tuned: Checkpoint, places: tuple[Place, Place]) -> Tensor:
     """Return tuned less original of a layer, float32, in the shape of the original; raises UserError for NaN."""
     from library.weight_file import check_finite
 
@@ -226,12 +226,12 @@ def difference_of(original: ModelFiles, tuned: ModelFiles, places: tuple[Place, 
     for model, place in zip((original, tuned), places, strict=True):
         tensor = model.read(place.name).float()
         check_finite(tensor, place.name, model.path)
-        weights.append(tensor if place.third is None else tensor.chunk(3)[place.third])
+        weights.append(place.part_of(tensor))
     return weights[1].reshape(weights[0].shape) - weights[0]
 
 
 def metadata_of(
-    config: ExtractConfig, original: ModelFiles, tuned: ModelFiles, changes: Mapping[str, Change]
+    config: ExtractConfig, original: Checkpoint, tuned: Checkpoint, changes: Mapping[str, Change]
 ) -> Mapping[str, str]:
     """Return the metadata of the LoRA file, with the keys that sd-scripts writes."""
     from library.adapters.provenance import common

@@ -134,13 +134,13 @@ def merge_into_model(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios
     """Write the base model with the changes of all files added, tensor by tensor."""
     from library.adapters.merging import Merge, additions_by_tensor, write_merged
     from library.adapters.provenance import architecture
+    from library.models.checkpoint import open_checkpoint
     from library.models.family import check_flags
-    from library.models.model_files import open_model
 
-    model = open_model(config.files.sd_model)
+    model = open_checkpoint(config.files.sd_model)
     check_flags(model.family, model.path, v2=config.files.v2)
     additions = additions_by_tensor(model, files, allow_unmatched=config.merge.allow_unmatched)
-    own = {} if model.is_folder else dict(model.parts[""][0].metadata)
+    own = {} if model.is_folder else dict(model.metadata)
     base = own.get("modelspec.title") or model.path.stem
     metadata = origin(config, files, base=base)
     if metadata and not model.is_folder:

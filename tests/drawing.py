@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
 from library.generation import infotext, recipe
+from library.models.base import BaseFiles, BaseModel
+from library.models.precision import Types
 from library.models.tokenizer import load_clip_tokenizer
 from library.sampling.prompts import SAMPLER_NAMES
 from library.sampling.samplers import build_sampler
@@ -31,7 +33,7 @@ HIGHRES = ["--highres_fix_scale", 0.5, "--highres_fix_steps", 2, "--strength", 0
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LONG = ", ".join(f"thing {index}" for index in range(40))  # two windows
 CHANGED_BY = {"--textual_inversion_embeddings", "--opt_channels_last", "--vae_tiling", "--vae_slices", "--offload"}
-LOADED: dict[Any, Any] = {}  # models that runs do not change: loading is most of the time of a small picture
+LOADED: dict[Any, BaseModel] = {}  # models that runs do not change: loading is most of the time of a small picture
 
 
 def slow(*values: object) -> Any:
@@ -58,15 +60,17 @@ class Drawing:
 
     def __init__(self, model_store: tiny.ModelStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model_store, self.folder, self.monkeypatch = model_store, folder, monkeypatch
-        self.load = recipe.loading.load_models
+        self.load = recipe.load_base
 
-    def _remembered(self, config: Any, detected: Any, *, copied: bool, **types: Any) -> Any:
-        key = (config, *types.values())
+    def _remembered(self, files: BaseFiles, types: Types, *, copied: bool) -> BaseModel:
+        key = (files.checkpoint.path, files.vae.path, files.tokenizers, files.predicts_v, types)
         if key not in LOADED:
-            LOADED[key] = self.load(config, detected, **types)
-        found = LOADED[key]  # of what networks change, a copy
-        copies = {"unet": copy.deepcopy(found.unet), "text_encoders": copy.deepcopy(found.text_encoders)}
-        return dataclasses.replace(found, **copies) if copied else found
+            LOADED[key] = self.load(files, types)
+        found = LOADED[key]
+        if not copied:
+            return found
+        texts = tuple(dataclasses.replace(text, module=copy.deepcopy(text.module)) for text in found.texts)
+        return dataclasses.replace(found, unet=copy.deepcopy(found.unet), texts=texts)  # what networks change
 
     def __call__(
         self, *words: object, family: str = "sd1", layout: str = "folder", out: str = "o", sized: bool = True
@@ -78,7 +82,7 @@ class Drawing:
         argv = ["--ckpt", self.model_store(family)[1][layout], "--outdir", folder, *size, *COMMON, *words]
         remembered = functools.partial(self._remembered, copied="--network_module" in words)
         load = self.load if CHANGED_BY & set(words) else remembered
-        self.monkeypatch.setattr(recipe.loading, "load_models", load)
+        self.monkeypatch.setattr(recipe, "load_base", load)
         assert gen_img_diffusers.main([str(word) for word in argv]) == 0
         new = sorted(path for path in set(folder.rglob("*")) - before if path.suffix in SUFFIXES)
         return [shot(path) for path in new if not path.name.startswith("grid")]

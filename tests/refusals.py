@@ -91,7 +91,7 @@ class Refused:
         from library.training import recipe
 
         if not loads:
-            self.monkeypatch.setattr(recipe, "load_models", lambda *_, **__: pytest.fail("the model was loaded"))
+            self.monkeypatch.setattr(recipe, "open_base", lambda *_, **__: pytest.fail("the model was loaded"))
         if not isinstance(given, list):
             given = dict(given)
             given = options(given.pop("base", self.base), self.pictures, self.out, **given)

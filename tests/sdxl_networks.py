@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensors import Tensors
 
-from library.models import loading
+from library.models.base import text_body
 
 UNET = "model.diffusion_model."
 CLIP_L = "conditioner.embedders.0.transformer.text_model."
@@ -46,7 +46,7 @@ def read_sdxl(models: dict[str, Any], paths: dict[str, Path]) -> Sdxl:
             places["unet", path] = (f"{by_content[module.weight.numpy().tobytes()]}.weight", None)
     assert len(places) == len(by_content)
     for part in ("text_encoder", "text_encoder_2"):
-        for path, module in loading.text_model(models[part]).named_modules():
+        for path, module in text_body(models[part]).named_modules():
             if isinstance(module, torch.nn.Linear):
                 places[part, path] = (f"{CLIP_L}{path}.weight", None) if part == "text_encoder" else openclip(path)
     return Sdxl(models, paths, state, places)
@@ -66,7 +66,7 @@ def make_network(sdxl: Sdxl, seed: int = 0) -> Network:
     generator = torch.Generator().manual_seed(seed)
     network: Network = {}
     for at, (part, path) in enumerate(sdxl.places):
-        weight = dict(loading.text_model(sdxl.models[part]).named_modules())[path].weight
+        weight = dict(text_body(sdxl.models[part]).named_modules())[path].weight
         rank = 2 + at % 3
         down = torch.randn((rank, *weight.shape[1:]), generator=generator) * 0.2
         up = torch.randn((weight.shape[0], rank, *(1 for _ in weight.shape[2:])), generator=generator) * 0.2

@@ -268,7 +268,7 @@ def test_a_block_of_double_rate_goes_double_as_far(base, pictures, tmp_path):
 def test_a_wrong_count_ends_the_run_before_the_model_is_loaded(base, pictures, tmp_path, monkeypatch):
     from library.training import recipe
 
-    monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "open_base", lambda *args, **more: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="block_dims must be 25 whole numbers"):
         train_network.main(options(base, pictures, tmp_path, network_args=["block_dims=2,4"]))
 

@@ -13,12 +13,10 @@ from conversions import convert, read
 from safetensors.torch import load_file, save_file
 from tensors import assert_same, metadata, read_folder
 
-from library.config.model import ModelConfig
 from library.errors import UserError
-from library.models import family as families
-from library.models import keys, loading
-from library.models.conversion import V_BIAS
-from library.models.model_files import EXTRAS_FILE
+from library.models import building, keys, layout
+from library.models.base import text_body
+from library.models.checkpoint import EXTRAS_FILE, V_BIAS
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SD2_BLOCKS = "cond_stage_model.model.transformer.resblocks."
@@ -97,11 +95,10 @@ def test_a_pipeline_of_the_folder_draws(store):
 def test_the_suite_loads_what_was_written(store, name):
     model = store(name)
     for path in (model.made_folder, model.made_checkpoint):
-        config = ModelConfig(pretrained_model_name_or_path=str(path))
-        loaded = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+        loaded = tiny.load(path)
         assert loaded.family is tiny.FAMILIES[name]
-        for part, encoder in (("unet", loaded.unet), ("vae", loaded.vae), ("text_encoder", loaded.text_encoders[0])):
-            assert_same(loading.text_model(encoder).state_dict(), loading.text_model(model.models[part]).state_dict())
+        for part, encoder in (("unet", loaded.unet), ("vae", loaded.vae), ("text_encoder", loaded.texts[0].module)):
+            assert_same(text_body(encoder).state_dict(), text_body(model.models[part]).state_dict())
 
 
 SIZES = {"sd1": (859_520_964, 123_060_480), "sd2": (865_910_724, 340_387_840), "sdxl": (2_567_463_684, 694_659_840)}
@@ -112,14 +109,14 @@ def test_published_models_come_back_from_the_shapes_of_their_files(name):
     """Nothing is in memory here but names and shapes; every tensor has a name that the plan knows."""
     family = tiny.FAMILIES[name]
     text = family.text_models[-1]
-    unet = loading.build_unet(family.unet)
-    encoder = loading.build_text_encoder(text.config, has_projection=text.has_projection)
+    unet = building.build_unet(family.unet)
+    encoder = building.build_text_encoder(text.config, has_projection=text.has_projection)
     assert tuple(sum(p.numel() for p in model.parameters()) for model in (unet, encoder)) == SIZES[name]
-    names = keys.table(unet.state_dict(), loading.unet_rule_for(family.unet))
+    names = tiny.original_names(layout.unet_rule(family, {}), unet.state_dict())
     assert len(set(names.values())) == len(names)
-    assert families.unet_config(family, {names[n]: tuple(t.shape) for n, t in unet.state_dict().items()}) == family.unet
+    assert building.unet_config(family, {names[n]: tuple(t.shape) for n, t in unet.state_dict().items()}) == family.unet
     assert names.keys() <= set(keys.tensors(keys.unet_modules(len(family.unet["block_out_channels"]))))
-    own = loading.canonical_text_state(encoder)
+    own = tiny.body_state(encoder)
     assert own.keys() <= set(keys.tensors(keys.text_modules(text.config["num_hidden_layers"])))
 
 

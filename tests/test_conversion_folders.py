@@ -10,6 +10,7 @@ import shutil
 import weakref
 
 import pytest
+import tiny
 import torch
 from conversions import convert, read
 from safetensors.torch import load_file, save_file
@@ -17,10 +18,8 @@ from scripts import ROOT, python
 from tensors import assert_same, metadata, read_folder
 
 from library import files, weight_file
-from library.config.model import ModelConfig
 from library.errors import UserError
-from library.models import loading
-from library.models.model_files import open_model
+from library.models.checkpoint import open_checkpoint
 
 SCRIPT = ROOT / "tools" / "convert_diffusers20_original_sd.py"
 pytestmark = pytest.mark.usefixtures("tidy")
@@ -94,7 +93,7 @@ def test_a_sharded_variant_does_not_stand_for_the_full_weights(store, tmp_path):
 
 
 def folder_tensors(folder):
-    files = open_model(folder)
+    files = open_checkpoint(folder)
     return {name: files.read(name) for name in files.shapes}
 
 
@@ -315,8 +314,7 @@ def test_a_model_of_unusual_sizes_comes_back_with_its_settings(tmp_path):
         before, after = (json.loads((path / part / "config.json").read_text()) for path in (source, folder))
         own = {key: value for key, value in before.items() if not key.startswith("_") and "dtype" not in key}
         assert own.items() <= after.items(), part
-    config = ModelConfig(pretrained_model_name_or_path=str(file))
-    models = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    models = tiny.load(file)
     described = json.loads((source / "unet" / "config.json").read_text())
     assert models.unet.config["norm_num_groups"] == described["norm_num_groups"]
     state = load_file(file)

@@ -15,7 +15,8 @@ import train_network
 from library.config.options import build
 from library.config.train import TrainConfig
 from library.errors import UserError
-from library.models.loading import LoadedModels
+from library.models.base import BaseModel, TextEncoder
+from library.models.conditioning import LiveConditioner
 from library.models.tokenizer import load_clip_tokenizer
 from library.training.network_protocol import build_network
 from library.training.rehearse import memory
@@ -37,9 +38,9 @@ def dry(base, pictures, out, **more):
 def test_a_dry_run_loads_no_weights_and_trains_nothing(base, pictures, tmp_path, monkeypatch):
     from library.training.rehearse import dry_run
 
-    real = dry_run.load_models
-    monkeypatch.setattr(dry_run, "load_models", lambda *a, **k: empty.append(real(*a, **k)) or empty[-1])
-    empty: list[LoadedModels] = []
+    real = dry_run.load_base
+    monkeypatch.setattr(dry_run, "load_base", lambda *a, **k: empty.append(real(*a, **k)) or empty[-1])
+    empty: list[BaseModel] = []
     dry(base, pictures, tmp_path)
     assert len(empty) == 1
     assert all(parameter.is_meta for parameter in empty[0].vae.parameters())
@@ -58,14 +59,10 @@ def test_it_counts_as_the_run_does(base, pictures, tmp_path):
 
 
 def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatch):
-    from library.training.run import objective
-
     fed = []
-    real = objective.encode_text
+    real = LiveConditioner.encode
     monkeypatch.setattr(
-        objective,
-        "encode_text",
-        lambda models, captions, **more: fed.extend(captions) or real(models, captions, **more),
+        LiveConditioner, "encode", lambda self, texts, options: fed.extend(texts) or real(self, texts, options)
     )
     more = {"shuffle_caption": True, "caption_dropout_rate": 0.3, "max_train_steps": 4}
     text = dry(base, pictures, tmp_path / "dry", **more)
@@ -165,9 +162,9 @@ def network_over(models, *, checkpointing, device):
 def loaded(made):
     import tiny
 
-    return LoadedModels(
-        tiny.FAMILIES["sd1"], [load_clip_tokenizer()], [made["text_encoder"]], made["unet"], made["vae"], False
-    )
+    family = tiny.FAMILIES["sd1"]
+    text = TextEncoder(family.text_models[0], load_clip_tokenizer(), made["text_encoder"])
+    return BaseModel(family, predicts_v=False, unet=made["unet"], vae=made["vae"], texts=(text,))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +189,7 @@ def test_the_memory_told_is_what_a_step_with_real_tensors_holds(checkpointing, d
     with memory.PeakMemory() as peak:
         peak.ignore(
             tensor
-            for part in (real.unet, *real.text_encoders, network.network)
+            for part in (real.unet, *real.text_modules, network.network)
             for tensor in (*part.parameters(), *part.buffers())
         )
         memory._make_step(real, network, dtype, size=size, batch=batch, windows=windows)

@@ -339,7 +339,7 @@ def test_convolutions_have_the_networks_alpha_unless_another_is_given():
 def test_a_unit_that_does_not_fit_ends_the_run_before_the_model_is_loaded(base, pictures, tmp_path, monkeypatch):
     from library.training import recipe
 
-    monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "open_base", lambda *args, **more: pytest.fail("the model was loaded"))
     monkeypatch.setattr(recipe, "start_runtime", lambda *args, **more: pytest.fail("the runtime was started"))
     with pytest.raises(UserError, match="unit 3 does not divide network_dim 8"):
         train_network.main(options(base, pictures, tmp_path, **(LIERLA | {"network_args": ["unit=3"]})))

@@ -248,7 +248,7 @@ def test_the_sheet_has_the_ranks_that_matter():
 )
 def test_mistakes_are_told_before_anything_is_loaded(trained, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(
-        "library.training.measure.picture_losses.load_models", lambda *a, **k: pytest.fail("a model was loaded")
+        "library.training.measure.picture_losses.open_base", lambda *a, **k: pytest.fail("a model was loaded")
     )
     with pytest.raises(UserError) as caught:
         dylora_report.main(arguments(trained, tmp_path / "r", **more))

@@ -271,10 +271,9 @@ def ldm_names(state, config):
     from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 
     from library.models import keys
-    from library.models.loading import unet_rule_for
 
     fixed = DIFFUSERS_TO_LDM_MAPPING["controlnet"]["layers"]
-    rule = unet_rule_for(config | {"up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3})
+    rule = keys.unet_rule(config["layers_per_block"], frozenset({1, 2, 3}))
     renamed = {}
     for name, tensor in state.items():
         found = re.fullmatch(r"controlnet_(down_blocks\.(\d+)|mid_block|cond_embedding\.blocks\.(\d+))\.(.+)", name)

@@ -124,7 +124,7 @@ def test_a_state_that_is_not_there_is_told_before_the_model_is_loaded(
     from library.training import recipe
 
     hub.files["u/r"] = {}
-    monkeypatch.setattr(recipe, "load_models", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "open_base", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=r"--resume: \S+ of u/\w+ cannot be downloaded: 404") as caught:
         train_network.main(options(base, pictures, tmp_path / "out", resume_from_huggingface=True, resume=place))
     assert "\n" not in str(caught.value)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
-import torch
+import tiny
 from scripts import ROOT
 
 import train_network
-from library.config.model import ModelConfig
-from library.models import loading
+from library.models.conditioning import LiveConditioner
 from library.sampling.generate import generate
 from library.sampling.prompts import Prompt
 from networks.lora import create_network_from_weights
@@ -32,7 +31,9 @@ def draw(models, subjects, glyphs, seed):
         for index, subject in enumerate(subjects)
     ]
     seeds = [seed + index for index in range(len(prompts))]
-    return [picture.image for picture in generate(models, prompts, seeds, sampler="ddim")]
+    return [
+        picture.image for picture in generate(models, LiveConditioner(models.texts), prompts, seeds, sampler="ddim")
+    ]
 
 
 @pytest.mark.slow
@@ -43,14 +44,13 @@ def test_the_example_teaches_the_unicorn_and_spares_the_others(tmp_path, monkeyp
     assert train_network.main(["--config_file", "examples/unicorn/train.toml", "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "unicorn-sheet.png").exists()
 
-    config = ModelConfig(pretrained_model_name_or_path="examples/pocket_model")
-    models = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    models = tiny.load("examples/pocket_model")
     others, unicorns = list(glyphs.SUBJECTS), ["unicorn"] * NUM_UNICORNS
     before_others = glyphs.score(draw(models, others, glyphs, 100), others)
     before = glyphs.score(draw(models, unicorns, glyphs, 500), unicorns)
 
     file = tmp_path / "unicorn.safetensors"
-    text_encoder, unet = models.text_encoders[0], models.unet
+    text_encoder, unet = models.texts[0].module, models.unet
     network, weights = create_network_from_weights(1.0, str(file), None, text_encoder, unet)
     network.apply_to(text_encoder, unet)
     network.load_state_dict(weights)

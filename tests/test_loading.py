@@ -9,25 +9,19 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from library.config.model import ModelConfig
 from library.errors import UserError
+from library.models import building, keys, layout
 from library.models import family as families
-from library.models import keys, loading
-
-
-def load(path, **options):
-    config = ModelConfig(pretrained_model_name_or_path=str(path), **options)
-    return loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
 
 
 def parts(loaded):
-    return {"unet": loaded.unet, "vae": loaded.vae, "text_encoder": loaded.text_encoders[0]}
+    return {"unet": loaded.unet, "vae": loaded.vae, "text_encoder": loaded.texts[0].module}
 
 
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "ckpt"])
 def test_every_layout_gives_the_same_weights_bit_for_bit(model_store, family_name, layout):
     models, paths = model_store(family_name)
-    loaded = load(paths[layout])
+    loaded = tiny.load(paths[layout])
     assert loaded.family.name == family_name
     for part, model in parts(loaded).items():
         expected = models[part].state_dict()
@@ -40,7 +34,7 @@ def test_every_layout_gives_the_same_weights_bit_for_bit(model_store, family_nam
 
 def test_an_fp16_file_gives_its_values_in_float32(model_store, family_name):
     models, paths = model_store(family_name)
-    unet = load(paths["fp16"]).unet
+    unet = tiny.load(paths["fp16"]).unet
     for name, tensor in models["unet"].state_dict().items():
         assert torch.equal(unet.state_dict()[name], tensor.half().float())
 
@@ -62,7 +56,7 @@ def test_diffusers_converters_agree_with_the_key_map(model_store, family_name):
         text = oracle.convert_open_clip_checkpoint(
             models["text_encoder"], dict(state), prefix="cond_stage_model.model."
         )
-    for name, tensor in loading.canonical_text_state(models["text_encoder"]).items():
+    for name, tensor in tiny.body_state(models["text_encoder"]).items():
         assert torch.equal(text[f"text_model.{name}"], tensor)
 
 
@@ -71,8 +65,8 @@ COUNTS = {"sd1": (859_520_964, 123_060_480), "sd2": (865_910_724, 340_387_840)}
 
 def test_real_configurations_have_the_published_sizes(family_name):
     family = tiny.FAMILIES[family_name]
-    unet, text = loading.build_unet(family.unet), loading.build_text_encoder(family.text_models[0].config)
-    vae = loading.build_vae(family.vae)
+    unet, text = building.build_unet(family.unet), building.build_text_encoder(family.text_models[0].config)
+    vae = building.build_vae(family.vae)
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
     assert (count(unet), count(text)) == COUNTS[family_name]
     assert count(vae) == 83_653_863
@@ -81,14 +75,14 @@ def test_real_configurations_have_the_published_sizes(family_name):
 
 def test_configurations_come_back_from_the_shapes_of_real_files(family_name):
     family = tiny.FAMILIES[family_name]
-    unet, vae = loading.build_unet(family.unet), loading.build_vae(family.vae)
-    unet_names = keys.table(unet.state_dict(), loading.unet_rule_for(family.unet))
-    vae_names = keys.table(vae.state_dict(), keys.vae_rule(4))
+    unet, vae = building.build_unet(family.unet), building.build_vae(family.vae)
+    unet_names = tiny.original_names(layout.unet_rule(family, {}), unet.state_dict())
+    vae_names = tiny.original_names(layout.vae_rule(4), vae.state_dict())
     assert len(set(unet_names.values())) == 686
     shapes = {unet_names[name]: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    assert families.unet_config(family, shapes) == family.unet
+    assert building.unet_config(family, shapes) == family.unet
     shapes = {vae_names[name]: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    assert families.vae_config(family, shapes) == family.vae
+    assert building.vae_config(family, shapes) == family.vae
 
 
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "bare", "diffusers.bin", "old_names.bin", "checkpoint"])
@@ -115,7 +109,7 @@ def test_a_vae_is_read_in_each_of_its_layouts(model_store, tmp_path, layout):
     else:
         rename = keys.vae_old_diffusers_name if layout.startswith("old") else str
         torch.save({rename(name): tensor for name, tensor in state.items()}, path)
-    loaded = load(paths["safetensors"], vae=path).vae
+    loaded = tiny.load(paths["safetensors"], vae=path).vae
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in state.items())
 
 
@@ -129,17 +123,17 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "callback": Evil()}, path)
     with pytest.raises(UserError, match=r"carries more than weights .*mkdir.*could run code"):
-        load(path)
+        tiny.load(path)
     assert not marker.exists()
 
 
 def test_v2_against_the_file_stops_and_a_forgotten_one_is_set(model_store, caplog):
     _, paths = model_store("sd1")
     with pytest.raises(UserError, match=r"--v2 was given, but .* is an SD 1\.x model"):
-        load(paths["safetensors"], v2=True)
+        tiny.load(paths["safetensors"], v2=True)
     _, paths = model_store("sd2")
     with caplog.at_level("INFO"):
-        assert load(paths["ckpt"]).family is families.SD2
+        assert tiny.load(paths["ckpt"]).family is families.SD2
     assert "--v2 is set" in caplog.text
 
 
@@ -154,7 +148,7 @@ def test_v2_against_the_file_stops_and_a_forgotten_one_is_set(model_store, caplo
 def test_a_damaged_file_is_named_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load(tmp_path / name)
+        tiny.load(tmp_path / name)
 
 
 def test_a_file_cut_short_is_named_with_its_size(model_store, tmp_path):
@@ -162,16 +156,16 @@ def test_a_file_cut_short_is_named_with_its_size(model_store, tmp_path):
     whole = paths["safetensors"].read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-1000])
     with pytest.raises(UserError, match="is cut short"):
-        load(tmp_path / "short.safetensors")
+        tiny.load(tmp_path / "short.safetensors")
 
 
 def test_sdxl_and_other_files_are_told_by_name(tmp_path):
     save_file({"conditioner.embedders.0.x": torch.zeros(1)}, tmp_path / "xl.safetensors")
     with pytest.raises(UserError, match="is an SDXL model"):
-        load(tmp_path / "xl.safetensors")
+        tiny.load(tmp_path / "xl.safetensors")
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="no Stable Diffusion"):
-        load(tmp_path / "lora.safetensors")
+        tiny.load(tmp_path / "lora.safetensors")
 
 
 def test_missing_parts_are_named(model_store, tmp_path):
@@ -181,9 +175,9 @@ def test_missing_parts_are_named(model_store, tmp_path):
         {name: t for name, t in state.items() if not name.startswith(keys.VAE_PREFIX)}, tmp_path / "novae.safetensors"
     )
     with pytest.raises(UserError, match="holds no VAE: name one with --vae"):
-        load(tmp_path / "novae.safetensors")
+        tiny.load(tmp_path / "novae.safetensors")
     name = keys.UNET_PREFIX + "middle_block.1.proj_in.weight"
     del state[name]
     save_file(state, tmp_path / "hole.safetensors")
     with pytest.raises(UserError, match="1 tensors of the UNet2DConditionModel are missing"):
-        load(tmp_path / "hole.safetensors")
+        tiny.load(tmp_path / "hole.safetensors")

@@ -166,7 +166,7 @@ def test_mistakes_in_the_arguments_of_trackers_are_told_before_the_model_is_load
 ):
     from library.training import recipe
 
-    monkeypatch.setattr(recipe, "load_models", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "open_base", lambda *_, **__: pytest.fail("the model was loaded"))
     path = tmp_path / "t.toml"
     path.write_text(content, encoding="utf-8")
     more = {"log_with": "all", "logging_dir": tmp_path / "logs", "log_tracker_config": path}
@@ -188,7 +188,7 @@ def test_the_arguments_in_the_documentation_are_accepted(tmp_path, page):
 def test_a_tracker_that_is_not_installed_is_told_before_the_model_is_loaded(base, pictures, tmp_path, monkeypatch):
     from library.training import recipe
 
-    monkeypatch.setattr(recipe, "load_models", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "open_base", lambda *_, **__: pytest.fail("the model was loaded"))
     version = importlib.metadata.version
 
     def absent(name):

@@ -11,7 +11,7 @@ from loras import applied, outputs
 from scripts import ROOT
 from torch import nn
 
-from library.models import loading
+from library.models import building
 from networks import lora
 from networks.lora import LoRAModule, Shape, create_network, create_network_from_weights
 
@@ -27,7 +27,7 @@ COUNTS = {  # U-Net LierLa, U-Net C3Lier, text encoder; and values for each rank
 @pytest.mark.parametrize("conv", [False, True])
 def test_real_sizes_give_the_published_counts_names_and_shapes(family_name, conv):
     family = tiny.FAMILIES[family_name]
-    unet, text = loading.build_unet(family.unet), loading.build_text_encoder(family.text_models[0].config)
+    unet, text = building.build_unet(family.unet), building.build_text_encoder(family.text_models[0].config)
     args = {"conv_dim": "1"} if conv else {}
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoRAModule, "_update_scale", lambda self: None)  # reads alpha, which has no value on meta

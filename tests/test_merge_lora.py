@@ -9,6 +9,7 @@ import shutil
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from scripts import ROOT, help_of, python
 
 from library.adapters.low_rank import Change, concatenated, mixed, spectrum_of
-from library.config.model import ModelConfig
 from library.errors import UserError
-from library.models import loading
 from networks import lora, merge_lora
 
 
@@ -39,8 +38,7 @@ def test_the_merged_checkpoint_is_the_base_with_the_networks_applied(model_store
     ratios = (0.7, -0.4)
     out = tmp_path / "merged.safetensors"
     merge("--sd_model", paths["safetensors"], "--save_to", out, "--models", *files, "--ratios", *ratios)
-    config = ModelConfig(pretrained_model_name_or_path=str(out))
-    merged = loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    merged = tiny.load(out)
 
     unet, encoder = copy.deepcopy(models["unet"]), copy.deepcopy(models["text_encoder"])
     for file, ratio in zip(files, ratios, strict=True):
@@ -51,7 +49,7 @@ def test_the_merged_checkpoint_is_the_base_with_the_networks_applied(model_store
     with torch.no_grad():
         hidden = encoder(tokens).last_hidden_state
         expected = unet(*inputs, encoder_hidden_states=hidden).sample
-        torch.testing.assert_close(merged.text_encoders[0](tokens).last_hidden_state, hidden, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(merged.texts[0].module(tokens).last_hidden_state, hidden, rtol=1e-3, atol=1e-4)
         found = merged.unet(*inputs, encoder_hidden_states=hidden).sample
         plain = models["unet"](*inputs, encoder_hidden_states=hidden).sample
     assert (plain - expected).norm() > 1e-2 * expected.norm()

@@ -37,7 +37,7 @@ from sdxl_networks import (
 from tensors import assert_same, read_folder
 
 from library.errors import UserError
-from library.models.model_files import EXTRAS_FILE
+from library.models.checkpoint import EXTRAS_FILE
 from networks import merge_lora, sdxl_merge_lora
 
 pytestmark = pytest.mark.usefixtures("tidy")

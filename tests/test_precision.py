@@ -219,19 +219,19 @@ def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(ba
 
 def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
     seen = []
-    real = preparation.remember_texts
+    real = preparation.remember
     monkeypatch.setattr(
-        "library.training.preparation.remember_texts",
-        lambda models, wanted: (real(models, wanted), seen.append(models)),
+        "library.training.preparation.remember",
+        lambda live, wanted: (seen.append(live), real(live, wanted))[1],
     )
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog --w 64 --h 64 --s 2 --n bad", encoding="utf-8")
     more = {"network_train_unet_only": True, "sample_prompts": prompts, "sample_every_n_steps": 3}
     remembered = train(base, pictures, tmp_path / "a", **more)
     assert len(seen) == 1
-    assert all(parameter.is_meta for parameter in seen[0].text_encoders[0].parameters())
+    assert all(parameter.is_meta for parameter in seen[0].encoders[0].module.parameters())
     assert len(list((tmp_path / "a" / "sample").glob("*.png"))) == 1
-    monkeypatch.setattr("library.training.preparation.MOST_REMEMBERED", 0)
+    monkeypatch.setattr("library.training.preparation.LARGEST_MEMORY", 0)
     computed = train(base, pictures, tmp_path / "b", **more)
     assert len(seen) == 1
     same(computed, remembered, tolerance=2e-3)

@@ -12,10 +12,9 @@ from drawing import LONG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.models.loading import text_model
-from library.models.prompt_encoding import PromptOptions, encode_prompts, tokenize_prompt
+from library.models.base import TextEncoder, text_body
+from library.models.conditioning import LiveConditioner, TextOptions, tokenize
 from library.models.prompt_weights import parse_weights
-from library.models.text_encoding import encode_tokens, tokenize
 from library.models.tokenizer import load_clip_tokenizer
 from library.sampling import dynamic_prompts
 
@@ -44,26 +43,28 @@ def test_worked_weights(prompt):
 
 @pytest.fixture(scope="module")
 def encoders(model_store):
-    """Return family -> tokenizer and text encoder, whose states have a mean as those of real ones have."""
+    """Return family -> text encoder, whose states have a mean as those of real ones have."""
     made = {}
     for name in ("sd1", "sd2"):
         encoder = copy.deepcopy(model_store(name)[0]["text_encoder"])
-        text_model(encoder).final_layer_norm.bias.data.fill_(-0.2)
-        made[name] = load_clip_tokenizer(pad_token=tiny.FAMILIES[name].text_models[0].pad_token), encoder
+        text_body(encoder).final_layer_norm.bias.data.fill_(-0.2)
+        text = tiny.FAMILIES[name].text_models[0]
+        made[name] = TextEncoder(text, load_clip_tokenizer(pad_token=text.pad_token), encoder)
     return made
 
 
-def encoded(pair, *prompts, **options):
-    tokenizer, encoder = pair
-    tokens = [tokenize_prompt(tokenizer, prompt, options.get("max_windows", 1)) for prompt in prompts]
-    return encode_prompts(tokenizer, encoder, tokens, PromptOptions(**options))
+PROMPTS = TextOptions(weights="original", has_breaks=True, keeps_ends=True)
+
+
+def encoded(encoder, *prompts, **options):
+    return LiveConditioner((encoder,)).encode(prompts, PROMPTS._replace(**options)).hidden
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 @pytest.mark.parametrize("normalize", ["original", "abs", "none"])
 @torch.no_grad()
 def test_weights_multiply_states_and_the_mean_is_kept(encoders, family, normalize):
-    tokenizer, encoder = encoders[family]
+    tokenizer, encoder = encoders[family].tokenizer, encoders[family].module
     words = tokenizer("a big cat sits", add_special_tokens=False).input_ids
     assert len(words) == 4
     ids = [49406, *words, 49407, *[tokenizer.pad_token_id] * 71]
@@ -74,16 +75,16 @@ def test_weights_multiply_states_and_the_mean_is_kept(encoders, family, normaliz
         expected *= states.mean() / expected.mean()
     if normalize == "abs":
         expected *= states.abs().mean() / expected.abs().mean()
-    found = encoded(encoders[family], "a (big:1.4) [cat sits]", normalize=normalize)[0].double()
+    found = encoded(encoders[family], "a (big:1.4) [cat sits]", weights=normalize)[0].double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", ["original", "abs", "none"])
 @torch.no_grad()
 def test_plain_prompts_stay_to_the_bit_beside_weighted_ones(encoders, normalize):
-    tokenizer, encoder = encoders["sd1"]
-    both = encoded(encoders["sd1"], r"a cat \(1\)", "a (cat:1.2)", normalize=normalize)
-    assert torch.equal(both[:1], encode_tokens(encoder, tokenize(tokenizer, ["a cat (1)", "a cat"]))[:1])
+    both = encoded(encoders["sd1"], r"a cat \(1\)", "a (cat:1.2)", weights=normalize)
+    plain = LiveConditioner((encoders["sd1"],)).encode(["a cat (1)", "a cat"], TextOptions())
+    assert torch.equal(both[:1], plain.hidden[:1])
 
 
 def test_a_mean_near_zero_is_not_brought_back(encoders):
@@ -93,11 +94,12 @@ def test_a_mean_near_zero_is_not_brought_back(encoders):
 
 
 def test_break_begins_a_window_and_is_no_part_of_a_word(encoders):
-    tokenizer = encoders["sd2"][0]
+    encoder = encoders["sd2"]
+    tokenizer = encoder.tokenizer
     one, other = (tokenizer(word, add_special_tokens=False).input_ids for word in ("a cat", "dog"))
 
     def ids(prompt):
-        return list(tokenize_prompt(tokenizer, prompt, 3).ids)
+        return list(tokenize(encoder, [prompt], PROMPTS)[0].ids)
 
     assert ids("a cat BREAK dog") == [*one, *[0] * (75 - len(one)), *other]
     assert ids("a cat BREAK(dog)") == ids("a cat BREAK dog")
@@ -105,19 +107,19 @@ def test_break_begins_a_window_and_is_no_part_of_a_word(encoders):
     assert ids(f"{full} BREAK dog") == ids(f"{full} dog")
     assert ids("BREAK a cat BREAK") == [*one, *[0] * (75 - len(one))]
     assert ids("BREAKFAST breaks") == tokenizer("BREAKFAST breaks", add_special_tokens=False).input_ids
-    assert tokenize_prompt(tokenizer, "(a cat BREAK dog:1.5)", 3).weights == (1.5,) * 2 + (1.0,) * 73 + (1.5,)
+    assert tokenize(encoder, ["(a cat BREAK dog:1.5)"], PROMPTS)[0].weights == (1.5,) * 2 + (1.0,) * 73 + (1.5,)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 @pytest.mark.parametrize("windows", [2, 3])
 @torch.no_grad()
 def test_every_window_keeps_all_its_positions(encoders, family, windows):
-    tokenizer, encoder = encoders[family]
+    tokenizer, encoder = encoders[family].tokenizer, encoders[family].module
     words = tokenizer(" ".join(f"word {index}" for index in range(200)), add_special_tokens=False).input_ids
     text = tokenizer.decode(words[: 75 * windows - 10])
     words = tokenizer(text, add_special_tokens=False).input_ids
     assert 75 * (windows - 1) < len(words) <= 75 * windows
-    found = encoded(encoders[family], text, "", max_windows=windows)
+    found = encoded(encoders[family], text, "", windows=windows)
     parts = []
     for index in range(windows):
         part = words[75 * index : 75 * index + 75]

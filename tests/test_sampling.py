@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,10 +10,9 @@ import pytest
 import tiny
 import torch
 
-from library.config.model import ModelConfig
 from library.errors import UserError
-from library.models import loading
-from library.models.text_encoding import encode_tokens, num_cut_captions, tokenize
+from library.models.base import TextEncoder, text_body
+from library.models.conditioning import LiveConditioner, TextOptions, tokenize, windows_of
 from library.models.tokenizer import EOS_TOKEN, load_clip_tokenizer, shipped_vocabulary
 from library.sampling.contact_sheet import draw_sheet
 from library.sampling.generate import generate
@@ -42,27 +42,42 @@ def test_a_tokenizer_folder_takes_the_place_of_the_shipped_one(tmp_path, model_s
     text = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)])
     (folder / "merges.txt").write_text(text, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}), encoding="utf-8")
-    path = model_store("sd1")[1]["safetensors"]
-    config = ModelConfig(pretrained_model_name_or_path=str(path), tokenizer_cache_dir=tmp_path / "cache")
-    tokenizer = loading.load_tokenizer(config, path, tiny.FAMILIES["sd2"])
-    assert tokenizer.name_or_path == str(folder)
-    assert tokenizer.model_max_length == 77
-    assert tokenize(tokenizer, ["a photo of a cat"])[0, 0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, EOS, 0]
+    (encoder,) = tiny.load(model_store("sd2")[1]["safetensors"], tokenizer_cache_dir=tmp_path / "cache").texts
+    assert encoder.tokenizer.name_or_path == str(folder)
+    assert encoder.tokenizer.model_max_length == 77
+    assert ids_of(encoder, ["a photo of a cat"])[0, 0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, EOS, 0]
     (folder / "vocab.json").write_text(
         json.dumps({token: (i + 1) % 49408 for token, i in vocabulary.items()}), encoding="utf-8"
     )
     with pytest.raises(UserError, match="is not the CLIP tokenizer"):
-        loading.load_tokenizer(config, path, tiny.FAMILIES["sd2"])
+        tiny.load(model_store("sd2")[1]["safetensors"], tokenizer_cache_dir=tmp_path / "cache")
+
+
+def encoder_of(model_store, family):
+    text = tiny.FAMILIES[family].text_models[0]
+    return TextEncoder(text, load_clip_tokenizer(pad_token=text.pad_token), model_store(family)[0]["text_encoder"])
+
+
+def ids_of(encoder, texts, windows=1):
+    """Return the token ids (B, K, 77) of texts."""
+    found = tokenize(encoder, texts, TextOptions())
+    return torch.stack([windows_of(encoder.tokenizer, tokens, windows)[0] for tokens in found])
+
+
+@torch.no_grad()
+def hidden(encoder, texts, **options):
+    return LiveConditioner((encoder,)).encode(texts, TextOptions(**options)).hidden
 
 
 @pytest.mark.parametrize("max_tokens", [75, 150, 225])
 @pytest.mark.parametrize("pad", [EOS_TOKEN, "!"])
 def test_windows_hold_the_caption_between_bos_and_an_end(max_tokens, pad):
     tokenizer = load_clip_tokenizer(pad_token=pad)
+    encoder = TextEncoder(tiny.FAMILIES["sd1"].text_models[0], tokenizer, torch.nn.Module())
     long = " ".join(f"word{i}" for i in range(200))
     plain = tokenizer(long, add_special_tokens=False).input_ids
-    tokens = tokenize(tokenizer, ["a cat", long], max_tokens)
     windows = max_tokens // 75
+    tokens = ids_of(encoder, ["a cat", long], windows)
     assert tokens.shape == (2, windows, 77)
     assert (tokens[:, :, 0] == 49406).all()
     assert tokens[1, :, 1:-1].flatten().tolist() == plain[:max_tokens]
@@ -71,40 +86,37 @@ def test_windows_hold_the_caption_between_bos_and_an_end(max_tokens, pad):
     for empty in tokens[0, 1:]:
         assert empty[1] == EOS
         assert (empty[2:-1] == tokenizer.pad_token_id).all()
-    assert num_cut_captions(tokenizer, ["a cat", long], max_tokens) == (1 if len(plain) > max_tokens else 0)
+    assert [tokens.windows for tokens in tokenize(encoder, ["a cat", long], TextOptions())] == [1, -(-len(plain) // 75)]
 
 
 def test_one_window_is_what_the_pipeline_of_diffusers_encodes(model_store, family_name):
-    encoder = model_store(family_name)[0]["text_encoder"]
-    tokenizer = load_clip_tokenizer()
-    tokens = tokenize(tokenizer, ["a photo of a cat", ""])
-    oracle = tokenizer(
-        ["a photo of a cat", ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    )
+    encoder = encoder_of(model_store, family_name)
+    texts = ["a photo of a cat", ""]
+    oracle = encoder.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        assert torch.equal(encode_tokens(encoder, tokens), encoder(oracle.input_ids)[0])
-        assert torch.equal(encode_tokens(encoder, tokens, 1), encode_tokens(encoder, tokens))
+        expected = encoder.module(oracle.input_ids)[0]
+    assert torch.equal(hidden(encoder, texts), expected)
+    assert torch.equal(hidden(encoder, texts, clip_skip=1), expected)
 
 
 def test_clip_skip_stops_that_many_layers_early(model_store, family_name):
     import copy
 
-    encoder = model_store(family_name)[0]["text_encoder"]
-    tokens = tokenize(load_clip_tokenizer(), ["a photo of a cat"])
+    encoder = encoder_of(model_store, family_name)
     for skip in (2, 3):
-        shorter = copy.deepcopy(encoder)
-        holder = loading.text_model(shorter)
+        shorter = dataclasses.replace(encoder, module=copy.deepcopy(encoder.module))
+        holder = text_body(shorter.module)
         holder.encoder.layers = holder.encoder.layers[: len(holder.encoder.layers) - skip + 1]
-        with torch.no_grad():
-            torch.testing.assert_close(encode_tokens(encoder, tokens, skip), shorter(tokens[:, 0]).last_hidden_state)
+        torch.testing.assert_close(hidden(encoder, ["a cat"], clip_skip=skip), hidden(shorter, ["a cat"]))
 
 
 def test_long_captions_are_encoded_window_by_window(model_store):
-    encoder = model_store("sd1")[0]["text_encoder"]
-    tokens = tokenize(load_clip_tokenizer(), [" ".join(f"word{i}" for i in range(200))], 225)
+    encoder = encoder_of(model_store, "sd1")
+    text = " ".join(f"word{i}" for i in range(200))
+    tokens = ids_of(encoder, [text], 3)
+    joined = hidden(encoder, [text], windows=3)
     with torch.no_grad():
-        joined = encode_tokens(encoder, tokens)
-        single = [encode_tokens(encoder, tokens[:, i : i + 1]) for i in range(3)]
+        single = [encoder.encode(tokens[:, i], None)[0] for i in range(3)]
     assert joined.shape == (1, 227, 64)
     expected = torch.cat([single[0][:, :1], *(part[:, 1:-1] for part in single), single[2][:, -1:]], dim=1)
     torch.testing.assert_close(joined, expected)
@@ -153,12 +165,14 @@ def test_mistakes_in_a_prompt_file_name_their_line(tmp_path, line, message):
 
 @pytest.fixture(scope="module")
 def models(model_store):
-    config = ModelConfig(pretrained_model_name_or_path=str(model_store("sd1")[1]["folder"]))
-    return loading.load_models(config, loading.detect(config), dtype=torch.float32, vae_dtype=torch.float32)
+    return tiny.load(model_store("sd1")[1]["folder"])
 
 
 def draw(models, prompts, seeds, sampler="ddim"):
-    return [np.asarray(picture.image) for picture in generate(models, prompts, seeds, sampler=sampler)]
+    return [
+        np.asarray(picture.image)
+        for picture in generate(models, LiveConditioner(models.texts), prompts, seeds, sampler=sampler)
+    ]
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLER_NAMES))
@@ -167,8 +181,8 @@ def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(models, sample
 
     pipe = StableDiffusionPipeline(
         vae=models.vae,
-        text_encoder=models.text_encoders[0],
-        tokenizer=models.tokenizers[0],
+        text_encoder=models.texts[0].module,
+        tokenizer=models.texts[0].tokenizer,
         unet=models.unet,
         scheduler=build_sampler(sampler, predicts_v=False),
         safety_checker=None,

@@ -9,12 +9,15 @@ import torch
 
 from library.config.dataset import SubsetOptions
 from library.data.captions import Moment, draw_caption, possible_captions
-from library.models import text_encoding
-from library.models.loading import LoadedModels
+from library.models.base import BaseFiles, TextEncoder, load_base
+from library.models.checkpoint import open_checkpoint
+from library.models.conditioning import LiveConditioner, TextOptions, remember
+from library.models.family import SD1
+from library.models.precision import types_of
 from library.models.prompt_weights import parse_weights
-from library.models.text_encoding import TextOptions, encode_text, remember_texts, tokenize, tokenize_weighted
 from library.models.tokenizer import load_clip_tokenizer
 from library.randomness import random_for
+from library.sampling.samplers import build_sampler
 
 
 @pytest.mark.parametrize(
@@ -43,56 +46,71 @@ def test_brackets_are_weights(prompt, runs):
 
 
 @pytest.fixture(scope="module")
-def models(model_store):
-    import tiny
-
-    made, _ = model_store("sd1")
-    return LoadedModels(
-        tiny.FAMILIES["sd1"], [load_clip_tokenizer()], [made["text_encoder"]], made["unet"], made["vae"], False
-    )
+def encoder(model_store):
+    return TextEncoder(SD1.text_models[0], load_clip_tokenizer(), model_store("sd1")[0]["text_encoder"])
 
 
-@pytest.mark.parametrize("max_tokens", [75, 150, 225])
+@pytest.mark.parametrize("windows", [1, 2, 3])
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
-def test_without_brackets_weights_change_nothing(max_tokens, pad):
-    tokenizer = load_clip_tokenizer(pad_token=pad)
+def test_without_brackets_weights_change_nothing(encoder, windows, pad):
+    encoder = dataclasses.replace(encoder, tokenizer=load_clip_tokenizer(pad_token=pad))
     captions = ["a dog", "", "word " * 100, "many words " * 200]
-    tokens, weights = tokenize_weighted(tokenizer, captions, max_tokens)
-    assert torch.equal(tokens, tokenize(tokenizer, captions, max_tokens))
-    assert torch.equal(weights, torch.ones(4, max_tokens + 2))
+    plain, weighted = (
+        LiveConditioner((encoder,)).encode(captions, TextOptions(windows=windows, weights=weights)).hidden
+        for weights in (None, "none")
+    )
+    assert torch.equal(plain, weighted)
 
 
-@pytest.mark.parametrize("max_tokens", [75, 150])
-def test_the_state_of_a_weighted_token_is_multiplied_and_no_other(models, max_tokens):
-    far = "x " * 80 if max_tokens == 150 else ""
-    plain = encode_text(models, [f"{far}a big dog"], max_tokens=max_tokens).hidden
-    weighted = encode_text(models, [f"{far}a (big:1.5) dog"], max_tokens=max_tokens, weighted=True).hidden
+@pytest.mark.parametrize("windows", [1, 2])
+def test_the_state_of_a_weighted_token_is_multiplied_and_no_other(encoder, windows):
+    conditioner, options = LiveConditioner((encoder,)), TextOptions(windows=windows)
+    far = "x " * 80 if windows == 2 else ""
+    plain = conditioner.encode([f"{far}a big dog"], options).hidden
+    weighted = conditioner.encode([f"{far}a (big:1.5) dog"], options._replace(weights="none")).hidden
     factors = (weighted / plain).mean(dim=2)[0]
-    position = 2 + 80 * bool(far)
-    expected = torch.ones(max_tokens + 2)
-    expected[position] = 1.5
+    expected = torch.ones(75 * windows + 2)
+    expected[2 + 80 * bool(far)] = 1.5
     torch.testing.assert_close(factors, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_remembered_texts_are_those_that_would_be_computed(models):
+def test_remembered_texts_are_those_that_would_be_computed(encoder):
     captions = ["a dog", "", "a (cat:1.2)", "日本語", *(f"number {index}" for index in range(40))]
-    options = [TextOptions(75, None, False), TextOptions(150, 2, True)]
-    fresh = dataclasses.replace(models, text_encoders=[_copy(models.text_encoders[0])])
-    expected = {choice: encode_text(models, captions, **choice._asdict()).hidden for choice in options}
-    remember_texts(fresh, [(caption, choice) for caption in captions for choice in options])
-    assert all(parameter.is_meta for parameter in fresh.text_encoders[0].parameters())
+    live = LiveConditioner((encoder,))
+    options = [TextOptions(), TextOptions(windows=2, clip_skip=2, weights="none"), TextOptions(windows=3)]
+    remembered = remember(live, [(caption, choice) for caption in captions for choice in options])
     for choice in options:
-        found = encode_text(fresh, captions, **choice._asdict()).hidden
-        torch.testing.assert_close(found, expected[choice], rtol=1e-5, atol=1e-5)
-        assert torch.equal(found[[3, 0]], encode_text(fresh, ["日本語", "a dog"], **choice._asdict()).hidden)
+        found = remembered.encode(captions, choice).hidden
+        assert found.shape[1] == choice.num_tokens + 2
+        torch.testing.assert_close(found, live.encode(captions, choice).hidden, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[[3, 0]], remembered.encode(["日本語", "a dog"], choice).hidden)
     with pytest.raises(KeyError):
-        encode_text(fresh, ["unheard of"])
+        remembered.encode(["unheard of"], TextOptions())
 
 
-def _copy(encoder):
-    import copy
+@torch.no_grad()
+def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(model_store):
+    from diffusers import StableDiffusionXLPipeline
 
-    return copy.deepcopy(encoder)
+    made, paths = model_store("sdxl")
+    files = open_checkpoint(paths["safetensors"])
+    base = load_base(BaseFiles(files, files, (None, None), predicts_v=False), types_of("no"))
+    texts = ["a photo of a cat", "日本語 and a rather long text", ""]
+    pipeline = StableDiffusionXLPipeline(
+        vae=made["vae"],
+        text_encoder=made["text_encoder"],
+        text_encoder_2=made["text_encoder_2"],
+        tokenizer=base.texts[0].tokenizer,
+        tokenizer_2=base.texts[1].tokenizer,
+        unet=made["unet"],
+        scheduler=build_sampler("ddim", predicts_v=False),
+    )
+    expected, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
+    found = LiveConditioner(base.texts).encode(texts, TextOptions())
+    torch.testing.assert_close(found.hidden, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.pooled, pooled, rtol=1e-5, atol=1e-5)
+    (row,) = remember(LiveConditioner(base.texts), [(texts[1], TextOptions())]).rows.values()
+    assert row.pooled.shape == (1, pooled.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -122,9 +140,3 @@ def test_possible_captions_are_all_that_are_drawn(caption, options, expected):
             for index in range(30)
         }
         assert drawn <= expected
-
-
-def test_a_window_of_the_memory_is_as_large_as_its_options(models):
-    fresh = dataclasses.replace(models, text_encoders=[_copy(models.text_encoders[0])])
-    remember_texts(fresh, [("a", TextOptions(225, None, False))])
-    assert encode_text(fresh, ["a"], max_tokens=225).hidden.shape[1] == 3 * text_encoding.PER_WINDOW + 2

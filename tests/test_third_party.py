@@ -15,7 +15,7 @@ from tensors import assert_same, metadata
 import networks.lora
 from library import logs
 from library.errors import UserError
-from library.training import network_protocol, recipe
+from library.training import network_protocol, preparation
 
 LYCORIS = {"network_module": "lycoris.kohya"}
 
@@ -168,16 +168,16 @@ def test_base_weights_of_lycoris_are_merged_with_their_multiplier(lycoris, run, 
     run("first", **arguments("lokr"))
     file = tmp_path / "first" / "x.safetensors"
     changes = []
-    plain = recipe.merge_base_weights
+    plain = preparation.merge_base_weights
 
     def merge(config, models):
         weights = [models.unet.down_blocks[0].attentions[0].proj_in.weight]
-        weights.append(models.text_encoders[0].get_submodule("encoder.layers.0.mlp.fc1").weight)
+        weights.append(models.texts[0].module.get_submodule("encoder.layers.0.mlp.fc1").weight)
         before = [weight.detach().clone() for weight in weights]
         plain(config, models)
         changes.append([weight.detach() - old for weight, old in zip(weights, before, strict=True)])
 
-    monkeypatch.setattr(recipe, "merge_base_weights", merge)
+    monkeypatch.setattr(preparation, "merge_base_weights", merge)
     for multipliers in ([1.0], [-0.5, 2.0]):
         more = {"base_weights": [file] * len(multipliers), "base_weights_multiplier": multipliers}
         run(**arguments("lokr"), **more, max_train_steps=1)

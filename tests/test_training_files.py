@@ -244,7 +244,7 @@ MISTAKES = {
 def test_mistakes_are_told_before_the_model_is_loaded(base, pictures, tmp_path, name, monkeypatch):
     from library.training import recipe
 
-    monkeypatch.setattr(recipe, "load_models", lambda *args, **more: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(recipe, "open_base", lambda *args, **more: pytest.fail("the model was loaded"))
     more, message = dict(MISTAKES[name][0]), MISTAKES[name][1]
     with pytest.raises(UserError) as caught:
         train_network.main(options(base, pictures, more.pop("output_dir", tmp_path / "out"), **more))

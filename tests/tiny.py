@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from library.config.model import ModelConfig
+from library.models import building, keys, layout
 from library.models import family as families
-from library.models import keys, loading
+from library.models.base import BaseModel, find_base, load_base, text_body
 from library.models.family import ModelFamily
+from library.models.precision import types_of
 
 Models = dict[str, Any]  # U-Net, VAE and text encoders, of diffusers and transformers
 ModelStore = Callable[[str], tuple[Models, dict[str, Path]]]
@@ -48,7 +51,7 @@ def unet_config(family: ModelFamily) -> dict:
 
 def text_config(family: ModelFamily, index: int = 0) -> dict:
     width = TEXT_WIDTHS[family][index]
-    return families.text_encoder_config(
+    return building.text_encoder_config(
         family.text_models[index], width=width, inner_width=2 * width, num_layers=3 - index
     )
 
@@ -77,18 +80,36 @@ def make_models(family_name: str, seed: int = 0) -> Models:
     """Return U-Net, VAE and text encoders of a tiny model, under the names of a Diffusers folder."""
     family = FAMILIES[family_name]
     models = {
-        "unet": materialise(loading.build_unet(unet_config(family)), seed),
-        "vae": materialise(loading.build_vae(vae_config(family)), seed + 1),
+        "unet": materialise(building.build_unet(unet_config(family)), seed),
+        "vae": materialise(building.build_vae(vae_config(family)), seed + 1),
     }
     for index, text in enumerate(family.text_models):
-        encoder = loading.build_text_encoder(text_config(family, index), has_projection=text.has_projection)
+        encoder = building.build_text_encoder(text_config(family, index), has_projection=text.has_projection)
         models[text.folder] = materialise(encoder, seed + 2 + index)
     return models
 
 
+def load(path: Path | str, **options: Any) -> BaseModel:
+    """Return a base model in float32, as training and generation open it."""
+    return load_base(find_base(ModelConfig(pretrained_model_name_or_path=str(path), **options)), types_of("no"))
+
+
+def original_names(rule: layout.Rule, names: Iterable[str]) -> dict[str, str]:
+    """Return Diffusers name -> name in original files without the prefix of the part."""
+    prefixes = (keys.UNET_PREFIX, keys.VAE_PREFIX)
+    found = {name: next(rule(name)).name for name in names}
+    return {name: own.removeprefix(prefixes[0]).removeprefix(prefixes[1]) for name, own in found.items()}
+
+
+def body_state(encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a text encoder without its projection, by their names below `text_model`."""
+    state = text_body(encoder).state_dict()
+    return {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
+
+
 def text_state(encoder: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a text encoder as transformers 4 named them."""
-    state = {f"text_model.{name}": tensor for name, tensor in loading.canonical_text_state(encoder).items()}
+    state = {f"text_model.{name}": tensor for name, tensor in body_state(encoder).items()}
     if hasattr(encoder, "text_projection"):
         state["text_projection.weight"] = encoder.text_projection.weight
     return state
@@ -130,15 +151,14 @@ def original_state(models: Models, family_name: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a tiny model in the original layout."""
     family = FAMILIES[family_name]
     unet, vae = models["unet"].state_dict(), models["vae"].state_dict()
-    unet_names = keys.table(unet, loading.unet_rule_for(models["unet"].config))
-    vae_names = keys.table(vae, keys.vae_rule(4))
-    state = {keys.UNET_PREFIX + unet_names[name]: tensor for name, tensor in unet.items()}
+    unet_rule, vae_rule = layout.unet_rule(family, dict(models["unet"].config)), layout.vae_rule(4)
+    state = {next(unet_rule(name)).name: tensor for name, tensor in unet.items()}
     for name, tensor in vae.items():
         is_attention = ".attentions." in name and tensor.ndim == 2
-        state[keys.VAE_PREFIX + vae_names[name]] = tensor[:, :, None, None] if is_attention else tensor
+        state[next(vae_rule(name)).name] = tensor[:, :, None, None] if is_attention else tensor
     for text in family.text_models:
         encoder, prefix = models[text.folder], text.prefixes[0]
-        own = loading.canonical_text_state(encoder)
+        own = body_state(encoder)
         if text.layout == "clip":
             state |= {prefix + name: tensor for name, tensor in own.items()}
             state[prefix + "embeddings.position_ids"] = torch.arange(77)[None]

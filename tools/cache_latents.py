@@ -40,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems.raise_if_any()
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
-    from library.models.loading import LoadedModels, detect, load_vae_alone
+    from library.models.base import find_base, load_vae
+    from library.models.latent_encoder import LatentEncoder
     from library.training.preparation import cache_latents
     from library.training.run.runtime import start_runtime
 
-    detected = detect(config.model)
+    files = find_base(config.model)
     runtime = start_runtime(config.precision, config.logs)
-    vae = load_vae_alone(config.model, detected, runtime.vae_dtype)
-    models = LoadedModels(detected.family, tokenizers=[], text_encoders=[], unet=None, vae=vae, predicts_v=False)
-    cache_latents(config, sets, models, runtime)
+    encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
+    cache_latents(config.precision, sets, encoder, runtime)
     return 0
 
 

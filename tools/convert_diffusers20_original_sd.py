@@ -28,8 +28,8 @@ from library.logs import run_script
 if TYPE_CHECKING:
     import torch
 
-    from library.models.conversion import Plan
-    from library.models.model_files import ModelFiles
+    from library.models.checkpoint import Checkpoint
+    from library.models.layout import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -103,13 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ConvertConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
+    from library.models.checkpoint import check_input_channels, open_checkpoint
     from library.models.family import check_flags
-    from library.models.model_files import check_stem, open_model
 
-    model = open_model(config.files.model_to_load, variant=config.files.variant)
+    model = open_checkpoint(config.files.model_to_load, variant=config.files.variant)
     check_flags(model.family, model.path, v1=config.model.v1, v2=config.model.v2)
     if not model.is_folder:
-        check_stem(model.parts[""][0])
+        check_input_channels(model)
     if is_checkpoint(config.files.model_to_save):
         write_checkpoint(config, model)
     else:
@@ -162,24 +162,20 @@ def written_type(saving: SavingConfig) -> torch.dtype | None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(config: ConvertConfig, model: ModelFiles) -> None:
+def write_checkpoint(config: ConvertConfig, model: Checkpoint) -> None:
     """Write a checkpoint of the original layout."""
-    from library.models import conversion
+    from library.models import layout
 
-    plan = (
-        conversion.plan_to_original(model)
-        if model.is_folder
-        else {name: conversion.as_is(name) for name in model.shapes}
-    )
+    plan = layout.plan_to_original(model) if model.is_folder else layout.copy_plan(model)
     write_file(config, model, plan, config.files.model_to_save, checkpoint_metadata(config, model))
 
 
-def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, str]:
+def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, str]:
     """Return the metadata of a checkpoint: the source's, what it is, and --metadata."""
     from library.models import conversion
-    from library.models.model_files import CONFIGURATIONS
+    from library.models.checkpoint import CONFIGURATIONS
 
-    own = {key: text for key, text in source_metadata(model).items() if key != "format"}
+    own = {key: text for key, text in model.metadata.items() if key != "format"}
     v_prediction = config.model.v_parameterization or model.predicts_v
     if v_prediction is not None and "modelspec.prediction_type" not in own:
         own["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
@@ -198,35 +194,27 @@ def checkpoint_metadata(config: ConvertConfig, model: ModelFiles) -> dict[str, s
     return own | read_metadata(config.saving.metadata or "{}")
 
 
-def source_metadata(model: ModelFiles) -> Mapping[str, str]:
-    """Return the metadata of the source; a folder has them in its U-Net's file."""
-    return model.parts["unet" if model.is_folder else ""][0].metadata
-
-
-def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
+def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
     """Write a Diffusers folder."""
     from library.adapters.merging import copy_others
     from library.files import new_folder
-    from library.models import conversion
-    from library.models.model_files import EXTRAS_FILE
+    from library.models import conversion, layout
+    from library.models.checkpoint import EXTRAS_FILE, UNET, split_name
 
-    if model.is_folder:
-        plan, left = {name: conversion.as_is(name) for name in model.shapes}, []
-    else:
-        plan, left = conversion.plan_to_folder(model)
+    plan, left = (layout.copy_plan(model), []) if model.is_folder else conversion.plan_to_folder(model)
     with new_folder(config.files.model_to_save) as folder:
         if model.is_folder:
             copy_others(model, folder, shards=False)  # one file is written of several
         else:
             conversion.write_surroundings(folder, model, v_prediction=v_prediction_of(config, model))
-        for part in dict.fromkeys(name.split("/")[0] for name in plan):
+        for part in dict.fromkeys(split_name(name)[0] for name in plan):
             start = f"{part}/"
             own = {name.removeprefix(start): piece for name, piece in plan.items() if name.startswith(start)}
-            metadata = dict(source_metadata(model)) if part == "unet" else {}
+            metadata = dict(model.metadata) if part == UNET else {}
             write_file(config, model, own, folder / file_of(part), metadata | {"format": "pt"})
         if left:
             logger.info("%d tensors that Diffusers has no place for are kept in %s", len(left), EXTRAS_FILE)
-            extras = {name: conversion.as_is(name) for name in left}
+            extras = {name: piece for name, piece in layout.copy_plan(model).items() if name in left}
             write_file(config, model, extras, folder / EXTRAS_FILE, {})
         if config.files.reference_model is not None:
             copy_reference(config.files.reference_model, folder)
@@ -234,12 +222,9 @@ def write_folder(config: ConvertConfig, model: ModelFiles) -> None:
 
 def file_of(part: str) -> Path:
     """Return the weight file of a part of a Diffusers folder."""
-    from library.models.model_files import EXTRAS, EXTRAS_FILE, TEXT_FILES, UNET_FILES
+    from library.models.checkpoint import EXTRAS, EXTRAS_FILE, file_stems
 
-    if part == EXTRAS:
-        return Path(EXTRAS_FILE)
-    stem = TEXT_FILES[0] if part.startswith("text_encoder") else UNET_FILES[0]
-    return Path(part) / f"{stem}.safetensors"
+    return Path(EXTRAS_FILE) if part == EXTRAS else Path(part) / f"{file_stems(part)[0]}.safetensors"
 
 
 def copy_reference(source: Path, folder: Path) -> None:
@@ -252,13 +237,13 @@ def copy_reference(source: Path, folder: Path) -> None:
             shutil.copytree(source / part, folder / part)
 
 
-def v_prediction_of(config: ConvertConfig, model: ModelFiles) -> bool:
+def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     """Return whether the scheduler is to say that the model predicts v, and tell where that was not given."""
-    from library.models import conversion
+    from library.models.checkpoint import guess_prediction
 
     if config.model.v_parameterization:
         return True
-    found = conversion.predicts_v(model, model.parts[""][0].metadata)
+    found = guess_prediction(model)
     if found is not None:
         logger.info(
             "scheduler: the model predicts %s, as far as its file tells; if it is v, give --v_parameterization",
@@ -267,17 +252,17 @@ def v_prediction_of(config: ConvertConfig, model: ModelFiles) -> bool:
     return bool(found)
 
 
-def write_file(config: ConvertConfig, model: ModelFiles, plan: Plan, path: Path, metadata: Mapping[str, str]) -> None:
+def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path, metadata: Mapping[str, str]) -> None:
     """Write one weight file by a plan, tensor by tensor."""
     from tqdm import tqdm
 
-    from library.models import conversion
-    from library.models.model_files import TEXT_FILES, UNET_FILES
+    from library.models import layout
+    from library.models.checkpoint import TEXT_FILES, UNET_FILES
     from library.pickles import load_pickle, write_pickle
     from library.safetensors_io import write_stream
 
-    infos = conversion.infos_of(plan, model, written_type(config.saving))
-    made = conversion.tensors_of(plan, model, infos)
+    infos = layout.infos_of(plan, model, written_type(config.saving))
+    made = layout.tensors_of(plan, model, infos)
     part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
     tensors = tqdm(made, total=len(plan), desc=part, unit="tensor")
     if path.suffix.lower() == ".safetensors":

@@ -43,7 +43,7 @@ from networks.extract_lora_from_dylora import DOWN, UP, full_rank, ranks_to_writ
 if TYPE_CHECKING:
     from PIL import Image
 
-    from library.models.loading import Detected
+    from library.models.base import BaseFiles
     from library.training.measure.picture_losses import Losses, Measurement
     from library.training.measure.rank_results import RankResults
     from library.training.network_protocol import TrainableNetwork
@@ -161,10 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Torch takes seconds to import; up to here every mistake has been answered at once.
     from library.training.measure.picture_losses import to_measure
 
-    detected = check_further(job)
+    files = check_further(job)
     job = dataclasses.replace(job, sets=to_measure(job.sets))
     tell(job)
-    report(job, detected)
+    report(job, files)
     return 0
 
 
@@ -235,9 +235,9 @@ def load_sets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Traini
     return sets
 
 
-def check_further(job: Job) -> Detected:
+def check_further(job: Job) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for what shows with torch but without loading it."""
-    from library.models.loading import check_vae, detect
+    from library.models.base import find_base
     from library.sampling.samplers import check_sampler
     from library.training.network_protocol import check_network
     from library.training.preparation import check_folder, check_prediction
@@ -249,15 +249,12 @@ def check_further(job: Job) -> Detected:
     with problems:
         check_network(training.network)
     with problems:
-        detected = detect(training.model)
-        check_prediction(training.loss, predicts_v=bool(detected.predicts_v))
-    with problems:
-        if training.model.vae is not None:
-            check_vae(training.model.vae)
+        files = find_base(training.model)
+        check_prediction(training.loss, predicts_v=files.predicts_v)
     with problems:
         check_folder("save_to", job.config.name.parent)
     problems.raise_if_any()
-    return detected
+    return files
 
 
 def tell(job: Job) -> None:
@@ -287,7 +284,7 @@ def tell(job: Job) -> None:
         logger.info("draws %d prompts with %d of them", len(job.prompts), columns)
 
 
-def report(job: Job, detected: Detected) -> None:
+def report(job: Job, files: BaseFiles) -> None:
     """Measure, draw and write."""
     from library.sampling.contact_sheet import save_sheet
     from library.training.measure.picture_losses import load_measurement
@@ -296,12 +293,12 @@ def report(job: Job, detected: Detected) -> None:
 
     config, training = job.config, job.training
     measurement = load_measurement(
-        training, job.sets, detected, num_timesteps=config.measure.timesteps, draws=config.measure.draws
+        training, job.sets, files, num_timesteps=config.measure.timesteps, draws=config.measure.draws
     )
     network = build_network(
         training.network,
         training.optimizer,
-        measurement.models,
+        measurement.base,
         checkpointing=False,
         device=measurement.runtime.device,
     )
@@ -396,12 +393,15 @@ def draw_ranks(job: Job, measurement: Measurement, network: TrainableNetwork, ra
     """Return the sheet with a row for each prompt and a column for each rank; the seeds are those of previews."""
     from tqdm import tqdm
 
+    from library.models.conditioning import LiveConditioner
+    from library.models.precision import move
     from library.randomness import seed_for
     from library.sampling.contact_sheet import draw_sheet
     from library.sampling.generate import generate
 
-    models, runtime, prompts = measurement.models, measurement.runtime, job.prompts
-    models.vae.to(runtime.device)
+    base, runtime, prompts = measurement.base, measurement.runtime, job.prompts
+    move(base.vae, runtime.device)
+    conditioner = LiveConditioner(base.texts)
     own = [prompt.seed for prompt in prompts]
     common = [seed_for(job.training.run.seed, "preview", index) % 2**32 for index in range(len(prompts))]
     seeds = [number if seed is None else seed for seed, number in zip(own, common, strict=True)]
@@ -409,8 +409,8 @@ def draw_ranks(job: Job, measurement: Measurement, network: TrainableNetwork, ra
     cells = [[] for _ in prompts]
     with tqdm(total=len(ranks) * len(prompts), desc="drawing", unit="picture") as bar:
         for rank in ranks:
-            with at_rank(network, rank), runtime.autocast():
-                for picture in generate(models, prompts, seeds, sampler=sampler, clip_skip=clip_skip):
+            with at_rank(network, rank), runtime.types.autocast(runtime.device):
+                for picture in generate(base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip):
                     cells[picture.index].append(picture.image)
                     bar.update()
     labels = [f"rank {rank}" if rank else "base model" for rank in ranks]

@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from library.models import keys
+from library.models.checkpoint import Checkpoint
 from library.models.family import SDXL, ModelFamily, TextModel
-from library.models.model_files import ModelFiles, tensor_name
+from library.models.layout import TEXT_ROOT, Layout, Place, Rule, unet_rule
 
 UNET = "unet"
 UNET_WORD = "lora_unet_"
-LAYERS_PER_BLOCK = 2
 
 
 class Block(NamedTuple):
@@ -83,14 +83,6 @@ class Layer:
         return block_of(UNET_WORD + self.path.replace(".", "_")) if self.part == UNET else Block("text")
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """A tensor of a base model; third is 0, 1 or 2 for query, key or value where the three are one tensor."""
-
-    name: str
-    third: int | None = None
-
-
 @functools.cache
 def layers_of(family: ModelFamily) -> tuple[Layer, ...]:
     """Return all layers that models of a family may have."""
@@ -144,7 +136,7 @@ def peft_name(layer: Layer) -> str:
 
 
 def _checkpoint_word(layer: Layer, family: ModelFamily) -> str:
-    return UNET_WORD + unet_rule(family)(f"{layer.path}.")[:-1].replace(".", "_")
+    return UNET_WORD + checkpoint_path(layer, family).replace(".", "_")
 
 
 def _prefix(layer: Layer, family: ModelFamily) -> str:
@@ -171,39 +163,27 @@ def layers_by_name(family: ModelFamily) -> Mapping[str, Layer]:
 # --------------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_path(layer: Layer, family: ModelFamily) -> str:
+    """Return the path of a layer of the U-Net in the names of original files, without their prefix."""
+    return _unet_path(family, f"{layer.path}.").removesuffix(".")
+
+
 @functools.cache
-def unet_rule(family: ModelFamily) -> Callable[[str], str]:
-    """Return the rule of diffusers names -> names of the checkpoint for a family's U-Net."""
-    kinds = family.unet["up_block_types"]
-    return keys.unet_rule(LAYERS_PER_BLOCK, frozenset(at for at, kind in enumerate(kinds) if "CrossAttn" in kind))
+def _unet_rule(family: ModelFamily) -> Rule:
+    return unet_rule(family, {})
 
 
-def places(model: ModelFiles) -> dict[Layer, Place]:
-    """Return the place of every layer that a model has."""
-    shapes = model.shapes
-    found: dict[Layer, Place] = {}
-    for layer in layers_of(model.family):
-        candidates = _folder_places(layer) if model.is_folder else _checkpoint_places(layer, model.family)
-        place = next((place for place in candidates if place.name in shapes), None)
-        if place is not None:
-            found[layer] = place
-    return found
+def _unet_path(family: ModelFamily, name: str) -> str:
+    return next(_unet_rule(family)(name)).name.removeprefix(keys.UNET_PREFIX)
 
 
-def _folder_places(layer: Layer) -> Iterator[Place]:
-    yield Place(tensor_name(layer.part, f"{layer.path}.weight"))
-    yield Place(tensor_name(layer.part, f"text_model.{layer.path}.weight"))
+def places(model: Checkpoint) -> dict[Layer, Place]:
+    """Return the place of the weight of every layer that a model has."""
+    layout = Layout(model)
+    found = ((layer, layout.find(layer.part, weight_name(layer))) for layer in layers_of(model.family))
+    return {layer: place for layer, place in found if place is not None}
 
 
-def _checkpoint_places(layer: Layer, family: ModelFamily) -> Iterator[Place]:
-    name = f"{layer.path}.weight"
-    if layer.part == UNET:
-        yield Place(keys.UNET_PREFIX + unet_rule(family)(name))
-        return
-    text = next(text for text in family.text_models if text.folder == layer.part)
-    is_openclip = text.layout == "openclip"
-    for prefix in text.prefixes:
-        yield Place(
-            prefix + (keys.openclip_name(name) if is_openclip else name),
-            keys.fused_slice(name) if is_openclip else None,
-        )
+def weight_name(layer: Layer) -> str:
+    """Return the name of a layer's weight in its part of a Diffusers folder."""
+    return f"{layer.path}.weight" if layer.part == UNET else f"{TEXT_ROOT}{layer.path}.weight"

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from library.adapters.layers import Place, places
+from library.adapters.layers import places
 from library.adapters.lora_file import LoraFile
 from library.adapters.low_rank import Change
 from library.errors import UserError
 from library.files import new_folder
 from library.models import keys
-from library.models.model_files import EXTRAS_FILE, TEXT_FILES, UNET_FILES, ModelFiles, tensor_name
+from library.models.checkpoint import EXTRAS_FILE, TEXT_FILES, UNET_FILES, WHOLE, Checkpoint, tensor_name
+from library.models.layout import Place
 from library.safetensors_io import write_stream
 from library.weight_file import WeightFile, is_finite, write_weights
 
@@ -49,7 +50,7 @@ class Addition:
 
 
 def additions_by_tensor(
-    model: ModelFiles, files: Sequence[tuple[LoraFile, Mapping[str, float]]], *, allow_unmatched: bool
+    model: Checkpoint, files: Sequence[tuple[LoraFile, Mapping[str, float]]], *, allow_unmatched: bool
 ) -> dict[str, list[Addition]]:
     """Return tensor name -> what is added to it, for files with the ratio of each module.
 
@@ -123,18 +124,18 @@ def result_type(name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def write_merged(model: ModelFiles, merge: Merge, save_to: Path) -> None:
+def write_merged(model: Checkpoint, merge: Merge, save_to: Path) -> None:
     """Write a merged model to a file, or a folder where the model is one."""
     total = len(model.shapes)
     logger.info("%d tensors of %s change, %d stay", len(merge.additions), model.path, total - len(merge.additions))
     with tqdm(total=total, desc="merging", unit="tensor") as bar:
         if not model.is_folder:
-            write_part(model.parts[""][0], "", merge, save_to, bar)
+            write_part(model.parts[WHOLE].files[0], "", merge, save_to, bar)
             return
         with new_folder(save_to) as folder:
             copy_others(model, folder, shards=True, dtype=merge.dtype)
             for part, files in model.parts.items():
-                for file in files:
+                for file in files.files:
                     write_part(file, part, merge, folder / file.path.relative_to(model.path), bar)
 
 
@@ -167,7 +168,7 @@ def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm)
     write_stream(path, infos, merged(), dict(file.metadata) | dict(merge.metadata))
 
 
-def copy_others(model: ModelFiles, folder: Path, *, shards: bool, dtype: torch.dtype | None = None) -> None:
+def copy_others(model: Checkpoint, folder: Path, *, shards: bool, dtype: torch.dtype | None = None) -> None:
     """Copy what makes a Diffusers folder besides weights: configurations, tokenizer, scheduler; indexes with shards.
 
     Other files beside them, such as a description, are of the model that was. dtype is the new type of the text

@@ -14,8 +14,8 @@ from PIL import Image
 from library.config.generation import GenerateConfig
 from library.generation.networks import DrawnNetworks
 from library.generation.starts import PictureList, canny, fitted, floored, load_picture
-from library.models.loading import LoadedModels
-from library.models.prompt_encoding import PromptOptions, PromptTokens, encode_prompts, tokenize_prompt
+from library.models.base import BaseModel
+from library.models.conditioning import Conditioning, LiveConditioner, TextOptions, tokenize
 from library.sampling.draw import Batch, Controls, decode, draw_latents
 from library.sampling.requests import DEFAULT_SIDE, Request
 
@@ -31,9 +31,7 @@ class Job:
 
     number: int  # of the picture in the run, from 0
     request: Request
-    text: PromptTokens
-    negative: PromptTokens
-    options: PromptOptions
+    options: TextOptions  # of prompt and negative prompt, in as many windows as the longer one needs
     multipliers: tuple[float, ...]
     start: Path | None = None
     mask: Path | None = None
@@ -46,7 +44,7 @@ class Job:
         return (
             (request.width, request.height, request.steps, request.scale, request.sampler, request.strength),
             (request.highres, request.latents_upscaling, self.options, self.multipliers),
-            (self.start is None, self.mask is None, max(self.text.num_windows, self.negative.num_windows)),
+            (self.start is None, self.mask is None),
         )
 
 
@@ -64,51 +62,52 @@ class Artist:
     """Draws jobs with the models of a run."""
 
     config: GenerateConfig
-    models: LoadedModels
+    base: BaseModel
     networks: DrawnNetworks
     device: torch.device
     starts: PictureList | None = None
     masks: PictureList | None = None
     guides: tuple[PictureList, ...] = ()
     nets: tuple[torch.nn.Module, ...] = ()
-    expand: Callable[[str], str] | None = None  # words of embeddings -> their tokens
 
     # ---- looking up -----------------------------------------------------------------------------------------
 
     def job_of(self, request: Request, number: int) -> Job:
         """Return the job of a request, the picture of a number in the run."""
         prompts = self.config.prompts
-        options = PromptOptions(
-            request.max_windows or prompts.max_embeddings_multiples or 1,
-            prompts.clip_skip if request.clip_skip is None else request.clip_skip,
-            request.normalize or prompts.emb_normalize_mode,
+        options = TextOptions(
+            windows=request.max_windows or prompts.max_embeddings_multiples or 1,
+            clip_skip=prompts.clip_skip if request.clip_skip is None else request.clip_skip,
+            weights=request.normalize or prompts.emb_normalize_mode,
+            has_breaks=True,
+            keeps_ends=True,
         )
-        texts = [
-            tokenize_prompt(self.models.tokenizers[0], text, options.max_windows, self.expand)
-            for text in (request.prompt, request.negative_prompt)
-        ]
-        for title, tokens in zip(("prompt", "negative prompt"), texts, strict=True):
-            if tokens.lost:
-                logger.warning(
-                    "the %s is too long, this is left out: %r (--max_embeddings_multiples %d has room for more)",
-                    title,
-                    tokens.lost,
-                    options.max_windows + 1,
-                )
         start = self.starts.path_of(number) if self.starts else None
         return Job(
             number=number,
             request=self._complete(request, options, start),
-            text=texts[0],
-            negative=texts[1],
-            options=options,
+            options=options._replace(windows=self._windows_of(request, options)),
             multipliers=self.networks.multipliers(request.multipliers),
             start=start,
             mask=self.masks.path_of(number) if self.masks else None,
             guides=tuple(guides.path_of(number) for guides in self.guides),
         )
 
-    def _complete(self, request: Request, options: PromptOptions, start: Path | None) -> Request:
+    def _windows_of(self, request: Request, options: TextOptions) -> int:
+        """Return how many windows prompt and negative prompt need; warns of what is beyond those there may be."""
+        encoder = self.base.texts[0]  # all tokenizers of a model split words alike
+        texts = tokenize(encoder, [request.prompt, request.negative_prompt], options)
+        for title, tokens in zip(("prompt", "negative prompt"), texts, strict=True):
+            if tokens.windows > options.windows:
+                logger.warning(
+                    "the %s is too long, this is left out: %r (--max_embeddings_multiples %d has room for more)",
+                    title,
+                    encoder.tokenizer.decode(tokens.ids[options.num_tokens :]),
+                    options.windows + 1,
+                )
+        return min(options.windows, max(tokens.windows for tokens in texts))
+
+    def _complete(self, request: Request, options: TextOptions, start: Path | None) -> Request:
         """Return a request with the values of the run where it has none."""
         images = self.config.images
         highres = request.highres
@@ -128,8 +127,8 @@ class Artist:
             highres=highres,
             latents_upscaling=(images.highres_fix_latents_upscaling or request.latents_upscaling) if highres else None,
             clip_skip=options.clip_skip,
-            max_windows=options.max_windows if options.max_windows > 1 else None,
-            normalize=options.normalize if options.normalize != "original" else None,
+            max_windows=options.windows if options.windows > 1 else None,
+            normalize=options.weights if options.weights != "original" else None,
         )
 
     # ---- drawing --------------------------------------------------------------------------------------------
@@ -166,8 +165,8 @@ class Artist:
         small = self._with_starts(jobs, small)
         if images.highres_fix_strength is not None:
             small = dataclasses.replace(small, strength=images.highres_fix_strength)
-        with self._at_work("unet", "vae"):
-            latents = draw_latents(self.models, small, on_step)
+        with self._at_work(self.base.unet, self.base.vae):
+            latents = draw_latents(self.base, small, on_step)
         pictures = None
         if images.highres_fix_save_1st or not request.latents_upscaling:
             pictures = self._decode(latents)
@@ -185,8 +184,8 @@ class Artist:
     def _finished(
         self, jobs: Sequence[Job], batch: Batch, on_step: Callable[[], None] | None, *, stage: int | None
     ) -> Iterator[Drawn]:
-        with self._at_work("unet", "vae" if batch.starts is not None else "unet"):
-            latents = draw_latents(self.models, batch, on_step)
+        with self._at_work(self.base.unet, *([] if batch.starts is None else [self.base.vae])):
+            latents = draw_latents(self.base, batch, on_step)
         for index, (job, picture) in enumerate(zip(jobs, self._decode(latents), strict=True)):
             image = picture
             if batch.masks is not None:  # what the mask keeps is kept to the bit
@@ -223,16 +222,17 @@ class Artist:
             ends=[max(ratios[index], NEVER) if index < len(ratios) else 1.0 for index in range(len(self.nets))],
         )
 
-    def _encode(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def _encode(self, jobs: Sequence[Job]) -> tuple[Conditioning, Conditioning]:
         """Return the conditioning of prompts and negative prompts."""
-        tokens = [*(job.text for job in jobs), *(job.negative for job in jobs)]
-        with self._at_work("text_encoder"):
-            hidden = encode_prompts(self.models.tokenizers[0], self.models.text_encoders[0], tokens, jobs[0].options)
-        return hidden[: len(jobs)], hidden[len(jobs) :]
+        texts = [*(job.request.prompt for job in jobs), *(job.request.negative_prompt for job in jobs)]
+        with self._at_work(*self.base.text_modules):
+            both = LiveConditioner(self.base.texts).encode(texts, jobs[0].options)
+        return both.part(0, len(jobs)), both.part(len(jobs), len(texts))
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        with self._at_work("vae"):
-            return decode(self.models, latents, self._vae_batch(len(latents)))
+        with self._at_work(self.base.vae):
+            return decode(self.base, latents, self._vae_batch(len(latents)))
 
     def _vae_batch(self, size: int) -> int:
         """Return how many pictures the VAE takes at one time."""
@@ -242,19 +242,18 @@ class Artist:
         return max(1, int(given if given >= 1 else given * size))
 
     @contextlib.contextmanager
-    def _at_work(self, *parts: str) -> Iterator[None]:
+    def _at_work(self, *modules: torch.nn.Module) -> Iterator[None]:
         """Have parts of the model on the device within it; with --offload only then."""
-        modules = {"unet": self.models.unet, "vae": self.models.vae, "text_encoder": self.models.text_encoders[0]}
         if not self.config.speed.offload:
             yield
             return
-        for part in parts:
-            modules[part].to(self.device)
+        for module in modules:
+            module.to(self.device)
         try:
             yield
         finally:
-            for part in parts:
-                modules[part].to("cpu")
+            for module in modules:
+                module.to("cpu")
 
 
 def thresholds_of(text: str) -> tuple[int, int] | None:

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from library.config.generation import ControlConfig
 from library.errors import UserError, told
-from library.models.loading import LoadedModels
+from library.models.base import BaseModel, TextEncoder
 from library.weight_file import open_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
 
-def load_control_nets(config: ControlConfig, models: LoadedModels, device: torch.device) -> tuple[torch.nn.Module, ...]:
+def load_control_nets(config: ControlConfig, base: BaseModel, device: torch.device) -> tuple[torch.nn.Module, ...]:
     """Return the ControlNets of a run, in the U-Net's type."""
-    return tuple(load_control_net(path, models).to(device) for path in config.control_net_models or ())
+    return tuple(load_control_net(path, base).to(device) for path in config.control_net_models or ())
 
 
-def load_control_net(path: Path, models: LoadedModels) -> torch.nn.Module:
+def load_control_net(path: Path, base: BaseModel) -> torch.nn.Module:
     """Return a ControlNet from a Diffusers folder, or a file in either layout; raises UserError for another thing.
 
     A file is read with the sizes of the model's U-Net, so that nothing is looked for on the network.
     """
     from diffusers import ControlNetModel
 
-    dtype = models.unet.dtype
+    dtype = base.unet.dtype
     try:
         if path.is_dir():
             return ControlNetModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-        config = dict(ControlNetModel.from_unet(models.unet, load_weights_from_unet=False).config)
+        config = dict(ControlNetModel.from_unet(base.unet, load_weights_from_unet=False).config)
         names = open_weights(path).shapes
         if any(name.startswith("controlnet_cond_embedding.") for name in names):
             net = ControlNetModel.from_config(config)
@@ -52,17 +52,17 @@ def load_control_net(path: Path, models: LoadedModels) -> torch.nn.Module:
         raise UserError(f"--control_net_models: {path} cannot be read as a ControlNet: {told(error)}") from error
 
 
-def load_embeddings(config: ControlConfig, models: LoadedModels) -> Callable[[str], str] | None:
-    """Teach tokenizer and text encoder the words of textual inversion; return what expands words of several vectors.
+def with_embeddings(config: ControlConfig, encoder: TextEncoder) -> TextEncoder:
+    """Return a text encoder that knows the words of textual inversion; a word of several vectors is expanded.
 
     A word is the name of its file. Raises UserError for a file that holds no embedding for this text encoder.
     """
     if not config.textual_inversion_embeddings:
-        return None
+        return encoder
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    tokenizer, encoder = models.tokenizers[0], models.text_encoders[0]
-    width = encoder.get_input_embeddings().weight.shape[1]
+    tokenizer, module = encoder.tokenizer, encoder.module
+    width = module.get_input_embeddings().weight.shape[1]
     for path in config.textual_inversion_embeddings:
         vectors = embedding_of(path)
         if vectors.shape[1] != width:
@@ -75,10 +75,10 @@ def load_embeddings(config: ControlConfig, models: LoadedModels) -> Callable[[st
         if taken is not None:
             raise UserError(f"--textual_inversion_embeddings: the word {taken!r} is in the vocabulary: rename {path}")
         tokenizer.add_tokens(words)
-        add_vectors(encoder, tokenizer.convert_tokens_to_ids(words), vectors)
+        add_vectors(module, tokenizer.convert_tokens_to_ids(words), vectors)
         logger.info("%s: %d vectors, in prompts as %r", path, len(vectors), path.stem)
     mixin = TextualInversionLoaderMixin()
-    return lambda text: mixin.maybe_convert_prompt(text, tokenizer)
+    return dataclasses.replace(encoder, expand=lambda text: mixin.maybe_convert_prompt(text, tokenizer))
 
 
 def embedding_of(path: Path) -> torch.Tensor:

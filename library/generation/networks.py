@@ -16,7 +16,7 @@ from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.config.values import split_pairs
 from library.errors import UserError
-from library.models.loading import LoadedModels
+from library.models.base import BaseModel
 from library.training.network_protocol import (
     find_module,
     is_foreign,
@@ -47,7 +47,7 @@ class DrawnNetworks:
 
     all: list[DrawnNetwork]
     base: dict[torch.nn.Parameter, torch.Tensor] | None = None  # weights without networks, with --network_pre_calc
-    models: LoadedModels | None = None
+    models: BaseModel | None = None
     added: tuple[float, ...] | None = None  # strengths with which they are in the weights now
 
     @property
@@ -99,7 +99,7 @@ def show_metadata(config: NetworksConfig) -> None:
         logger.info("%s: %s", path, text)
 
 
-def load_networks(config: GenerateConfig, models: LoadedModels, device: torch.device) -> DrawnNetworks:
+def load_networks(config: GenerateConfig, models: BaseModel, device: torch.device) -> DrawnNetworks:
     """Return the networks of a run, merged or applied to the models; raises UserError for files of other models.
 
     Foreign networks are always applied: lycoris merges a LoHa or LoKr with its alpha / rank taken twice.
@@ -118,7 +118,7 @@ def load_networks(config: GenerateConfig, models: LoadedModels, device: torch.de
             merge_one(network, network.multiplier, models)
             logger.info("%s is merged into the model with strength %g", network.path, network.multiplier)
     if options.network_pre_calc and found.changeable:
-        parts = (models.unet, *models.text_encoders)
+        parts = (models.unet, *models.text_modules)
         found.base = {p: p.detach().clone() for part in parts for p in part.parameters() if p.ndim > 1}
     for network in found.changeable:
         if found.base is None or is_foreign(network.options):
@@ -126,7 +126,7 @@ def load_networks(config: GenerateConfig, models: LoadedModels, device: torch.de
     return found
 
 
-def weights_of(network: DrawnNetwork, models: LoadedModels) -> dict[str, torch.Tensor] | None:
+def weights_of(network: DrawnNetwork, models: BaseModel) -> dict[str, torch.Tensor] | None:
     """Return the tensors of a file as our modules read them, whoever wrote it; None for a foreign module."""
     if is_foreign(network.options):
         return None
@@ -136,7 +136,7 @@ def weights_of(network: DrawnNetwork, models: LoadedModels) -> dict[str, torch.T
     return tensors_of(file.changes, None)
 
 
-def apply_one(network: DrawnNetwork, models: LoadedModels, device: torch.device) -> None:
+def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) -> None:
     """Make a network act in the forward pass of the models, on the device where they will work."""
     module, encoder = find_module(network.options), text_encoder_for_networks(models)
     with module_errors(network.options, "create_network_from_weights", network.path):
@@ -157,7 +157,7 @@ def apply_one(network: DrawnNetwork, models: LoadedModels, device: torch.device)
         network.network = made.to(device, models.unet.dtype).eval().requires_grad_(False)
 
 
-def merge_one(network: DrawnNetwork, multiplier: float, models: LoadedModels) -> None:
+def merge_one(network: DrawnNetwork, multiplier: float, models: BaseModel) -> None:
     """Add a network to the weights of the models."""
     with module_errors(network.options, "merge_to", network.path):
         merge_file(network.options, network.path, multiplier, models, weights_of(network, models))

@@ -22,14 +22,15 @@ from library.errors import UserError, told
 from library.files import file_sha256
 from library.generation import grid as grids
 from library.generation.artist import Artist, Drawn, Job, batches
-from library.generation.controls import load_control_nets, load_embeddings
+from library.generation.controls import load_control_nets, with_embeddings
 from library.generation.gallery import write_gallery
 from library.generation.infotext import Recorded, RunFacts, texts_for
 from library.generation.networks import DrawnNetworks, load_networks, show_metadata
 from library.generation.output import Writer, save, unused
 from library.generation.starts import list_of
-from library.models import loading
-from library.models.loading import LoadedModels
+from library.models.attention import use_xformers
+from library.models.base import BaseModel, find_base, load_base
+from library.models.precision import types_of
 from library.sampling.requests import Line, Request, Seeds, num_pictures, parse_line, requests_of
 
 logger = logging.getLogger(__name__)
@@ -40,21 +41,20 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
     if config.networks.network_show_meta:
         show_metadata(config.networks)
     axes = grids.read_axes(config.output.grid or ())
-    models, device = load_models(config)
-    networks = load_networks(config, models, device)
-    expand = load_embeddings(config.control, models)
+    device = device_of(config.speed.device)
+    base = open_base(config, device)
+    networks = load_networks(config, base, device)
     artist = Artist(
         config=config,
-        models=models,
+        base=base,
         networks=networks,
         device=device,
         starts=list_of("--image_path", config.images.image_path),
         masks=list_of("--mask_path", config.images.mask_path),
         guides=tuple(list_of("--guide_image_path", path) for path in config.control.guide_image_path or ()),
-        nets=load_control_nets(config.control, models, device),
-        expand=expand,
+        nets=load_control_nets(config.control, base, device),
     )
-    with run_facts(config, models, networks) as facts:
+    with run_facts(config, base, networks) as facts:
         session = Session(config, artist, facts, Writer(config.output))
         tell_differences(recorded, networks, session)
         try:
@@ -67,31 +67,31 @@ def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[R
             session.close()
 
 
-def load_models(config: GenerateConfig) -> tuple[LoadedModels, torch.device]:
-    """Return the model in its type on its device, and the device."""
+def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
+    """Return the model in its types on its device, and with the words of embeddings."""
     checkpoint, speed = config.checkpoint, config.speed
-    device = device_of(speed.device)
-    dtype = torch.float16 if speed.fp16 else torch.bfloat16 if speed.bf16 else torch.float32
-    options = ModelConfig(
-        pretrained_model_name_or_path=str(checkpoint.ckpt),
-        v2=checkpoint.v2,
-        v_parameterization=checkpoint.v_parameterization,
-        vae=checkpoint.vae,
-        tokenizer_cache_dir=checkpoint.tokenizer_cache_dir,
+    files = find_base(
+        ModelConfig(
+            pretrained_model_name_or_path=str(checkpoint.ckpt),
+            v2=checkpoint.v2,
+            v_parameterization=checkpoint.v_parameterization,
+            vae=checkpoint.vae,
+            tokenizer_cache_dir=checkpoint.tokenizer_cache_dir,
+        )
     )
-    vae_dtype = torch.float32 if speed.no_half_vae else dtype
-    models = loading.load_models(options, loading.detect(options), dtype=dtype, vae_dtype=vae_dtype)
+    precision = "fp16" if speed.fp16 else "bf16" if speed.bf16 else "no"
+    base = load_base(files, types_of(precision, half_vae=not speed.no_half_vae))
     if speed.opt_channels_last:
-        for part in (models.unet, models.vae):
-            part.to(memory_format=torch.channels_last)
+        base.unet.to(memory_format=torch.channels_last)
+        base.vae.to(memory_format=torch.channels_last)
     if speed.xformers:
-        use_xformers(models, device)
+        use_xformers(device, base.unet, base.vae)
     if speed.vae_tiling or speed.vae_slices:
-        models.vae.enable_tiling()
+        base.vae.enable_tiling()
     if not speed.offload:
-        for part in (models.unet, models.vae, *models.text_encoders):
+        for part in (base.unet, base.vae, *base.text_modules):
             part.to(device)
-    return models, device
+    return dataclasses.replace(base, texts=tuple(with_embeddings(config.control, text) for text in base.texts))
 
 
 def device_of(name: str | None) -> torch.device:
@@ -102,17 +102,6 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
         raise UserError(f"--device {name} cannot be used: {told(error)}; such as cpu, cuda or cuda:1") from None
     return device
-
-
-def use_xformers(models: LoadedModels, device: torch.device) -> None:
-    """Have attention computed by xformers, where it is installed and there is a GPU."""
-    import importlib.util
-
-    if importlib.util.find_spec("xformers") is None or device.type != "cuda":
-        logger.warning("--xformers: it is not installed, or there is no GPU; torch's own attention is used")
-        return
-    models.unet.enable_xformers_memory_efficient_attention()
-    models.vae.enable_xformers_memory_efficient_attention()
 
 
 def all_requests(config: GenerateConfig, lines: Sequence[Line]) -> Iterator[Request]:
@@ -126,7 +115,7 @@ def all_requests(config: GenerateConfig, lines: Sequence[Line]) -> Iterator[Requ
 
 @contextlib.contextmanager
 def run_facts(
-    config: GenerateConfig, models: LoadedModels, networks: DrawnNetworks
+    config: GenerateConfig, base: BaseModel, networks: DrawnNetworks
 ) -> Iterator[concurrent.futures.Future[RunFacts]]:
     """Yield what all pictures have in common; the hash of the model is made while the first is drawn."""
 
@@ -139,7 +128,7 @@ def run_facts(
                 (n.options.network_module, n.path.name, n.sha256, n.multiplier if n.is_merged else None)
                 for n in networks.all
             ),
-            dtype=str(models.unet.dtype).removeprefix("torch."),
+            dtype=str(base.unet.dtype).removeprefix("torch."),
             version=f"{NAME} {VERSION}",
         )
 

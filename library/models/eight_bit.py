@@ -7,10 +7,12 @@ so the two layers that hold nearly all weights widen them again there.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 STORAGE = torch.float8_e4m3fn
 
@@ -22,55 +24,55 @@ def store_in_eight_bits(model: nn.Module) -> int:
     """
     saved = 0
     for module in model.modules():
-        forward = FORWARDS.get(type(module).__name__)
-        if forward is not None:
-            saved += module.weight.numel() * (module.weight.element_size() - STORAGE.itemsize)
-            module.weight.data = module.weight.data.to(STORAGE)
-            module.forward = functools.partial(forward, module)
+        if isinstance(module, nn.Linear):
+            forward = functools.partial(_linear, module)
+        elif isinstance(module, nn.Conv2d):
+            forward = functools.partial(_convolution, module)
+        else:
+            continue
+        saved += module.weight.numel() * (module.weight.element_size() - STORAGE.itemsize)
+        module.weight.data = module.weight.data.to(STORAGE)
+        setattr(module, "forward", forward)  # noqa: B010 (the layer's own is a method, which cannot be assigned to)
     return saved
 
 
-def _operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _operands(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return input and bias in the type of the arithmetic."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return x.to(dtype), None if module.bias is None else module.bias.to(dtype)
+    bias: Tensor | None = layer.bias
+    return x.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    x, bias = _operands(module, x)
-    return _Linear.apply(x, module.weight, bias)
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _Linear.apply(*_operands(layer, x), layer.weight)
 
 
-def _convolution(module: nn.Conv2d, x: Tensor) -> Tensor:
-    x, bias = _operands(module, x)
-    return _Convolution.apply(x, module.weight, bias, (module.stride, module.padding))
-
-
-FORWARDS = {"Linear": _linear, "Conv2d": _convolution}
+def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return _Convolution.apply(*_operands(layer, x), layer.weight, (layer.stride, layer.padding))
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
+    def forward(context: Any, x: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
         context.save_for_backward(weight)
         return functional.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = context.saved_tensors
         return gradient @ weight.to(gradient.dtype), None, None
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(context, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:  # noqa: ANN001
+    def forward(context: Any, x: Tensor, bias: Tensor | None, weight: Tensor, geometry: tuple[Any, Any]) -> Tensor:
         context.save_for_backward(weight)
         context.shape, context.geometry = x.shape, geometry
         return functional.conv2d(x, weight.to(x.dtype), bias, *geometry)
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN001
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = context.saved_tensors
         widened = weight.to(gradient.dtype)
-        return torch.nn.grad.conv2d_input(context.shape, widened, gradient, *context.geometry), None, None, None
+        return conv2d_input(context.shape, widened, gradient, *context.geometry), None, None, None

@@ -1,7 +1,7 @@
 """Model families: everything in which SD 1.x, SD 2.x and SDXL differ, as data in one place.
 
 Sizes here are those of the published models; a checkpoint of other sizes takes them from its shapes. Adding
-a family means adding an instance, its detection in `detect_family`, and its text encoding.
+a family means adding an instance and its detection in `detect_family`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class TextModel:
     lora_prefix: str  # of its modules in LoRA files
     config: dict[str, Any]
     pad_token: str = EOS_TOKEN
+    layer: int = 1  # from the end, whose states the U-Net was trained with
+    has_final_norm: bool = True  # whether the final layer norm follows, whichever layer is taken
     has_projection: bool = False  # a matrix on the pooled output, which the U-Net is given too
     unused_layers: int = 0  # at the end of original files, which training did not use
 
@@ -73,6 +75,10 @@ class ModelFamily:
     version: str
     epsilon_architecture: str
     v_architecture: str
+
+    def text_model(self, folder: str) -> TextModel:
+        """Return the text encoder of a folder's name."""
+        return next(text for text in self.text_models if text.folder == folder)
 
     def base_version(self, *, predicts_v: bool) -> str:
         """Return `ss_base_model_version` of models that predict noise, or v."""
@@ -103,7 +109,7 @@ SD1 = ModelFamily(
         TextModel(
             folder="text_encoder",
             layout="clip",
-            # Files without `text_model` are about.
+            # Some files lack `text_model`.
             prefixes=tuple(f"{keys.TEXT_PREFIX}transformer.{inner}" for inner in ("text_model.", "")),
             lora_prefix="lora_te_",
             config=CLIP_L,
@@ -172,6 +178,8 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.0.transformer.text_model.",),
             lora_prefix="lora_te1_",
             config=CLIP_L,
+            layer=2,
+            has_final_norm=False,
         ),
         TextModel(
             folder="text_encoder_2",
@@ -189,6 +197,8 @@ SDXL = ModelFamily(
                 "pad_token_id": 1,
             },
             pad_token="!",
+            layer=2,
+            has_final_norm=False,
             has_projection=True,
         ),
     ),
@@ -247,85 +257,3 @@ def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[st
         if width == family.context_width:
             return family
     return SD2 if text_config.get("hidden_act") == SD2.text_models[0].config["hidden_act"] else SD1
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Configurations of a checkpoint, from its shapes
-# --------------------------------------------------------------------------------------------------------------
-
-
-def unet_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
-    """Return the U-Net's Diffusers configuration for the tensors (names without prefix) of a checkpoint."""
-    num_blocks = len(family.unet["block_out_channels"])
-    per_block = family.unet["layers_per_block"] + 1
-    channels = tuple(
-        shapes[f"input_blocks.{per_block * block + 1}.0.out_layers.3.weight"][0] for block in range(num_blocks)
-    )
-    context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
-    if context is None:
-        raise KeyError("input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")
-    heads = family.unet["attention_head_dim"]
-    if family.unet_head_width is not None:
-        heads = tuple(max(1, count // family.unet_head_width) for count in channels)
-    added = shapes.get("label_emb.0.0.weight")
-    found: dict[str, Any] = {
-        "block_out_channels": channels,
-        "cross_attention_dim": context,
-        "attention_head_dim": heads,
-        "in_channels": shapes["input_blocks.0.0.weight"][1],
-    }
-    if added is not None:
-        found["projection_class_embeddings_input_dim"] = added[1]
-    if "transformer_layers_per_block" in family.unet:
-        starts = (f"input_blocks.{per_block * block + 1}.1.transformer_blocks." for block in range(num_blocks))
-        found["transformer_layers_per_block"] = tuple(max(1, count(shapes, start, 4)) for start in starts)
-    return family.unet | found
-
-
-def vae_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
-    """Return the VAE's Diffusers configuration for the tensors (names without prefix) of a checkpoint."""
-    num_blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
-    if not num_blocks:
-        raise KeyError("encoder.down")
-    layers = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
-    channels = tuple(shapes[f"encoder.down.{block}.block.0.conv2.weight"][0] for block in range(num_blocks))
-    return family.vae | {
-        "block_out_channels": channels,
-        "layers_per_block": layers,
-        "down_block_types": ("DownEncoderBlock2D",) * num_blocks,
-        "up_block_types": ("UpDecoderBlock2D",) * num_blocks,
-    }
-
-
-def text_encoder_config(text: TextModel, *, width: int, inner_width: int, num_layers: int) -> dict[str, Any]:
-    """Return a text encoder's configuration for its sizes: hidden width, width inside the MLP, layers."""
-    return text.config | {
-        "hidden_size": width,
-        "intermediate_size": inner_width,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": max(1, width // TEXT_HEAD_WIDTH),
-        "projection_dim": min(text.config["projection_dim"], width),
-    }
-
-
-def text_sizes(text: TextModel, shapes: Shapes) -> dict[str, int]:
-    """Return the sizes for text_encoder_config from the tensors (names without prefix) of an original file."""
-    if text.layout == "clip":
-        return {
-            "width": shapes["embeddings.token_embedding.weight"][1],
-            "inner_width": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            "num_layers": count(shapes, "encoder.layers.", 2),
-        }
-    blocks = count(shapes, "transformer.resblocks.", 2)
-    # Some converters leave out what is not used.
-    is_cut = blocks == text.config["num_hidden_layers"]
-    return {
-        "width": shapes["token_embedding.weight"][1],
-        "inner_width": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_layers": blocks if is_cut else blocks - text.unused_layers,
-    }
-
-
-def count(shapes: Shapes, prefix: str, position: int) -> int:
-    """Return how many values stand at a position of the dotted names that begin with a prefix."""
-    return len({name.split(".")[position] for name in shapes if name.startswith(prefix)})

@@ -149,11 +149,6 @@ def first_prefix(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
-def table(names: Iterable[str], rule: Callable[[str], str]) -> dict[str, str]:
-    """Return Diffusers name -> original name for the names of a model."""
-    return {name: rule(name) for name in names}
-
-
 def unet_rule(layers_per_block: int, upsampler_beside_attention: frozenset[int]) -> Callable[[str], str]:
     """Return the rule of a U-Net; the set holds the up blocks whose upsampler follows an attention."""
     per_block = layers_per_block + 1
@@ -240,3 +235,9 @@ def fused_slice(name: str) -> int | None:
     """Return 0, 1 or 2 for a query, key or value of a text model, whose rows are that third of the fused tensor."""
     fused = FUSED.fullmatch(name)
     return "qkv".index(fused[2]) if fused else None
+
+
+def holds_vae(names: Iterable[str]) -> bool:
+    """Return whether some of the names are those of a VAE, in a file of its own or of a whole model."""
+    starts = ("encoder.down.", "encoder.down_blocks.", f"{VAE_PREFIX}encoder.down.")
+    return any(name.startswith(starts) for name in names)

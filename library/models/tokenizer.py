@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -34,9 +34,8 @@ def load_clip_tokenizer(folder: str | Path | None = None, *, pad_token: str = EO
 
     if folder is None:
         vocabulary, merges = shipped_vocabulary()
-        tokenizer = CLIPTokenizer(
-            vocab=dict(vocabulary), merges=list(merges), model_max_length=WINDOW, pad_token=pad_token
-        )
+        pairs: list[Any] = list(merges)  # transformers declares texts, and takes pairs
+        tokenizer = CLIPTokenizer(vocab=dict(vocabulary), merges=pairs, model_max_length=WINDOW, pad_token=pad_token)
     else:
         # Without model_max_length a folder that lacks tokenizer_config.json gets a limit of 1e30 tokens.
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=WINDOW, local_files_only=True)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from library.models.loading import LoadedModels
+from library.models.base import BaseModel
+from library.models.conditioning import Conditioning
 from library.sampling.samplers import build_sampler
 
 if TYPE_CHECKING:
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from PIL.Image import Image
 
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class Controls:
     """ControlNets with their guide pictures (one list for each net, a picture for each of the batch)."""
 
-    nets: Sequence[torch.nn.Module]
+    nets: Sequence[ControlNetModel]
     guides: Sequence[Sequence[Image]]
     weights: Sequence[float]
     ends: Sequence[float]  # share of the steps after which each stops
@@ -35,8 +37,8 @@ class Controls:
 class Batch:
     """Pictures that are drawn together. B pictures, sizes in pixels."""
 
-    text: Tensor  # (B, N, D)
-    negative: Tensor  # (B, N, D)
+    text: Conditioning
+    negative: Conditioning  # with as many positions
     seeds: Sequence[int]
     width: int
     height: int
@@ -50,12 +52,12 @@ class Batch:
 
 
 @torch.no_grad()
-def draw_latents(models: LoadedModels, batch: Batch, on_step: Callable[[], None] | None = None) -> Tensor:
+def draw_latents(base: BaseModel, batch: Batch, on_step: Callable[[], None] | None = None) -> Tensor:
     """Return the latents (B, 4, H/8, W/8) of a batch, scaled as the U-Net sees them. The models stay where they are."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds]
     arguments: dict[str, Any] = {
-        "prompt_embeds": batch.text.to(models.unet.device, models.unet.dtype),
-        "negative_prompt_embeds": batch.negative.to(models.unet.device, models.unet.dtype),
+        "prompt_embeds": batch.text.hidden.to(base.unet.device, base.unet.dtype),
+        "negative_prompt_embeds": batch.negative.hidden.to(base.unet.device, base.unet.dtype),
         "num_inference_steps": batch.steps,
         "guidance_scale": batch.scale,
         "generator": generators,
@@ -71,12 +73,14 @@ def draw_latents(models: LoadedModels, batch: Batch, on_step: Callable[[], None]
     else:
         starts = batch.starts
         is_kept = int(batch.steps * batch.strength) == 0  # no step is left: pipelines fail, or return noise
-        latents = None
         if is_kept or batch.masks is None:
-            latents = starts if torch.is_tensor(starts) else encode_pictures(models, starts, generators)
-        if is_kept:
-            return latents
-        arguments |= {"image": latents if batch.masks is None else list(starts), "strength": batch.strength}
+            latents = starts if isinstance(starts, Tensor) else encode_pictures(base, starts, generators)
+            if is_kept:
+                return latents
+            arguments["image"] = latents
+        else:
+            arguments["image"] = list(starts)
+        arguments["strength"] = batch.strength
         arguments |= {} if guides is None else {"control_image": guides}
     if batch.masks is not None:
         arguments |= {"mask_image": list(batch.masks), "width": batch.width, "height": batch.height}
@@ -85,16 +89,16 @@ def draw_latents(models: LoadedModels, batch: Batch, on_step: Callable[[], None]
             "controlnet_conditioning_scale": list(batch.controls.weights),
             "control_guidance_end": list(batch.controls.ends),
         }
-    return pipeline_for(models, batch)(**arguments).images
+    return pipeline_for(base, batch)(**arguments).images
 
 
-def pipeline_for(models: LoadedModels, batch: Batch) -> Any:
+def pipeline_for(base: BaseModel, batch: Batch) -> Any:
     """Return the pipeline for what a batch begins with, over the models as they are."""
     kind = "Inpaint" if batch.masks is not None else "Img2Img" if batch.starts is not None else ""
     parts = {
-        "vae": models.vae,
-        "unet": models.unet,
-        "scheduler": build_sampler(batch.sampler, predicts_v=models.predicts_v),
+        "vae": base.vae,
+        "unet": base.unet,
+        "scheduler": build_sampler(batch.sampler, predicts_v=base.predicts_v),
         "text_encoder": None,
         "tokenizer": None,
         "safety_checker": None,
@@ -119,9 +123,9 @@ def pipeline_class(kind: str, *, with_controls: bool) -> type:
     import diffusers
 
     name = f"StableDiffusion{'ControlNet' if with_controls else ''}{kind}Pipeline"
-    base = getattr(diffusers, name)
+    kind_of_diffusers = getattr(diffusers, name)
 
-    class Pipeline(base):  # type: ignore[misc, valid-type]
+    class Pipeline(kind_of_diffusers):  # type: ignore[misc, valid-type]
         @property
         def _execution_device(self) -> torch.device:
             return self.unet.device
@@ -141,28 +145,28 @@ def guide_pixels(pictures: Sequence[Image]) -> Tensor:
 
 
 @torch.no_grad()
-def encode_pictures(models: LoadedModels, pictures: Sequence[Image], generators: Sequence[torch.Generator]) -> Tensor:
+def encode_pictures(base: BaseModel, pictures: Sequence[Image], generators: Sequence[torch.Generator]) -> Tensor:
     """Return the scaled latents (B, 4, H/8, W/8) of pictures, a sample of the posterior by each one's generator."""
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = models.vae
+    vae = base.vae
     pixels = VaeImageProcessor().preprocess(list(pictures)).to(vae.device, vae.dtype)
     samples = [
         vae.encode(pixels[index : index + 1]).latent_dist.sample(generator)
         for index, generator in enumerate(generators)
     ]
-    return (torch.cat(samples) * vae.config.scaling_factor).to(models.unet.device, models.unet.dtype)
+    return (torch.cat(samples) * vae.config["scaling_factor"]).to(base.unet.device, base.unet.dtype)
 
 
 @torch.no_grad()
-def decode(models: LoadedModels, latents: Tensor, at_once: int | None = None) -> list[Image]:
+def decode(base: BaseModel, latents: Tensor, at_once: int | None = None) -> list[Image]:
     """Return the pictures of scaled latents (B, 4, H/8, W/8), at_once of them in a call of the VAE."""
     from PIL import Image
 
-    vae, pictures = models.vae, []
+    vae, pictures = base.vae, []
     for part in latents.split(at_once or len(latents)):
         with torch.autocast(latents.device.type, enabled=False):
-            pixels = vae.decode((part / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
+            pixels = vae.decode((part / vae.config["scaling_factor"]).to(vae.device, vae.dtype)).sample
         values = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         pictures += [Image.fromarray(value) for value in values]
     return pictures

@@ -26,7 +26,7 @@ from library.config.optimizer import OptimizerConfig
 from library.config.values import split_pairs
 from library.errors import UserError, shortened
 from library.files import replacing
-from library.models.loading import LoadedModels
+from library.models.base import BaseModel
 from library.weight_file import check_adapter, open_weights
 
 logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ def network_arguments(config: NetworkConfig) -> dict[str, Any]:
 def build_network(
     config: NetworkConfig,
     optimizer: OptimizerConfig,
-    models: LoadedModels,
+    models: BaseModel,
     *,
     checkpointing: bool,
     device: torch.device,
@@ -329,21 +329,21 @@ def build_network(
     return TrainableNetwork(network, config, text_encoder, unet, trains_text_encoder, trains_unet)
 
 
-def text_encoder_for_networks(models: LoadedModels) -> nn.Module | list[nn.Module]:
+def text_encoder_for_networks(models: BaseModel) -> nn.Module | list[nn.Module]:
     """Return the text encoders as network modules get them: one by itself, several in a list."""
     encoders = [
-        encoder if hasattr(encoder, "text_model") else CanonicalTextEncoder(encoder) for encoder in models.text_encoders
+        encoder if hasattr(encoder, "text_model") else CanonicalTextEncoder(encoder) for encoder in models.text_modules
     ]
     return encoders[0] if len(encoders) == 1 else encoders
 
 
-def _prepare_making_from_files(module: ModuleType, config: NetworkConfig, models: LoadedModels) -> None:
+def _prepare_making_from_files(module: ModuleType, config: NetworkConfig, models: BaseModel) -> None:
     """Let lycoris know its preset: it keeps it in a class, where only create_network puts it."""
     if is_foreign(config):
         _create(module, config, models, text_encoder_for_networks(models))
 
 
-def _create(module: ModuleType, config: NetworkConfig, models: LoadedModels, text_encoder: Any) -> nn.Module | None:
+def _create(module: ModuleType, config: NetworkConfig, models: BaseModel, text_encoder: Any) -> nn.Module | None:
     with module_errors(config, "create_network"):
         return module.create_network(
             1.0,
@@ -358,7 +358,7 @@ def _create(module: ModuleType, config: NetworkConfig, models: LoadedModels, tex
 
 
 def _create_from_weights(
-    module: ModuleType, config: NetworkConfig, models: LoadedModels, text_encoder: Any
+    module: ModuleType, config: NetworkConfig, models: BaseModel, text_encoder: Any
 ) -> nn.Module | None:
     with module_errors(config, "create_network_from_weights", config.network_weights):
         network, _ = module.create_network_from_weights(
@@ -419,7 +419,7 @@ def trained_parts(config: NetworkConfig, optimizer: OptimizerConfig) -> tuple[bo
     return text_encoder, unet
 
 
-def merge_base_weights(config: NetworkConfig, models: LoadedModels) -> None:
+def merge_base_weights(config: NetworkConfig, models: BaseModel) -> None:
     """Merge each file of --base_weights into the models, with its multiplier."""
     if not config.base_weights:
         return
@@ -435,7 +435,7 @@ def merge_file(
     config: NetworkConfig,
     path: Path,
     multiplier: float,
-    models: LoadedModels,
+    models: BaseModel,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Merge a file into the models; weights are its tensors, where they have been read."""
@@ -451,7 +451,7 @@ def _merge(
     module: ModuleType,
     path: Path,
     multiplier: float,
-    models: LoadedModels,
+    models: BaseModel,
     text_encoder: Any,
     *,
     weights: dict[str, torch.Tensor] | None = None,
@@ -463,9 +463,9 @@ def _merge(
 
 
 @torch.no_grad()
-def _merge_foreign(module: ModuleType, path: Path, multiplier: float, models: LoadedModels, text_encoder: Any) -> None:
+def _merge_foreign(module: ModuleType, path: Path, multiplier: float, models: BaseModel, text_encoder: Any) -> None:
     """Merge at full strength, which every module does, and apply the multiplier here: lycoris drops it."""
-    bases = nn.ModuleList([*models.text_encoders, models.unet])
+    bases = nn.ModuleList([*models.text_modules, models.unet])
     before = {name: parameter.clone() for name, parameter in bases.named_parameters()}
     _merge(module, path, 1.0, models, text_encoder)
     after = dict(bases.requires_grad_(False).named_parameters())

@@ -8,18 +8,26 @@ import random
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from library.config.hub import parse_hub_state
 from library.config.loss import LossConfig
+from library.config.network import NetworkConfig
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
+from library.config.training import PrecisionConfig, TextConfig
 from library.data.captions import possible_captions
 from library.data.dataset import BatchMaker, RunPlan
 from library.data.latent_cache import LatentCache, build_cache
 from library.data.records import TrainingSet
 from library.errors import Problems, UserError, shown
+from library.models.attention import use_xformers
+from library.models.base import BaseFiles, BaseModel, find_base, load_base, text_body
+from library.models.conditioning import PER_WINDOW, Conditioner, LiveConditioner, TextOptions, remember, tokenize
 from library.models.eight_bit import store_in_eight_bits
-from library.models.loading import Detected, LoadedModels, check_vae, detect, text_model
-from library.models.text_encoding import PER_WINDOW, TextOptions, num_cut_captions, remember_texts
+from library.models.latent_encoder import LatentEncoder
+from library.models.precision import move
 from library.optim.optimizers import (
     OptimizerChoice,
     check_optimizer,
@@ -30,25 +38,20 @@ from library.sampling.generate import text_options
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import check_sampler
 from library.training.measure.validation import Validation
-from library.training.network_protocol import TrainableNetwork, check_network, trained_parts
+from library.training.network_protocol import TrainableNetwork, check_network, merge_base_weights, trained_parts
 from library.training.record import run_files
 from library.training.record.metadata import thumbnail
 from library.training.record.tracking import check_trackers, tracker_names
 from library.training.record.upload import fetch_state
-from library.training.run.objective import encode_pixels
-from library.training.run.runtime import (
-    Runtime,
-    use_attention,
-)
+from library.training.run.runtime import Runtime
 from library.training.run.state import find_state, read_position
-from library.weight_file import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
 DOWNLOADED = "from_hub"  # folder in --output_dir for states from the hub
 
 
-def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> Detected:
+def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
     problems = Problems()
     with problems:
@@ -73,17 +76,14 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
         with problems:
             check_sampler(name)
     with problems:
-        detected = detect(config.model)
-        check_prediction(config.loss, predicts_v=bool(detected.predicts_v))
-    with problems:
-        if config.model.vae is not None:
-            check_vae(config.model.vae)
+        files = find_base(config.model)
+        check_prediction(config.loss, predicts_v=files.predicts_v)
     problems.raise_if_any()
     # Last, for it makes the folders.
     check_output(config.saving)
     if tracker_names(config.logs) and config.logs.logging_dir is not None:
         check_folder("logging_dir", config.logs.logging_dir)
-    return detected
+    return files
 
 
 def check_output(saving: SavingConfig) -> None:
@@ -126,51 +126,73 @@ def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
         )
 
 
-def place_models(config: TrainConfig, models: LoadedModels, runtime: Runtime) -> None:
+def open_base(
+    files: BaseFiles, network: NetworkConfig, precision: PrecisionConfig, clip_skip: int | None, runtime: Runtime
+) -> BaseModel:
+    """Return the base model of a run, with what is merged into it, where every step needs it; the VAE is on the CPU."""
+    base = load_base(files, runtime.types)
+    check_clip_skip(clip_skip, base)
+    merge_base_weights(network, base)
+    place_models(precision, base, runtime.device)
+    return base
+
+
+def place_models(precision: PrecisionConfig, base: BaseModel, device: torch.device) -> None:
     """Move what every step needs to the device, with the attention and the storage that were asked for."""
-    use_attention(config.precision, models.unet, models.vae, runtime.device)
-    in_eight_bits = [models.unet] if config.precision.fp8_base or config.precision.fp8_base_unet else []
-    if config.precision.fp8_base and not config.precision.fp8_base_unet:
-        in_eight_bits += models.text_encoders
+    if precision.xformers:
+        use_xformers(device, base.unet, base.vae)
+    in_eight_bits: list[nn.Module] = [base.unet] if precision.fp8_base or precision.fp8_base_unet else []
+    if precision.fp8_base and not precision.fp8_base_unet:
+        in_eight_bits += base.text_modules
     if in_eight_bits:
         saved = sum(store_in_eight_bits(model) for model in in_eight_bits)
         logger.info("weights in 8 bits: %.2f GB less", saved / 1e9)
-    for model in (models.unet, *models.text_encoders):
-        model.to(runtime.device)
+    for model in (base.unet, *base.text_modules):
+        model.to(device)
 
 
-def check_clip_skip(config: TrainConfig, models: LoadedModels) -> None:
-    """Raise UserError for a --clip_skip beyond the layers of the text encoder."""
-    layers = len(text_model(models.text_encoders[0]).encoder.layers)
-    if (config.text.clip_skip or 1) > layers:
-        raise UserError(
-            f"--clip_skip must be at most {layers}, the layers of this text encoder, got {config.text.clip_skip}"
-        )
+def caption_options(text: TextConfig) -> TextOptions:
+    """Return how captions are read."""
+    return TextOptions(
+        windows=(text.max_token_length or PER_WINDOW) // PER_WINDOW,
+        clip_skip=text.clip_skip,
+        weights="none" if text.weighted_captions else None,
+    )
 
 
-def warn_of_cut_captions(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels) -> None:
+def check_clip_skip(clip_skip: int | None, base: BaseModel) -> None:
+    """Raise UserError for a --clip_skip beyond the layers of a text encoder."""
+    layers = min(text.num_layers for text in base.texts)
+    if (clip_skip or 1) > layers:
+        raise UserError(f"--clip_skip must be at most {layers}, the layers of this text encoder, got {clip_skip}")
+
+
+def warn_of_cut_captions(sets: list[TrainingSet], base: BaseModel, options: TextOptions) -> None:
     """Warn of captions longer than what the text encoder is given."""
-    limit = config.text.max_token_length or PER_WINDOW
     captions = sorted({line for entry in sets for record in entry.all_records for line in record.caption.split("\n")})
-    number = num_cut_captions(models.tokenizers[0], captions, limit)
+    number = sum(tokens.windows > options.windows for tokens in tokenize(base.texts[0], captions, options))
     if number:
         logger.warning(
-            "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225", number, limit
+            "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225",
+            number,
+            options.num_tokens,
         )
 
 
-def cache_latents(config: TrainConfig, sets: list[TrainingSet], models: LoadedModels, runtime: Runtime) -> LatentCache:
+def cache_latents(
+    precision: PrecisionConfig, sets: list[TrainingSet], encoder: LatentEncoder, runtime: Runtime
+) -> LatentCache:
     """Return the cache of all pictures; entries on disk are made by all processes together."""
-    on_disk = config.precision.cache_latents_to_disk
-    weights = tensors_sha256(models.vae.state_dict()) if on_disk else "in memory"
-    models.vae.to(runtime.device)
+    on_disk = precision.cache_latents_to_disk
+    identity = encoder.identity() if on_disk else "in memory"
+    move(encoder.vae, runtime.device)
 
     def build(share: tuple[int, int]) -> LatentCache:
         return build_cache(
             sets,
-            lambda pixels: encode_pixels(models, runtime, pixels).cpu(),
-            encoder=f"{weights} {runtime.vae_dtype}",
-            batch_size=config.precision.vae_batch_size,
+            lambda pixels: encoder.moments(pixels).cpu(),
+            encoder=identity,
+            batch_size=precision.vae_batch_size,
             on_disk=on_disk,
             share=share,
         )
@@ -181,28 +203,38 @@ def cache_latents(config: TrainConfig, sets: list[TrainingSet], models: LoadedMo
     return build((0, 1))
 
 
-MOST_REMEMBERED = 2 * 2**30  # bytes of text conditioning that are kept rather than computed in every step
+LARGEST_MEMORY = 2 * 2**30  # bytes of text conditioning that are kept rather than computed in every step
 
 
-def encode_captions(
-    config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt], models: LoadedModels, runtime: Runtime
-) -> None:
-    """Encode all captions and prompts once and give up the text encoder, where captions cannot change."""
-    captions = all_captions(sets)
+def build_conditioner(
+    sets: list[TrainingSet],
+    prompts: list[Prompt],
+    base: BaseModel,
+    options: TextOptions,
+    runtime: Runtime,
+    *,
+    trains_text_encoder: bool,
+) -> Conditioner:
+    """Return what gives captions and prompts their conditioning.
+
+    Where no text can change, all are encoded now, and the text encoders' memory is released.
+    """
+    live = LiveConditioner(base.texts)
+    captions = None if trains_text_encoder else all_captions(sets)
     if captions is None:
-        return
-    options = TextOptions(
-        config.text.max_token_length or PER_WINDOW, config.text.clip_skip, config.text.weighted_captions
-    )
-    width = models.unet.config.cross_attention_dim
-    if len(captions) * (options.max_tokens + 2) * width * runtime.dtype.itemsize > MOST_REMEMBERED:
-        return
+        return live
+    width = base.unet.config["cross_attention_dim"]
+    if len(captions) * (options.num_tokens + 2) * width * runtime.types.unet.itemsize > LARGEST_MEMORY:
+        return live
     wanted = [(caption, options) for caption in captions]
     for prompt in prompts:
-        of_prompt = text_options(models, prompt, config.text.clip_skip)
+        of_prompt = text_options(base.texts[0], prompt, options.clip_skip)
         wanted += [(prompt.prompt, of_prompt), (prompt.negative_prompt, of_prompt)]
-    with runtime.autocast():
-        remember_texts(models, wanted)
+    with runtime.types.autocast(runtime.device):
+        remembered = remember(live, wanted)
+    for module in base.text_modules:
+        module.to("meta")
+    return remembered
 
 
 def all_captions(sets: list[TrainingSet]) -> set[str] | None:
@@ -230,19 +262,19 @@ def build_validation(config: TrainConfig, sets: list[TrainingSet], cache: Latent
     return Validation(config.validation, held_out, maker, seed)
 
 
-def enable_gradient_checkpointing(models: LoadedModels, network: TrainableNetwork) -> None:
+def enable_gradient_checkpointing(base: BaseModel, network: TrainableNetwork) -> None:
     """Compute activations again in the backward pass; transformers does so only in training mode.
 
     Neither model has a dropout, so training mode changes nothing else.
     """
-    models.unet.enable_gradient_checkpointing()
-    models.unet.train()
+    base.unet.enable_gradient_checkpointing()
+    base.unet.train()
     if network.trains_text_encoder:
-        for encoder in models.text_encoders:
+        for encoder in base.text_modules:
             # Older transformers have only the second name; newer ones warn of it.
             enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-            text_model(encoder).train()
+            text_body(encoder).train()
 
 
 def find_resumed(config: TrainConfig, runtime: Runtime) -> Path | None:

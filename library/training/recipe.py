@@ -14,7 +14,9 @@ from library.data.dataset import BatchMaker, RunPlan, make_loader
 from library.data.records import TrainingSet, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.files import replacing
-from library.models.loading import LoadedModels, load_models
+from library.models.base import BaseModel
+from library.models.latent_encoder import LatentEncoder
+from library.models.precision import move
 from library.optim.flat import flatten_groups
 from library.optim.optimizers import (
     OptimizerChoice,
@@ -26,18 +28,18 @@ from library.randomness import seed_for
 from library.sampling.prompts import Prompt
 from library.training.charts.loss_curve import draw_loss_curve
 from library.training.measure.validation import Validation
-from library.training.network_protocol import TrainableNetwork, build_network, merge_base_weights
+from library.training.network_protocol import build_network
 from library.training.preparation import (
+    build_conditioner,
     build_validation,
     cache_latents,
+    caption_options,
     check_before_loading,
-    check_clip_skip,
     choose_seed,
     enable_gradient_checkpointing,
-    encode_captions,
     find_resumed,
     num_workers,
-    place_models,
+    open_base,
     plan_run,
     warn_of_cut_captions,
 )
@@ -65,12 +67,12 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     """
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
-    detected = check_before_loading(config, prompts, choice)
+    files = check_before_loading(config, prompts, choice)
     report.describe_data(sets)
     if config.run.dry_run or not config.precision.cache_latents:
         verify_pictures(sets)
     if config.run.dry_run:
-        return dry_run(config, sets, choice=choice, detected=detected)
+        return dry_run(config, sets, choice=choice, files=files)
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
@@ -78,37 +80,46 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     config = with_seed(config, shared(choose_seed(config, resumed), runtime))
     if runtime.is_main:
         make_repository(config.hub)
-    models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
-    del detected  # with what it holds of the file
-    check_clip_skip(config, models)
-    merge_base_weights(config.network, models)
-    place_models(config, models, runtime)
-    warn_of_cut_captions(config, sets, models)
+    base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
+    del files  # with what it holds of a pickle
+    text = caption_options(config.text)
+    warn_of_cut_captions(sets, base, text)
 
     # Build the network over the models; first, because a network module may refuse.
     torch.manual_seed(seed_for(config.run.seed, "network"))
     checkpointing = config.precision.gradient_checkpointing
-    network = build_network(
-        config.network, config.optimizer, models, checkpointing=checkpointing, device=runtime.device
-    )
+    network = build_network(config.network, config.optimizer, base, checkpointing=checkpointing, device=runtime.device)
     for parameter in network.network.parameters():  # but no buffers, where alphas are
-        parameter.data = parameter.data.to(runtime.adapter_dtype)
+        parameter.data = parameter.data.to(runtime.types.adapter)
     broadcast_parameters(network.network.parameters(), runtime.num_processes)
     if checkpointing:
-        enable_gradient_checkpointing(models, network)
+        enable_gradient_checkpointing(base, network)
 
     # Encode pictures, and captions that cannot change.
-    cache = cache_latents(config, sets, models, runtime) if config.precision.cache_latents else None
-    models.vae.to("cpu" if cache is not None else runtime.device)
-    if not network.trains_text_encoder:
-        encode_captions(config, sets, prompts, models, runtime)
+    encoder = LatentEncoder(base.vae, runtime.types.vae)
+    cache = cache_latents(config.precision, sets, encoder, runtime) if config.precision.cache_latents else None
+    move(base.vae, "cpu" if cache is not None else runtime.device)
+    conditioner = build_conditioner(sets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder)
 
     # Train and save.
     plan = plan_run(config, sets, resumed, rank=runtime.rank, num_processes=runtime.num_processes)
     preview = Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip)
     validation = build_validation(config, sets, cache)
+    objective = Objective(
+        base=base,
+        network=network,
+        encoder=encoder,
+        conditioner=conditioner,
+        text=text,
+        schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
+        loss=config.loss,
+        types=runtime.types,
+        device=runtime.device,
+        seed=config.run.seed,
+        vae_batch_size=config.precision.vae_batch_size,
+    )
     trainer = build_trainer(
-        config, runtime, models, network, choice=choice, plan=plan, preview=preview, validation=validation
+        config, runtime, objective, choice=choice, plan=plan, preview=preview, validation=validation
     )
     if resumed is not None:
         trainer.resume(resumed)
@@ -147,8 +158,7 @@ def write_options(config: TrainConfig) -> None:
 def build_trainer(
     config: TrainConfig,
     runtime: Runtime,
-    models: LoadedModels,
-    network: TrainableNetwork,
+    objective: Objective,
     *,
     choice: OptimizerChoice,
     plan: RunPlan,
@@ -156,6 +166,7 @@ def build_trainer(
     validation: Validation | None,
 ) -> Trainer:
     """Return the loop with its optimizer and schedule; tell in numbers what it will do."""
+    network = objective.network
     groups, names = network.groups(config.optimizer)
     if choice.elementwise:
         groups = flatten_groups(groups)
@@ -165,13 +176,7 @@ def build_trainer(
     trainer = Trainer(
         config=config,
         runtime=runtime,
-        objective=Objective(
-            config=config,
-            models=models,
-            schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
-            runtime=runtime,
-            network=network,
-        ),
+        objective=objective,
         network=network,
         optimizer=optimizer,
         scheduler=build_scheduler(config.schedule, optimizer, plan.num_steps, rate),
@@ -179,7 +184,7 @@ def build_trainer(
         plan=plan,
         preview=preview,
         validation=validation,
-        metadata=describe(config, plan.sets, models, choice, plan),
+        metadata=describe(config, plan.sets, objective.base, choice, plan),
         hashes=BackgroundHashes(config, is_needed=runtime.is_main),
         uploads=Uploads(config.hub, is_main=runtime.is_main),
         is_flat=choice.elementwise,
@@ -189,14 +194,14 @@ def build_trainer(
 
 
 def describe(
-    config: TrainConfig, sets: list[TrainingSet], models: LoadedModels, choice: OptimizerChoice, plan: RunPlan
+    config: TrainConfig, sets: list[TrainingSet], base: BaseModel, choice: OptimizerChoice, plan: RunPlan
 ) -> dict[str, Any]:
     """Return the metadata that is known when training starts."""
     return training_metadata(
         config,
         sets,
-        family=models.family,
-        predicts_v=models.predicts_v,
+        family=base.family,
+        predicts_v=base.predicts_v,
         optimizer=choice.record,
         num_processes=plan.num_processes,
         numbers={

@@ -20,10 +20,13 @@ from library.config.train import TrainConfig
 from library.data.records import TrainingSet, as_they_are
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
-from library.models.loading import Detected, LoadedModels, load_models
+from library.models.base import BaseFiles, BaseModel
+from library.models.conditioning import LiveConditioner
+from library.models.latent_encoder import LatentEncoder
+from library.models.precision import move
 from library.training.measure.validation import Validation
 from library.training.network_protocol import TrainableNetwork
-from library.training.preparation import build_validation, cache_latents, check_clip_skip, place_models
+from library.training.preparation import build_validation, cache_latents, caption_options, open_base
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, start_runtime
 
@@ -36,7 +39,7 @@ class Measurement:
 
     config: TrainConfig
     runtime: Runtime
-    models: LoadedModels
+    base: BaseModel
     validation: Validation
     num_timesteps: int
     draws: int  # noises for each picture and timestep
@@ -54,7 +57,19 @@ class Measurement:
 
         schedule = stable_diffusion_schedule(zero_terminal_snr=self.config.loss.zero_terminal_snr)
         device = self.runtime.device
-        objective = Objective(self.config, self.models, schedule.to(device), self.runtime, network)
+        objective = Objective(
+            base=self.base,
+            network=network,
+            encoder=LatentEncoder(self.base.vae, self.runtime.types.vae),
+            conditioner=LiveConditioner(self.base.texts),
+            text=caption_options(self.config.text),
+            schedule=schedule.to(device),
+            loss=self.config.loss,
+            types=self.runtime.types,
+            device=device,
+            seed=self.validation.seed,
+            vae_batch_size=self.config.precision.vae_batch_size,
+        )
         found: dict[str, list[list[float]]] = {}
         parts = list(itertools.product(self.validation.batches(), range(self.draws)))
         for request, draw in tqdm(parts, desc=label, unit="batch", leave=False):
@@ -75,17 +90,15 @@ class Measurement:
 
 
 def load_measurement(
-    config: TrainConfig, sets: list[TrainingSet], detected: Detected, *, num_timesteps: int, draws: int
+    config: TrainConfig, sets: list[TrainingSet], files: BaseFiles, *, num_timesteps: int, draws: int
 ) -> Measurement:
     """Load the models and encode the pictures; return the measurement of sets that come from `to_measure`."""
     runtime = start_runtime(config.precision, config.logs)
-    models = load_models(config.model, detected, dtype=runtime.dtype, vae_dtype=runtime.vae_dtype)
-    check_clip_skip(config, models)
-    place_models(config, models, runtime)
-    cache = cache_latents(config, sets, models, runtime)
-    models.vae.to("cpu")
+    base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
+    cache = cache_latents(config.precision, sets, LatentEncoder(base.vae, runtime.types.vae), runtime)
+    move(base.vae, "cpu")
     validation = build_validation(config, sets, cache)
-    return Measurement(config, runtime, models, validation, num_timesteps, draws)
+    return Measurement(config, runtime, base, validation, num_timesteps, draws)
 
 
 def to_measure(sets: list[TrainingSet]) -> list[TrainingSet]:

@@ -10,6 +10,7 @@ from library.config.training import ValidationConfig
 from library.data.dataset import BatchMaker, BatchRequest, plan_epoch
 from library.data.records import TrainingSet
 from library.training.run.objective import Objective
+from library.training.run.runtime import Runtime
 
 NUM_TIMESTEPS = 4  # at which each picture is measured: evenly spaced, 200, 400, 600 and 800 of 0 to 1000
 
@@ -39,10 +40,9 @@ class Validation:
         ]
 
     @torch.no_grad()
-    def measure(self, objective: Objective) -> float:
+    def measure(self, objective: Objective, runtime: Runtime) -> float:
         """Return the mean loss over all pictures and timesteps; each process measures its share."""
-        runtime = objective.runtime
-        lowest, limit = objective.config.loss.timestep_range
+        lowest, limit = objective.loss.timestep_range
         timesteps = torch.linspace(lowest, limit, NUM_TIMESTEPS + 2)[1:-1].long().tolist()
         total = torch.zeros(2, dtype=torch.float64)
         for request in self.batches()[runtime.rank :: runtime.num_processes]:

@@ -13,11 +13,12 @@ from PIL import Image
 from library.config.preview import PreviewConfig
 from library.config.saving import SavingConfig
 from library.files import replacing
-from library.models.loading import LoadedModels
+from library.models.precision import move
 from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.generate import Picture, generate
 from library.sampling.prompts import Prompt
+from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Preview:
         interval = self.config.sample_every_n_epochs
         return interval is not None and epoch % interval == 0
 
-    def draw(self, models: LoadedModels, runtime: Runtime, *, suffix: str, label: str) -> None:
+    def draw(self, objective: Objective, runtime: Runtime, *, suffix: str, label: str) -> None:
         """Draw all prompts and bring the contact sheet up to date; the caller has put the network in evaluation mode.
 
         suffix goes into the names of the files, label over the column of the sheet. No random state of the
@@ -67,18 +68,24 @@ class Preview:
         from tqdm import tqdm
 
         seeds = [self._seed_of(index) for index in range(len(self.prompts))]
-        vae_device = next(models.vae.parameters()).device
-        models.vae.to(runtime.device)
+        base = objective.base
+        vae_device = base.vae.device
+        move(base.vae, runtime.device)
         paths = []
-        with runtime.autocast():
+        with runtime.types.autocast(runtime.device):
             pictures = generate(
-                models, self.prompts, seeds, sampler=self.config.sample_sampler, clip_skip=self.clip_skip
+                base,
+                objective.conditioner,
+                self.prompts,
+                seeds,
+                sampler=self.config.sample_sampler,
+                clip_skip=self.clip_skip,
             )
             for picture in tqdm(
                 pictures, total=len(self.prompts), desc=f"drawing ({label})", unit="picture", leave=False
             ):
                 paths.append(self._save(picture, suffix))
-        models.vae.to(vae_device)
+        move(base.vae, vae_device)
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them
         self.columns.append((label, paths))

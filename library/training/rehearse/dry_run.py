@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from library.config.dataset import DataConfig
 from library.config.train import TrainConfig
 from library.data import images
 from library.data.buckets import Size
@@ -18,23 +19,26 @@ from library.data.dataset import BatchMaker, RunPlan, num_batches, samples_by_bu
 from library.data.latent_cache import count_valid
 from library.data.records import ImageRecord, TrainingSet
 from library.files import replacing
-from library.models.loading import Detected, LoadedModels, load_models
-from library.models.text_encoding import PER_WINDOW, split_at_limit
+from library.models.base import BaseFiles, BaseModel, TextEncoder, load_base
+from library.models.checkpoint import VAE
+from library.models.conditioning import TextOptions, tokenize
+from library.models.latent_encoder import LatentEncoder
+from library.models.precision import Types
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.training.charts.block_chart import draw_blocks
 from library.training.network_protocol import TrainableNetwork, build_network
 from library.training.preparation import (
     all_captions,
+    caption_options,
     check_clip_skip,
     choose_seed,
     enable_gradient_checkpointing,
     plan_run,
 )
 from library.training.rehearse.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
-from library.training.run.runtime import DTYPES
+from library.training.run.runtime import types_of_run
 from library.training.run.state import find_state
-from library.weight_file import tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,7 @@ class Report:
             logger.info("  ... and %d more", len(lines) - most)
 
 
-def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerChoice, detected: Detected) -> Path:
+def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerChoice, files: BaseFiles) -> Path:
     """Tell what the run would do; return the path of the whole report, beside which the pictures' sheet lies."""
     report = Report()
     is_here = config.state.resume and not config.hub.resume_from_huggingface  # nothing is downloaded for a rehearsal
@@ -71,26 +75,26 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
     seed = choose_seed(config, resumed)
     plan = plan_run(config, sets, resumed, rank=0, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     plan = dataclasses.replace(plan, seed=seed)
-    dtype = DTYPES[config.precision.mixed_precision]
-    vae_dtype = torch.float32 if config.precision.no_half_vae else dtype
+    types = types_of_run(config.precision)
     on_disk = config.precision.cache_latents_to_disk
-    models = load_models(config.model, detected, dtype=None, vae_dtype=vae_dtype if on_disk else None)
-    check_clip_skip(config, models)
+    base = load_base(files, types, filled=(VAE,) if on_disk else ())
+    text = caption_options(config.text)
+    check_clip_skip(text.clip_skip, base)
 
     tell_steps(report, config, plan)
     tell_pictures(report, sets)
-    tell_captions(report, config, plan, models)
+    tell_captions(report, config.data, plan, base.texts[0], text)
     if on_disk:
-        valid, total = count_valid(sets, f"{tensors_sha256(models.vae.state_dict())} {vae_dtype}")
+        valid, total = count_valid(sets, LatentEncoder(base.vae, types.vae).identity())
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
-    network = tell_network(report, config, models)
+    network = tell_network(report, config, base)
     blocks = network.describe_blocks()
     if blocks and network.trains_unet:
         chart = config.saving.output_dir / f"{config.saving.output_name or 'last'}-blocks.png"
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
         save_sheet(draw_blocks(blocks, rate), chart)
         report.say(f"ranks and rates by block of the U-Net: {chart}")
-    tell_memory(report, config, sets, models, network, choice=choice, dtype=dtype)
+    tell_memory(report, config, sets, base, network, choice=choice, types=types)
     sheet = config.saving.output_dir / f"{config.saving.output_name or 'last'}-pictures.png"
     save_sheet(draw_pictures(sets), sheet)
     path = sheet.with_name(f"{config.saving.output_name or 'last'}-dry_run.txt")
@@ -152,39 +156,38 @@ def describe_picture(record: ImageRecord) -> str:
     return f"{record.path}: {', '.join(steps + notes)}"
 
 
-def tell_captions(report: Report, config: TrainConfig, plan: RunPlan, models: LoadedModels) -> None:
+def tell_captions(report: Report, data: DataConfig, plan: RunPlan, encoder: TextEncoder, options: TextOptions) -> None:
     """Tell the first captions as they will be fed, with their numbers of tokens, and those that are cut."""
-    limit = config.text.max_token_length or PER_WINDOW
-    tokenizer = models.tokenizers[0]
-    maker = BatchMaker(plan.sets, plan.seed, plan.num_steps, config.data.prior_loss_weight, None)
+    maker = BatchMaker(plan.sets, plan.seed, plan.num_steps, data.prior_loss_weight, None)
     epoch = plan.start_step // plan.steps_per_epoch + 1
     fed = []
     for request in plan.requests(epoch):
         for sample, caption in zip(request.samples, maker.captions(request), strict=True):
             name = plan.sets[sample.dataset].records[sample.record].path.name
-            tokens, _ = split_at_limit(tokenizer, caption, limit)
-            fed.append(f"  {tokens:4d} tokens  {name}: {caption!r}")
+            (tokens,) = tokenize(encoder, [caption], options)
+            fed.append(f"  {len(tokens.ids):4d} tokens  {name}: {caption!r}")
     report.say(f"captions of epoch {epoch} in the order of training:")
     report.say_some(fed, MOST_CAPTIONS)
     cut = []
-    lines = {line for entry in plan.sets for record in entry.all_records for line in record.caption.split("\n")}
-    for caption in sorted(lines):
-        tokens, rest = split_at_limit(tokenizer, caption, limit)
-        if tokens > limit:
-            cut.append(f"  {tokens} tokens, without {rest!r}: {caption!r}")
+    lines = sorted({line for entry in plan.sets for record in entry.all_records for line in record.caption.split("\n")})
+    limit = options.num_tokens
+    for caption, tokens in zip(lines, tokenize(encoder, lines, options), strict=True):
+        if len(tokens.ids) > limit:
+            rest = encoder.tokenizer.decode(tokens.ids[limit:])
+            cut.append(f"  {len(tokens.ids)} tokens, without {rest!r}: {caption!r}")
     if cut:
         report.say(f"{len(cut)} captions have more than {limit} tokens and are cut:")
         report.say_some(cut, MOST_CUT_CAPTIONS)
 
 
-def tell_network(report: Report, config: TrainConfig, models: LoadedModels) -> TrainableNetwork:
+def tell_network(report: Report, config: TrainConfig, base: BaseModel) -> TrainableNetwork:
     """Tell modules, parameters and learning rates; return the network over the empty models."""
     checkpointing = config.precision.gradient_checkpointing
     network = build_network(
-        config.network, config.optimizer, models, checkpointing=checkpointing, device=torch.device("meta")
+        config.network, config.optimizer, base, checkpointing=checkpointing, device=torch.device("meta")
     )
     if checkpointing:
-        enable_gradient_checkpointing(models, network)
+        enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
     modules = collections.Counter(type(module).__name__ for module in network.network.children())
     kinds = ", ".join(f"{number} {kind}" for kind, number in modules.items())
@@ -200,14 +203,14 @@ def tell_memory(
     report: Report,
     config: TrainConfig,
     sets: list[TrainingSet],
-    models: LoadedModels,
+    base: BaseModel,
     network: TrainableNetwork,
     *,
     choice: OptimizerChoice,
-    dtype: torch.dtype,
+    types: Types,
 ) -> None:
     """Tell what the training will hold in memory, by part."""
-    estimate = estimate_memory(config, sets, models, network, choice=choice, dtype=dtype)
+    estimate = estimate_memory(config, sets, base, network, choice=choice, types=types)
     parts = ((field.name.replace("_", " "), getattr(estimate, field.name)) for field in dataclasses.fields(estimate))
     report.say(f"memory on the device: {estimate.total / GIGA:.2f} GB and what the GPU needs for itself (0.5 to 1 GB)")
     report.say("  " + ", ".join(f"{name} {size / GIGA:.2f}" for name, size in parts))
@@ -216,32 +219,31 @@ def tell_memory(
 def estimate_memory(
     config: TrainConfig,
     sets: list[TrainingSet],
-    models: LoadedModels,
+    base: BaseModel,
     network: TrainableNetwork,
     *,
     choice: OptimizerChoice,
-    dtype: torch.dtype,
+    types: Types,
 ) -> MemoryEstimate:
     """Return what the training will hold; models and network are on the meta device, and of no use afterwards."""
     precision = config.precision
-    adapter_dtype = dtype if precision.full_fp16 or precision.full_bf16 else torch.float32
     trained = sum(parameter.numel() for parameter in network.parameters())
     keeps_text = network.trains_text_encoder or all_captions(sets) is None
     fp8_text = precision.fp8_base and not precision.fp8_base_unet
     # Taken before the step below makes the models fake.
-    unet = weight_bytes(models.unet, dtype, in_eight_bits=precision.fp8_base or precision.fp8_base_unet)
-    text = sum(weight_bytes(encoder, dtype, in_eight_bits=fp8_text) for encoder in models.text_encoders)
-    vae = 0 if precision.cache_latents else weight_bytes(models.vae, torch.float32 if precision.no_half_vae else dtype)
+    unet = weight_bytes(base.unet, types.unet, in_eight_bits=precision.fp8_base or precision.fp8_base_unet)
+    text = sum(weight_bytes(encoder, types.unet, in_eight_bits=fp8_text) for encoder in base.text_modules)
+    vae = 0 if precision.cache_latents else weight_bytes(base.vae, types.vae)
     size, batch = largest_batch(sets)
-    windows = (config.text.max_token_length or PER_WINDOW) // PER_WINDOW
+    windows = caption_options(config.text).windows
     return MemoryEstimate(
         unet=unet,
         text_encoder=text if keeps_text else 0,
         vae=vae,
-        adapter=sum(parameter.numel() for parameter in network.network.parameters()) * adapter_dtype.itemsize,
-        gradients=trained * adapter_dtype.itemsize,
+        adapter=sum(parameter.numel() for parameter in network.network.parameters()) * types.adapter.itemsize,
+        gradients=trained * types.adapter.itemsize,
         optimizer=int(trained * state_bytes_per_parameter(choice, config.optimizer.learning_rate)),
-        activations=step_activations(models, network, dtype, size=size, batch=batch, windows=windows),
+        activations=step_activations(base, network, types.unet, size=size, batch=batch, windows=windows),
     )
 
 

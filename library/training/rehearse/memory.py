@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from library.data.buckets import Size
 from library.data.images import LATENT_SCALE
+from library.models.base import BaseModel
 from library.models.eight_bit import STORAGE
-from library.models.loading import LoadedModels
 from library.models.tokenizer import WINDOW
 from library.optim.optimizers import OptimizerChoice, build_optimizer
 from library.training.network_protocol import TrainableNetwork
@@ -101,44 +101,44 @@ def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float) -> 
 
 
 def step_activations(
-    models: LoadedModels, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
+    base: BaseModel, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
 ) -> int:
     """Return the most bytes that a forward and backward pass holds besides weights and gradients.
 
-    The batch has pictures of a size (width, height) and captions of windows of 77 tokens. models and network are
+    The batch has pictures of a size (width, height) and captions of windows of 77 tokens. base and network are
     on the meta device; they get fake weights here, and are of no other use afterwards.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parts = [models.unet, *models.text_encoders, network.network]
+        parts = [base.unet, *base.text_modules, network.network]
         for part in parts:
             _make_fake(part, torch.float32 if part is network.network else dtype)
         with PeakMemory() as memory:
             memory.ignore(tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
-            _make_step(models, network, dtype, size=size, batch=batch, windows=windows)
+            _make_step(base, network, dtype, size=size, batch=batch, windows=windows)
     trained = sum(p.numel() * p.element_size() for p in network.network.parameters() if p.requires_grad)
     return max(0, memory.peak - trained)
 
 
 def _make_step(
-    models: LoadedModels, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
+    base: BaseModel, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
 ) -> None:
     """Go forward and backward through text encoder and U-Net."""
     width, height = size
     is_half = dtype is not torch.float32
     with (
         torch.autocast("cpu", dtype, enabled=is_half),
-        _norms_in_float32([models.unet, *models.text_encoders], is_half),
+        _norms_in_float32([base.unet, *base.text_modules], is_half),
     ):
         if network.trains_text_encoder:
             tokens = torch.zeros(batch * windows, WINDOW, dtype=torch.int64)
-            hidden = models.text_encoders[0](tokens).last_hidden_state.unflatten(0, (batch, windows)).flatten(1, 2)
+            hidden = base.text_modules[0](tokens).last_hidden_state.unflatten(0, (batch, windows)).flatten(1, 2)
         else:
-            hidden = torch.empty(batch, windows * WINDOW, models.unet.config.cross_attention_dim, dtype=dtype)
+            hidden = torch.empty(batch, windows * WINDOW, base.unet.config["cross_attention_dim"], dtype=dtype)
         latents = torch.empty(batch, 4, height // LATENT_SCALE, width // LATENT_SCALE, dtype=dtype)
         timesteps = torch.zeros(batch, dtype=torch.int64)
-        prediction = models.unet(latents, timesteps, encoder_hidden_states=hidden).sample
+        prediction = base.unet(latents, timesteps, encoder_hidden_states=hidden).sample
         prediction.float().square().mean().backward()
 
 

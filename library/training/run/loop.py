@@ -237,7 +237,7 @@ class Trainer:
     def _draw_if(self, is_due: bool, *, suffix: str, label: str) -> None:
         if is_due and self.runtime.is_main:
             with self._evaluation():
-                self.preview.draw(self.objective.models, self.runtime, suffix=suffix, label=label)
+                self.preview.draw(self.objective, self.runtime, suffix=suffix, label=label)
             log_pictures(self.runtime.accelerator, self.preview.columns[-1][1], self.num_done)
         if is_due:
             self.runtime.barrier()
@@ -253,7 +253,7 @@ class Trainer:
     def _validate(self, kind: str) -> None:
         """Measure the loss on what is held out; kind is "step" or "epoch"."""
         with self._evaluation():
-            loss = self.validation.measure(self.objective)
+            loss = self.validation.measure(self.objective, self.runtime)
         if self.best is None or loss < self.best[0]:
             self.best = (loss, self.num_done)
         logger.info("validation after step %d: %.4g (lowest: %.4g, step %d)", self.num_done, loss, *self.best)
@@ -269,8 +269,8 @@ class Trainer:
         metadata = file_metadata(
             self.metadata | self.hashes.values() | best,
             self.config,
-            self.objective.models.family,
-            predicts_v=self.objective.models.predicts_v,
+            self.objective.base.family,
+            predicts_v=self.objective.base.predicts_v,
             resolution=self.plan.sets[0].options.resolution,
             step=self.num_done,
             epoch=epoch,

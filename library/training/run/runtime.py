@@ -7,7 +7,6 @@ not see a network whose own forward is never called.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -20,7 +19,7 @@ from torch import nn
 
 from library.config.saving import LoggingConfig
 from library.config.training import PrecisionConfig
-from library.errors import UserError
+from library.models.precision import Types, supported_precision, types_of
 from library.randomness import seed_for
 from library.training.record.tracking import tracker_names
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,9 +46,7 @@ class Runtime:
     """The processes of a run as one of them sees them."""
 
     accelerator: Accelerator
-    dtype: torch.dtype  # of the U-Net's and text encoder's weights and of their arithmetic
-    vae_dtype: torch.dtype
-    adapter_dtype: torch.dtype  # of the network's weights and of their gradients
+    types: Types
     scaler: torch.amp.GradScaler
 
     @property
@@ -73,10 +69,6 @@ class Runtime:
         """Whether this process writes files and speaks."""
         return self.accelerator.is_main_process
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Return the context of a forward pass: mixed precision where it is on."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
-
     def barrier(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
@@ -91,20 +83,28 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
         log_with=tracker_names(logs) or None,
         project_dir=str(log_folder(logs)) if logs.logging_dir else None,
     )
-    dtype = resolve_dtype(precision.mixed_precision, accelerator.device)
+    types = types_of_run(precision, accelerator.device)
     logger.info(
         "runs on %s, %d process%s (%s)",
         accelerator.device,
         accelerator.num_processes,
         "" if accelerator.num_processes == 1 else "es",
-        str(dtype).removeprefix("torch."),
+        str(types.unet).removeprefix("torch."),
     )
     return Runtime(
         accelerator=accelerator,
-        dtype=dtype,
-        vae_dtype=torch.float32 if precision.no_half_vae else dtype,
-        adapter_dtype=dtype if precision.full_fp16 or precision.full_bf16 else torch.float32,
-        scaler=GradientScaler(accelerator.device.type, enabled=dtype is torch.float16),
+        types=types,
+        scaler=GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16),
+    )
+
+
+def types_of_run(precision: PrecisionConfig, device: torch.device | None = None) -> Types:
+    """Return the types of a run on a device, or on one that can do all that is asked for."""
+    asked = precision.mixed_precision
+    return types_of(
+        asked if device is None else supported_precision(asked, device),
+        half_vae=not precision.no_half_vae,
+        half_adapter=precision.full_fp16 or precision.full_bf16,
     )
 
 
@@ -113,42 +113,6 @@ def log_folder(logs: LoggingConfig) -> os.PathLike:
     from datetime import datetime
 
     return logs.logging_dir / f"{logs.log_prefix or ''}{datetime.now().strftime('%Y%m%d%H%M%S')}"
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type that --mixed_precision means on a device; warns where it cannot be honoured."""
-    if name == "fp16" and device.type == "cpu":
-        logger.warning("--mixed_precision fp16 needs a GPU; this machine has none, so the run is in float32")
-        return torch.float32
-    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
-    return DTYPES[name]
-
-
-def use_attention(precision: PrecisionConfig, unet: nn.Module, vae: nn.Module, device: torch.device) -> None:
-    """Switch the models to xformers where it was asked for and works; torch's attention is the default."""
-    if not precision.xformers:
-        return
-    reason = xformers_problem(device)
-    if reason is not None:
-        logger.warning("--xformers: %s; torch's attention (SDPA) is used, which is as fast and sparing", reason)
-        return
-    unet.enable_xformers_memory_efficient_attention()
-    vae.enable_xformers_memory_efficient_attention()
-
-
-def xformers_problem(device: torch.device) -> str | None:
-    """Return why xformers cannot be used on a device, or None if one small call works."""
-    if device.type != "cuda":
-        return "it needs a CUDA GPU, which is absent here"
-    try:
-        from xformers.ops import memory_efficient_attention
-
-        probe = torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)
-        memory_efficient_attention(probe, probe, probe)
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        return f"it does not work here ({str(error).splitlines()[0]})"
-    return None
 
 
 def shared(value: int, runtime: Runtime) -> int:

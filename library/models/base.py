@@ -1,0 +1,242 @@
+"""A base model in memory, of any family: found by its files, built without memory, filled tensor by tensor.
+
+Loading needs little more than the weights in their final type. Nothing is downloaded, and of pickles only weights
+are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from library.config.model import ModelConfig
+from library.errors import UserError, told
+from library.models import family as families
+from library.models.building import build_part
+from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, check_input_channels, open_checkpoint, open_vae
+from library.models.family import ModelFamily, TextModel
+from library.models.layout import TEXT_ROOT, Layout, Place, plan_of_part
+from library.models.precision import Types
+from library.models.tokenizer import load_clip_tokenizer
+from library.weight_file import check_finite
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    TextModule: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder with its tokenizer and the rules of its family; D is its width."""
+
+    row: TextModel
+    tokenizer: CLIPTokenizer
+    module: TextModule
+    expand: Callable[[str], str] = str  # a word of a textual inversion -> the words of its vectors
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers it has."""
+        return self.module.config.num_hidden_layers
+
+    def encode(self, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states (N, 77, D) and pooled output (N, P) for token ids (N, 77).
+
+        clip_skip n takes the n-th layer from the end; None takes the one that the family was trained with. The
+        pooled output is the projected state of the first EOS, None for an encoder without projection.
+        """
+        layer, ids = clip_skip or self.row.layer, ids.to(self.module.device)
+        if layer == 1 and self.row.has_final_norm:
+            output = self.module(ids)
+            hidden = output.last_hidden_state
+        else:
+            output = self.module(ids, output_hidden_states=True)
+            hidden = output.hidden_states[-layer]
+            if self.row.has_final_norm:
+                hidden = text_body(self.module).get_submodule("final_layer_norm")(hidden)
+        return hidden, output.text_embeds if self.row.has_projection else None
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A base model in memory: frozen and in evaluation mode. Its modules change device and type in place."""
+
+    family: ModelFamily
+    predicts_v: bool
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    texts: tuple[TextEncoder, ...]
+
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        """The text encoders' modules."""
+        return [text.module for text in self.texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseFiles:
+    """Where a base model comes from; nothing is loaded yet."""
+
+    checkpoint: Checkpoint
+    vae: Checkpoint  # the same one, or what --vae names
+    tokenizers: tuple[Path | None, ...]  # folder for each text encoder; None is the vocabulary of the suite
+    predicts_v: bool
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Finding
+# --------------------------------------------------------------------------------------------------------------
+
+
+def find_base(config: ModelConfig) -> BaseFiles:
+    """Return where the base model of the options is and what it predicts, from names and configurations alone.
+
+    Raises UserError where there is none, for a family that is not trained, and for options against the files.
+    """
+    path = Path(config.pretrained_model_name_or_path)
+    checkpoint = open_checkpoint(path)
+    family, says_v = checkpoint.family, checkpoint.predicts_v
+    if not checkpoint.is_folder:
+        check_input_channels(checkpoint)
+    if family not in families.TRAINED:
+        raise UserError(f"{path} is an {family.title} model; this version trains SD 1.x and SD 2.x")
+    families.check_flags(family, path, v2=config.v2)
+    if family is families.SD2 and not config.v2:
+        logger.info("%s is an SD 2.x model: --v2 is set", path)
+    if says_v and not config.v_parameterization:
+        logger.info("%s predicts v, says its scheduler: --v_parameterization is set", path)
+    if config.v_parameterization and says_v is False:
+        logger.warning("--v_parameterization was given, but the scheduler of %s says epsilon; v is trained", path)
+    return BaseFiles(
+        checkpoint=checkpoint,
+        vae=checkpoint if config.vae is None else open_vae(config.vae, family),
+        tokenizers=tuple(find_tokenizer(text, path, config.tokenizer_cache_dir) for text in family.text_models),
+        predicts_v=config.v_parameterization or bool(says_v),
+    )
+
+
+def find_tokenizer(text: TextModel, model: Path, cache: Path | None) -> Path | None:
+    """Return the tokenizer folder in --tokenizer_cache_dir, else that of the model, else None."""
+    folder = model / text.folder.replace("text_encoder", "tokenizer")
+    if cache is None:
+        return folder if is_tokenizer(folder) else None
+    places = [place for place in (cache, *sorted(cache.glob("*"))) if is_tokenizer(place)]
+    if not places:
+        raise UserError(f"--tokenizer_cache_dir: {cache} holds no vocab.json or tokenizer.json")
+    is_openclip = text.layout == "openclip"
+    return next((place for place in places if ("stable-diffusion-2" in place.name) == is_openclip), places[0])
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Loading
+# --------------------------------------------------------------------------------------------------------------
+
+
+def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None = None) -> BaseModel:
+    """Return the base model on the CPU, its parts in the types of the run.
+
+    filled names the parts that get their weights (`unet`, `vae`, `text_encoder`, `text_encoder_2`), None for all;
+    the others stay on the meta device, without memory. Raises UserError for parts that are missing or damaged.
+    """
+    checkpoint = files.checkpoint
+
+    def part(name: str, dtype: torch.dtype) -> nn.Module:
+        return load_part(checkpoint, name, dtype if filled is None or name in filled else None)
+
+    texts = tuple(
+        TextEncoder(text, load_tokenizer(folder, text), cast("TextModule", part(text.folder, types.unet)))
+        for text, folder in zip(checkpoint.family.text_models, files.tokenizers, strict=True)
+    )
+    unet = cast("UNet2DConditionModel", part(UNET, types.unet))
+    vae = load_part(files.vae, VAE, types.vae if filled is None or VAE in filled else None)
+    return BaseModel(checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts)
+
+
+def load_vae(files: BaseFiles, types: Types) -> AutoencoderKL:
+    """Return the VAE of a base model without the rest."""
+    return cast("AutoencoderKL", load_part(files.vae, VAE, types.vae))
+
+
+def load_tokenizer(folder: Path | None, text: TextModel) -> CLIPTokenizer:
+    """Return the tokenizer of a folder, or of the suite, for a text encoder."""
+    try:
+        return load_clip_tokenizer(folder, pad_token=text.pad_token)
+    except Exception as error:  # transformers raises anything for a damaged one
+        raise UserError(f"tokenizer in {folder} cannot be read: {told(error)}") from error
+
+
+def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> nn.Module:
+    """Return a part of a model in a type, frozen; without a dtype it stays empty, on the meta device."""
+    model = build_part(checkpoint, part)
+    if dtype is not None:
+        fill(model, part, checkpoint, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Give an empty model its weights; each tensor is read once and lies in memory of its own."""
+    names = diffusers_names(model)  # Diffusers name -> name in the module
+    expected = model.state_dict()
+    plan = plan_of_part(checkpoint, part, {name: tuple(expected[own].shape) for name, own in names.items()})
+    if len(plan) < len(names):
+        missing = [name for name in names if name not in plan]
+        first: Place = next(Layout(checkpoint).candidates(part, missing[0]), Place(missing[0]))
+        paths = ", ".join(str(path) for path in checkpoint.parts[part if part in checkpoint.parts else WHOLE].paths)
+        raise UserError(
+            f"{paths}: {len(missing)} tensors of the {type(model).__name__} are missing "
+            f"(such as {first.name.removeprefix(f'{part}/')})"
+        )
+    targets: dict[str, list[str]] = {}  # name in the checkpoint -> what is made of it
+    for name, piece in plan.items():
+        targets.setdefault(piece.places[0].name, []).append(name)
+    state: dict[str, Tensor] = {}
+    for source, tensor in checkpoint.tensors(targets):
+        check_finite(tensor, source.removeprefix(f"{part}/"), checkpoint.path)
+        for name in targets[source]:
+            state[names[name]] = plan[name].make(tensor).to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    restore_position_ids(model)
+
+
+def diffusers_names(model: nn.Module) -> dict[str, str]:
+    """Return name in Diffusers folders -> name in a module, for all tensors that files hold.
+
+    From transformers 5.6 on, a CLIPTextModel has no level `text_model`.
+    """
+    from transformers import CLIPTextModel
+
+    root = TEXT_ROOT if isinstance(model, CLIPTextModel) and not hasattr(model, "text_model") else ""
+    return {f"{root}{name}": name for name in model.state_dict() if not name.endswith("position_ids")}
+
+
+def text_body(module: nn.Module) -> nn.Module:
+    """Return the module that holds embeddings and layers; from transformers 5.6 on it is CLIPTextModel itself."""
+    return getattr(module, "text_model", module)
+
+
+def restore_position_ids(model: nn.Module) -> None:
+    """Fill the one buffer that files do not hold; everything else must have been filled."""
+    for module in model.modules():
+        buffer = getattr(module, "position_ids", None)
+        if isinstance(buffer, Tensor) and buffer.is_meta:
+            module.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"not filled: {left[:5]}"

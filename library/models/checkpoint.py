@@ -1,0 +1,258 @@
+"""A base model on disk: an original-layout file, or the parts of a Diffusers folder. Reads names, not weights.
+
+Tensors of a folder are named after their part: `unet/conv_in.weight`. Nothing is built here and nothing is kept in
+memory, so that tools can go through a model of any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.config import toml_text
+from library.errors import UserError, shown
+from library.models import family as families
+from library.models import keys
+from library.models.family import ModelFamily
+from library.weight_file import WeightFile, open_weights
+
+if TYPE_CHECKING:
+    import torch
+
+WHOLE = ""  # the one part of an original-layout file
+UNET, VAE = "unet", "vae"
+UNET_FILES = ("diffusion_pytorch_model",)
+TEXT_FILES = ("model", "pytorch_model")
+# What a checkpoint held and Diffusers has no place for: written by the conversion into the folder, read back by it.
+EXTRAS, EXTRAS_FILE = "extras", "original_extras.safetensors"
+WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
+# Metadata of a checkpoint that was a Diffusers folder of unusual sizes: JSON, part -> its configuration.
+CONFIGURATIONS = "diffusers_configurations"
+V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_SPREAD = 0.09  # standard deviation of that bias: above it in SD 2.x models that predict v, below in the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The weight files of a part, opened when they are first asked for: a pickle is read whole then."""
+
+    paths: tuple[Path, ...]
+    folder: Path | None = None  # with its config.json; None where there is none
+
+    @staticmethod
+    def of(folder: Path, variant: str | None = None) -> Part:
+        """Return the part that a folder holds."""
+        return Part(tuple(weight_files(folder, variant=variant)), folder)
+
+    @functools.cached_property
+    def files(self) -> tuple[WeightFile, ...]:
+        """The opened files."""
+        return tuple(open_weights(path) for path in self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A base model on disk."""
+
+    path: Path
+    family: ModelFamily
+    predicts_v: bool | None  # None where the files do not say
+    parts: Mapping[str, Part]  # by folder: unet, vae, text_encoder, text_encoder_2; an original file is all `WHOLE`
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a Diffusers folder."""
+        return WHOLE not in self.parts
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of all tensors."""
+        return {name: shape for name, _, shape in self.infos()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata of the file; of a folder that of the U-Net's first file."""
+        return self.parts[UNET if self.is_folder else WHOLE].files[0].metadata
+
+    def folder_of(self, part: str) -> Path | None:
+        """Return the folder with the configuration of a part, None for one that has none."""
+        return self.parts[part].folder if part in self.parts else None
+
+    def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and shape of each tensor."""
+        for part, file in self._files():
+            for name, dtype, shape in file.infos():
+                yield tensor_name(part, name), dtype, shape
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, in memory of its own."""
+        part, own = split_name(name)
+        return next(file for file in self.parts[part].files if own in file.shapes).tensor(own)
+
+    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for those of names that there are, in the order of the files' data.
+
+        A pickle lets go of what it yields, so that it is not held twice; it can be read only once.
+        """
+        wanted: dict[str, set[str]] = {}
+        for part, own in map(split_name, names):
+            wanted.setdefault(part, set()).add(own)
+        for part, own_names in wanted.items():
+            for file in self.parts[part].files if part in self.parts else ():
+                for own, tensor in file.tensors(own_names):
+                    yield tensor_name(part, own), tensor
+
+    def _files(self) -> Iterator[tuple[str, WeightFile]]:
+        return ((name, file) for name, part in self.parts.items() for file in part.files)
+
+
+def tensor_name(part: str, name: str) -> str:
+    """Return the name of a part's tensor among those of the whole model."""
+    return f"{part}/{name}" if part else name
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return part and own name of a tensor of a model."""
+    part, _, own = name.rpartition("/")
+    return part, own
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Opening
+# --------------------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
+    """Return the model that a path holds; raises UserError where it holds none.
+
+    variant chooses among the weights of a Diffusers folder, such as "fp16".
+    """
+    if path.is_file():
+        whole = Part((path,))
+        shapes = whole.files[0].shapes
+        return Checkpoint(path, families.detect_family(shapes, str(path)), None, {WHOLE: whole})
+    family, predicts_v = folder_kind(path)
+    parts = {
+        part: Part.of(path / part, variant)
+        for part in (UNET, VAE, *(text.folder for text in family.text_models))
+        if (path / part).is_dir()
+    }
+    if (path / EXTRAS_FILE).is_file():
+        parts[EXTRAS] = Part((path / EXTRAS_FILE,))
+    return Checkpoint(path, family, predicts_v, parts)
+
+
+def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
+    """Return what --vae names: a Diffusers folder or its parent, or a file in either layout, a whole model too.
+
+    Raises UserError where it is none, as far as names and configuration tell. Sizes that the file does not tell
+    are those of the family.
+    """
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / VAE
+        read_config(folder)
+        return Checkpoint(path, family, None, {VAE: Part.of(folder)})
+    file = Part((path,))
+    if not keys.holds_vae(file.files[0].shapes):
+        raise UserError(f"--vae: {path} holds no VAE; name a file or a Diffusers folder that does")
+    is_diffusers = any(name.startswith("encoder.down_blocks.") for name in file.files[0].shapes)
+    return Checkpoint(path, family, None, {VAE if is_diffusers else WHOLE: file})
+
+
+def folder_kind(path: Path) -> tuple[ModelFamily, bool | None]:
+    """Return the family of a Diffusers folder, and whether its scheduler says that it predicts v."""
+    unet = read_config(path / UNET)
+    families.check_channels(unet.get("in_channels"), path)
+    family = families.detect_folder_family(unet, read_config(path / "text_encoder"))
+    if (path / families.SDXL.text_models[1].folder).is_dir():
+        family = families.SDXL
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else None
+    return family, None if prediction is None else prediction == "v_prediction"
+
+
+def check_input_channels(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a file whose U-Net takes more than latents; a folder is refused when it is opened."""
+    first = checkpoint.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
+    families.check_channels(first[1] if len(first) == 4 else None, checkpoint.path)
+
+
+def guess_prediction(checkpoint: Checkpoint) -> bool | None:
+    """Return whether an original-layout file predicts v: what it says, else a guess for SD 2.x by a bias's spread.
+
+    ComfyUI guesses so too. None for SD 1.x and SDXL that say nothing.
+    """
+    said = checkpoint.metadata.get("modelspec.prediction_type")
+    if said is not None:
+        return said == "v"
+    if "v_pred" in checkpoint.shapes:
+        return True
+    if checkpoint.family is families.SD2 and V_BIAS in checkpoint.shapes:
+        return bool(checkpoint.read(V_BIAS).float().std(unbiased=False) > V_SPREAD)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files of a folder
+# --------------------------------------------------------------------------------------------------------------
+
+
+def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+    """Return the configuration of a part that a checkpoint keeps in its metadata, empty where it keeps none."""
+    try:
+        found = json.loads(metadata.get(CONFIGURATIONS, "{}")).get(part, {})
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a part of a Diffusers folder."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder.parent} is no Diffusers folder: {folder.name}/config.json is missing")
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds."""
+    table = toml_text.load_json(path)
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must hold an object, got {shown(table)}")
+    return table
+
+
+def file_stems(part: str) -> tuple[str, ...]:
+    """Return the names that a part's weight files have, without endings; the first is the one to write."""
+    return TEXT_FILES if part.startswith("text_encoder") else UNET_FILES
+
+
+def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
+    """Return the weight files of a part: one, or the shards that an index lists; without a variant the full ones."""
+    for stem in file_stems(folder.name):
+        # In this order safetensors come before .bin.
+        for index in sorted(folder.glob(f"{stem}*.index{f'.{variant}' if variant else ''}.json"), reverse=True):
+            return shards_of(index)
+        for ending in (f".{variant}.safetensors", f".{variant}.bin") if variant else WEIGHT_ENDINGS:
+            if (folder / f"{stem}{ending}").is_file():
+                return [folder / f"{stem}{ending}"]
+        for index in [] if variant else sorted(folder.glob(f"{stem}*.index.*.json"), reverse=True):
+            return shards_of(index)
+    kind = f" of the variant {variant}" if variant else ""
+    raise UserError(f"{folder} holds no weights{kind}: a .safetensors or .bin file is missing")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Return the files that an index lists."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UserError(f'{index} has no "weight_map" of tensors and their files')
+    return [index.parent / name for name in sorted(set(shards.values()))]
+
+
+def names_in(checkpoint: Checkpoint, part: str) -> Iterable[str]:
+    """Return the names of a part's tensors without the part; none where the folder lacks it."""
+    return [name for file in checkpoint.parts[part].files for name in file.shapes] if part in checkpoint.parts else []

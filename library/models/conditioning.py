@@ -1,0 +1,237 @@
+"""Captions and prompts -> the text conditioning of the U-Net, with one set of rules for training and generation.
+
+A text fills windows of 75 tokens; each window is encoded by itself between BOS and EOS. Brackets can be weights, and
+BREAK can begin a new window, as in web UIs. Training drops the ends of inner windows when it joins them, as
+sd-scripts does; generation keeps all 77 positions of every window, as web UIs do.
+
+Letters: B texts, K windows of a text, D width of the hidden states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.models.prompt_weights import parse_weights
+from library.models.tokenizer import WINDOW
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from library.models.base import TextEncoder
+
+PER_WINDOW = WINDOW - 2  # tokens of a window without BOS and EOS
+BREAK = re.compile(r"\bBREAK\b")
+LARGEST_SCALE = 10.0  # beyond it the mean of weighted states had come too close to zero to divide by
+ENCODED_AT_ONCE = 16  # texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What the U-Net is conditioned on, for B texts."""
+
+    hidden: Tensor  # (B, N, D): N = 75 K + 2, or 77 K where windows are whole
+    pooled: Tensor | None = None  # (B, P), of the text encoder with a projection
+
+    def part(self, start: int, stop: int) -> Conditioning:
+        """Return the conditioning of the texts from start to before stop."""
+        return Conditioning(self.hidden[start:stop], None if self.pooled is None else self.pooled[start:stop])
+
+    def rows(self) -> list[Conditioning]:
+        """Return the conditioning of each text by itself, on the CPU."""
+        kept = Conditioning(self.hidden.cpu(), None if self.pooled is None else self.pooled.cpu())
+        return [kept.part(index, index + 1) for index in range(len(self.hidden))]
+
+    @staticmethod
+    def stacked(rows: Sequence[Conditioning]) -> Conditioning:
+        """Return the conditioning of several texts as one."""
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        return Conditioning(torch.cat([row.hidden for row in rows]), torch.cat(pooled) if pooled else None)
+
+    def for_unet(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """Return the keyword arguments of diffusers' U-Net."""
+        added = None if self.pooled is None else {"text_embeds": self.pooled.to(device, dtype)}
+        return {"encoder_hidden_states": self.hidden.to(device, dtype), "added_cond_kwargs": added}
+
+
+class TextOptions(NamedTuple):
+    """How texts are read and their windows joined."""
+
+    windows: int = 1  # of every text: shorter ones are padded, longer ones cut
+    clip_skip: int | None = None
+    # None: brackets are text. Otherwise they weigh, and a text's states are brought back to their mean (`original`),
+    # to the mean of their absolute values (`abs`), or to nothing (`none`).
+    weights: Literal["none", "original", "abs"] | None = None
+    has_breaks: bool = False  # whether BREAK begins a new window
+    keeps_ends: bool = False  # whether inner windows keep BOS and EOS when they are joined
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens of a text are used."""
+        return self.windows * PER_WINDOW
+
+
+class Tokens(NamedTuple):
+    """A whole text as token ids with their weights, without BOS, EOS and the padding at the end."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def windows(self) -> int:
+        """How many windows it needs."""
+        return max(1, -(-len(self.ids) // PER_WINDOW))
+
+
+class Conditioner(Protocol):
+    """Gives texts their conditioning."""
+
+    def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
+        """Return the conditioning of texts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveConditioner:
+    """Computes the conditioning with the text encoders; where there are several, their states stand side by side."""
+
+    encoders: tuple[TextEncoder, ...]
+
+    def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
+        """Return the conditioning of texts; gradients flow where they are on."""
+        parts = [encode_with(encoder, texts, options) for encoder in self.encoders]
+        hidden = [hidden for hidden, _ in parts]
+        pooled = next((pooled for _, pooled in parts if pooled is not None), None)
+        return Conditioning(hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1), pooled)
+
+
+@dataclasses.dataclass(frozen=True)
+class RememberedConditioner:
+    """Looks up what was encoded before; raises KeyError for a text that was not."""
+
+    rows: dict[tuple[str, TextOptions], Conditioning]
+
+    def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
+        """Return the conditioning of texts."""
+        return Conditioning.stacked([self.rows[text, options] for text in texts])
+
+
+@torch.no_grad()
+def remember(conditioner: Conditioner, wanted: Iterable[tuple[str, TextOptions]]) -> RememberedConditioner:
+    """Encode all texts that will ever be asked for, and return what looks them up."""
+    by_options: dict[TextOptions, list[str]] = {}
+    for text, options in sorted(set(wanted), key=repr):
+        by_options.setdefault(options, []).append(text)
+    rows: dict[tuple[str, TextOptions], Conditioning] = {}
+    with tqdm(total=sum(map(len, by_options.values())), desc="encoding captions", unit="caption") as bar:
+        for options, texts in by_options.items():
+            for start in range(0, len(texts), ENCODED_AT_ONCE):
+                part = texts[start : start + ENCODED_AT_ONCE]
+                encoded = conditioner.encode(part, options).rows()
+                rows |= {(text, options): row for text, row in zip(part, encoded, strict=True)}
+                bar.update(len(part))
+    return RememberedConditioner(rows)
+
+
+def encode_with(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> tuple[Tensor, Tensor | None]:
+    """Return hidden states (B, N, D) and pooled output (B, P) of texts from one text encoder.
+
+    The pooled output is that of the first window.
+    """
+    pairs = [windows_of(encoder.tokenizer, tokens, options.windows) for tokens in tokenize(encoder, texts, options)]
+    ids = torch.stack([ids for ids, _ in pairs])  # (B, K, 77)
+    hidden, pooled = encoder.encode(ids.flatten(0, 1), options.clip_skip)
+    hidden = joined(hidden.unflatten(0, ids.shape[:2]), keeps_ends=options.keeps_ends)
+    if options.weights is not None:
+        weights = joined(torch.stack([weights for _, weights in pairs]), keeps_ends=options.keeps_ends)
+        hidden = weighted(hidden, weights.to(hidden.device), options.weights)
+    return hidden, None if pooled is None else pooled.unflatten(0, ids.shape[:2])[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tokens
+# --------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> list[Tokens]:
+    """Return the tokens of texts, uncut; runs of equal weight are tokenized together, BREAK fills up its window."""
+    pieces: list[tuple[int, str, float, bool]] = []  # number of the text, words, weight, whether a window begins
+    for number, text in enumerate(texts):
+        for run, weight in parse_weights(text) if options.weights is not None else [(text, 1.0)]:
+            for index, words in enumerate(BREAK.split(run) if options.has_breaks else [run]):
+                pieces.append((number, encoder.expand(words), weight, index > 0))
+    ids: list[list[int]] = [[] for _ in texts]
+    weights: list[list[float]] = [[] for _ in texts]
+    encoded = (
+        encoder.tokenizer([words for _, words, *_ in pieces], add_special_tokens=False, verbose=False).input_ids
+        if pieces
+        else []
+    )
+    for (number, _, weight, begins), own in zip(pieces, encoded, strict=True):
+        padding = -len(ids[number]) % PER_WINDOW if begins else 0
+        ids[number] += [encoder.tokenizer.pad_token_id] * padding + own
+        weights[number] += [1.0] * padding + [weight] * len(own)
+    return [Tokens(tuple(own), tuple(its)) for own, its in zip(ids, weights, strict=True)]
+
+
+def windows_needed(encoder: TextEncoder, texts: Sequence[str], options: TextOptions, most: int) -> int:
+    """Return how many windows the longest of some texts needs, at most a number."""
+    return min(most, max(tokens.windows for tokens in tokenize(encoder, texts, options)))
+
+
+def windows_of(tokenizer: CLIPTokenizer, tokens: Tokens, windows: int) -> tuple[Tensor, Tensor]:
+    """Return token ids (K, 77) and weights (K, 77) of a text in K windows; BOS, EOS and padding weigh 1.
+
+    Each window has its own BOS and an end, which is the last id of the whole padded text. Where padding is not EOS
+    (OpenCLIP), a window that is full of text ends with EOS, and one that holds nothing begins with it.
+    """
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    length = windows * PER_WINDOW
+    used = tokens.ids[:length]
+    row = torch.tensor([*used, eos, *[pad] * (length - len(used))])
+    ids = torch.cat([torch.full((windows, 1), bos), row[:-1].view(windows, -1), row[-1:].expand(windows, 1)], dim=1)
+    if pad != eos and windows > 1:
+        is_full = (ids[:, -2] != eos) & (ids[:, -2] != pad)
+        ids[:, -1] = torch.where(is_full, eos, ids[:, -1])
+        ids[:, 1] = torch.where(ids[:, 1] == pad, eos, ids[:, 1])
+    weights = torch.ones(windows, WINDOW)
+    inner = torch.tensor([*tokens.weights[:length], *[1.0] * (length - len(used))])
+    weights[:, 1:-1] = inner.view(windows, PER_WINDOW)
+    return ids, weights
+
+
+# --------------------------------------------------------------------------------------------------------------
+# States
+# --------------------------------------------------------------------------------------------------------------
+
+
+def joined(windows: Tensor, *, keeps_ends: bool) -> Tensor:
+    """Return what windows (B, K, 77, ...) hold in a row: (B, 77 K, ...), or (B, 75 K + 2, ...) without inner ends."""
+    if windows.shape[1] == 1:
+        return windows[:, 0]
+    if keeps_ends:
+        return windows.flatten(1, 2)
+    return torch.cat([windows[:, 0, :1], windows[:, :, 1:-1].flatten(1, 2), windows[:, -1, -1:]], dim=1)
+
+
+def weighted(hidden: Tensor, weights: Tensor, normalize: str) -> Tensor:
+    """Return states (B, N, D) times the weights (B, N) of their positions, brought back to their mean.
+
+    normalize: `original` keeps the mean over positions and channels, `abs` that of absolute values, `none` nothing.
+    Texts without weights stay as they are to the bit. Where a mean is so small that the quotient means nothing,
+    nothing is brought back.
+    """
+    result = hidden.float() * weights[..., None]
+    if normalize != "none":
+        measure = torch.abs if normalize == "abs" else torch.Tensor.float
+        before, after = (measure(states.float()).mean(dim=(1, 2)) for states in (hidden, result))
+        scale = before / after
+        scale = torch.where(scale.isfinite() & (scale > 0) & (scale < LARGEST_SCALE), scale, 1.0)
+        result = result * scale[:, None, None]
+    is_plain = (weights == 1).all(dim=1)[:, None, None]
+    return torch.where(is_plain, hidden, result.to(hidden.dtype))

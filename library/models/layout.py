@@ -1,0 +1,283 @@
+"""Which tensor of a checkpoint, or which part of one, holds a tensor of the Diffusers model: one plan for all uses.
+
+Loading pours a plan into empty modules, converting pours it into files, merging and extracting ask for single layers.
+`keys.py` has the naming rules themselves. Tensors of a part are known by their names in Diffusers folders: those of a
+text encoder begin with `text_model.`, its projection is `text_projection.weight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from library.errors import UserError
+from library.models import keys
+from library.models.checkpoint import (
+    EXTRAS,
+    UNET,
+    VAE,
+    Checkpoint,
+    names_in,
+    read_config,
+    stored_configuration,
+    tensor_name,
+)
+from library.models.family import SD2, ModelFamily, Shapes, TextModel
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_ROOT, PROJECTION = "text_model.", "text_projection.weight"
+# Beginnings of names that a Diffusers folder does not keep: weights of the training, not of the model.
+LEFT_OUT = ("model_ema.", f"{keys.VAE_PREFIX}loss.")
+
+Shape = tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """A tensor of a checkpoint, or a part of one: third 0, 1, 2 of its rows is query, key, value of a fused one."""
+
+    name: str
+    third: int | None = None
+    is_transposed: bool = False
+
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of a tensor that lies at this place."""
+        part = tensor if self.third is None else tensor.chunk(3)[self.third]
+        return part.T if self.is_transposed else part
+
+    def shape_of(self, shape: Shape) -> Shape:
+        """Return the shape of the part, for the shape of the tensor."""
+        part = shape if self.third is None else (shape[0] // 3, *shape[1:])
+        return part[::-1] if self.is_transposed else part
+
+
+Rule = Callable[[str], Iterator[Place]]  # Diffusers name -> places in an original-layout file, the usual one first
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """How a tensor of a result is made: the parts at some places, one below the other, in a shape; or a constant."""
+
+    places: tuple[Place, ...]
+    shape: Shape
+    constant: torch.Tensor | None = None
+
+    def make(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Return the tensor, made of those that have the names of the places."""
+        import torch
+
+        if self.constant is not None:
+            return self.constant
+        parts = [place.part_of(tensor) for place, tensor in zip(self.places, tensors, strict=True)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.reshape(self.shape).contiguous()
+
+
+Plan = dict[str, Piece]  # name in the result -> its piece
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Places
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The names of one checkpoint, asked for by those of Diffusers."""
+
+    checkpoint: Checkpoint
+
+    def find(self, part: str, name: str) -> Place | None:
+        """Return the place of a tensor of a part, None where the checkpoint has none."""
+        shapes = self.checkpoint.shapes
+        return next((place for place in self.candidates(part, name) if place.name in shapes), None)
+
+    def candidates(self, part: str, name: str) -> Iterator[Place]:
+        """Yield the places where a tensor of a part can be, the usual one first."""
+        if part in self.checkpoint.parts:
+            names = (name, name.removeprefix(TEXT_ROOT), keys.vae_old_diffusers_name(name))
+            yield from (Place(tensor_name(part, candidate)) for candidate in dict.fromkeys(names))
+            return
+        try:
+            yield from self.rules[part](name)
+        except KeyError:  # no rule knows the name: it has no place
+            return
+
+    @functools.cached_property
+    def rules(self) -> dict[str, Rule]:
+        """The naming rule of each part in original-layout files, for the structure that this model has."""
+        family = self.checkpoint.family
+        rules = {text.folder: text_rule(text) for text in family.text_models}
+        return rules | {UNET: unet_rule(family, self._settings(UNET)), VAE: vae_rule(self._num_vae_levels())}
+
+    def _settings(self, part: str) -> Mapping[str, object]:
+        folder = self.checkpoint.folder_of(part)
+        if folder is not None:
+            return read_config(folder)
+        return {} if self.checkpoint.is_folder else stored_configuration(self.checkpoint.metadata, part)
+
+    def _num_vae_levels(self) -> int:
+        if not self.checkpoint.is_folder:
+            return num_vae_levels(self.checkpoint.shapes)
+        settings = self.checkpoint.family.vae | dict(self._settings(VAE))
+        return len(settings["block_out_channels"])
+
+
+def num_vae_levels(shapes: Shapes) -> int:
+    """Return how many levels of resolution the VAE of an original-layout file has, 0 without one."""
+    levels = {name.removeprefix(keys.VAE_PREFIX) for name in shapes}
+    return len({name.split(".")[2] for name in levels if name.startswith("encoder.down.")})
+
+
+def unet_rule(family: ModelFamily, settings: Mapping[str, object]) -> Rule:
+    """Return the rule of a U-Net; settings are those in which its configuration differs from the family's."""
+    config = family.unet | dict(settings)
+    with_attention = frozenset(at for at, kind in enumerate(config["up_block_types"]) if "CrossAttn" in kind)
+    rule = keys.unet_rule(config["layers_per_block"], with_attention)
+    return lambda name: iter((Place(keys.UNET_PREFIX + rule(name)),))
+
+
+def vae_rule(num_levels: int) -> Rule:
+    """Return the rule of a VAE, which a file of its own has without prefix."""
+    rule = keys.vae_rule(num_levels)
+    return lambda name: (Place(prefix + rule(keys.vae_present_name(name))) for prefix in (keys.VAE_PREFIX, ""))
+
+
+def text_rule(text: TextModel) -> Rule:
+    """Return the rule of a text encoder; OpenCLIP fuses query, key and value, and multiplies from the other side."""
+
+    def places(name: str) -> Iterator[Place]:
+        own = name.removeprefix(TEXT_ROOT)
+        if text.layout == "openclip" and own.endswith("position_ids"):  # which OpenCLIP does not store
+            return
+        for prefix in text.prefixes:
+            if text.layout == "clip":
+                if own != PROJECTION:  # of a CLIP model with projection, which the family does not use
+                    yield Place(prefix + own)
+            elif own == PROJECTION:
+                yield Place(f"{prefix}text_projection", is_transposed=True)
+                yield Place(f"{prefix}{PROJECTION}")
+            else:
+                yield Place(prefix + keys.openclip_name(own), keys.fused_slice(own))
+
+    return places
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Plans
+# --------------------------------------------------------------------------------------------------------------
+
+
+def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
+    """Return Diffusers name -> piece for the tensors of a part, whose shapes are given; what has no place is left out.
+
+    Linear layers and 1x1 convolutions stand for each other. Raises UserError for other shapes.
+    """
+    layout, plan = Layout(checkpoint), {}
+    for name, shape in shapes.items():
+        place = layout.find(part, name)
+        if place is None:
+            continue
+        found = place.shape_of(checkpoint.shapes[place.name])
+        if [size for size in found if size != 1] != [size for size in shape if size != 1]:
+            raise UserError(f"{checkpoint.path}: {place.name} has the shape {found}, {shape} is needed")
+        plan[name] = Piece((place,), shape)
+    return plan
+
+
+def plan_to_original(checkpoint: Checkpoint) -> Plan:
+    """Return the plan of an original-layout file of a Diffusers folder; raises UserError for names it does not know."""
+    layout, shapes = Layout(checkpoint), checkpoint.shapes
+    thirds: dict[str, dict[int, Place]] = {}
+    plan: Plan = {}
+    for part, rule in layout.rules.items():
+        for name in names_in(checkpoint, part):
+            source = tensor_name(part, name)
+            try:
+                place = next(rule(name), None)
+            except KeyError:
+                raise UserError(f"{checkpoint.path} holds {name}, which has no place in a checkpoint") from None
+            if place is None:
+                continue
+            if place.third is not None:
+                thirds.setdefault(place.name, {})[place.third] = Place(source)
+                continue
+            shape = place.shape_of(shapes[source])
+            if part == VAE and ".attentions." in name and len(shape) == 2:
+                shape = (*shape, 1, 1)
+            plan[place.name] = Piece((Place(source, is_transposed=place.is_transposed),), shape)
+    for name, parts in thirds.items():
+        places = tuple(parts[index] for index in range(3))
+        rows, *rest = zip(*(shapes[place.name] for place in places), strict=True)
+        plan[name] = Piece(places, (sum(rows), *(sizes[0] for sizes in rest)))
+    kept = {
+        name: Piece((Place(f"{EXTRAS}/{name}"),), shapes[f"{EXTRAS}/{name}"]) for name in names_in(checkpoint, EXTRAS)
+    }
+    # What the folder holds counts most, then what was kept of a checkpoint, then what is filled in.
+    more = placeholders(plan, checkpoint.family) | kept
+    return plan | {name: piece for name, piece in more.items() if name not in plan}
+
+
+def placeholders(plan: Plan, family: ModelFamily) -> Plan:
+    """Return what original files of SD 2.x have besides, where the folder does not keep it: unused, but looked for.
+
+    The last block is a copy of the one before; projection and scale are ones, as sd-scripts writes them.
+    """
+    import torch
+
+    if family is not SD2:
+        return {}
+    text = SD2.text_models[0]
+    prefix = text.prefixes[0]
+    blocks = f"{prefix}transformer.resblocks."
+    last = max((int(name[len(blocks) :].split(".")[0]) for name in plan if name.startswith(blocks)), default=0)
+    copies = {
+        f"{blocks}{last + 1}.{name.removeprefix(f'{blocks}{last}.')}": piece
+        for name, piece in plan.items()
+        if name.startswith(f"{blocks}{last}.") and last + 1 <= text.config["num_hidden_layers"]
+    }
+    width = plan[f"{prefix}token_embedding.weight"].shape[1]
+    return copies | {
+        f"{prefix}text_projection": Piece((), (width, width), torch.ones(width, width)),
+        f"{prefix}logit_scale": Piece((), (), torch.tensor(1)),
+    }
+
+
+def copy_plan(checkpoint: Checkpoint) -> Plan:
+    """Return the plan that keeps every tensor under its name."""
+    return {name: Piece((Place(name),), shape) for name, shape in checkpoint.shapes.items()}
+
+
+def unplaced(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Return the tensors of an original-layout file that a plan does not use, those of its training left out."""
+    used = {place.name for piece in plan.values() for place in piece.places}
+    return [name for name in checkpoint.shapes if name not in used and not name.startswith(LEFT_OUT)]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Reading by a plan
+# --------------------------------------------------------------------------------------------------------------
+
+
+def infos_of(plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Return type and shape of each tensor of a plan; dtype None keeps those of the source."""
+    import torch
+
+    types = {name: own for name, own, _ in checkpoint.infos()}
+    found = {}
+    for name, piece in plan.items():
+        sources = [types[place.name] for place in piece.places] or [piece.make().dtype]
+        own = functools.reduce(torch.promote_types, sources)  # the parts of a joined tensor may differ
+        found[name] = (dtype if dtype is not None and own.is_floating_point else own, piece.shape)
+    return found
+
+
+def tensors_of(
+    plan: Plan, checkpoint: Checkpoint, infos: Mapping[str, tuple[torch.dtype, Shape]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor by a plan, each made when it is asked for."""
+    for name, piece in plan.items():
+        yield name, piece.make(*(checkpoint.read(place.name) for place in piece.places)).to(infos[name][0])

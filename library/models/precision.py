@@ -1,0 +1,51 @@
+"""Types of a run: what U-Net, VAE and adapter are kept in and compute in."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Types(NamedTuple):
+    """The types of a run; the text encoders have that of the U-Net."""
+
+    unet: torch.dtype
+    vae: torch.dtype
+    adapter: torch.dtype  # of the network's weights and of their gradients
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of a forward pass on a device: mixed precision, where it is on."""
+        return torch.autocast(device.type, self.unet, enabled=self.unet is not torch.float32)
+
+
+def move(module: nn.Module, to: torch.device | torch.dtype | str) -> None:
+    """Move a model to a device, or its weights into a type; the method that diffusers has for it cannot be checked."""
+    module.to(to)
+
+
+def types_of(mixed_precision: str, *, half_vae: bool = True, half_adapter: bool = False) -> Types:
+    """Return the types for a kind of mixed precision ("no", "fp16", "bf16")."""
+    dtype = DTYPES[mixed_precision]
+    return Types(dtype, dtype if half_vae else torch.float32, dtype if half_adapter else torch.float32)
+
+
+def supported_precision(mixed_precision: str, device: torch.device) -> str:
+    """Return the mixed precision that a device can do; warns where it is not the one asked for.
+
+    Raises UserError for bf16 on a GPU without it.
+    """
+    if mixed_precision == "fp16" and device.type == "cpu":
+        logger.warning("--mixed_precision fp16 needs a GPU; this machine has none, so the run is in float32")
+        return "no"
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
+    return mixed_precision
