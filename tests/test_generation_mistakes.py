@@ -52,7 +52,7 @@ MISTAKES = [
     ([*PROMPT, "--mask_path", "{tmp}/plain.png"], ["--mask_path needs --image_path"]),
     ([*PROMPT, "--image_path", "{tmp}/no"], ["--image_path: {tmp}/no is not a file or a folder"]),
     ([*PROMPT, "--image_path", "{tmp}/nothing"], ["--image_path: {tmp}/nothing holds no pictures (.png, .jpg"]),
-    ([*PROMPT, "--image_path", "{tmp}/empty.txt"], ["empty.txt is not a picture that can be read"]),
+    ([*PROMPT, "--image_path", "{tmp}/empty.txt"], ["empty.txt cannot be read: the file is empty"]),
     ([*PROMPT, "--guide_image_path", "{tmp}/plain.png"], ["--guide_image_path is for ControlNets: give --control_net_models"]),
     ([*PROMPT, "--control_net_models", "a", "b", "--guide_image_path", "{tmp}/plain.png"],
      ["--guide_image_path must name a picture for each of 2 ControlNets, got 1", "--control_net_models: a does not exist"]),

@@ -19,6 +19,7 @@ from scripts import ROOT, python
 
 from library.data import images
 from library.errors import UserError
+from library.files import PICTURE_SUFFIXES
 from tools import resize_images_to_resolution as tool
 
 SCRIPT = ROOT / "tools" / "resize_images_to_resolution.py"
@@ -215,7 +216,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(folders):
         while not list(destination.glob("*.png")):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    written = [path for path in destination.iterdir() if path.suffix in images.EXTENSIONS]
+    written = [path for path in destination.iterdir() if path.suffix in PICTURE_SUFFIXES]
     assert 0 < len(written) < 12 * 5
     for path in written:
         Image.open(path).load()

@@ -10,21 +10,16 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.options import option, parse
 from library.errors import Problems, UserError
+from library.files import WRITTEN_FORMATS, replacing
 from library.logs import run_script
 
-if TYPE_CHECKING:
-    import numpy as np
-
 logger = logging.getLogger(__name__)
-
-FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,9 @@ class FilesConfig:
     """Files."""
 
     input: Path | None = option(None, "picture to read")
-    output: Path | None = option(None, "picture to write; one that is there is replaced", form=", ".join(FORMATS))
+    output: Path | None = option(
+        None, "picture to write; one that is there is replaced", form=", ".join(WRITTEN_FORMATS)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,48 +51,47 @@ class CannyConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(CannyConfig, argv, description=__doc__)
-    check_files(config.files)
+    problems = Problems()
+    with problems:
+        source = checked_input(config.files)
+    with problems:
+        output = checked_output(config.files)
+    problems.raise_if_any()
 
     from PIL import Image
 
-    from library.data.images import UnreadablePictureError, load_picture
-    from library.files import replacing
+    from library.data.images import UnreadablePictureError, canny, load_picture
 
     try:
-        pixels = load_picture(config.files.input)
+        pixels = load_picture(source)
     except UnreadablePictureError as error:
-        raise UserError(f"--input: {config.files.input} cannot be read: {error}") from None
-    edges = Image.fromarray(edges_of(pixels, config.edges.thres1, config.edges.thres2))
+        raise UserError(f"--input: {source} cannot be read: {error}") from None
+    edges = Image.fromarray(canny(pixels, config.edges.thres1, config.edges.thres2))
     # Pillow opens paths of any script, which OpenCV on Windows does not.
-    with replacing(config.files.output, suffix=config.files.output.suffix) as temporary:
-        edges.save(temporary, quality=100)  # for the formats that have one
-    logger.info("saved %s", config.files.output)
+    with replacing(output) as temporary:
+        edges.save(temporary, WRITTEN_FORMATS[output.suffix.lower()], quality=100)  # for the formats that have one
+    logger.info("saved %s", output)
     return 0
 
 
-def check_files(files: FilesConfig) -> None:
-    """Raise UserError for files that are missing or cannot be written so."""
-    problems = Problems()
-    with problems:
-        if files.input is None:
-            raise UserError("--input is missing: the picture to read")
-        if not files.input.is_file():
-            raise UserError(f"--input: {files.input} is not a file")
-    with problems:
-        if files.output is None:
-            raise UserError("--output is missing: the picture to write")
-        if files.output.suffix.lower() not in FORMATS:
-            raise UserError(f"--output must end in {', '.join(FORMATS)}, got {files.output}")
-        if files.input is not None and files.output.exists() and files.output.samefile(files.input):
-            raise UserError(f"--output {files.output} is the picture to be read: take another name")
-    problems.raise_if_any()
+def checked_input(files: FilesConfig) -> Path:
+    """Return the picture to read; raises UserError if it is missing."""
+    if files.input is None:
+        raise UserError("--input is missing: the picture to read")
+    if not files.input.is_file():
+        raise UserError(f"--input: {files.input} is not a file")
+    return files.input
 
 
-def edges_of(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Return the edges of RGB pixels (H, W, 3) as uint8 (H, W): 255 on an edge, else 0."""
-    import cv2
-
-    return cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), low, high)
+def checked_output(files: FilesConfig) -> Path:
+    """Return the picture to write; raises UserError if it is missing, of another format, or the one to be read."""
+    if files.output is None:
+        raise UserError("--output is missing: the picture to write")
+    if files.output.suffix.lower() not in WRITTEN_FORMATS:
+        raise UserError(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {files.output}")
+    if files.input is not None and files.output.exists() and files.output.samefile(files.input):
+        raise UserError(f"--output {files.output} is the picture to be read: take another name")
+    return files.output
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from library.config.options import option, parse
 from library.data import images
 from library.data.buckets import Size
 from library.errors import UserError, told
+from library.files import PICTURE_SUFFIXES
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ def list_files(source: Path) -> Listing:
             else:
                 left_out.append(Outcome(path, error="neither a file nor a folder"))
     if not any(is_picture(path) for path in files):
-        kinds = ", ".join(images.EXTENSIONS)
+        kinds = ", ".join(PICTURE_SUFFIXES)
         raise UserError(f"src_img_folder: {source} has no pictures ({kinds}); give the folder of the pictures")
     return Listing(sorted(files), left_out)
 
@@ -245,7 +246,7 @@ def _unreadable_folder(error: OSError) -> None:
 
 def is_picture(path: Path) -> bool:
     """Tell from its name whether a file is a picture."""
-    return path.suffix.lower() in images.EXTENSIONS
+    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def make_tasks(files: Iterable[Path], config: ResizeConfig) -> list[Task]:
@@ -254,7 +255,7 @@ def make_tasks(files: Iterable[Path], config: ResizeConfig) -> list[Task]:
     companions = collections.defaultdict(list)  # picture's path without its extension -> files that go with it
     if config.files.copy_associated_files:
         for path in files:
-            if path.suffix and path.suffix.lower() not in (*images.EXTENSIONS, *CACHES):
+            if path.suffix and path.suffix.lower() not in (*PICTURE_SUFFIXES, *CACHES):
                 companions[path.with_suffix("")].append(path)
 
     tasks = []

@@ -20,7 +20,7 @@ from torch import Tensor
 from library.data import images
 from library.data.buckets import Size
 from library.data.captions import Moment, draw_caption
-from library.data.latent_cache import LatentCache, load_mask
+from library.data.latent_cache import LatentCache
 from library.data.records import ImageRecord, TrainingSet
 from library.randomness import random_for
 
@@ -222,7 +222,7 @@ def draw_picture(record: ImageRecord, frame: images.Frame, mirrored: bool, rng: 
     pixels = images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation)
     if record.subset.color_aug:
         pixels = images.vary_colour(pixels, rng)
-    mask = None if record.mask is None else torch.from_numpy(images.fit_mask(load_mask(record), frame))
+    mask = None if record.mask is None else torch.from_numpy(images.fit_mask(record.mask.load(), frame))
     if mirrored:
         pixels = pixels[:, ::-1]
         mask = None if mask is None else mask.flip(-1)

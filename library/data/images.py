@@ -1,27 +1,28 @@
 """Pictures as people have them: read from any file, resized, cropped, mirrored, varied in colour.
 
-A picture is uint8 RGB (H, W, 3). EXIF orientation is applied both to sizes and to pixels, transparency is
-dropped to the colours beneath it, 16-bit gray is scaled to 8 bits.
+A picture is uint8 RGB (H, W, 3). EXIF orientation is applied both to sizes and to pixels, and 16-bit gray is scaled
+to 8 bits. This is the one reader of pictures: for training, for generation, and for the scripts in `tools/`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from library.data.buckets import Placement, Size
 from library.errors import UserError
+from library.files import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     import torch
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 ORIENTATION_TAG = 0x0112  # EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,7 +44,7 @@ class UnreadablePictureError(Exception):
 def list_pictures(folder: Path) -> list[Path]:
     """Return the pictures directly in a folder, sorted by path; raises UserError for one that cannot be read."""
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}); mend its permissions") from None
 
@@ -52,16 +53,19 @@ def read_size(path: Path) -> Size:
     """Return (width, height) as displayed, from the header; raises UnreadablePictureError."""
     try:
         with _open(path) as picture:
-            turned = _orientation(picture) in QUARTER_TURNS
+            turned = orientation_of(picture) in QUARTER_TURNS
             width, height = picture.size
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
     return (height, width) if turned else (width, height)
 
 
-def load_picture(path: Path) -> np.ndarray:
-    """Return the pixels of a picture, uint8 (H, W, 3); raises UnreadablePictureError."""
-    return _load(path, _to_rgb)
+def load_picture(path: Path, transparency: Literal["drop", "white"] = "drop") -> np.ndarray:
+    """Return the pixels of a picture, uint8 (H, W, 3); raises UnreadablePictureError.
+
+    transparency: "drop" keeps the colours beneath transparent pixels, "white" lays the picture on white.
+    """
+    return _load(path, _to_rgb if transparency == "drop" else lambda picture: _to_rgb(on_white(picture)))
 
 
 def load_alpha(path: Path) -> np.ndarray:
@@ -77,7 +81,7 @@ def load_red(path: Path) -> np.ndarray:
 def _load(path: Path, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     try:
         with _open(path) as picture:
-            orientation = _orientation(picture)
+            orientation = orientation_of(picture)
             pixels = convert(picture)
             return np.asarray(pixels.transpose(TURNS[orientation]) if orientation in TURNS else pixels)
     except (OSError, ValueError, SyntaxError) as error:
@@ -91,14 +95,26 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path)
 
 
-def _orientation(picture: Image.Image) -> int:
-    """Return the EXIF orientation as the header tells it, without reading pixels.
+def orientation_of(picture: Image.Image) -> int:
+    """Return the EXIF orientation (1 to 8) in the header of an opened picture, without reading pixels.
 
-    Pillow's getexif reads a whole PNG to find a tag that may stand at its end.
+    An EXIF chunk after the pixels of a PNG does not count: Pillow's getexif decodes the whole file to find it.
     """
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1
     return picture.getexif().get(ORIENTATION_TAG, 1)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Return a picture with transparency laid on white, in mode L or RGB; any other as it is."""
+    if "transparency" in picture.info and picture.mode in ("1", "L", "RGB", "P"):
+        picture = picture.convert("RGBA")
+    if picture.mode not in ("LA", "PA", "RGBA"):
+        return picture
+    mode = "L" if picture.mode == "LA" else "RGB"
+    laid = Image.new(mode, picture.size, "white")
+    laid.paste(picture.convert(mode), mask=picture.getchannel("A"))
+    return laid
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -117,6 +133,36 @@ def _reason(path: Path, error: Exception) -> str:
     if path.exists() and path.stat().st_size == 0:
         return "the file is empty"
     return "not a picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The weights of a picture's loss: its own opacity ("alpha"), or the red channel of another file."""
+
+    path: Path
+    channel: Literal["alpha", "red"]
+
+    def load(self) -> np.ndarray:
+        """Return the weights, uint8 (H, W); raises UnreadablePictureError."""
+        return load_alpha(self.path) if self.channel == "alpha" else load_red(self.path)
+
+    def describe(self) -> str:
+        """Return what the weights are, for a report."""
+        return "its transparency" if self.channel == "alpha" else str(self.path)
+
+    def key(self, hashes: Mapping[Path, str]) -> str:
+        """Return what tells masks of one picture apart in the fingerprint of a cache; hashes are those of files."""
+        return "alpha" if self.channel == "alpha" else hashes[self.path]
+
+
+def canny(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return the edges of RGB pixels (H, W, 3) as uint8 (H, W): 255 on an edge, else 0.
+
+    An edge begins where the contrast is at least high, and goes on while it is at least low.
+    """
+    import cv2
+
+    return cv2.Canny(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), low, high)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 from library.data import images
 from library.data.records import NUM_THREADS, ImageRecord, TrainingSet, raise_for_unreadable
 from library.errors import UserError
+from library.files import file_sha256
 from library.safetensors_io import read_header, read_tensors
 from library.weight_file import write_weights
 
@@ -32,6 +33,7 @@ PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, 3, H, W) in [-1, 1] -> moments (B, 8, H/8, W/8)
 Entry = dict[str, torch.Tensor]
 RecordKey = tuple[Path, tuple[int | str, ...]]
+Loaded = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3) and mask (H/8, W/8) of a bucket's size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,8 @@ class LatentCache:
 
 def record_key(record: ImageRecord) -> RecordKey:
     """Return what tells records with different pixels apart within a run."""
-    placement = record.placement
-    interpolation = record.subset.resize_interpolation or ""
-    return record.path, (*placement.resized, *placement.bucket, interpolation, str(record.mask or ""))
+    placement, mask = record.placement, record.mask.describe() if record.mask else ""
+    return record.path, (*placement.resized, *placement.bucket, record.subset.resize_interpolation or "", mask)
 
 
 def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -> str:
@@ -97,7 +98,7 @@ def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -
         encoder,
     )
     if record.mask is not None:
-        parts += ("alpha" if record.mask == record.path else hashes[record.mask],)
+        parts += (record.mask.key(hashes),)
     return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()
 
 
@@ -144,9 +145,9 @@ def count_valid(sets: list[TrainingSet], encoder: str) -> tuple[int, int]:
 def _sources(sets: list[TrainingSet], encoder: str) -> tuple[list[Source], dict[RecordKey, str]]:
     """Return one source for each distinct entry, sorted by bucket so that batches fill, and record -> fingerprint."""
     records = [record for entry in sets for record in entry.all_records]
-    paths = sorted({path for record in records for path in (record.path, record.mask) if path is not None})
+    paths = sorted({path for record in records for path in record.files})
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        hashes = dict(zip(paths, pool.map(_hash_file, paths), strict=True))
+        hashes = dict(zip(paths, pool.map(file_sha256, paths), strict=True))
     fingerprints = {record_key(record): fingerprint(record, hashes, encoder) for record in records}
     sources: dict[str, Source] = {}
     for record in records:
@@ -155,11 +156,6 @@ def _sources(sets: list[TrainingSet], encoder: str) -> tuple[list[Source], dict[
         sources[key] = Source(record, key, mirrored)
     ordered = sorted(sources.values(), key=lambda source: (source.record.placement.bucket, source.record.path))
     return ordered, fingerprints
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
 
 
 def read_entry(source: Source) -> Entry | None:
@@ -181,7 +177,7 @@ def _encode(sources: list[Source], encode: Encode, batch_size: int) -> Iterator[
         return
     from tqdm import tqdm
 
-    results: list[object] = []
+    results: list[Loaded | images.UnreadablePictureError] = []
     not_finite: list[Path] = []
     with (
         ThreadPoolExecutor(NUM_THREADS) as pool,
@@ -197,7 +193,7 @@ def _encode(sources: list[Source], encode: Encode, batch_size: int) -> Iterator[
             readable = [
                 (source, *layers)
                 for source, layers in zip(batch, loaded, strict=True)
-                if not isinstance(layers, Exception)
+                if not isinstance(layers, images.UnreadablePictureError)
             ]
             for source, entry in _encode_batch(readable, encode):
                 if all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
@@ -220,19 +216,15 @@ def _batches(sources: list[Source], batch_size: int) -> Iterator[list[Source]]:
         start += len(batch)
 
 
-def _load(source: Source) -> object:
+def _load(source: Source) -> Loaded | images.UnreadablePictureError:
+    """Return pixels and mask of a source in its bucket, or why its picture or mask cannot be read."""
     record = source.record
     try:
         frame = images.centre_frame(record.placement)
         pixels = images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation)
-        return pixels, None if record.mask is None else images.fit_mask(load_mask(record), frame)
+        return pixels, None if record.mask is None else images.fit_mask(record.mask.load(), frame)
     except images.UnreadablePictureError as error:
         return error
-
-
-def load_mask(record: ImageRecord) -> np.ndarray:
-    """Return the loss mask of a record that has one, uint8 (H, W): its own opacity, or the red of another file."""
-    return images.load_alpha(record.path) if record.mask == record.path else images.load_red(record.mask)
 
 
 def _encode_batch(

@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import load_datasets
 from library.config.train import TrainConfig
 from library.data import buckets
 from library.data.buckets import Placement, Size
-from library.data.images import EXTENSIONS, UnreadablePictureError, load_picture, read_size
+from library.data.images import Mask, UnreadablePictureError, load_picture, read_size
 from library.data.sources import MOST_NAMED, Listed, find_masks, list_subset
 from library.errors import UserError
+from library.files import PICTURE_SUFFIXES
 from library.randomness import random_for
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NUM_THREADS = 8  # for reading headers and files: mostly waiting for the disk
 LEAST_SIDE = 8  # pixels of a picture: one latent
@@ -37,7 +41,12 @@ class ImageRecord:
     subset: SubsetOptions
     placement: Placement
     tags: str = ""  # what tag statistics count
-    mask: Path | None = None  # weights of the loss: the picture itself for its opacity, else the file whose red counts
+    mask: Mask | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the pixels and the mask are read from."""
+        return (self.path,) if self.mask is None else (self.path, self.mask.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +102,7 @@ def build_training_sets(
     listed = [[list_subset(subset) for subset in dataset.subsets] for dataset in datasets]
     masks = [[find_masks(entries) for entries in found] for found in listed]
     pictures = {entry.path for found in listed for entries in found for entry in entries}
-    sizes = read_sizes(pictures | {mask for found in masks for of_subset in found for mask in of_subset.values()})
+    sizes = read_sizes(pictures | {mask.path for found in masks for of_subset in found for mask in of_subset.values()})
     held_out = split_validation(datasets, listed, seed)
     sets = [
         _build(dataset, found, masks=found_masks, sizes=sizes, held_out=held_out)
@@ -104,7 +113,7 @@ def build_training_sets(
         sources = ", ".join(str(subset.source) for subset in subsets)
         if held_out:
             raise UserError(f"validation_split holds out all {len(held_out)} pictures in {sources}: lower it")
-        raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) in {sources}")
+        raise UserError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) in {sources}")
     return sets
 
 
@@ -156,41 +165,44 @@ def read_sizes(paths: set[Path]) -> dict[Path, Size]:
 
 
 def verify_pictures(sets: list[TrainingSet]) -> None:
-    """Decode every picture and mask once, so that one that cannot be read is told before training, not in its midst."""
+    """Decode every picture and mask once, so that one that cannot be read is reported before training starts."""
     from tqdm import tqdm
 
     records = [record for entry in sets for record in entry.all_records]
-    paths = sorted({path for record in records for path in (record.path, record.mask) if path is not None})
+    paths = sorted({path for record in records for path in record.files})
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         checks = pool.map(lambda path: _or_error(lambda p: load_picture(p).shape, path), paths)
         results = list(tqdm(checks, total=len(paths), desc="checking pictures", unit="picture"))
     raise_for_unreadable(paths, results)
 
 
-def _or_error(read: object, path: Path) -> object:
+def _or_error(read: Callable[[Path], T], path: Path) -> T | UnreadablePictureError:
     try:
         return read(path)
     except UnreadablePictureError as error:
         return error
 
 
-def raise_for_unreadable(paths: list[Path], results: list) -> list:
+def raise_for_unreadable(paths: Sequence[Path], results: Sequence[T | UnreadablePictureError]) -> list[T]:
     """Return results, or raise one UserError that lists every path whose result is an UnreadablePictureError."""
-    failed = [
-        f"  {path}: {result}" for path, result in zip(paths, results, strict=True) if isinstance(result, Exception)
-    ]
+    read, failed = [], []
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, UnreadablePictureError):
+            failed.append(f"  {path}: {result}")
+        else:
+            read.append(result)
     if failed:
         raise UserError(
             "\n".join([f"{len(failed)} of {len(paths)} pictures cannot be read; mend or remove them:", *failed])
         )
-    return results
+    return read
 
 
 def _build(
     dataset: DatasetConfig,
     found: list[list[Listed]],
     *,
-    masks: list[dict[Path, Path]],
+    masks: list[dict[Path, Mask]],
     sizes: dict[Path, Size],
     held_out: set[Path],
 ) -> TrainingSet:
@@ -247,10 +259,10 @@ def _check_masks(records: list[ImageRecord], sizes: dict[Path, Size]) -> None:
     """Raise UserError for masks of another shape than their picture."""
     others = []
     for record in records:
-        if record.mask is not None and record.mask != record.path:
-            (width, height), mask = record.size, sizes[record.mask]
+        if record.mask is not None:
+            (width, height), mask = record.size, sizes[record.mask.path]
             if abs(mask[0] / mask[1] * height / width - 1) > SAME_RATIO:
-                others.append(f"  {record.mask}: {mask[0]}x{mask[1]}, the picture is {width}x{height}")
+                others.append(f"  {record.mask.path}: {mask[0]}x{mask[1]}, the picture is {width}x{height}")
     if others:
         raise UserError("\n".join([f"{len(others)} masks have another aspect ratio than their picture:", *others]))
 

@@ -10,8 +10,9 @@ from typing import Any
 from library.config.dataset import SubsetOptions
 from library.config.options import read_str
 from library.data.captions import read_caption
-from library.data.images import EXTENSIONS, list_pictures
+from library.data.images import Mask, list_pictures
 from library.errors import UserError, shown
+from library.files import PICTURE_SUFFIXES
 
 MOST_NAMED = 5  # entries named in a message
 
@@ -115,7 +116,7 @@ def find_picture(name: str, subset: SubsetOptions) -> Path | None:
     path = Path(name)
     if not path.is_absolute():
         path = picture_folder(subset) / path
-    endings = [ending for extension in EXTENSIONS for ending in (extension, extension.upper())]
+    endings = [ending for extension in PICTURE_SUFFIXES for ending in (extension, extension.upper())]
     candidates = (Path(f"{path}{ending}") for ending in ("", *endings))
     try:
         return next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -138,8 +139,8 @@ def joined_caption(values: dict[str, str], subset: SubsetOptions) -> str:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def find_masks(listed: list[Listed]) -> dict[Path, Path]:
-    """Return picture -> file of its loss mask: its own opacity, or the picture of its name in the masks' folder.
+def find_masks(listed: list[Listed]) -> dict[Path, Mask]:
+    """Return picture -> its loss mask: its own opacity, or the picture of its name in the masks' folder.
 
     All are of one subset. Raises UserError that lists the pictures without a mask.
     """
@@ -147,7 +148,7 @@ def find_masks(listed: list[Listed]) -> dict[Path, Path]:
         return {}
     subset = listed[0].subset
     if subset.conditioning_data_dir is None:
-        return {entry.path: entry.path for entry in listed} if subset.alpha_mask else {}
+        return {entry.path: Mask(entry.path, "alpha") for entry in listed} if subset.alpha_mask else {}
     by_stem = {path.stem: path for path in list_pictures(subset.conditioning_data_dir)}
     missing = [entry.path.name for entry in listed if entry.path.stem not in by_stem]
     if missing:
@@ -155,4 +156,4 @@ def find_masks(listed: list[Listed]) -> dict[Path, Path]:
             f"conditioning_data_dir {subset.conditioning_data_dir}: {len(missing)} of {len(listed)} pictures have no "
             f"mask of their name: {', '.join(missing[:MOST_NAMED])}"
         )
-    return {entry.path: by_stem[entry.path.stem] for entry in listed}
+    return {entry.path: Mask(by_stem[entry.path.stem], "red") for entry in listed}

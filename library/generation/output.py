@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from library.config.generation import OutputConfig
-from library.files import replacing
+from library.files import WRITTEN_FORMATS, replacing
 from library.generation.artist import Drawn
 
 NUMBERED = re.compile(r"im_(?:[01])?(\d{6})\.png")
@@ -59,15 +59,15 @@ def unused(path: Path) -> Path:
 
 def save(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
     """Write a picture with its texts: PNG as text chunks, JPEG and WebP as the user comment of EXIF."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, suffix=path.suffix) as temporary:
-        if path.suffix.lower() == ".png":
+    kind = WRITTEN_FORMATS[path.suffix.lower()]
+    with replacing(path) as temporary:
+        if kind == "PNG":
             info = PngImagePlugin.PngInfo()
             for key, text in texts.items():
                 info.add_itxt(key, text)
-            image.save(temporary, format="PNG", pnginfo=info)
+            image.save(temporary, kind, pnginfo=info)
         else:
             exif = Image.Exif()
             comment = b"UNICODE\0" + texts.get("parameters", "").encode("utf-16-be")
             exif.get_ifd(0x8769)[0x9286] = comment
-            image.save(temporary, quality=100, subsampling=0, exif=exif.tobytes())
+            image.save(temporary, kind, quality=100, subsampling=0, exif=exif.tobytes())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image
 
+from library.data import images
 from library.errors import UserError
-
-logger = logging.getLogger(__name__)
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from library.files import PICTURE_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +24,15 @@ class PictureList:
         """Return the file for a picture by its number in the run."""
         return self.files[index % len(self.files)]
 
-    def load(self, index: int, mode: str = "RGB") -> Image.Image:
-        """Return a picture as it is meant to be seen: turned, and without transparency, laid on white."""
-        return load_picture(self.path_of(index), mode)
-
 
 def list_of(option: str, path: Path | None) -> PictureList | None:
     """Return the files that an option names: one, or those of a folder in order of their names."""
     if path is None:
         return None
     if path.is_dir():
-        files = tuple(sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES))
+        files = tuple(images.list_pictures(path))
         if not files:
-            raise UserError(f"{option}: {path} holds no pictures ({', '.join(SUFFIXES)})")
+            raise UserError(f"{option}: {path} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
         return PictureList(option, files)
     if not path.is_file():
         raise UserError(f"{option}: {path} is not a file or a folder")
@@ -47,25 +41,20 @@ def list_of(option: str, path: Path | None) -> PictureList | None:
 
 def check_pictures(pictures: PictureList | None) -> None:
     """Raise UserError for a file that is no picture, by the beginnings of the files."""
-    for path in pictures.files if pictures else ():
-        try:
-            with Image.open(path):
-                pass
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise UserError(f"{pictures.option}: {path} is not a picture that can be read: {error}") from None
+    if pictures is not None:
+        for path in pictures.files:
+            try:
+                images.read_size(path)
+            except images.UnreadablePictureError as error:
+                raise UserError(f"{pictures.option}: {path} cannot be read: {error}") from None
 
 
 def load_picture(path: Path, mode: str = "RGB") -> Image.Image:
-    """Return a picture in a mode; raises UserError for one that cannot be read."""
+    """Return a picture in a mode, transparency laid on white; raises UserError for one that cannot be read."""
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                colours = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), colours)
-            return picture.convert(mode)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+        return Image.fromarray(images.load_picture(path, transparency="white")).convert(mode)
+    except images.UnreadablePictureError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def floored(size: tuple[int, int]) -> tuple[int, int]:
@@ -79,12 +68,8 @@ def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def canny(picture: Image.Image, low: int, high: int) -> Image.Image:
-    """Return the edges of a picture, white on black."""
-    import cv2
-    import numpy as np
-
-    edges = cv2.Canny(cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2GRAY), low, high)
-    return Image.fromarray(edges).convert("RGB")
+    """Return the edges of an RGB picture, white on black."""
+    return Image.fromarray(images.canny(np.asarray(picture), low, high)).convert("RGB")
 
 
 CANNY_THRESHOLDS = (63, 191)

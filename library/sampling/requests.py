@@ -18,6 +18,7 @@ from library.config.generation import DrawingConfig, GenerateConfig, PromptConfi
 from library.config.options import nearest, read_float, read_int
 from library.config.values import MOST_PIXELS
 from library.errors import UserError, shown
+from library.files import WRITTEN_FORMATS
 from library.sampling import dynamic_prompts
 from library.sampling.prompts import check_sampler_name
 from library.sampling.samplers import check_sampler
@@ -108,7 +109,7 @@ def _sampler(text: str) -> str:
     return text
 
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_SUFFIXES = tuple(suffix for suffix in WRITTEN_FORMATS if suffix != ".bmp")  # which cannot hold texts
 SIDE_FORM = f"a multiple of 8 from 64 to {MOST_PIXELS}"
 # Option of a line -> (field, reading, how a value looks).
 OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {

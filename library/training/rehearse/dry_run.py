@@ -152,7 +152,7 @@ def describe_picture(record: ImageRecord) -> str:
         steps.append("cut by {}x{}".format(*placement.surplus))
     notes = [f"{record.repeats} times"] if record.repeats != 1 else []
     notes += ["regularisation"] if record.subset.is_reg else []
-    notes += [f"mask {'its transparency' if record.mask == record.path else record.mask}"] if record.mask else []
+    notes += [f"mask {record.mask.describe()}"] if record.mask else []
     return f"{record.path}: {', '.join(steps + notes)}"
 
 
