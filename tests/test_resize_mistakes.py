@@ -18,6 +18,8 @@ from resizing import names, noise, run, smooth
 from scripts import ROOT, python
 
 from library.data import images
+from library.data.resizing import work
+from library.data.resizing.picture import OutputFormat, read_picture
 from library.errors import UserError
 from library.files import PICTURE_SUFFIXES
 from tools import resize_images_to_resolution as tool
@@ -55,7 +57,7 @@ def test_whatever_damage_there_is_a_picture_is_read_or_told(tmp_path_factory, se
         data[place] = rng.integers(256)
     path.write_bytes(data[: rng.integers(1, len(data) + 1)] if seed % 2 else data)
     try:
-        assert tool.read_picture(path).pixels.dtype == np.uint8
+        assert read_picture(path).pixels.dtype == np.uint8
     except images.UnreadablePictureError as error:
         assert str(error)
     path.unlink()
@@ -162,16 +164,16 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(folders, monk
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tool.OutputFormat, "write", full)
+    monkeypatch.setattr(OutputFormat, "write", full)
     with pytest.raises(OSError, match="No space left on device; what was written before is whole"):
         run(folders)
     assert names(folders[1]) == []
 
 
 def test_the_gate_holds_back_what_would_not_fit():
-    gate = tool.MemoryGate(100 * tool.BYTES_PER_PIXEL)
+    gate = work.MemoryGate(100 * work.BYTES_PER_PIXEL)
     with gate.holding((10, 6)):
-        assert gate.free == 40 * tool.BYTES_PER_PIXEL
+        assert gate.free == 40 * work.BYTES_PER_PIXEL
     with gate.holding((1000, 1000)):  # alone
         assert gate.free == 0
     assert gate.free == gate.most
@@ -180,7 +182,7 @@ def test_the_gate_holds_back_what_would_not_fit():
 def test_all_is_done_with_less_memory_than_two_pictures_need(folders, monkeypatch):
     for index in range(6):
         Image.fromarray(smooth(100, 80)).save(folders[0] / f"{index}.png")
-    monkeypatch.setattr(tool, "MOST_BYTES", 100 * 100 * tool.BYTES_PER_PIXEL)
+    monkeypatch.setattr(work, "MOST_BYTES", 100 * 100 * work.BYTES_PER_PIXEL)
     assert run(folders, "--max_resolution", "32x32", "--num_workers", "3") == 0
     assert len(names(folders[1])) == 12
 
