@@ -67,34 +67,54 @@ def per_sample_loss(
     return (distances if masks is None else distances * masks).mean(dim=(1, 2, 3))
 
 
-MOST_SNR = 1000.0  # bounds of the SNR in the weightings that sd-scripts bounds so
+LARGEST_SNR = 1000.0  # bound of the SNR in the weightings that sd-scripts bounds so
+
+
+def min_snr(snr: Tensor, gamma: float, predicts_v: bool) -> Tensor:
+    """Return min(SNR, gamma) / SNR, for v / (SNR + 1), (B,) (Hang et al. 2023, arXiv 2303.09556)."""
+    return snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)
+
+
+def v_like_noise(snr: Tensor, is_on: float, predicts_v: bool) -> Tensor:
+    """Return SNR / (SNR + 1), (B,): the loss of v weighted like that of noise."""
+    del is_on, predicts_v
+    bounded = snr.clamp(max=LARGEST_SNR)
+    return bounded / (bounded + 1)
+
+
+def noise_like_v(snr: Tensor, share: float, predicts_v: bool) -> Tensor:
+    """Return 1 + share (SNR + 1) / SNR, (B,): a share of the loss weighted like that of v comes on top."""
+    del predicts_v
+    bounded = snr.clamp(max=LARGEST_SNR)
+    return 1 + share * (bounded + 1) / bounded
+
+
+def debiased(snr: Tensor, is_on: float, predicts_v: bool) -> Tensor:
+    """Return 1 / sqrt(SNR), for v 1 / (SNR + 1), (B,) (Yu et al. 2023, arXiv 2310.08442)."""
+    del is_on
+    bounded = snr.clamp(max=LARGEST_SNR)
+    return 1 / (bounded + 1) if predicts_v else bounded.rsqrt()
+
+
+# Option that turns it on -> weight of a sample's loss: (SNR (B,), value of the option, whether v is predicted) -> (B,).
+WEIGHTINGS: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
+    "min_snr_gamma": min_snr,
+    "scale_v_pred_loss_like_noise_pred": v_like_noise,
+    "v_pred_like_loss": noise_like_v,
+    "debiased_estimation_loss": debiased,
+}
 
 
 def timestep_weights(timesteps: Tensor, schedule: NoiseSchedule, config: LossConfig, *, predicts_v: bool) -> Tensor:
     """Return the weight of each sample's loss, (B,): the product of all weightings that are on.
 
-    A timestep without signal (SNR 0) counts like the last one that has some, where a weighting divides by it.
+    A timestep without signal (SNR 0) counts like the last one that has some, since weightings divide by it.
     """
     all_snr = schedule.snr(torch.arange(NUM_TIMESTEPS, device=timesteps.device))
     snr = all_snr[timesteps].clamp_min(all_snr[all_snr > 0].min())
-    bounded = snr.clamp(max=MOST_SNR)
     weights = torch.ones_like(snr)
-    if config.min_snr_gamma:
-        weights = weights * min_snr_weight(snr, config.min_snr_gamma, predicts_v=predicts_v)
-    if config.scale_v_pred_loss_like_noise_pred:
-        weights = weights * bounded / (bounded + 1)
-    if config.v_pred_like_loss:
-        weights = weights * (1 + config.v_pred_like_loss * (bounded + 1) / bounded)
-    if config.debiased_estimation_loss:
-        weights = weights * debiased_weight(bounded, predicts_v=predicts_v)
+    for option, weighting in WEIGHTINGS.items():
+        value = getattr(config, option)
+        if value:
+            weights = weights * weighting(snr, value, predicts_v)
     return weights
-
-
-def min_snr_weight(snr: Tensor, gamma: float, *, predicts_v: bool) -> Tensor:
-    """Return min(SNR, gamma) / SNR, for v / (SNR + 1), (B,) (Hang et al. 2023, arXiv 2303.09556)."""
-    return snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)
-
-
-def debiased_weight(snr: Tensor, *, predicts_v: bool) -> Tensor:
-    """Return 1 / sqrt(SNR), for v 1 / (SNR + 1), (B,) (Yu et al. 2023, arXiv 2310.08442)."""
-    return 1 / (snr + 1) if predicts_v else snr.rsqrt()
