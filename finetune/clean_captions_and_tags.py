@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,10 @@ def read_replacements(path: Path) -> dict[str, str]:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--replacements: {path} cannot be read: {error}") from None
-    rows = table.items() if isinstance(table, dict) else [(None, None)]
-    if not all(isinstance(words, str) and words.strip() and isinstance(text, str) for words, text in rows):
+    is_table = isinstance(table, dict) and all(words.strip() and isinstance(text, str) for words, text in table.items())
+    if not is_table:
         raise UserError(f'--replacements: {path} must be an object such as {{"woman": "girl"}}, got {shown(table)}')
-    return {" ".join(words.casefold().split()): text for words, text in rows}
+    return {" ".join(words.casefold().split()): text for words, text in table.items()}
 
 
 def clean_entry(values: Mapping[str, Any], replacements: Mapping[str, str]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def clean_entry(values: Mapping[str, Any], replacements: Mapping[str, str]) -> d
     return cleaned
 
 
-def by_line(text: str, clean: Any) -> str:
+def by_line(text: str, clean: Callable[[str], str]) -> str:
     """Return a text with each of its lines cleaned."""
     return "\n".join(clean(line) for line in text.split("\n"))
 

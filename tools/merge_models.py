@@ -23,6 +23,7 @@ from library.config.options import option, parse
 from library.config.tool_files import Precision, device_problems, dtype_named, input_problems, refuse
 from library.errors import UserError
 from library.logs import run_script
+from library.models import keys
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +36,9 @@ SUFFIX = ".safetensors"
 INPUT_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
 TOLERANCE = 0.02  # of the sum of ratios: 0.33 three times is meant to be 1
 # What --unet_only leaves as the first model has it.
-NOT_UNET = ("first_stage_model", "cond_stage_model", "conditioner.")
-TEXT_ENCODER = "cond_stage_model.transformer."
+NOT_UNET = (keys.VAE_PREFIX, *keys.TEXT_PREFIXES)
+TEXT_ENCODER = f"{keys.TEXT_PREFIX}transformer."
 OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
-HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the former file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,10 @@ class Model:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
         return self.file.shapes[self.names[name]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; a pickle lets go of it."""
+        return next(self.file.tensors((self.names[name],)))[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,7 +242,7 @@ def merged_tensors(
     from tqdm import tqdm
 
     for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
-        tensor = read_one(models[0], name)
+        tensor = models[0].tensor(name)
         if tensor.is_floating_point() and is_merged(name, merge):
             tensor = weighted_sum(models, name, tensor, merge.device)
         yield name, tensor.to(dtype)
@@ -253,29 +257,17 @@ def weighted_sum(models: Sequence[Model], name: str, first: torch.Tensor, device
     total = base * (models[0].ratio + lacking)
     for model in models[1:]:
         if name in model.names:
-            total.add_(read_one(model, name).to(device, torch.float32), alpha=model.ratio)
+            total.add_(model.tensor(name).to(device, torch.float32), alpha=model.ratio)
     return total.cpu()
-
-
-def read_one(model: Model, name: str) -> torch.Tensor:
-    """Return one tensor of a model; a pickle lets go of it."""
-    from library.safetensors_io import Header, read_tensors
-
-    content, own = model.file.content, model.names[name]
-    if not isinstance(content, Header):
-        return content.pop(own)
-    only = Header({own: content.tensors[own]}, {}, content.data_start)
-    return next(read_tensors(model.path, only))[1]
 
 
 def metadata_of(models: Sequence[Model], output: Path, merge: MergeOptions) -> dict[str, str]:
     """Return the metadata of the merged model: the first one's, and what it was merged from."""
-    from library.adapters.provenance import RECIPE
+    from library.adapters.metadata import RECIPE, without_hashes
 
-    kept = {key: text for key, text in models[0].file.metadata.items() if key not in HASHES}
     titles = [model.file.metadata.get("modelspec.title") or model.path.stem for model in models]
     recipe = {"operation": "merge_models", "unet_only": merge.unet_only, "models": [told_of(model) for model in models]}
-    return kept | {
+    return without_hashes(models[0].file.metadata) | {
         "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join(titles),
         RECIPE: json.dumps(recipe, ensure_ascii=False),
@@ -284,6 +276,8 @@ def metadata_of(models: Sequence[Model], output: Path, merge: MergeOptions) -> d
 
 def told_of(model: Model) -> dict[str, str | float]:
     """Return name and ratio of a model for the recipe, with the hash that the file tells of itself, if it does."""
+    from library.adapters.metadata import HASHES
+
     metadata = model.file.metadata
     hashes = {key: metadata[key] for key in HASHES if key in metadata}
     return {"name": model.path.name, "ratio": model.ratio, **hashes}

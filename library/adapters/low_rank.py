@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Change:
             return self
         return dataclasses.replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of the delta: ||U D||^2 is the sum over (U^T U) * (D D^T), U D is not made."""
+        up, down = self.up.double(), self.down.double()
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)  # NaN stays
+        return abs(self.alpha) / self.rank * float(squared.sqrt())
+
     def delta(self) -> Tensor:
         """Return alpha / R * U D, (out, n), float32."""
         return (self.up.float() @ self.down.float()) * self.scale
@@ -85,8 +91,9 @@ def summed(parts: Sequence[tuple[float, Change]]) -> Change:
     strengths = [ratio * change.scale for ratio, change in parts]
     root = math.sqrt(sum(map(abs, strengths))) or 1.0
     changes = [change for _, change in parts]
-    up = sum(change.up.float() * (abs(c) / root) for c, change in zip(strengths, changes, strict=True))
-    down = sum(change.down.float() * (c / root) for c, change in zip(strengths, changes, strict=True))
+    up, down = torch.zeros_like(changes[0].up.float()), torch.zeros_like(changes[0].down.float())
+    for c, change in zip(strengths, changes, strict=True):
+        up, down = up + change.up.float() * (abs(c) / root), down + change.down.float() * (c / root)
     return Change(up, down, float(changes[0].rank), changes[0].down_shape)
 
 
@@ -109,6 +116,15 @@ def _folded(joined: Change, rank: int) -> Change:
     up = joined.up.unflatten(1, (-1, rank)).sum(dim=1)
     down = joined.down.unflatten(0, (-1, rank)).sum(dim=0)
     return Change(up, down, float(rank), (rank, *joined.down_shape[1:]))
+
+
+# Whether the ranks stand side by side, and whether the numbers are those of sd-scripts -> how changes are summed.
+SUMS: dict[tuple[bool, bool], Callable[[Sequence[tuple[float, Change]]], Change]] = {
+    (False, False): summed,
+    (True, False): concatenated,
+    (False, True): summed_as_sd_scripts,
+    (True, True): concatenated_as_sd_scripts,
+}
 
 
 def mixed(change: Change, generator: torch.Generator) -> Change:
@@ -281,6 +297,6 @@ DYNAMIC_RANKS = {"sv_ratio": rank_by_ratio, "sv_cumulative": rank_by_sum, "sv_fr
 
 def rank_to_keep(values: Tensor, most: int, method: str | None, target: float | None) -> int:
     """Return the rank of a module: most, or by a method as many as reach its target, but not more than most."""
-    if method is None or float(values[0]) <= 1e-12:
+    if method is None or target is None or float(values[0]) <= 1e-12:
         return most
     return max(1, min(most, DYNAMIC_RANKS[method](values, target)))

@@ -1,32 +1,50 @@
-"""What a file made of others says of them."""
+"""Metadata of files that are made of other files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from library.adapters.lora_file import LoraFile
 from library.models.family import ModelFamily
 
+if TYPE_CHECKING:
+    from library.adapters.lora_file import LoraFile
+    from library.adapters.merging import Weighted
+
 RECIPE = "merge_recipe"  # JSON: which files went in, with their hashes and ratios
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the file that they are in
+
+
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file for one that is made of it, whose hashes are others."""
+    return {key: text for key, text in metadata.items() if key not in HASHES}
+
+
+def commented(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
+    """Return metadata without hashes and with a training comment put before the one that is there."""
+    former = metadata.get("ss_training_comment")
+    whole = comment if former in (None, "", "None") else f"{comment}; {former}"
+    return without_hashes(metadata) | {"ss_training_comment": whole}
 
 
 def merged_metadata(
-    save_to: Path, operation: str, files: Sequence[tuple[LoraFile, Any]], *, base: str | None = None, **settings: Any
+    save_to: Path, operation: str, files: Sequence[Weighted], *, base: str | None = None, settings: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return title, `modelspec.merged_from` (titles, as its specification has it), and the recipe.
 
-    files are the LoRA files, each with its ratio; base is the title of the checkpoint, where there is one.
+    base is the title of the checkpoint, where there is one; settings are entries of the recipe, None for none.
     """
     recipe = {
         "operation": operation,
         "base": base,
-        "networks": [{"name": file.path.name, "sha256": file.sha256(), "ratio": ratio} for file, ratio in files],
+        "networks": [
+            {"name": entry.file.path.name, "sha256": entry.file.sha256(), "ratio": entry.ratio} for entry in files
+        ],
         **settings,
     }
-    titles = [title for title in (base, *(file.title for file, _ in files)) if title]
+    titles = [title for title in (base, *(entry.file.title for entry in files)) if title]
     return {
         "modelspec.title": save_to.stem,
         "modelspec.merged_from": ", ".join(titles),
