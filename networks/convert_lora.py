@@ -96,12 +96,12 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
 
 def known_layers(file: LoraFile, options: ConvertOptions) -> dict[str, Layer]:
     """Return module -> layer; what is none is left out if that is allowed, or a UserError."""
-    from library.adapters.merging import tell_unmatched
+    from library.adapters.merging import warn_of_unmatched
 
     layers = {name: file.layer(name) for name in file.changes}
     unknown = [name for name, layer in layers.items() if layer is None]
     where = Path(f"models of {family_title(file)}")
-    tell_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
+    warn_of_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
     found = {name: layer for name, layer in layers.items() if layer is not None}
     if not found:
         raise UserError(f"{file.path} has no module that is known")

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = open_weights(config.files.model)
     ranks = ranks_of(file, config.ranks.unit)
     weights, full = dict(file.tensors(file.shapes)), ranks[-1]
-    tell_of_scale(file.metadata, config.ranks)
+    warn_of_scale(file.metadata, config.ranks)
     for rank in tqdm(ranks, desc="ranks", unit="file"):
         part = truncated_to(rank, weights)
         if config.ranks.sd_scripts_alpha:
@@ -87,8 +87,8 @@ def check_files(files: FilesConfig) -> None:
         raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {files.save_to}")
 
 
-def tell_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:
-    """Tell where a file was trained by sd-scripts, whose scale is another."""
+def warn_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:
+    """Warn of a file that sd-scripts trained, whose scale is another."""
     by_sd_scripts = metadata.get("modelspec.implementation_version", "").startswith("sd-scripts/")
     if by_sd_scripts and not ranks.sd_scripts_alpha:
         logger.warning(
@@ -109,7 +109,7 @@ def described(metadata: Mapping[str, str], rank: int, full: int) -> dict[str, st
 
 
 def name_for(save_to: Path, rank: int) -> Path:
-    """Return the name with the rank in four digits, as sd-scripts has it."""
+    """Return the name with the rank in four digits, as sd-scripts writes it."""
     return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
 
 

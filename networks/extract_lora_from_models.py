@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from library.adapters.low_rank import Change
     from library.models.checkpoint import Checkpoint
 
-    Pairs = dict[Layer, tuple[Place, Place]]  # where a layer stands in the original model, and in the tuned one
+    Pairs = dict[Layer, tuple[Place, Place]]  # place of a layer in the original model, and in the tuned one
 
 logger = logging.getLogger(__name__)
 

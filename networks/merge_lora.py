@@ -175,7 +175,7 @@ def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeO
 
 
 def origin(config: MergeConfig, files: Sequence[Weighted], *, base: str | None = None) -> dict[str, str]:
-    """Return what the written file says of the files that went into it; nothing with --no_metadata."""
+    """Return metadata that name the files that went into the written one; none with --no_metadata."""
     from library.adapters.metadata import merged_metadata
 
     if config.files.no_metadata:

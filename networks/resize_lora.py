@@ -104,7 +104,7 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
         kept.add(file.layer(name), spectrum, smaller.rank, scale=change.scale)
         norms.append(spectrum.energy(smaller.rank) ** 0.5)
         if config.files.verbose:
-            tqdm.write(f"{name:75} {told(spectrum, change.rank, smaller.rank)}")
+            tqdm.write(f"{name:75} {line_of(spectrum, change.rank, smaller.rank)}")
     for line in kept.lines():
         logger.info("%s", line)
     if config.files.verbose:
@@ -114,7 +114,7 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     return changes
 
 
-def told(spectrum: Spectrum, before: int, after: int) -> str:
+def line_of(spectrum: Spectrum, before: int, after: int) -> str:
     """Return what a module keeps: share of the sum and of the norm of its values, largest to smallest kept, ranks."""
     values = spectrum.values.double()
     total = float(values.sum())
@@ -148,7 +148,7 @@ def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change
 
 
 def conv_arguments(metadata: Mapping[str, str], convolutions: Sequence[Change]) -> dict[str, str]:
-    """Return ss_network_args with rank and alpha of the convolutions, where they stand there."""
+    """Return ss_network_args with rank and alpha of the convolutions, where it has them."""
     import json
 
     from library.adapters.metadata import common

@@ -1,4 +1,4 @@
-"""The layers that networks act on: their names in every kind of file, and where they stand in a base model.
+"""The layers that networks act on: their names in every kind of file, their blocks, and their tensors in a base model.
 
 A layer is known by its part and its path in diffusers (`unet`, `mid_block.attentions.0.proj_in`). Files of the suite
 write it as one word after a prefix (`lora_unet_mid_block_attentions_0_proj_in`), for SDXL's U-Net in the names of the

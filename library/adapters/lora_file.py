@@ -37,7 +37,7 @@ class LoraFile:
     path: Path
     changes: dict[str, Change]  # by module, as the suite names it
     metadata: dict[str, str]
-    family: ModelFamily | None  # None where the modules do not tell
+    family: ModelFamily | None  # None where the modules fit several
     extra: dict[str, Tensor]  # what is no part of a change, by its name in the file
 
     @property
@@ -168,11 +168,11 @@ class PeftAlphas:
 
 def same_family(files: Iterable[LoraFile]) -> ModelFamily | None:
     """Return the family that all files are for; raises UserError where they differ."""
-    told = {file.family: file.path for file in files if file.family is not None}
-    if len(told) > 1:
-        pairs = ", ".join(f"{path} is for {family.title}" for family, path in told.items())
+    known = {file.family: file.path for file in files if file.family is not None}
+    if len(known) > 1:
+        pairs = ", ".join(f"{path} is for {family.title}" for family, path in known.items())
         raise UserError(f"the files are for different models: {pairs}")
-    return next(iter(told), None)
+    return next(iter(known), None)
 
 
 def to_state_dict(

@@ -67,7 +67,7 @@ class Change:
 def concatenated(parts: Sequence[tuple[float, Change]]) -> Change:
     """Return the weighted sum of changes exactly, its rank the sum of theirs and its alpha that rank.
 
-    With c = ratio * alpha / R the columns sqrt|c| U and the rows sign(c) sqrt|c| D of all parts stand side by
+    With c = ratio * alpha / R the columns sqrt|c| U and the rows sign(c) sqrt|c| D of all parts are put side by
     side: their product is the sum of c U D, and readers multiply it by alpha / rank = 1.
     """
     ups, downs = [], []
@@ -118,7 +118,7 @@ def _folded(joined: Change, rank: int) -> Change:
     return Change(up, down, float(rank), (rank, *joined.down_shape[1:]))
 
 
-# Whether the ranks stand side by side, and whether the numbers are those of sd-scripts -> how changes are summed.
+# Whether ranks are put side by side, and whether the numbers are those of sd-scripts -> how changes are summed.
 SUMS: dict[tuple[bool, bool], Callable[[Sequence[tuple[float, Change]]], Change]] = {
     (False, False): summed,
     (True, False): concatenated,
@@ -128,7 +128,7 @@ SUMS: dict[tuple[bool, bool], Callable[[Sequence[tuple[float, Change]]], Change]
 
 
 def mixed(change: Change, generator: torch.Generator) -> Change:
-    """Return the same change with its ranks mixed by a random rotation, so that the parts cannot be told apart.
+    """Return the same change with its ranks mixed by a random rotation, so that the parts cannot be recognised.
 
     For an orthogonal Q, (U Q)(Q^T D) = U D. Drawn from the Haar measure (QR of a Gaussian matrix with the signs of
     R's diagonal, Mezzadri 2007, arXiv math-ph/0609050), Q leaves nothing of the order or the borders of the parts,

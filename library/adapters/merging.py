@@ -71,7 +71,7 @@ def parts_by_module(files: Sequence[Weighted], *, allow_unmatched: bool) -> dict
     parts: dict[str, list[tuple[float, Change]]] = {}
     for weighted in files:
         file = weighted.file
-        tell_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=allow_unmatched)
+        warn_of_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=allow_unmatched)
         for name, change in file.changes.items():
             parts.setdefault(name, []).append((weighted.ratio_of(name), change))
     for name, same in parts.items():
@@ -127,11 +127,11 @@ def additions_by_tensor(
             ratio = weighted.ratio_of(name)
             if ratio != 0:
                 additions.setdefault(place.name, []).append(Addition(ratio, change, place.third))
-        tell_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
+        warn_of_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
     return additions
 
 
-def tell_unmatched(file: LoraFile, names: Sequence[str], where: Path, *, allowed: bool) -> None:
+def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path, *, allowed: bool) -> None:
     """Warn of what has no place in a model; raises UserError unless that is allowed."""
     if not names:
         return

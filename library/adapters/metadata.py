@@ -32,7 +32,7 @@ def commented(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
 def merged_metadata(
     save_to: Path, operation: str, files: Sequence[Weighted], *, base: str | None = None, settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Return title, `modelspec.merged_from` (titles, as its specification has it), and the recipe.
+    """Return title, `modelspec.merged_from` (titles, as its specification asks), and the recipe.
 
     base is the title of the checkpoint, where there is one; settings are entries of the recipe, None for none.
     """
@@ -60,13 +60,13 @@ def network_metadata(files: Sequence[LoraFile], ranks: set[int], alphas: set[flo
         "ss_network_alpha": common(alphas),
     }
     for key in ("ss_v2", "ss_base_model_version"):
-        told = next((file.metadata[key] for file in files if key in file.metadata), None)
-        metadata |= {} if told is None else {key: told}
+        found = next((file.metadata[key] for file in files if key in file.metadata), None)
+        metadata |= {} if found is None else {key: found}
     return metadata
 
 
 def architecture(family: ModelFamily | None, metadata: Mapping[str, str], *, is_network: bool) -> dict[str, str]:
-    """Return `modelspec.architecture` where it is known: what the source says, else what the family tells."""
+    """Return `modelspec.architecture` where it is known: that of the source, else that of the family."""
     key = "modelspec.architecture"
     if key in metadata or family is None:
         return {key: metadata[key]} if key in metadata else {}

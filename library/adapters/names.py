@@ -1,4 +1,4 @@
-"""Names of tensors in files of networks: what each one is, and which models they tell of."""
+"""Names of tensors in files of networks: the part of a network that each one is, and the models that they are for."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BASE_VERSIONS = {"sd_v1": SD1, "sd_v2": SD2, "sdxl_": SDXL}
 
 
 def kind_of(name: str) -> str | None:
-    """Return the kind of network that a tensor's name tells of; None for a LoRA, and for what is no network."""
+    """Return the kind of network that a tensor belongs to by its name; None for a LoRA, and for what is no network."""
     return next((kind for part, kind, _ in KINDS if part in name), None)
 
 
@@ -62,9 +62,9 @@ def roles_of(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def family_of(modules: Shapes) -> ModelFamily | None:
-    """Return the models that modules (name -> shape of their down matrix) are for; None where nothing tells.
+    """Return the models that modules (name -> shape of their down matrix) are for; None where that is open.
 
-    The width of the text that cross-attention reads tells the most; then names; then the text encoder's width.
+    Sources, in this order: the width of the text that cross-attention reads, names, the text encoder's width.
     """
     by_context = {family.context_width: family for family in FAMILIES}
     for name, shape in modules.items():

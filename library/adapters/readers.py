@@ -78,7 +78,7 @@ def alpha_kind(name: str, module: str, shapes: Shapes) -> str:
 
 
 def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
-    """Return the models that the modules of a file are for, whatever kind of network it is, or that it says."""
+    """Return the models that a network of any kind is for: by its modules, else by its metadata."""
     downs = {stem: tuple(shapes[name]) for stem, role, name in roles_of(shapes) if role == "down"}
     modules = downs or {name.split(".")[0]: tuple(shape) for name, shape in shapes.items()}
     return family_of(modules) or family_by_version(metadata)
@@ -136,12 +136,12 @@ def kind_words(kind: str) -> str:
 
 
 def web_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what the web UI of AUTOMATIC1111 does: it tells of what it does not know, and goes on."""
+    """Return what the web UI of AUTOMATIC1111 does: it logs what it does not know, and goes on."""
     return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "Tucker")])
 
 
 def comfy_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what ComfyUI does: it tells of what it does not know, and goes on."""
+    """Return what ComfyUI does: it logs what it does not know, and goes on."""
     return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "IA3")])
 
 
