@@ -249,12 +249,13 @@ def train(
 
 def cut(path: Path, ranks: Sequence[int]) -> None:
     """Write the first ranks of a plain LoRA; alpha falls with the rank, so that alpha / rank stays."""
-    from networks.extract_lora_from_dylora import ALPHA, truncated
+    from library.adapters.dylora import truncated_to
+    from library.adapters.names import ALPHA
     from networks.lora import read_weights, write_weights
 
     weights, full = read_weights(path), ranks[-1]
     for rank in ranks:
-        part = truncated(weights, rank, full)
+        part = truncated_to(rank, weights)
         part = {name: tensor * rank / full if name.endswith(ALPHA) else tensor for name, tensor in part.items()}
         write_weights(path.with_name(f"cut-{rank:04d}.safetensors"), part, None)
 

@@ -179,7 +179,7 @@ def write_lora(base: Path, path: Path, rank: int, seed: int) -> None:
     import torch
 
     from library.adapters import layers
-    from library.adapters.lora_file import tensors_of
+    from library.adapters.lora_file import to_state_dict
     from library.adapters.low_rank import Change
     from library.models.checkpoint import open_checkpoint
     from networks import lora
@@ -192,7 +192,7 @@ def write_lora(base: Path, path: Path, rank: int, seed: int) -> None:
             up, down = (torch.randn(size, generator=generator) * 0.01 for size in ((shape[0], rank), (rank, shape[1])))
             down_shape = (rank, *shape[1:])
             changes[layers.module_name(layer, model.family)] = Change(up, down, float(rank), down_shape)
-    lora.write_weights(path, tensors_of(changes, torch.float16), {})
+    lora.write_weights(path, to_state_dict(changes, torch.float16), {})
 
 
 def write_tuned(base: Path, path: Path) -> None:

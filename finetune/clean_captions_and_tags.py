@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ CONTRADICTIONS = {
     "eyes": r"[\w-]+ eyes",
     "sleeves": r"[\w-]+ sleeves|sleeveless",
 }
-# Whole words -> what stands for them; applied until nothing changes.
+# Whole words -> what replaces them; applied until nothing changes.
 CAPTION_REPLACEMENTS = {
     # One word for one thing, so that it is learned as one. Words that fit anybody stay.
     "woman": "girl",
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = read_replacements(config.cleaning.replacements)
     entries = read_metadata(config.files.in_json)
     cleaned = {name: clean_entry(values, table) for name, values in entries.items()}
-    tell(entries, cleaned, debug=config.cleaning.debug)
+    log_changes(entries, cleaned, debug=config.cleaning.debug)
     write_metadata(config.files.out_json, cleaned)
     return 0
 
@@ -135,14 +135,14 @@ def read_replacements(path: Path) -> dict[str, str]:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--replacements: {path} cannot be read: {error}") from None
-    rows = table.items() if isinstance(table, dict) else [(None, None)]
-    if not all(isinstance(words, str) and words.strip() and isinstance(text, str) for words, text in rows):
+    is_table = isinstance(table, dict) and all(words.strip() and isinstance(text, str) for words, text in table.items())
+    if not is_table:
         raise UserError(f'--replacements: {path} must be an object such as {{"woman": "girl"}}, got {shown(table)}')
-    return {" ".join(words.casefold().split()): text for words, text in rows}
+    return {" ".join(words.casefold().split()): text for words, text in table.items()}
 
 
 def clean_entry(values: Mapping[str, Any], replacements: Mapping[str, str]) -> dict[str, Any]:
-    """Return an entry with its caption and tags cleaned; all else that it says stays."""
+    """Return an entry with its caption and tags cleaned; all else in it stays."""
     cleaned = dict(values)
     if values.get("tags"):
         cleaned["tags"] = by_line(values["tags"], clean_tags)
@@ -151,13 +151,13 @@ def clean_entry(values: Mapping[str, Any], replacements: Mapping[str, str]) -> d
     return cleaned
 
 
-def by_line(text: str, clean: Any) -> str:
+def by_line(text: str, clean: Callable[[str], str]) -> str:
     """Return a text with each of its lines cleaned."""
     return "\n".join(clean(line) for line in text.split("\n"))
 
 
-def tell(before: Entries, after: Entries, *, debug: bool) -> None:
-    """Tell how many texts changed, and which if asked."""
+def log_changes(before: Entries, after: Entries, *, debug: bool) -> None:
+    """Log how many texts changed, and which if asked."""
     changed = [
         (name, values[key], after[name][key])
         for name, values in before.items()
@@ -234,7 +234,7 @@ def clean_caption(text: str, replacements: Mapping[str, str]) -> str:
 
 
 def replacement(found: str, replacements: Mapping[str, str]) -> str:
-    """Return what stands for words that were found, with a capital letter where they have one."""
+    """Return what replaces words that were found, with a capital letter where they have one."""
     text = replacements.get(found.casefold(), found)  # a few letters match others without being their capitals
     return text[:1].upper() + text[1:] if found[0].isupper() else text
 

@@ -56,7 +56,7 @@ def merge_texts(files: FilesConfig, names: NamesConfig, extension: str, key: str
     pictures = list_all(files.train_data_dir, recursive=names.recursive)
     named = named_pictures(pictures, files.train_data_dir, entries, full_path=names.full_path)
     texts, missing, damaged = read_texts(named, extension)
-    tell(missing, damaged, extension)
+    log_left_out(missing, damaged, extension)
     if not texts:
         raise UserError(
             f"none of the {len(pictures)} pictures of {files.train_data_dir} has a {extension} file that can be read: "
@@ -158,8 +158,8 @@ def read_texts(named: Mapping[str, Path], extension: str) -> tuple[dict[str, str
     return texts, missing, damaged
 
 
-def tell(missing: Sequence[Path], damaged: Sequence[str], extension: str) -> None:
-    """Tell of pictures without text."""
+def log_left_out(missing: Sequence[Path], damaged: Sequence[str], extension: str) -> None:
+    """Log the pictures without text, and the files that cannot be read."""
     if missing:
         names = ", ".join(path.name for path in missing[:MOST_NAMED])
         logger.warning("%d pictures have no %s file (%s): they are passed over", len(missing), extension, names)

@@ -52,7 +52,7 @@ class BlockTable:
         block = block_of(module_name)
         if block is None or block.side not in starts:
             raise ValueError(f"{module_name} is in no block of {self.name}")
-        index = min(block.index, middle - 1) if block.side == "middle" else block.index
+        index = min(block.number, middle - 1) if block.side == "middle" else block.number
         return self.edge + starts[block.side] + index
 
 

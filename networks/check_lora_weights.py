@@ -6,6 +6,7 @@ python networks/check_lora_weights.py lora.safetensors --json > lora.json
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -24,7 +25,7 @@ from library.logs import run_script
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.adapters.readers import Key
+    from library.adapters.low_rank import Change
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,9 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     family = readers.detect(shapes, metadata)
     keys = readers.keys_of(shapes, family)
     tensors = dict(file.tensors(shapes))
-    modules = changes_of(tensors)
-    damage = damage_of(tensors, keys)
-    alphas = {name: alpha for name, (_, alpha, _) in modules.items()}
+    modules = whole_changes(tensors)
+    damage = damage_of(tensors)
+    alphas = {name: change.alpha for name, change in modules.items()}
     claimed = metadata.get("sshs_model_hash")
     return {
         "file": str(path),
@@ -108,7 +109,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
         "models": family.title if family else None,
         "names": readers.dialect(shapes),
         "types": sorted(types),
-        "parts": {title: part for title, part in parts_of(modules) if part["modules"]},
+        "parts": {title: part for title, part in summaries(modules) if part["modules"]},
         "unknown_modules": sorted({key.module for key in keys if not key.is_known}),
         "damage": damage,
         "readers": {} if damage else {name: v.line() for name, v in readers.verdicts(keys, family, alphas)},
@@ -125,47 +126,29 @@ def counted(values: Iterator[str]) -> dict[str, int]:
     return dict(collections.Counter(values).most_common())
 
 
-def changes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float, float]]:
-    """Return module -> (rank, alpha, Frobenius norm of alpha / R * U D) of the LoRA modules of a file.
+def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Return module -> change for those of which all tensors are there and fit together."""
+    from library.adapters.lora_file import change_of, parts_of
 
-    ||U D||^2 is the sum over (U^T U) * (D D^T): the product itself is not made.
-    """
-    from library.adapters.lora_file import roles_of
-
-    parts: dict[str, dict[str, Tensor]] = {}
-    for stem, role, name in roles_of(tensors):
-        parts.setdefault(stem, {})[role] = tensors[name]
     found = {}
-    for stem, part in parts.items():
-        if not {"down", "up"} <= part.keys() or not is_whole(part):
-            continue
-        up, down = part["up"].double().flatten(1), part["down"].double().flatten(1)
-        rank = down.shape[0]
-        alpha = float(part["alpha"]) if "alpha" in part else float(rank)
-        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)  # NaN stays
-        found[stem] = rank, alpha, abs(alpha) / rank * float(squared.sqrt())
+    for stem, part in parts_of(tensors).items():
+        with contextlib.suppress(KeyError, ValueError):
+            found[stem] = change_of(stem, part)
     return found
 
 
-def is_whole(part: Mapping[str, Tensor]) -> bool:
-    """Return whether the tensors of a module make a change."""
-    down, up = part["down"], part["up"]
-    fit = down.ndim > 1 and up.ndim > 1 and down.shape[0] == up.shape[1] > 0 and up[0].numel() == down.shape[0]
-    return fit and ("alpha" not in part or part["alpha"].numel() == 1)
-
-
-def parts_of(modules: Mapping[str, tuple[int, float, float]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def summaries(modules: Mapping[str, Change]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each part of a model with what a file has for it."""
     left = dict(modules)
     for title, starts in (*PARTS, ("other", ("",))):
         own = {name: left.pop(name) for name in list(left) if name.startswith(starts)}
-        norms = {name: norm for name, (_, _, norm) in own.items()}
+        norms = {name: change.norm() for name, change in own.items()}
         yield (
             title,
             {
                 "modules": len(own),
-                "ranks": counted(str(rank) for rank, _, _ in own.values()),
-                "alphas": counted(f"{alpha:g}" for _, alpha, _ in own.values()),
+                "ranks": counted(str(change.rank) for change in own.values()),
+                "alphas": counted(f"{change.alpha:g}" for change in own.values()),
                 "mean_norm": sum(norms.values()) / max(1, len(norms)),
                 "largest": max(norms, key=norms.__getitem__) if norms else None,
                 "largest_norm": max(norms.values(), default=0.0),
@@ -174,9 +157,9 @@ def parts_of(modules: Mapping[str, tuple[int, float, float]]) -> Iterator[tuple[
         )
 
 
-def damage_of(tensors: Mapping[str, Tensor], keys: Sequence[Key]) -> list[str]:
+def damage_of(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return what is broken: numbers that are not finite, matrices without their partner or of other ranks."""
-    from library.adapters.lora_file import roles_of
+    from library.adapters.names import roles_of
     from library.adapters.readers import pairs_of
 
     found = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
@@ -210,7 +193,7 @@ def statistics_of(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# How it is told
+# The report as text
 # --------------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from library.adapters.layers import Layer
     from library.adapters.lora_file import LoraFile
     from library.adapters.low_rank import Change
-    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     file = read_lora(config.files.model)
     layers = known_layers(file, config.convert)
-    if config.convert.to == "diffusers":
-        tensors, metadata = for_diffusers(file, layers, keep_alpha=config.convert.keep_alpha)
-    else:
-        tensors, metadata = for_kohya(file, layers, config.convert.to)
+    tensors, metadata = (for_diffusers if config.convert.to == "diffusers" else for_kohya)(file, layers, config.convert)
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, in_type(tensors, config.convert.save_precision), metadata)
+        write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
     return 0
 
@@ -100,12 +96,12 @@ def problems_of(config: ConvertConfig) -> Iterator[str]:
 
 def known_layers(file: LoraFile, options: ConvertOptions) -> dict[str, Layer]:
     """Return module -> layer; what is none is left out if that is allowed, or a UserError."""
-    from library.adapters.merging import tell_unmatched
+    from library.adapters.merging import warn_of_unmatched
 
     layers = {name: file.layer(name) for name in file.changes}
     unknown = [name for name, layer in layers.items() if layer is None]
     where = Path(f"models of {family_title(file)}")
-    tell_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
+    warn_of_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
     found = {name: layer for name, layer in layers.items() if layer is not None}
     if not found:
         raise UserError(f"{file.path} has no module that is known")
@@ -117,12 +113,9 @@ def family_title(file: LoraFile) -> str:
     return file.family.title if file.family else "SD 1.x or 2.x"
 
 
-def in_type(tensors: Mapping[str, torch.Tensor], precision: Precision | None) -> dict[str, torch.Tensor]:
-    """Return tensors in a type, alphas as they are."""
-    if precision is None:
-        return dict(tensors)
-    dtype = tool_files.dtype_named(precision)
-    return {name: tensor if tensor.ndim == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+def written_type(options: ConvertOptions) -> torch.dtype | None:
+    """Return the type of what is written, None to keep each tensor's own."""
+    return None if options.save_precision is None else tool_files.dtype_named(options.save_precision)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -130,22 +123,19 @@ def in_type(tensors: Mapping[str, torch.Tensor], precision: Precision | None) ->
 # --------------------------------------------------------------------------------------------------------------
 
 
-def for_kohya(file: LoraFile, layers: Mapping[str, Layer], to: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def for_kohya(
+    file: LoraFile, layers: Mapping[str, Layer], options: ConvertOptions
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata in the format of sd-scripts."""
-    import torch
-
     from library.adapters.layers import diffusers_word, module_name
-    from library.adapters.lora_file import ALPHA, DOWN, UP, stored_factors
-    from library.adapters.provenance import architecture, common, network_metadata
+    from library.adapters.lora_file import to_state_dict
+    from library.adapters.metadata import architecture, common, network_metadata, without_hashes
+    from library.models.family import SD1
 
-    family = family_or_first(file)
-    name_of = module_name if to == "kohya" else diffusers_word
-    tensors = {}
-    for module, layer in layers.items():
-        change, name = file.changes[module], name_of(layer, family)
-        up, down = stored_factors(change)
-        tensors |= {name + DOWN: down, name + UP: up, name + ALPHA: torch.tensor(change.alpha)}
-    changes = [file.changes[module] for module in layers]
+    family = file.family or SD1  # SD 2.x has the same names
+    name_of = module_name if options.to == "kohya" else diffusers_word
+    named = {name_of(layer, family): file.changes[module] for module, layer in layers.items()}
+    tensors, changes = to_state_dict(named, written_type(options)), named.values()
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
         metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version(predicts_v=False)}
@@ -155,37 +145,25 @@ def for_kohya(file: LoraFile, layers: Mapping[str, Layer], to: str) -> tuple[dic
     return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | without_hashes(kept)
 
 
-def family_or_first(file: LoraFile) -> ModelFamily:
-    """Return the family of a file; SD 1.x where nothing tells, whose names SD 2.x has too."""
-    from library.models.family import SD1
-
-    return file.family or SD1
-
-
-def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata without the hashes of the file that they were in."""
-    return {key: text for key, text in metadata.items() if not key.startswith("sshs_")}
-
-
 # --------------------------------------------------------------------------------------------------------------
 # To the names of diffusers
 # --------------------------------------------------------------------------------------------------------------
 
 
 def for_diffusers(
-    file: LoraFile, layers: Mapping[str, Layer], *, keep_alpha: bool
+    file: LoraFile, layers: Mapping[str, Layer], options: ConvertOptions
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata in the format of diffusers and PEFT."""
     from library.adapters.layers import peft_name
-    from library.adapters.lora_file import PEFT_METADATA, stored_factors
+    from library.adapters.lora_file import PEFT_METADATA, to_state_dict
+    from library.adapters.metadata import without_hashes
 
-    tensors: dict[str, torch.Tensor] = {}
-    for module, layer in layers.items():
-        change = file.changes[module] if keep_alpha else folded(file.changes[module])
-        up, down = stored_factors(change)
-        tensors |= {f"{peft_name(layer)}.lora_A.weight": down, f"{peft_name(layer)}.lora_B.weight": up}
+    named = {peft_name(layer): file.changes[module] for module, layer in layers.items()}
+    if not options.keep_alpha:
+        named = {name: folded(change) for name, change in named.items()}
+    tensors = to_state_dict(named, written_type(options), (".lora_A.weight", ".lora_B.weight"))
     metadata = {"format": "pt"} | without_hashes(file.metadata)
-    if keep_alpha:
+    if options.keep_alpha:
         metadata[PEFT_METADATA] = json.dumps(peft_configuration(file, layers), sort_keys=True)
     return tensors, metadata
 

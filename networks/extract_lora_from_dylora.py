@@ -9,9 +9,7 @@ so that a reader's alpha / b is the scale with which rank b was trained.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +22,6 @@ from library.errors import UserError
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
-
-DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,18 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tqdm import tqdm
 
+    from library.adapters.dylora import ranks_of, truncated_to, with_alphas_of_sd_scripts
     from library.weight_file import open_weights
     from networks.lora import write_weights
 
     file = open_weights(config.files.model)
-    weights, metadata = dict(file.tensors(file.shapes)), dict(file.metadata)
-    full = full_rank(file.shapes, config.files.model)
-    ranks = ranks_to_write(config.ranks.unit or unit_of(metadata), full, config.files.model)
-    tell_of_scale(metadata, config.ranks)
+    ranks = ranks_of(file, config.ranks.unit)
+    weights, full = dict(file.tensors(file.shapes)), ranks[-1]
+    warn_of_scale(file.metadata, config.ranks)
     for rank in tqdm(ranks, desc="ranks", unit="file"):
-        part = truncated(weights, rank, full, matching_alpha=config.ranks.sd_scripts_alpha)
+        part = truncated_to(rank, weights)
+        if config.ranks.sd_scripts_alpha:
+            part = with_alphas_of_sd_scripts(part, rank, full)
         path = name_for(config.files.save_to, rank)
-        write_weights(path, part, described(metadata, rank, full))
+        write_weights(path, part, described(file.metadata, rank, full))
         logger.info("rank %d: %s", rank, path)
     return 0
 
@@ -89,34 +87,8 @@ def check_files(files: FilesConfig) -> None:
         raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {files.save_to}")
 
 
-def full_rank(shapes: Mapping[str, Sequence[int]], path: Path) -> int:
-    """Return the rank of a file with such tensors; raises UserError for a file that is no DyLoRA file."""
-    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(DOWN)}
-    if not ranks:
-        raise UserError(f"--model: {path} is no LoRA file: it has no tensor named ...{DOWN}")
-    if len(ranks) > 1:
-        raise UserError(f"--model: {path} has modules of the ranks {sorted(ranks)}; a DyLoRA has one rank")
-    return ranks.pop()
-
-
-def unit_of(metadata: Mapping[str, str]) -> int:
-    """Return the unit that a file was trained with, from its metadata."""
-    try:
-        return int(json.loads(metadata["ss_network_args"])["unit"])
-    except (KeyError, ValueError, TypeError):
-        raise UserError("--unit is missing, and the file does not tell what it was trained with: give --unit") from None
-
-
-def ranks_to_write(unit: int, full: int, path: Path) -> list[int]:
-    """Return the ranks unit, 2 unit, ... up to the full one."""
-    if full % unit:
-        divisors = ", ".join(str(number) for number in range(1, full + 1) if full % number == 0)
-        raise UserError(f"--unit {unit} does not divide the rank of {path}, {full}; these do: {divisors}")
-    return list(range(unit, full + 1, unit))
-
-
-def tell_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:
-    """Tell where a file was trained by sd-scripts, whose scale is another."""
+def warn_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:
+    """Warn of a file that sd-scripts trained, whose scale is another."""
     by_sd_scripts = metadata.get("modelspec.implementation_version", "").startswith("sd-scripts/")
     if by_sd_scripts and not ranks.sd_scripts_alpha:
         logger.warning(
@@ -127,38 +99,17 @@ def tell_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:
         logger.warning("--sd_scripts_alpha: the metadata do not say that sd-scripts trained this file")
 
 
-def truncated(
-    weights: Mapping[str, object], rank: int, full: int, *, matching_alpha: bool = False
-) -> dict[str, object]:
-    """Return the first rank rows of all down and columns of all up matrices; the rest of the file is kept."""
-    part = {}
-    for name, tensor in weights.items():
-        if name.endswith(DOWN):
-            part[name] = tensor[:rank].contiguous()
-        elif name.endswith(UP):
-            part[name] = tensor[:, :rank].contiguous()
-        elif name.endswith(ALPHA) and matching_alpha:
-            # alpha_b / b = alpha / R * sqrt(R / b), the scale with which sd-scripts trains rank b.
-            part[name] = (tensor.float() * math.sqrt(rank / full)).to(tensor.dtype)
-        else:
-            part[name] = tensor
-    return part
-
-
 def described(metadata: Mapping[str, str], rank: int, full: int) -> dict[str, str]:
     """Return the metadata of the file of a rank; hashes are made anew where it is written."""
+    from library.adapters.metadata import commented
+
     if not metadata:
         return {}
-    kept = {key: text for key, text in metadata.items() if not key.startswith("sshs_")}
-    comment = f"rank {rank} of a DyLoRA of rank {full}"
-    former = metadata.get("ss_training_comment")
-    kept["ss_training_comment"] = comment if former in (None, "", "None") else f"{comment}; {former}"
-    kept["ss_network_dim"] = str(rank)
-    return kept
+    return commented(metadata, f"rank {rank} of a DyLoRA of rank {full}") | {"ss_network_dim": str(rank)}
 
 
 def name_for(save_to: Path, rank: int) -> Path:
-    """Return the name with the rank in four digits, as sd-scripts has it."""
+    """Return the name with the rank in four digits, as sd-scripts writes it."""
     return save_to.with_name(f"{save_to.stem}-{rank:04d}{save_to.suffix}")
 
 

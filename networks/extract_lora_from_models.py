@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from library.adapters.low_rank import Change
     from library.models.checkpoint import Checkpoint
 
-    Pairs = dict[Layer, tuple[Place, Place]]  # where a layer stands in the original model, and in the tuned one
+    Pairs = dict[Layer, tuple[Place, Place]]  # place of a layer in the original model, and in the tuned one
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(ExtractConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
     from library.adapters.energy import KeptByBlock
-    from library.adapters.lora_file import tensors_of
+    from library.adapters.lora_file import to_state_dict
     from library.files import disk_errors
     from library.models.checkpoint import open_checkpoint
     from networks.lora import write_weights
@@ -107,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%s", line)
     dtype = tool_files.dtype_named(config.files.save_precision or "float")
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, tensors_of(changes, dtype), metadata_of(config, original, tuned, changes))
+        write_weights(
+            config.files.save_to, to_state_dict(changes, dtype), metadata_of(config, original, tuned, changes)
+        )
     logger.info("saved %s: %d modules", config.files.save_to, len(changes))
     return 0
 
@@ -187,14 +189,14 @@ def extracted(
             continue
         matrix = difference.flatten(1).to(options.device)
         is_large_conv = difference.ndim == 4 and difference.shape[2:] != (1, 1)
-        rank = options.conv_dim if is_large_conv else options.dim
+        rank = options.conv_dim if is_large_conv and options.conv_dim is not None else options.dim
         spectrum = exact_spectrum(matrix) if options.exact else nearest_spectrum(matrix, rank, generator)
         # One alpha for all, whatever ranks a layer can have: diffusers takes one for all attention layers.
         change = spectrum.truncated(rank, (rank, *difference.shape[1:])).with_alpha(float(rank))
         if options.clamp_quantile is not None:
             change = clamped(change, options.clamp_quantile)
         changes[module_name(layer, original.family)] = change.to("cpu")
-        kept.add(layer, spectrum.kept(change.rank), spectrum.total, change.rank)
+        kept.add(layer, spectrum, change.rank)
     return changes
 
 
@@ -234,7 +236,7 @@ def metadata_of(
     config: ExtractConfig, original: Checkpoint, tuned: Checkpoint, changes: Mapping[str, Change]
 ) -> Mapping[str, str]:
     """Return the metadata of the LoRA file, with the keys that sd-scripts writes."""
-    from library.adapters.provenance import common
+    from library.adapters.metadata import RECIPE, common
     from library.models.family import SD2
 
     family, options = original.family, config.extract
@@ -255,7 +257,7 @@ def metadata_of(
         "modelspec.title": config.files.save_to.stem,
         "modelspec.architecture": f"{family.architecture(predicts_v=predicts_v)}/lora",
         "modelspec.prediction_type": "v" if predicts_v else "epsilon",
-        "merge_recipe": json.dumps(
+        RECIPE: json.dumps(
             {"operation": "extract", "original": original.path.name, "tuned": tuned.path.name}, ensure_ascii=False
         ),
     }

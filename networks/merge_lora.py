@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,10 +29,8 @@ from library.logs import run_script
 if TYPE_CHECKING:
     import torch
 
-    from library.adapters.lora_file import LoraFile
     from library.adapters.low_rank import Change
-
-    Ratios = Mapping[str, float]  # of each module of a file
+    from library.adapters.merging import Weighted
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +79,9 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     """Run the script with a command line; return the exit code."""
     config = parse(MergeConfig, argv, description=description)
     tool_files.refuse(problems_of(config.files, config.merge))
-    from library.adapters.lora_file import same_family
+    from library.adapters.merging import read_weighted
 
-    weighted = weighted_files(config.files, config.merge)
-    same_family(file for file, _ in weighted)
+    weighted = read_weighted(config.files.models, config.files.ratios, config.merge.lbws)
     if config.files.sd_model is not None:
         merge_into_model(config, weighted)
     else:
@@ -114,26 +111,10 @@ def problems_of(files: FilesConfig, merge: MergeOptions) -> Iterator[str]:
         yield "--shuffle goes with --concat"
 
 
-def weighted_files(files: Any, merge: Any) -> list[tuple[LoraFile, Ratios]]:
-    """Return the LoRA files of --models, each with the ratio of its modules: its own, times the weight of the block."""
-    from library.adapters import layer_weights
-    from library.adapters.lora_file import read_lora
-
-    weighted = []
-    for index, path in enumerate(files.models):
-        file, ratio = read_lora(path), files.ratios[index]
-        weights = None if merge.lbws is None else layer_weights.read_weights(merge.lbws[index])
-        if weights is not None:
-            layer_weights.check_family(weights, file.family, path)
-        factors = {name: 1.0 if weights is None else layer_weights.weight_of(name, weights) for name in file.changes}
-        weighted.append((file, {name: ratio * factor for name, factor in factors.items()}))
-    return weighted
-
-
-def merge_into_model(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]]) -> None:
+def merge_into_model(config: MergeConfig, files: Sequence[Weighted]) -> None:
     """Write the base model with the changes of all files added, tensor by tensor."""
     from library.adapters.merging import Merge, additions_by_tensor, write_merged
-    from library.adapters.provenance import architecture
+    from library.adapters.metadata import architecture
     from library.models.checkpoint import open_checkpoint
     from library.models.family import check_flags
 
@@ -148,57 +129,36 @@ def merge_into_model(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios
     write_merged(model, Merge(additions, written_type(config), metadata), config.files.save_to)
 
 
-def merge_into_lora(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]]) -> None:
+def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     """Write one LoRA file for all."""
     import torch
     from tqdm import tqdm
 
-    from library.adapters.lora_file import tensors_of
-    from library.adapters.low_rank import mixed
-    from library.adapters.provenance import architecture, network_metadata
+    from library.adapters.lora_file import to_state_dict
+    from library.adapters.low_rank import SUMS, mixed
+    from library.adapters.merging import parts_by_module
+    from library.adapters.metadata import architecture, network_metadata
     from library.files import disk_errors
     from networks.lora import write_weights
 
     merge = config.merge
     parts = parts_by_module(files, allow_unmatched=merge.allow_unmatched)
-    check_layers(parts)
     check_factors(parts, merge)
-    join = joining(merge)
-    changes = {name: join(same) for name, same in tqdm(parts.items(), desc="merging", unit="module")}
+    total = SUMS[merge.concat, merge.reference_scale]
+    changes = {name: total(same) for name, same in tqdm(parts.items(), desc="merging", unit="module")}
     if merge.shuffle:
         generator = torch.Generator()
         generator.seed() if merge.seed is None else generator.manual_seed(merge.seed)
         changes = {name: mixed(change, generator) for name, change in changes.items()}
     ranks = {change.rank for change in changes.values()}
     logger.info("%d modules of rank %s", len(changes), " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
-    first = files[0][0]
-    metadata = network_metadata([file for file, _ in files], ranks, {change.alpha for change in changes.values()})
+    first = files[0].file
+    metadata = network_metadata([entry.file for entry in files], ranks, {change.alpha for change in changes.values()})
     provenance = origin(config, files)
     if provenance:
         metadata |= provenance | architecture(first.family, first.metadata, is_network=True)
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, tensors_of(changes, written_type(config)), metadata)
-
-
-def parts_by_module(
-    files: Sequence[tuple[LoraFile, Ratios]], *, allow_unmatched: bool
-) -> dict[str, list[tuple[float, Change]]]:
-    """Return module -> the changes that files have for it, each with its ratio."""
-    from library.adapters.merging import tell_unmatched
-
-    parts: dict[str, list[tuple[float, Change]]] = {}
-    for file, ratios in files:
-        tell_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=allow_unmatched)
-        for name, change in file.changes.items():
-            parts.setdefault(name, []).append((ratios[name], change))
-    return parts
-
-
-def check_layers(parts: Mapping[str, list[tuple[float, Change]]]) -> None:
-    """Raise UserError for modules of the same name and other layers."""
-    for name, same in parts.items():
-        if len({change.layer_shape for _, change in same}) > 1:
-            raise UserError(f"{name} is for different layers in the files: they are for different models")
+        write_weights(config.files.save_to, to_state_dict(changes, written_type(config)), metadata)
 
 
 def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeOptions) -> None:
@@ -214,35 +174,20 @@ def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeO
             raise UserError(f"{name} has an alpha of 0 or less, which --reference_scale cannot work with")
 
 
-def joining(merge: MergeOptions) -> Callable[[Sequence[tuple[float, Change]]], Change]:
-    """Return the function that makes one change of several, of which each has its ratio."""
-    from library.adapters import low_rank
-
-    return {
-        (False, False): low_rank.summed,
-        (True, False): low_rank.concatenated,
-        (False, True): low_rank.summed_as_sd_scripts,
-        (True, True): low_rank.concatenated_as_sd_scripts,
-    }[merge.concat, merge.reference_scale]
-
-
-def origin(config: MergeConfig, files: Sequence[tuple[LoraFile, Ratios]], *, base: str | None = None) -> dict[str, str]:
-    """Return what the written file says of the files that went into it; nothing with --no_metadata."""
-    from library.adapters.provenance import merged_metadata
+def origin(config: MergeConfig, files: Sequence[Weighted], *, base: str | None = None) -> dict[str, str]:
+    """Return metadata that name the files that went into the written one; none with --no_metadata."""
+    from library.adapters.metadata import merged_metadata
 
     if config.files.no_metadata:
         return {}
-    given = [(file, ratio) for (file, _), ratio in zip(files, config.files.ratios, strict=True)]
     merge = config.merge
-    return merged_metadata(
-        config.files.save_to,
-        "merge" if base else "concat" if merge.concat else "sum of factors",
-        given,
-        base=base,
-        lbws=merge.lbws,
-        reference_scale=True if merge.reference_scale else None,
-        shuffled=True if merge.shuffle else None,
-    )
+    operation = "merge" if base else "concat" if merge.concat else "sum of factors"
+    settings = {
+        "lbws": merge.lbws,
+        "reference_scale": True if merge.reference_scale else None,
+        "shuffled": True if merge.shuffle else None,
+    }
+    return merged_metadata(config.files.save_to, operation, files, base=base, settings=settings)
 
 
 def written_type(config: MergeConfig) -> torch.dtype:

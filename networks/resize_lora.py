@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ResizeConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
-    from library.adapters.lora_file import read_lora, tensors_of
+    from library.adapters.lora_file import read_lora, to_state_dict
     from library.files import disk_errors
     from networks.lora import write_weights
 
     file = read_lora(config.files.model)
     changes = resized(config, file)
-    tensors = tensors_of(changes, tool_files.dtype_named(config.files.save_precision or "float"))
+    tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors | file.extra, described(config, file, changes))
     logger.info("saved %s", config.files.save_to)
@@ -101,11 +101,10 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
         whole = most if options.dynamic_method is not None else min(most, largest[change.is_large_conv])
         scaled = dataclasses.replace(smaller, alpha=change.scale * smaller.rank)
         changes[name] = scaled.with_alpha(change.scale * whole)
-        squared = change.scale**2
-        kept.add(file.layer(name), squared * spectrum.kept(smaller.rank), squared * spectrum.total, smaller.rank)
+        kept.add(file.layer(name), spectrum, smaller.rank, scale=change.scale)
         norms.append(spectrum.energy(smaller.rank) ** 0.5)
         if config.files.verbose:
-            tqdm.write(f"{name:75} {told(spectrum, change.rank, smaller.rank)}")
+            tqdm.write(f"{name:75} {line_of(spectrum, change.rank, smaller.rank)}")
     for line in kept.lines():
         logger.info("%s", line)
     if config.files.verbose:
@@ -115,7 +114,7 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     return changes
 
 
-def told(spectrum: Spectrum, before: int, after: int) -> str:
+def line_of(spectrum: Spectrum, before: int, after: int) -> str:
     """Return what a module keeps: share of the sum and of the norm of its values, largest to smallest kept, ranks."""
     values = spectrum.values.double()
     total = float(values.sum())
@@ -127,7 +126,7 @@ def told(spectrum: Spectrum, before: int, after: int) -> str:
 
 def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change]) -> dict[str, str]:
     """Return the metadata of the source with the new ranks and what was done; hashes are made where it is written."""
-    from library.adapters.provenance import common
+    from library.adapters.metadata import commented, common
 
     options = config.ranks
     former = {change.rank for change in file.changes.values()}
@@ -137,9 +136,7 @@ def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change
         how = f"resized from rank {common(former)} to {options.new_rank}"
         if options.new_conv_rank not in (None, options.new_rank):
             how += f", convolutions to {options.new_conv_rank}"
-    kept = {key: text for key, text in file.metadata.items() if not key.startswith("sshs_")}
-    comment = kept.get("ss_training_comment")
-    kept["ss_training_comment"] = how if comment in (None, "", "None") else f"{how}; {comment}"
+    kept = commented(file.metadata, how)
     linear = [change for change in changes.values() if not change.is_large_conv] or list(changes.values())
     kept["ss_network_dim"] = common({change.rank for change in linear})
     kept["ss_network_alpha"] = common({change.alpha for change in linear})
@@ -151,10 +148,10 @@ def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change
 
 
 def conv_arguments(metadata: Mapping[str, str], convolutions: Sequence[Change]) -> dict[str, str]:
-    """Return ss_network_args with rank and alpha of the convolutions, where they stand there."""
+    """Return ss_network_args with rank and alpha of the convolutions, where it has them."""
     import json
 
-    from library.adapters.provenance import common
+    from library.adapters.metadata import common
 
     try:
         arguments = json.loads(metadata.get("ss_network_args", ""))

@@ -24,12 +24,12 @@ from library.config.options import option, parse
 from library.config.rank_options import RankOptions
 from library.config.tool_files import Precision
 from library.logs import run_script
-from networks.merge_lora import check_layers, parts_by_module, weighted_files
 
 if TYPE_CHECKING:
     from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import LoraFile
     from library.adapters.low_rank import Change
+    from library.adapters.merging import Weighted
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(SvdMergeConfig, argv, description=__doc__)
     tool_files.refuse(problems_of(config))
     from library.adapters.energy import KeptByBlock
-    from library.adapters.lora_file import same_family, tensors_of
+    from library.adapters.lora_file import to_state_dict
+    from library.adapters.merging import parts_by_module, read_weighted
     from library.files import disk_errors
     from networks.lora import write_weights
 
-    files = weighted_files(config.files, config.merge)
-    same_family(file for file, _ in files)
+    files = read_weighted(config.files.models, config.files.ratios, config.merge.lbws)
     parts = parts_by_module(files, allow_unmatched=config.merge.allow_unmatched)
-    check_layers(parts)
     kept = KeptByBlock()
-    changes = merged_changes(config, parts, files[0][0], kept)
+    changes = merged_changes(config, parts, files[0].file, kept)
     for line in kept.lines():
         logger.info("%s", line)
     dtype = tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
-    metadata = metadata_of(config, [file for file, _ in files], changes)
+    metadata = metadata_of(config, files, changes)
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, tensors_of(changes, dtype), metadata)
+        write_weights(config.files.save_to, to_state_dict(changes, dtype), metadata)
     logger.info("saved %s", config.files.save_to)
     return 0
 
@@ -129,30 +128,33 @@ def merged_changes(
         if config.merge.clamp_quantile is not None:
             change = clamped(change, config.merge.clamp_quantile)
         changes[name] = change.to("cpu")
-        kept.add(file.layer(name), spectrum.kept(change.rank), spectrum.total, change.rank)
+        kept.add(file.layer(name), spectrum, change.rank)
     return changes
 
 
-def metadata_of(config: SvdMergeConfig, files: Sequence[LoraFile], changes: Mapping[str, Change]) -> dict[str, str]:
+def metadata_of(config: SvdMergeConfig, files: Sequence[Weighted], changes: Mapping[str, Change]) -> dict[str, str]:
     """Return the metadata of the merged file."""
     import json
 
-    from library.adapters.provenance import architecture, common, merged_metadata, network_metadata
+    from library.adapters.metadata import architecture, common, merged_metadata, network_metadata
 
     ranks = config.ranks
     linear = {change.rank for change in changes.values() if not change.is_large_conv}
     conv = {change.rank for change in changes.values() if change.is_large_conv}
-    metadata = network_metadata(files, linear or conv, {float(ranks.new_rank)})
+    metadata = network_metadata([entry.file for entry in files], linear or conv, {float(ranks.new_rank)})
     if conv:
         alpha = float(ranks.rank_of(is_large_conv=True))
         metadata["ss_network_args"] = json.dumps({"conv_dim": common(conv), "conv_alpha": str(alpha)})
     if config.files.no_metadata:
         return metadata
-    given = list(zip(files, config.files.ratios, strict=True))
-    merge = config.merge
-    settings = {"lbws": merge.lbws, "clamp_quantile": merge.clamp_quantile, "dynamic_method": ranks.dynamic_method}
-    origin = merged_metadata(config.files.save_to, "svd", given, dynamic_param=ranks.dynamic_param, **settings)
-    return metadata | origin | architecture(files[0].family, files[0].metadata, is_network=True)
+    settings = {
+        "dynamic_param": ranks.dynamic_param,
+        "lbws": config.merge.lbws,
+        "clamp_quantile": config.merge.clamp_quantile,
+        "dynamic_method": ranks.dynamic_method,
+    }
+    origin, first = merged_metadata(config.files.save_to, "svd", files, settings=settings), files[0].file
+    return metadata | origin | architecture(first.family, first.metadata, is_network=True)
 
 
 if __name__ == "__main__":

@@ -154,12 +154,17 @@ def test_sdxl_goes_through_all_three_kinds_of_names(tmp_path):
 def test_metadata_go_along_and_hashes_are_those_of_the_file(model_store, tmp_path):
     models, _ = model_store("sd1")
     file = make_lora(models, tmp_path / "a.safetensors")
-    lora.write_weights(file, load_file(file), {"ss_tag_frequency": '{"a": 1}', "modelspec.title": "mine"})
+    lora.write_weights(
+        file,
+        load_file(file),
+        {"ss_tag_frequency": '{"a": 1}', "modelspec.title": "mine"} | {"modelspec.hash_sha256": "0x1"},
+    )
     out = convert(file, tmp_path / "b.safetensors", "--to", "diffusers")
     with safe_open(out, "pt") as written:
         metadata = written.metadata()
     assert metadata["ss_tag_frequency"] == '{"a": 1}'
     assert metadata["modelspec.title"] == "mine"
+    assert "modelspec.hash_sha256" not in metadata
     assert metadata["sshs_model_hash"] == read_lora(out).sha256()
     assert json.loads(metadata.get("lora_adapter_metadata", "{}")) == {}
 
@@ -177,7 +182,11 @@ def test_mistakes(model_store, tmp_path):
     save_file(weights, file)
     with pytest.raises(UserError, match=re.escape("(odd.weight); --allow_unmatched goes on")):
         convert(file, tmp_path / "b.safetensors", "--to", "diffusers")
+    save_file({name: tensor * 1e6 for name, tensor in load_file(file).items() if "odd" not in name}, file)
+    with pytest.raises(UserError, match="becomes too large for float16"):
+        convert(file, tmp_path / "b.safetensors", "--save_precision", "fp16")
     assert not (tmp_path / "b.safetensors").exists()
+    save_file(weights, file)
     convert(file, tmp_path / "b.safetensors", "--to", "diffusers", "--allow_unmatched")
     weights["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"] = torch.ones(3, 3)
     save_file(weights, file)

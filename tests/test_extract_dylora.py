@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from scripts import ROOT, help_of, python
 from tensors import metadata
 
+from library.adapters.dylora import full_rank, truncated_to
 from library.errors import UserError
 from networks import dylora, extract_lora_from_dylora, lora
 
@@ -116,6 +117,17 @@ def test_files_without_metadata_and_of_sd_scripts_are_cut_as_well(tmp_path, capl
     part = load_file(tmp_path / "cut-0004.safetensors")
     scale = float(part["lora_unet_a.alpha"]) / 4
     assert scale == pytest.approx(4.0 / 8 * (8 / 4) ** 0.5)  # alpha / R sqrt(R / b), its scale in training
+
+
+@pytest.mark.parametrize(("down", "up"), [("lora_down", "lora_up"), ("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_ranks_are_cut_under_the_names_of_every_trainer(down, up):
+    weights = {
+        f"a.{down}.weight": torch.randn(4, 3),
+        f"a.{up}.weight": torch.randn(5, 4, 1, 1),
+        "a.alpha": torch.ones(()),
+    }
+    assert [tuple(tensor.shape) for tensor in truncated_to(3, weights).values()] == [(3, 3), (5, 3, 1, 1), ()]
+    assert full_rank({name: tensor.shape for name, tensor in weights.items()}, ROOT) == 4
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def test_sums_and_spectra_are_those_of_the_full_matrices(out, inner, parts):
 def test_mistakes_are_told_all_at_once_before_anything_is_read(model_store, tmp_path, monkeypatch):
     models, paths = model_store("sd1")
     file = make_lora(models, tmp_path / "a.safetensors")
-    monkeypatch.setattr("library.adapters.lora_file.read_lora", lambda path: pytest.fail("a file was read"))
+    monkeypatch.setattr("library.adapters.merging.read_lora", lambda path: pytest.fail("a file was read"))
     with pytest.raises(UserError) as caught:
         merge("--save_to", file, "--models", file, tmp_path / "gone", "--ratios", 1, "--shuffle", "--sd_model", "x")
     lines = str(caught.value).splitlines()

@@ -226,7 +226,7 @@ def test_what_breaks_in_the_middle_leaves_the_old_file(pair, tmp_path, monkeypat
     one, two, *_ = pair
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"old")
-    whole, calls = merge_models.read_one, []
+    whole, calls = merge_models.WeightedCheckpoint.tensor, []
 
     def breaking(model, name):
         calls.append(name)
@@ -234,7 +234,7 @@ def test_what_breaks_in_the_middle_leaves_the_old_file(pair, tmp_path, monkeypat
             raise OSError("the disk went away")
         return whole(model, name)
 
-    monkeypatch.setattr(merge_models, "read_one", breaking)
+    monkeypatch.setattr(merge_models.WeightedCheckpoint, "tensor", breaking)
     with pytest.raises(OSError, match="disk went away"):
         merge("--models", one, two, "--output", out)
     assert list(tmp_path.iterdir()) == [out]

@@ -315,7 +315,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("module", "argv", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_told_before_anything_is_read(module, argv, message, monkeypatch):
-    monkeypatch.setattr("library.adapters.lora_file.read_lora", lambda path: pytest.fail("a file was read"))
+    for reader in ("lora_file", "merging"):
+        monkeypatch.setattr(f"library.adapters.{reader}.read_lora", lambda path: pytest.fail("a file was read"))
     with pytest.raises(UserError, match=re.escape(message)):
         call(module, *argv)
 

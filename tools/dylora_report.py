@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.adapters.dylora import file_sizes, ranks_of
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import load_datasets
 from library.config.loss import LossConfig
@@ -35,10 +36,8 @@ from library.data.records import TrainingSet, build_training_sets
 from library.errors import Problems, UserError, shortened
 from library.files import replacing
 from library.logs import run_script
-from library.safetensors_io import Header
 from library.sampling.prompts import Prompt, read_prompts
 from library.weight_file import WeightFile, open_weights
-from networks.extract_lora_from_dylora import DOWN, UP, full_rank, ranks_to_write, unit_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -196,8 +195,7 @@ def read_model(files: FilesConfig) -> tuple[WeightFile, list[int]]:
     if not files.model.is_file():
         raise UserError(f"--model: {files.model} is not a file")
     file = open_weights(files.model)
-    full = full_rank(file.shapes, files.model)
-    return file, ranks_to_write(files.unit or unit_of(file.metadata), full, files.model)
+    return file, ranks_of(file, files.unit)
 
 
 def seed_of(given: int | None, metadata: Mapping[str, str]) -> int:
@@ -339,17 +337,6 @@ def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Se
         with at_rank(network, rank):
             losses[rank] = measurement.losses(network, f"rank {rank}" if rank else "base model")
     return losses
-
-
-def file_sizes(file: WeightFile, ranks: Sequence[int]) -> dict[int, int]:
-    """Return rank -> bytes of the file with that rank, to a few bytes of its header."""
-    if isinstance(file.content, Header):
-        sizes = {name: info.end - info.start for name, info in file.content.tensors.items()}
-    else:
-        sizes = {name: tensor.nbytes for name, tensor in file.content.items()}
-    matrices = sum(size for name, size in sizes.items() if name.endswith((DOWN, UP)))
-    whole = file.path.stat().st_size
-    return {rank: whole - round(matrices * (1 - rank / ranks[-1])) for rank in ranks}
 
 
 def write_results(

@@ -23,6 +23,7 @@ from library.config.options import option, parse
 from library.config.tool_files import Precision, device_problems, dtype_named, input_problems, refuse
 from library.errors import UserError
 from library.logs import run_script
+from library.models import keys
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +36,9 @@ SUFFIX = ".safetensors"
 INPUT_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
 TOLERANCE = 0.02  # of the sum of ratios: 0.33 three times is meant to be 1
 # What --unet_only leaves as the first model has it.
-NOT_UNET = ("first_stage_model", "cond_stage_model", "conditioner.")
-TEXT_ENCODER = "cond_stage_model.transformer."
+NOT_UNET = (keys.VAE_PREFIX, *keys.TEXT_PREFIXES)
+TEXT_ENCODER = f"{keys.TEXT_PREFIX}transformer."
 OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
-HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the former file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class MergeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class WeightedCheckpoint:
     """A checkpoint with its ratio; names are today's names -> those in the file."""
 
     file: WeightFile
@@ -88,6 +88,10 @@ class Model:
         """Return the shape of a tensor."""
         return self.file.shapes[self.names[name]]
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; it can be read once only."""
+        return next(self.file.tensors((self.names[name],)))[1]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = open_models(config.files)
     check_family(models)
     check_shapes(models, config.merge)
-    tell_of_skipped(models, config.merge)
+    log_skipped(models, config.merge)
     types = types_to_write(models[0], config.merge)
     infos = {name: (dtype, models[0].shape(name)) for name, dtype in types.items()}
     write_stream(output, infos, merged_tensors(models, types, config.merge), metadata_of(models, output, config.merge))
@@ -138,7 +142,7 @@ def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
             yield f"--output {output} is one of the files to be read: take another name"
 
 
-def check_family(models: Sequence[Model]) -> None:
+def check_family(models: Sequence[WeightedCheckpoint]) -> None:
     """Raise UserError for models of more than one family; one that is not recognised is left to `check_shapes`."""
     for model in models:
         if any(".lora_" in name or ".hada_" in name or ".lokr_" in name for name in model.names):
@@ -149,8 +153,8 @@ def check_family(models: Sequence[Model]) -> None:
         raise UserError(f"only models of one family can be merged: {found}")
 
 
-def family_title(model: Model) -> str | None:
-    """Return the name of a model's family, or None where it is not told by the tensors."""
+def family_title(model: WeightedCheckpoint) -> str | None:
+    """Return the name of a model's family, or None where its tensors are of none."""
     from library.models.family import detect_family
 
     try:
@@ -159,7 +163,7 @@ def family_title(model: Model) -> str | None:
         return None
 
 
-def check_shapes(models: Sequence[Model], merge: MergeOptions) -> None:
+def check_shapes(models: Sequence[WeightedCheckpoint], merge: MergeOptions) -> None:
     """Raise UserError for tensors of the same name that cannot be summed, and for files that share no names."""
     first = models[0]
     for other in models[1:]:
@@ -174,8 +178,8 @@ def check_shapes(models: Sequence[Model], merge: MergeOptions) -> None:
                 )
 
 
-def tell_of_skipped(models: Sequence[Model], merge: MergeOptions) -> None:
-    """Tell of tensors that only some models have, and of ratios that make the sum stronger or weaker."""
+def log_skipped(models: Sequence[WeightedCheckpoint], merge: MergeOptions) -> None:
+    """Log tensors that only some models have, and ratios that make the sum stronger or weaker."""
     first, total = models[0], sum(model.ratio for model in models)
     if abs(total - 1) > TOLERANCE:
         logger.warning("the ratios add up to %g, not 1: the model becomes that much stronger or weaker", total)
@@ -197,13 +201,15 @@ def tell_of_skipped(models: Sequence[Model], merge: MergeOptions) -> None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def open_models(files: FilesConfig) -> list[Model]:
+def open_models(files: FilesConfig) -> list[WeightedCheckpoint]:
     """Return the models, of which safetensors files are not read yet."""
     from library.weight_file import open_weights
 
     ratios = files.ratios or (1 / len(files.models),) * len(files.models)
     opened = [open_weights(path) for path in files.models]
-    return [Model(file, ratio, names_today(file.shapes)) for file, ratio in zip(opened, ratios, strict=True)]
+    return [
+        WeightedCheckpoint(file, ratio, names_today(file.shapes)) for file, ratio in zip(opened, ratios, strict=True)
+    ]
 
 
 def names_today(names: Mapping[str, object]) -> dict[str, str]:
@@ -221,7 +227,7 @@ def is_merged(name: str, merge: MergeOptions) -> bool:
     return not (merge.unet_only and any(part in name for part in NOT_UNET))
 
 
-def types_to_write(first: Model, merge: MergeOptions) -> dict[str, torch.dtype]:
+def types_to_write(first: WeightedCheckpoint, merge: MergeOptions) -> dict[str, torch.dtype]:
     """Return name -> type in which it is written, for all tensors in the order in which they are read."""
     today = {own: name for name, own in first.names.items()}
     types = {today[own]: dtype for own, dtype, _ in first.file.infos() if own in today}
@@ -232,19 +238,19 @@ def types_to_write(first: Model, merge: MergeOptions) -> dict[str, torch.dtype]:
 
 
 def merged_tensors(
-    models: Sequence[Model], types: Mapping[str, torch.dtype], merge: MergeOptions
+    models: Sequence[WeightedCheckpoint], types: Mapping[str, torch.dtype], merge: MergeOptions
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor of the merged model; no more than two tensors are held at a time."""
     from tqdm import tqdm
 
     for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
-        tensor = read_one(models[0], name)
+        tensor = models[0].tensor(name)
         if tensor.is_floating_point() and is_merged(name, merge):
             tensor = weighted_sum(models, name, tensor, merge.device)
         yield name, tensor.to(dtype)
 
 
-def weighted_sum(models: Sequence[Model], name: str, first: torch.Tensor, device: str) -> torch.Tensor:
+def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.Tensor, device: str) -> torch.Tensor:
     """Return the sum of ratio * tensor over the models in float32; where a model lacks it, the first one's counts."""
     import torch
 
@@ -253,37 +259,31 @@ def weighted_sum(models: Sequence[Model], name: str, first: torch.Tensor, device
     total = base * (models[0].ratio + lacking)
     for model in models[1:]:
         if name in model.names:
-            total.add_(read_one(model, name).to(device, torch.float32), alpha=model.ratio)
+            total.add_(model.tensor(name).to(device, torch.float32), alpha=model.ratio)
     return total.cpu()
 
 
-def read_one(model: Model, name: str) -> torch.Tensor:
-    """Return one tensor of a model; a pickle lets go of it."""
-    from library.safetensors_io import Header, read_tensors
-
-    content, own = model.file.content, model.names[name]
-    if not isinstance(content, Header):
-        return content.pop(own)
-    only = Header({own: content.tensors[own]}, {}, content.data_start)
-    return next(read_tensors(model.path, only))[1]
-
-
-def metadata_of(models: Sequence[Model], output: Path, merge: MergeOptions) -> dict[str, str]:
+def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: MergeOptions) -> dict[str, str]:
     """Return the metadata of the merged model: the first one's, and what it was merged from."""
-    from library.adapters.provenance import RECIPE
+    from library.adapters.metadata import RECIPE, without_hashes
 
-    kept = {key: text for key, text in models[0].file.metadata.items() if key not in HASHES}
     titles = [model.file.metadata.get("modelspec.title") or model.path.stem for model in models]
-    recipe = {"operation": "merge_models", "unet_only": merge.unet_only, "models": [told_of(model) for model in models]}
-    return kept | {
+    recipe = {
+        "operation": "merge_models",
+        "unet_only": merge.unet_only,
+        "models": [recipe_entry(model) for model in models],
+    }
+    return without_hashes(models[0].file.metadata) | {
         "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join(titles),
         RECIPE: json.dumps(recipe, ensure_ascii=False),
     }
 
 
-def told_of(model: Model) -> dict[str, str | float]:
-    """Return name and ratio of a model for the recipe, with the hash that the file tells of itself, if it does."""
+def recipe_entry(model: WeightedCheckpoint) -> dict[str, str | float]:
+    """Return name and ratio of a model for the recipe, with the hashes in its metadata, if there are any."""
+    from library.adapters.metadata import HASHES
+
     metadata = model.file.metadata
     hashes = {key: metadata[key] for key in HASHES if key in metadata}
     return {"name": model.path.name, "ratio": model.ratio, **hashes}

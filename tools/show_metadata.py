@@ -11,6 +11,7 @@ is 1 if a file has no metadata, 2 if one cannot be read.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import sys
@@ -101,7 +102,8 @@ def unfolded(text: Any) -> Any:
 
 def write(text: str) -> None:
     """Write a text to standard output in UTF-8, whatever the machine's own encoding is."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.stdout.write(f"{text}\n")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from library.adapters.layers import UNET, Layer
+from library.adapters.low_rank import Spectrum
 
 
 @dataclasses.dataclass
@@ -40,8 +41,9 @@ class KeptByBlock:
     blocks: dict[str, Kept] = dataclasses.field(default_factory=dict)
     all: Kept = dataclasses.field(default_factory=Kept)
 
-    def add(self, layer: Layer | None, kept: float, total: float, rank: int) -> None:
-        """Take in a module at its layer."""
+    def add(self, layer: Layer | None, spectrum: Spectrum, rank: int, *, scale: float = 1.0) -> None:
+        """Take in a module at its layer: scale times a spectrum, of which the first rank values are kept."""
+        kept, total = scale**2 * spectrum.kept(rank), scale**2 * spectrum.total
         for group in (self.blocks.setdefault(block_title(layer), Kept()), self.all):
             group.add(kept, total, rank)
 

@@ -44,7 +44,9 @@ def read_weights(text: str) -> tuple[float, ...]:
 
 
 def _is_finite(number: object) -> bool:
-    return type(number) in (int, float) and math.isfinite(number)  # JSON of Python knows NaN
+    return (
+        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    )  # JSON of Python knows NaN
 
 
 def problems(lists: Sequence[str], num_models: int) -> Iterator[str]:
@@ -73,6 +75,6 @@ def weight_of(module: str, weights: Sequence[float]) -> float:
     block = block_of(module)
     if block is None:
         return 1.0
-    slot = SIDES[block.side] + (0 if block.side == "middle" else block.index)
+    slot = SIDES[block.side] + (0 if block.side == "middle" else block.number)
     slots = SLOTS[len(weights)]
     return weights[slots.index(slot)] if slot in slots else 1.0

@@ -1,4 +1,4 @@
-"""The layers that networks act on: their names in every kind of file, and where they stand in a base model.
+"""The layers that networks act on: their names in every kind of file, their blocks, and their tensors in a base model.
 
 A layer is known by its part and its path in diffusers (`unet`, `mid_block.attentions.0.proj_in`). Files of the suite
 write it as one word after a prefix (`lora_unet_mid_block_attentions_0_proj_in`), for SDXL's U-Net in the names of the
@@ -29,12 +29,12 @@ class Block(NamedTuple):
     """
 
     side: Literal["text", "first", "in", "middle", "out", "last"]
-    index: int = 0
+    number: int = 0
 
     @property
     def title(self) -> str:
         """The block of diffusers that it is a part of: down 1, middle, up 0."""
-        stages = {"in": f"down {(self.index - 1) // 3}", "middle": "middle", "out": f"up {self.index // 3}"}
+        stages = {"in": f"down {(self.number - 1) // 3}", "middle": "middle", "out": f"up {self.number // 3}"}
         return "edges" if self == Block("in") else stages.get(self.side, "edges")
 
 
@@ -65,7 +65,7 @@ def block_of(module: str) -> Block | None:
         match = re.match(pattern, word)
         if match:
             return Block(
-                first.side, first.index + sum(int(n) * step for n, step in zip(match.groups(), steps, strict=True))
+                first.side, first.number + sum(int(n) * step for n, step in zip(match.groups(), steps, strict=True))
             )
     return None
 

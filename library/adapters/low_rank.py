@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Change:
             return self
         return dataclasses.replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of the delta: ||U D||^2 is the sum over (U^T U) * (D D^T), U D is not made."""
+        up, down = self.up.double(), self.down.double()
+        squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)  # NaN stays
+        return abs(self.alpha) / self.rank * float(squared.sqrt())
+
     def delta(self) -> Tensor:
         """Return alpha / R * U D, (out, n), float32."""
         return (self.up.float() @ self.down.float()) * self.scale
@@ -61,7 +67,7 @@ class Change:
 def concatenated(parts: Sequence[tuple[float, Change]]) -> Change:
     """Return the weighted sum of changes exactly, its rank the sum of theirs and its alpha that rank.
 
-    With c = ratio * alpha / R the columns sqrt|c| U and the rows sign(c) sqrt|c| D of all parts stand side by
+    With c = ratio * alpha / R the columns sqrt|c| U and the rows sign(c) sqrt|c| D of all parts are put side by
     side: their product is the sum of c U D, and readers multiply it by alpha / rank = 1.
     """
     ups, downs = [], []
@@ -85,8 +91,9 @@ def summed(parts: Sequence[tuple[float, Change]]) -> Change:
     strengths = [ratio * change.scale for ratio, change in parts]
     root = math.sqrt(sum(map(abs, strengths))) or 1.0
     changes = [change for _, change in parts]
-    up = sum(change.up.float() * (abs(c) / root) for c, change in zip(strengths, changes, strict=True))
-    down = sum(change.down.float() * (c / root) for c, change in zip(strengths, changes, strict=True))
+    up, down = torch.zeros_like(changes[0].up.float()), torch.zeros_like(changes[0].down.float())
+    for c, change in zip(strengths, changes, strict=True):
+        up, down = up + change.up.float() * (abs(c) / root), down + change.down.float() * (c / root)
     return Change(up, down, float(changes[0].rank), changes[0].down_shape)
 
 
@@ -111,8 +118,17 @@ def _folded(joined: Change, rank: int) -> Change:
     return Change(up, down, float(rank), (rank, *joined.down_shape[1:]))
 
 
+# Whether ranks are put side by side, and whether the numbers are those of sd-scripts -> how changes are summed.
+SUMS: dict[tuple[bool, bool], Callable[[Sequence[tuple[float, Change]]], Change]] = {
+    (False, False): summed,
+    (True, False): concatenated,
+    (False, True): summed_as_sd_scripts,
+    (True, True): concatenated_as_sd_scripts,
+}
+
+
 def mixed(change: Change, generator: torch.Generator) -> Change:
-    """Return the same change with its ranks mixed by a random rotation, so that the parts cannot be told apart.
+    """Return the same change with its ranks mixed by a random rotation, so that the parts cannot be recognised.
 
     For an orthogonal Q, (U Q)(Q^T D) = U D. Drawn from the Haar measure (QR of a Gaussian matrix with the signs of
     R's diagonal, Mezzadri 2007, arXiv math-ph/0609050), Q leaves nothing of the order or the borders of the parts,
@@ -281,6 +297,6 @@ DYNAMIC_RANKS = {"sv_ratio": rank_by_ratio, "sv_cumulative": rank_by_sum, "sv_fr
 
 def rank_to_keep(values: Tensor, most: int, method: str | None, target: float | None) -> int:
     """Return the rank of a module: most, or by a method as many as reach its target, but not more than most."""
-    if method is None or float(values[0]) <= 1e-12:
+    if method is None or target is None or float(values[0]) <= 1e-12:
         return most
     return max(1, min(most, DYNAMIC_RANKS[method](values, target)))

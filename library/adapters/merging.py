@@ -1,4 +1,4 @@
-"""Networks into a base model: what is added to which tensor, and the model written tensor by tensor."""
+"""LoRA files with their strengths, into one another or into a base model, which is written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from library.adapters.layer_weights import check_family, read_weights, weight_of
 from library.adapters.layers import places
-from library.adapters.lora_file import LoraFile
+from library.adapters.lora_file import LoraFile, read_lora, same_family
 from library.adapters.low_rank import Change
 from library.errors import UserError
 from library.files import new_folder
@@ -29,6 +30,59 @@ logger = logging.getLogger(__name__)
 MOST_NAMED = 5
 # Beginnings of the names of what networks act on: written in the type asked for, the rest as it is.
 MERGED_PARTS = (keys.UNET_PREFIX, *keys.TEXT_PREFIXES, "unet/", "text_encoder")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files with their strengths
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """A LoRA file with its strength."""
+
+    file: LoraFile
+    ratio: float
+    weights: tuple[float, ...] | None = None  # by block, of --lbws
+
+    def ratio_of(self, module: str) -> float:
+        """Return the strength of one of its modules."""
+        return self.ratio if self.weights is None else self.ratio * weight_of(module, self.weights)
+
+
+def read_weighted(paths: Sequence[Path], ratios: Sequence[float], lbws: Sequence[str] | None) -> list[Weighted]:
+    """Return LoRA files with their ratios and lists of --lbws; raises UserError for files of different families."""
+    weighted = []
+    for index, path in enumerate(paths):
+        file = read_lora(path)
+        weights = None if lbws is None else read_weights(lbws[index])
+        if weights is not None:
+            check_family(weights, file.family, path)
+        weighted.append(Weighted(file, ratios[index], weights))
+    same_family(entry.file for entry in weighted)
+    return weighted
+
+
+def parts_by_module(files: Sequence[Weighted], *, allow_unmatched: bool) -> dict[str, list[tuple[float, Change]]]:
+    """Return module -> the changes that files have for it, each with its ratio.
+
+    Raises UserError for modules of one name that are for different layers.
+    """
+    parts: dict[str, list[tuple[float, Change]]] = {}
+    for weighted in files:
+        file = weighted.file
+        warn_of_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=allow_unmatched)
+        for name, change in file.changes.items():
+            parts.setdefault(name, []).append((weighted.ratio_of(name), change))
+    for name, same in parts.items():
+        if len({change.layer_shape for _, change in same}) > 1:
+            raise UserError(f"{name} is for different layers in the files: they are for different models")
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Into a base model
+# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +104,34 @@ class Addition:
 
 
 def additions_by_tensor(
-    model: Checkpoint, files: Sequence[tuple[LoraFile, Mapping[str, float]]], *, allow_unmatched: bool
+    model: Checkpoint, files: Sequence[Weighted], *, allow_unmatched: bool
 ) -> dict[str, list[Addition]]:
-    """Return tensor name -> what is added to it, for files with the ratio of each module.
+    """Return tensor name -> what is added to it.
 
     Raises UserError for files of another family, modules that the model does not have, and shapes that do not fit.
     """
     known = places(model)
     additions: dict[str, list[Addition]] = {}
-    for file, ratios in files:
-        if file.family not in (None, model.family):
+    for weighted in files:
+        file = weighted.file
+        if file.family is not None and file.family is not model.family:
             raise UserError(f"{file.path} is for {file.family.title}, {model.path} is an {model.family.title} model")
         missing = []
         for name, change in file.changes.items():
-            place = known.get(file.layer(name))
+            layer = file.layer(name)
+            place = None if layer is None else known.get(layer)
             if place is None:
                 missing.append(name)
                 continue
             check_shape(file, name, change, model.shapes[place.name], place)
-            if ratios[name] == 0:
-                continue
-            additions.setdefault(place.name, []).append(Addition(ratios[name], change, place.third))
-        tell_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
+            ratio = weighted.ratio_of(name)
+            if ratio != 0:
+                additions.setdefault(place.name, []).append(Addition(ratio, change, place.third))
+        warn_of_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
     return additions
 
 
-def tell_unmatched(file: LoraFile, names: Sequence[str], where: Path, *, allowed: bool) -> None:
+def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path, *, allowed: bool) -> None:
     """Warn of what has no place in a model; raises UserError unless that is allowed."""
     if not names:
         return

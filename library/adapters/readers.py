@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.layers import UNET, layers_by_name
-from library.adapters.lora_file import family_by_version, family_of, roles_of
+from library.adapters.names import Shapes, family_by_version, family_of, kind_of, roles_of
 from library.models.family import SD1, SDXL, ModelFamily
 
-Shapes = Mapping[str, Sequence[int]]
-
-# Part of a tensor's name -> kind of network, in the order in which they are looked for.
-KINDS = (
-    (".lora_mid.", "Tucker"),
-    (".dora_scale", "DoRA"),
-    ("lora_magnitude_vector", "DoRA"),
-    (".hada_", "LoHa"),
-    (".lokr_", "LoKr"),
-    (".oft_", "OFT"),
-    (".on_input", "IA3"),
-    (".diff_b", "difference"),
-    (".diff", "difference"),
-    (".w_norm", "norm"),
-    (".b_norm", "norm"),
-)
 LORA, OTHER = "LoRA", "other"
 FORGE_LIMIT = 12  # unmatched tensors that Forge still accepts
 
@@ -68,7 +52,7 @@ def keys_of(shapes: Shapes, family: ModelFamily | None) -> list[Key]:
     known = layers_by_name(family or SD1)
     keys = []
     for name, shape in shapes.items():
-        kind = next((kind for part, kind in KINDS if part in name), None)
+        kind = kind_of(name)
         module = stems.get(name, name.split(".")[0])
         if kind is None:
             kind = LORA if name in stems and module in paired else alpha_kind(name, module, shapes)
@@ -76,10 +60,10 @@ def keys_of(shapes: Shapes, family: ModelFamily | None) -> list[Key]:
     return keys
 
 
-def pairs_of(shapes: Shapes) -> set[str]:
+def pairs_of(names: Iterable[str]) -> set[str]:
     """Return the modules that have both matrices of a LoRA."""
     roles: dict[str, set[str]] = {}
-    for stem, role, _ in roles_of(shapes):
+    for stem, role, _ in roles_of(names):
         roles.setdefault(stem, set()).add(role)
     return {stem for stem, found in roles.items() if {"down", "up"} <= found}
 
@@ -89,12 +73,12 @@ def alpha_kind(name: str, module: str, shapes: Shapes) -> str:
     if name.endswith(".alpha"):
         start = f"{module}."
         others = [other[len(module) :] for other in shapes if other.startswith(start) and other != name]
-        return next((kind for part, kind in KINDS for other in others if part in other), OTHER)
+        return next((kind for other in others if (kind := kind_of(other)) is not None), OTHER)
     return OTHER
 
 
 def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
-    """Return the models that the modules of a file are for, whatever kind of network it is, or that it says."""
+    """Return the models that a network of any kind is for: by its modules, else by its metadata."""
     downs = {stem: tuple(shapes[name]) for stem, role, name in roles_of(shapes) if role == "down"}
     modules = downs or {name.split(".")[0]: tuple(shape) for name, shape in shapes.items()}
     return family_of(modules) or family_by_version(metadata)
@@ -115,16 +99,9 @@ def dialect(shapes: Shapes) -> str:
 
 def diffusers(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
     """Return what `load_lora_weights` does: one tensor that it does not know refuses the file."""
-    for key in keys:
-        if key.kind not in (LORA, "DoRA"):
-            return Verdict(0, (), f"{key.name} is {kind_words(key.kind)}")
-        if "lora" not in key.name and not key.name.endswith(".alpha"):
-            return Verdict(0, (), f"{key.name} has no lora in its name")
-    expected = 4 if family is SD1 else 2
-    other = next((key for key in keys if family and is_projection(key) and len(key.shape) != expected), None)
-    if other is not None:
-        layer = "a 1x1 convolution" if family is SD1 else "a linear layer"
-        return Verdict(0, (), f"{other.name} is {len(other.shape)}-D, {family.title} has {layer} there")
+    refusal = refusal_of_diffusers(keys, family)
+    if refusal is not None:
+        return Verdict(0, (), refusal)
     skipped = [key.name for key in keys if not key.is_known or key.kind == "DoRA"]
     original = [key for key in keys if re.match(r"lora_unet_(in|out)put_blocks_|lora_unet_middle_block_", key.name)]
     others = [key for key in keys if re.match(r"lora_unet_(down|up|mid)_block", key.name)]
@@ -132,6 +109,20 @@ def diffusers(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
         skipped += [key.name for key in original]
         return applied(keys, skipped, "it drops the U-Net's checkpoint names where both kinds of names are in a file")
     return applied(keys, skipped, "it drops DoRA's magnitudes" if any(key.kind == "DoRA" for key in keys) else None)
+
+
+def refusal_of_diffusers(keys: Sequence[Key], family: ModelFamily | None) -> str | None:
+    """Return why diffusers refuses a file, by its first tensor of another kind, name or number of dimensions."""
+    for key in keys:
+        if key.kind not in (LORA, "DoRA"):
+            return f"{key.name} is {kind_words(key.kind)}"
+        if "lora" not in key.name and not key.name.endswith(".alpha"):
+            return f"{key.name} has no lora in its name"
+    if family is None:
+        return None
+    dimensions, layer = (4, "a 1x1 convolution") if family is SD1 else (2, "a linear layer")
+    other = next((key for key in keys if is_projection(key) and len(key.shape) != dimensions), None)
+    return None if other is None else f"{other.name} is {len(other.shape)}-D, {family.title} has {layer} there"
 
 
 def is_projection(key: Key) -> bool:
@@ -145,13 +136,13 @@ def kind_words(kind: str) -> str:
 
 
 def web_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what the web UI of AUTOMATIC1111 does: it tells of what it does not know, and goes on."""
-    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "Tucker")])
+    """Return what the web UI of AUTOMATIC1111 does: it logs what it does not know, and goes on."""
+    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "Tucker")])
 
 
 def comfy_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what ComfyUI does: it tells of what it does not know, and goes on."""
-    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "IA3")])
+    """Return what ComfyUI does: it logs what it does not know, and goes on."""
+    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "IA3")])
 
 
 def forge(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from library.adapters.lora_file import LoraFile, read_lora, tensors_of
+from library.adapters.lora_file import LoraFile, read_lora, to_state_dict
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.config.values import split_pairs
@@ -133,7 +133,7 @@ def weights_of(network: DrawnNetwork, models: BaseModel) -> dict[str, torch.Tens
     file: LoraFile = read_lora(network.path)
     if file.family not in (None, models.family):
         raise UserError(f"{network.path} is for {file.family.title}, the model is {models.family.title}")
-    return tensors_of(file.changes, None)
+    return to_state_dict(file.changes, torch.float32)
 
 
 def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) -> None:
