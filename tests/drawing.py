@@ -123,7 +123,7 @@ def pixels_of(pipe: Any, prompt: str = "a cat", seed: int = 5, **more: Any) -> n
     return np.asarray(pipe(prompt, **values).images[0]).astype(int)
 
 
-def same(one: np.ndarray, other: np.ndarray, most: int = 1) -> None:
+def same_pixels(one: np.ndarray, other: np.ndarray, most: int = 1) -> None:
     """Hold that two pictures are equal to rounding, and that they show something."""
     assert one.shape == other.shape
     assert one.std() > 5, "a picture without content would be equal to any other"

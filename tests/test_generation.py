@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import tiny
-from drawing import LONG, SAMPLERS, SIZE, differ, pipe_of, pixels_of, same, shot, slow
+from drawing import LONG, SAMPLERS, SIZE, differ, pipe_of, pixels_of, same_pixels, shot, slow
 from safetensors.torch import save_file
 
 import gen_img_diffusers
@@ -42,7 +42,7 @@ def with_skip(pipe, skip):
 def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(draw, model_store, sampler):
     (found,) = draw("--prompt", "a cat --n dog", "--sampler", sampler, "--steps", 3)
     pipe = pipe_of(model_store("sd1")[0], sampler=sampler)
-    same(found.pixels, pixels_of(pipe, num_inference_steps=3))
+    same_pixels(found.pixels, pixels_of(pipe, num_inference_steps=3))
     assert json.loads(found.texts["generation"])["sampler"] == sampler
 
 
@@ -57,7 +57,7 @@ def test_sd2_and_v_prediction_are_as_in_diffusers(draw, model_store, sampler, fl
     words = ["--v_parameterization"] * flag + (["--clip_skip", skip] if skip else [])
     (found,) = draw("--prompt", "a cat --n dog", "--sampler", sampler, *words, family="sd2", layout="safetensors")
     pipe = pipe_of(model_store("sd2")[0], family="sd2", sampler=sampler, predicts_v=flag, changed=True)
-    same(found.pixels, pixels_of(pipe, **with_skip(pipe, skip)))
+    same_pixels(found.pixels, pixels_of(pipe, **with_skip(pipe, skip)))
 
 
 def test_clip_skip_is_that_of_diffusers_and_one_more(draw, model_store):
@@ -66,14 +66,14 @@ def test_clip_skip_is_that_of_diffusers_and_one_more(draw, model_store):
     )
     assert np.array_equal(plain[0].pixels, first[0].pixels)
     pipe = pipe_of(model_store("sd1")[0], changed=True)
-    same(third[0].pixels, pixels_of(pipe, **with_skip(pipe, 3)))
+    same_pixels(third[0].pixels, pixels_of(pipe, **with_skip(pipe, 3)))
     differ(third[0].pixels, plain[0].pixels)
     assert "Clip skip: 3" in third[0].texts["parameters"]
 
 
 def test_a_scale_of_one_leaves_the_negative_prompt_out(draw, model_store):
     (found,) = draw("--prompt", "a cat --n dog --l 1")
-    same(found.pixels, pixels_of(pipe_of(model_store("sd1")[0]), guidance_scale=1.0))
+    same_pixels(found.pixels, pixels_of(pipe_of(model_store("sd1")[0]), guidance_scale=1.0))
     assert np.array_equal(found.pixels, draw("--prompt", "a cat --l 1")[0].pixels)
 
 
@@ -90,7 +90,7 @@ def test_a_vae_takes_the_place_of_the_models(draw, model_store, tmp_path):
     path = tmp_path / "vae.safetensors"
     save_file({name: tensor.clone() for name, tensor in other["vae"].state_dict().items()}, path)
     (found,) = draw("--prompt", "a cat --n dog", "--vae", path)
-    same(found.pixels, pixels_of(pipe_of(model_store("sd1")[0] | {"vae": other["vae"]})))
+    same_pixels(found.pixels, pixels_of(pipe_of(model_store("sd1")[0] | {"vae": other["vae"]})))
     assert json.loads(found.texts["generation"])["vae"] == "vae.safetensors"
 
 
@@ -111,7 +111,7 @@ def test_a_batch_of_four_is_four_batches_of_one(draw, tmp_path, sampler):
     alone = draw(*words, out="one")
     together = draw(*words, "--batch_size", 4, out="four")
     for one, other in zip(alone, together, strict=True):
-        same(one.pixels, other.pixels)
+        same_pixels(one.pixels, other.pixels)
     negatives = [shot.texts["negative-prompt"] for shot in together]
     assert negatives == ["blurry, dark", "", "dog", "ugly"]
     assert [shot.texts["seed"] for shot in together] == ["1", "22", "333", "4444"]
@@ -200,11 +200,11 @@ def test_variants_are_chosen_by_the_seed_of_each_picture():
 def test_saving_memory_changes_no_picture(draw, words):
     argv = ["--prompt", "a cat", "--images_per_prompt", 3, "--batch_size", 3]
     for one, other in zip(draw(*argv), draw(*argv, *words), strict=True):
-        same(one.pixels, other.pixels)
+        same_pixels(one.pixels, other.pixels)
 
 
 @pytest.mark.parametrize("words", [slow(["--bf16"]), slow(["--fp16"]), ["--bf16", "--no_half_vae"]], ids=str)
-def test_half_precision_draws_much_the_same(draw, words, source, mask):
+def test_half_precision_draws_much_the_same_pixels(draw, words, source, mask):
     argv = ["--prompt", "a cat", "--sampler", "euler_a"]
     half, whole = draw(*argv, *words)[0], draw(*argv)[0]
     assert half.pixels.std() > 5

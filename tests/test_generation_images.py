@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing import HIGHRES, SAMPLERS, SETTINGS, differ, opened, pipe_of, pixels_of, same, slow
+from drawing import HIGHRES, SAMPLERS, SETTINGS, differ, opened, pipe_of, pixels_of, same_pixels, slow
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -34,7 +34,7 @@ def test_img2img_is_that_of_diffusers(draw, model_store, source, sampler, streng
         "width": None,
         "height": None,
     }
-    same(found.pixels, pixels_of(pipe, **values))
+    same_pixels(found.pixels, pixels_of(pipe, **values))
     assert f"Denoising strength: {strength:g}" in found.texts["parameters"]
 
 
@@ -51,7 +51,7 @@ def test_inpainting_is_that_of_diffusers_and_keeps_the_rest(draw, model_store, s
         "num_inference_steps": 4,
     }
     expected = pixels_of(pipe, **values)
-    same(found.pixels[:, 32:], expected[:, 32:])
+    same_pixels(found.pixels[:, 32:], expected[:, 32:])
     assert np.array_equal(found.pixels[:, :32], np.asarray(opened(source)).astype(int)[:, :32])
     differ(found.pixels[:, 32:], np.asarray(opened(source)).astype(int)[:, 32:])
 
@@ -71,7 +71,7 @@ def test_strengths_too_small_for_a_step_keep_the_picture(draw, source, mask):
     picture = ["--prompt", "a cat", "--image_path", source, "--steps", 2]
     nothing = [draw(*picture, "--strength", strength)[0].pixels for strength in (0, 0.3)]
     assert np.array_equal(*nothing)
-    same(nothing[0], draw(*picture, "--strength", 0, "--sampler", "euler_a")[0].pixels)
+    same_pixels(nothing[0], draw(*picture, "--strength", 0, "--sampler", "euler_a")[0].pixels)
     kept = draw(*picture, "--strength", 0.3, "--mask_path", mask)[0].pixels
     assert np.array_equal(kept[:, :32], np.asarray(opened(source)).astype(int)[:, :32])
 
@@ -96,8 +96,8 @@ def test_pictures_are_taken_as_they_are_meant_to_be_seen(draw, tmp_path):
     assert [json.loads(shot.texts["generation"])["begins_with"] for shot in shots] == [
         "1.PNG", "2.png", "3.jpg", "4.jpeg", "1.PNG"
     ]  # fmt: skip
-    same(shots[0].pixels, shots[1].pixels)
-    same(shots[2].pixels, shots[3].pixels, most=25)  # JPEG turned is not JPEG to the bit
+    same_pixels(shots[0].pixels, shots[1].pixels)
+    same_pixels(shots[2].pixels, shots[3].pixels, most=25)  # JPEG turned is not JPEG to the bit
     assert np.abs(shots[1].pixels - shots[3].pixels).mean() < 5
     assert np.array_equal(shots[0].pixels, shots[4].pixels)
 
@@ -130,7 +130,7 @@ def test_highres_fix_is_the_two_pipelines_by_hand(draw, model_store, latents):
     first, second = draw("--prompt", "a cat --n dog", *words, "--sampler", "euler_a")
     models, _ = model_store("sd1")
     pipe = pipe_of(models, sampler="euler_a")
-    same(first.pixels, pixels_of(pipe))
+    same_pixels(first.pixels, pixels_of(pipe))
     if latents:
         small = pipe(
             "a cat", negative_prompt="dog", generator=torch.Generator().manual_seed(5), output_type="latent", **SETTINGS
@@ -139,7 +139,7 @@ def test_highres_fix_is_the_two_pipelines_by_hand(draw, model_store, latents):
     else:
         start = Image.fromarray(first.pixels.astype(np.uint8)).resize((128, 128), Image.Resampling.LANCZOS)
     values: dict[str, Any] = {"image": start, "strength": 0.6, "num_inference_steps": 4, "width": None, "height": None}
-    same(second.pixels, pixels_of(pipe_of(models, "Img2Img", sampler="euler_a"), seed=6, **values))
+    same_pixels(second.pixels, pixels_of(pipe_of(models, "Img2Img", sampler="euler_a"), seed=6, **values))
     assert [shot.path.name for shot in (first, second)] == ["im_0000001.png", "im_1000001.png"]
     assert first.texts["seed"] == second.texts["seed"] == "5"
 
@@ -155,7 +155,7 @@ def test_highres_fix_may_begin_with_a_picture(draw, model_store, source):
         "width": None,
         "height": None,
     }
-    same(first.pixels, pixels_of(pipe, **values))
+    same_pixels(first.pixels, pixels_of(pipe, **values))
 
 
 # ---- ControlNet ---------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_control_nets_are_those_of_diffusers(draw, model_store, nets, guides, na
     models, _ = model_store("sd1")
     pipe = pipe_of(models, "ControlNet", controlnet=modules if count > 1 else modules[0])
     image = pictures if count > 1 else pictures[0]
-    same(found.pixels, pixels_of(pipe, image=image, num_inference_steps=4, **values))
+    same_pixels(found.pixels, pixels_of(pipe, image=image, num_inference_steps=4, **values))
     differ(found.pixels, pixels_of(pipe_of(models), num_inference_steps=4))
 
 
@@ -244,7 +244,7 @@ def test_control_nets_go_with_pictures_to_begin_with(draw, model_store, nets, gu
     }
     values["controlnet_conditioning_scale"] = 1.0  # theirs differ from pipeline to pipeline
     expected = pixels_of(pipe, **values, **({"mask_image": Image.open(mask)} if kind == "Inpaint" else {}))
-    same(found.pixels[:, 32:], expected[:, 32:])
+    same_pixels(found.pixels[:, 32:], expected[:, 32:])
 
 
 def test_batches_are_guided_picture_by_picture(draw, nets, guides, tmp_path):
@@ -256,7 +256,7 @@ def test_batches_are_guided_picture_by_picture(draw, nets, guides, tmp_path):
     words = ["--control_net_models", *folders, "--guide_image_path", folder, folder / "0.png"]
     words = ["--prompt", "a {cat|dog} --d 1,2,3", "--images_per_prompt", 3, *words]
     for one, other in zip(draw(*words), draw(*words, "--batch_size", 3), strict=True):
-        same(one.pixels, other.pixels)
+        same_pixels(one.pixels, other.pixels)
 
 
 def test_highres_fix_with_a_control_net(draw, nets, guides):
@@ -300,7 +300,7 @@ def test_control_net_files_of_both_layouts_are_read(draw, nets, guides, tmp_path
     words = ["--prompt", "a cat", "--guide_image_path", guides[0], "--control_net_models"]
     expected = draw(*words, folder)[0].pixels
     for name in ("diffusers.safetensors", "ldm.safetensors"):
-        same(draw(*words, tmp_path / name)[0].pixels, expected)
+        same_pixels(draw(*words, tmp_path / name)[0].pixels, expected)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="x.safetensors is no ControlNet"):
         draw(*words, tmp_path / "x.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawing import HIGHRES, LONG, same
+from drawing import HIGHRES, LONG, same_pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -45,7 +45,7 @@ def test_networks_act_again_with_the_strengths_of_the_file(draw, two, caplog):
         again = draw("--from_picture", first.path, second.path, *words)
         assert "other networks" not in caplog.text
         assert np.array_equal(again[0].pixels, first.pixels)
-        same(again[1].pixels, second.pixels)
+        same_pixels(again[1].pixels, second.pixels)
         same_way = ["--network_mul", 0.5, "--network_merge_n_models", 1]
         (merged,) = draw("--from_picture", second.path, *words, *same_way)
         assert np.array_equal(merged.pixels, second.pixels)

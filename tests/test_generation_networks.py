@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing import differ, lora_of, pipe_of, pixels_of, same, slow
+from drawing import differ, lora_of, pipe_of, pixels_of, same_pixels, slow
 from safetensors.torch import load_file, save_file
 from test_merge_lora import make_lora
 
@@ -40,11 +40,11 @@ def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path,
     pipe = pipe_of(models, family=family, changed=True)
     plain = pixels_of(pipe)
     pipe.load_lora_weights(str(tmp_path), weight_name=folded(file).name)
-    same(found.pixels, pixels_of(pipe))
+    same_pixels(found.pixels, pixels_of(pipe))
     differ(found.pixels, plain)
     (scaled,) = draw("--prompt", "a cat --n dog", *words, "--network_mul", 0.5, family=family)
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
-    same(scaled.pixels, pixels_of(pipe))
+    same_pixels(scaled.pixels, pixels_of(pipe))
     differ(scaled.pixels, found.pixels)
 
 
@@ -59,11 +59,11 @@ def test_two_networks_at_strengths_of_each_prompt(draw, model_store, two, tmp_pa
         pipe.load_lora_weights(str(file.parent), weight_name=folded(file).name, adapter_name=str(index))
     for found, strengths in zip(shots, ([0.7, -0.4], [0.7, 0.7], [0.3, 1.0]), strict=False):
         pipe.set_adapters(["0", "1"], strengths)
-        same(found.pixels, pixels_of(pipe))
+        same_pixels(found.pixels, pixels_of(pipe))
         told = json.loads(found.texts["generation"])["networks"]
         assert [network["strength"] for network in told] == strengths
         assert [network["file"] for network in told] == ["net0.safetensors", "net1.safetensors"]
-    same(shots[3].pixels, plain)
+    same_pixels(shots[3].pixels, plain)
 
 
 @pytest.mark.parametrize("how", [["--network_merge"], ["--network_pre_calc"], ["--network_merge_n_models", 1]])
@@ -72,7 +72,7 @@ def test_merging_draws_what_the_applied_networks_draw(draw, two, how):
     multipliers = ["--network_mul", 0.7, 0.4]
     (applied,) = draw("--prompt", "a cat --n dog", *words, *multipliers)
     (merged,) = draw("--prompt", "a cat --n dog", *words, *multipliers, *how)
-    same(merged.pixels, applied.pixels)
+    same_pixels(merged.pixels, applied.pixels)
     assert json.loads(merged.texts["generation"])["networks"] == json.loads(applied.texts["generation"])["networks"]
 
 
@@ -82,7 +82,7 @@ def test_added_beforehand_networks_still_follow_each_prompt(draw, two, tmp_path)
     applied = draw("--from_file", tmp_path / "p.txt", *words)
     added = draw("--from_file", tmp_path / "p.txt", *words, "--network_pre_calc")
     for one, other in zip(applied, added, strict=True):
-        same(one.pixels, other.pixels)
+        same_pixels(one.pixels, other.pixels)
     assert np.array_equal(added[0].pixels, added[2].pixels)
 
 
@@ -102,7 +102,7 @@ def test_a_dylora_file_acts_at_its_full_rank(draw, model_store, tmp_path):
         draw("--prompt", "a cat", "--network_module", module, "--network_weights", path)[0].pixels
         for module in ("networks.dylora", "networks.lora")
     ]
-    same(*by_module)
+    same_pixels(*by_module)
     differ(by_module[0], draw("--prompt", "a cat")[0].pixels)
 
 
@@ -113,7 +113,7 @@ def test_a_file_in_diffusers_names_is_read(draw, model_store, tmp_path):
     peft = tmp_path / "peft.safetensors"
     assert convert_lora.main(["--model", str(file), "--save_to", str(peft), "--to", "diffusers"]) == 0
     words = ["--prompt", "a cat", "--network_module", "networks.lora", "--network_weights"]
-    same(draw(*words, file)[0].pixels, draw(*words, peft)[0].pixels)
+    same_pixels(draw(*words, file)[0].pixels, draw(*words, peft)[0].pixels)
 
 
 def test_a_loha_of_lycoris_is_drawn_as_lycoris_applies_it(draw, model_store, tmp_path, caplog):
@@ -134,13 +134,13 @@ def test_a_loha_of_lycoris_is_drawn_as_lycoris_applies_it(draw, model_store, tmp
     network.save_weights(str(path), torch.float32, {})
     words = ["--network_module", "lycoris.kohya", "--network_weights", path, "--network_args", "preset=attn-mlp"]
     (found,) = draw("--prompt", "a cat --n dog", *words)
-    same(found.pixels, pixels_of(pipe))
+    same_pixels(found.pixels, pixels_of(pipe))
     differ(found.pixels, draw("--prompt", "a cat --n dog")[0].pixels)
     with caplog.at_level("WARNING"):
         assert np.array_equal(draw("--prompt", "a cat --n dog", *words, "--network_merge")[0].pixels, found.pixels)
     assert "loha.safetensors is not merged but applied" in caplog.text
     network.set_multiplier(0.4)
-    same(draw("--prompt", "a cat --n dog --am 0.4", *words, "--network_pre_calc")[0].pixels, pixels_of(pipe))
+    same_pixels(draw("--prompt", "a cat --n dog --am 0.4", *words, "--network_pre_calc")[0].pixels, pixels_of(pipe))
 
 
 def test_a_file_for_another_family_is_refused(draw, tmp_path):
@@ -176,7 +176,7 @@ def test_embeddings_are_those_of_diffusers(draw, model_store, tmp_path, count, s
     (found,) = draw("--prompt", f"{prompt} --n dog Bad-hands", "--textual_inversion_embeddings", path)
     pipe = pipe_of(model_store("sd1")[0], changed=True)
     pipe.load_textual_inversion(str(tmp_path), weight_name=path.name, token="Bad-hands", local_files_only=True)
-    same(found.pixels, pixels_of(pipe, prompt, negative_prompt="dog Bad-hands"))
+    same_pixels(found.pixels, pixels_of(pipe, prompt, negative_prompt="dog Bad-hands"))
     differ(found.pixels, draw("--prompt", f"{prompt} --n dog Bad-hands")[0].pixels)
     (weighted,) = draw("--prompt", "a cat (Bad-hands:1.5)", "--textual_inversion_embeddings", path)
     differ(weighted.pixels, draw("--prompt", "a cat Bad-hands", "--textual_inversion_embeddings", path)[0].pixels)

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from drawing import HIGHRES, SIZE, same, shot
+from drawing import HIGHRES, SIZE, same_pixels, shot
 from PIL import Image
 from scripts import call
 
@@ -86,7 +86,7 @@ def test_a_grid_of_one_axis_has_a_row_for_each_prompt(draw, tmp_path):
     for row, line in enumerate(("a cat", "a dog --l 2")):
         for column in range(3):
             (single,) = draw("--prompt", f"{line} --d {column + 1}", out="single")
-            same(cells[row][column], single.pixels)
+            same_pixels(cells[row][column], single.pixels)
 
 
 def test_a_grid_of_two_axes(draw, tmp_path):
@@ -95,7 +95,7 @@ def test_a_grid_of_two_axes(draw, tmp_path):
     for row, steps in enumerate((1, 3)):
         for column, word in enumerate(("cat", "dog")):
             (single,) = draw("--prompt", f"a {word} on a mat --s {steps}", out="single")
-            same(cells[row][column], single.pixels)
+            same_pixels(cells[row][column], single.pixels)
 
 
 def test_a_grid_of_three_axes_over_networks(draw, two, tmp_path):
@@ -107,8 +107,8 @@ def test_a_grid_of_three_axes_over_networks(draw, two, tmp_path):
     for path, scale in zip(sheets, (2, 4), strict=True):
         cells = cells_of(path, 2, 2)
         line = f"a cat --am 1,0.5 --ss euler_a --l {scale}"
-        same(cells[1][1], draw("--prompt", line, *words, out="single")[0].pixels)
-        same(cells[0][0], draw("--prompt", f"a cat --l {scale}", out="single")[0].pixels)
+        same_pixels(cells[1][1], draw("--prompt", line, *words, out="single")[0].pixels)
+        same_pixels(cells[0][0], draw("--prompt", f"a cat --l {scale}", out="single")[0].pixels)
 
 
 # ---- stopping and typing ------------------------------------------------------------------------------------
@@ -170,4 +170,4 @@ def test_typed_prompts_are_drawn_one_by_one(draw, monkeypatch, caplog):
     assert "--x is not known" in caplog.text
     assert "--w must be a multiple of 8" in caplog.text
     assert str(shots[0].path) in caplog.text
-    same(shots[0].pixels, draw("--prompt", "a cat --d 5")[0].pixels)
+    same_pixels(shots[0].pixels, draw("--prompt", "a cat --d 5")[0].pixels)

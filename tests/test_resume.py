@@ -13,9 +13,8 @@ import threading
 
 import numpy as np
 import pytest
-from drawing import same
 from PIL import Image
-from runs import BY_FILE, killed_after, options
+from runs import BY_FILE, killed_after, options, same
 from safetensors.torch import load_file
 from scripts import ROOT, two_processes
 
