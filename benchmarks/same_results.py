@@ -4,7 +4,7 @@ python benchmarks/same_results.py record before.json                   # at the 
 python benchmarks/same_results.py compare before.json                  # after each change
 python benchmarks/same_results.py compare before.json --only "train-*" --repository ../other_checkout
 
-Each run calls the scripts as a user does, on tiny models and pictures that are made here from fixed seeds. Recorded
+Each run executes command lines of the scripts on tiny models and pictures that are made here from fixed seeds. Recorded
 are exit codes, what is printed, and every file: its tensors, metadata, pixels and texts. Left out are paths, times,
 random session numbers and progress bars. Equal records need the same machine and the same versions of packages.
 `compare` prints what differs and exits with 1 if anything does.
@@ -89,7 +89,8 @@ def make_models(folder: Path) -> None:
     from diffusers import ControlNetModel
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(ROOT / "examples" / "pocket_model", folder / "pocket")
+    unread = shutil.ignore_patterns("*.py", "*.md", "*.png", "__pycache__")
+    shutil.copytree(ROOT / "examples" / "pocket_model", folder / "pocket", ignore=unread)
     for family in ("sd1", "sd2", "sdxl"):
         models = tiny.make_models(family)
         dtype = torch.float32 if family == "sd1" else torch.float16
@@ -150,7 +151,7 @@ UNSTEADY = (
     (re.compile(r"\b[\d.]+ (s|min|ms|seconds?)\b"), "DURATION"),
 )
 UNSTEADY_METADATA = re.compile(r"ss_session_id|ss_training_(started|finished)_at|sshs_\w*|modelspec\.date")
-BAR = re.compile(r"(?P<name>[^|\r\n]*?):? +\d+%\|[^|\r\n]*\| *[^\s/]+/(?P<total>\S+) \[[^]\r\n]*\](\x1b\[A)?")
+BAR = re.compile(r"(?P<name>[^|\r\n]*?):? *\d+%\|[^|\r\n]*\| *[^\s/]+/(?P<total>\S+) \[[^]\r\n]*\](\x1b\[A)?")
 
 
 class Folders:
@@ -271,6 +272,7 @@ def run_all(name: str, work: Path, args: argparse.Namespace) -> dict[str, str]:
     items = {}
     for number, line in enumerate(RUNS[name], 1):
         script, *words = shlex.split(line)
+        code: int | None
         if args.python:
             with Path(f"{folder}.stdout").open("wb") as out, Path(f"{folder}.stderr").open("wb") as err:
                 command = [args.python, str(args.repository / script), *words]
@@ -291,7 +293,8 @@ def run_all(name: str, work: Path, args: argparse.Namespace) -> dict[str, str]:
 
 def contents(folder: Path, given: Path, folders: Folders) -> dict[str, str]:
     """Return names and contents of the files in a folder, but for those that were given and are as they were."""
-    items, names = {}, [f"{path.name} is gone" for path in given.glob("*") if not (folder / path.name).exists()]
+    items: dict[str, str] = {}
+    names = [f"{path.name} is gone" for path in given.glob("*") if not (folder / path.name).exists()]
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         own = path.relative_to(folder)
         if (given / own).is_file() and (given / own).read_bytes() == path.read_bytes():
@@ -334,8 +337,9 @@ def difference(before: str | None, after: str | None) -> list[str]:
     if before is None or after is None:
         return ["is new" if before is None else "is gone"]
     lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))[2:]
-    more = [f"... {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else []
-    return [line[:300] for line in lines[:SHOWN]] + more or ["in how lines end"]
+    if len(lines) > SHOWN:  # the end, too: there an error says what it is
+        lines[SHOWN - 6 : -5] = [f"... {len(lines) - SHOWN + 1} more lines"]
+    return [line[:300] for line in lines] or ["in how lines end"]
 
 
 def compare(before: Record, after: Record) -> bool:
@@ -343,7 +347,7 @@ def compare(before: Record, after: Record) -> bool:
     for name in {**before, **after}:
         old, items = before.get(name, {}), after.get(name, {})
         changed = [item for item in {**old, **items} if old.get(item) != items.get(item)]
-        print(f"{name}: {'equal' if not changed else f'{len(changed)} of {len(items)} items differ'}")
+        print(f"{name}: {'equal' if not changed else f'{len(changed)} items differ'}")
         for item in changed:
             print(f"  {item}", *difference(old.get(item), items.get(item)), sep="\n    ")
     return before == after
