@@ -30,7 +30,7 @@ ONLY_IN = {
     "diffusers": ("library/models", "library/sampling", "library/generation/controls.py"),
     "transformers": ("library/models",),
     "accelerate": ("library/training",),
-    "xformers": ("library/training",),
+    "xformers": ("library/models",),
     "huggingface_hub": ("library/training",),
     "wandb": ("library/training",),
     "argparse": ("library/config/options.py", "library/training/network_protocol.py"),
