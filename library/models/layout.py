@@ -110,8 +110,8 @@ class Layout:
     def rules(self) -> dict[str, Rule]:
         """The naming rule of each part in original-layout files, for the structure that this model has."""
         family = self.checkpoint.family
-        rules = {text.folder: text_rule(text) for text in family.text_models}
-        return rules | {UNET: unet_rule(family, self._settings(UNET)), VAE: vae_rule(self._num_vae_levels())}
+        rules = {UNET: unet_rule(family, self._settings(UNET)), VAE: vae_rule(self._num_vae_levels())}
+        return rules | {text.folder: text_rule(text) for text in family.text_models}
 
     def _settings(self, part: str) -> Mapping[str, object]:
         folder = self.checkpoint.folder_of(part)
