@@ -13,8 +13,9 @@ from conversions import convert, read
 from safetensors.torch import load_file, save_file
 from tensors import assert_same, metadata, read_folder
 
+from library.adapters.layers import layers_of
 from library.errors import UserError
-from library.models import building, keys, layout
+from library.models import building, layout
 from library.models.base import text_body
 from library.models.checkpoint import EXTRAS_FILE, V_BIAS
 
@@ -101,6 +102,11 @@ def test_the_suite_loads_what_was_written(store, name):
             assert_same(text_body(encoder).state_dict(), text_body(model.models[part]).state_dict())
 
 
+def layer_paths(model):
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 SIZES = {"sd1": (859_520_964, 123_060_480), "sd2": (865_910_724, 340_387_840), "sdxl": (2_567_463_684, 694_659_840)}
 
 
@@ -115,9 +121,10 @@ def test_published_models_come_back_from_the_shapes_of_their_files(name):
     names = tiny.original_names(layout.unet_rule(family, {}), unet.state_dict())
     assert len(set(names.values())) == len(names)
     assert building.unet_config(family, {names[n]: tuple(t.shape) for n, t in unet.state_dict().items()}) == family.unet
-    assert names.keys() <= set(keys.tensors(keys.unet_modules(len(family.unet["block_out_channels"]))))
-    own = tiny.body_state(encoder)
-    assert own.keys() <= set(keys.tensors(keys.text_modules(text.config["num_hidden_layers"])))
+    known = {(layer.part, layer.path) for layer in layers_of(family)}
+    assert {("unet", name) for name in layer_paths(unet)} <= known
+
+    assert {(text.folder, name) for name in layer_paths(text_body(encoder))} <= known
 
 
 # ---- there and back -----------------------------------------------------------------------------------------

@@ -16,10 +16,20 @@ from typing import Literal, NamedTuple
 from library.models import keys
 from library.models.checkpoint import Checkpoint
 from library.models.family import SDXL, ModelFamily, TextModel
-from library.models.layout import TEXT_ROOT, Layout, Place, Rule, unet_rule
+from library.models.layout import TEXT_ROOT, Layout, Place, unet_rule
 
 UNET = "unet"
 UNET_WORD = "lora_unet_"
+
+# Layers of a U-Net and of a text encoder by their paths in diffusers; a block has at most three resnets.
+UNET_EDGES = ("conv_in", "conv_out", *(f"{at}_embedding.linear_{n}" for at in ("time", "add") for n in (1, 2)))
+RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
+TRANSFORMER = (
+    *(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+    *("ff.net.0.proj", "ff.net.2"),
+)
+MOST_TRANSFORMERS = 10  # in one attention of SDXL
+TEXT_LAYER = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out")))
 
 
 class Block(NamedTuple):
@@ -92,12 +102,21 @@ def layers_of(family: ModelFamily) -> tuple[Layer, ...]:
 
 
 def _unet_paths(num_blocks: int) -> Iterator[str]:
-    return (module for module in keys.unet_modules(num_blocks) if not _is_norm(module))
+    yield from UNET_EDGES
+    sides = [(f"{side}_blocks.{index}", 3, 3) for side in ("down", "up") for index in range(num_blocks)]
+    for block, resnets, attentions in [*sides, ("mid_block", 2, 1)]:
+        yield from (f"{block}.resnets.{index}.{layer}" for index in range(resnets) for layer in RESNET)
+        for attention in (f"{block}.attentions.{index}" for index in range(attentions)):
+            yield from (f"{attention}.{layer}" for layer in ("proj_in", "proj_out"))
+            for depth in range(MOST_TRANSFORMERS):
+                yield from (f"{attention}.transformer_blocks.{depth}.{layer}" for layer in TRANSFORMER)
+        if block != "mid_block":
+            yield f"{block}.{'downsamplers' if block.startswith('down') else 'upsamplers'}.0.conv"
 
 
 def _text_paths(text: TextModel) -> Iterator[str]:
-    modules = keys.text_modules(text.config["num_hidden_layers"])
-    return (module for module in modules if not _is_norm(module) and "embedding" not in module)
+    for index in range(text.config["num_hidden_layers"]):
+        yield from (f"encoder.layers.{index}.{layer}" for layer in TEXT_LAYER)
 
 
 def is_attention_layer(layer: Layer) -> bool:
@@ -108,10 +127,6 @@ def is_attention_layer(layer: Layer) -> bool:
 def is_block_layer(layer: Layer) -> bool:
     """Return whether a LoRA with convolutions acts on a layer: all but the first and last ones of the U-Net."""
     return layer.part != UNET or "_block" in layer.path
-
-
-def _is_norm(module: str) -> bool:
-    return "norm" in module.rsplit(".", 1)[-1]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -136,7 +151,8 @@ def peft_name(layer: Layer) -> str:
 
 
 def _checkpoint_word(layer: Layer, family: ModelFamily) -> str:
-    return UNET_WORD + checkpoint_path(layer, family).replace(".", "_")
+    name = next(unet_rule(family, {})(f"{layer.path}.")).name.removeprefix(keys.UNET_PREFIX)
+    return UNET_WORD + name.removesuffix(".").replace(".", "_")
 
 
 def _prefix(layer: Layer, family: ModelFamily) -> str:
@@ -161,20 +177,6 @@ def layers_by_name(family: ModelFamily) -> Mapping[str, Layer]:
 # --------------------------------------------------------------------------------------------------------------
 # Places in base models
 # --------------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_path(layer: Layer, family: ModelFamily) -> str:
-    """Return the path of a layer of the U-Net in the names of original files, without their prefix."""
-    return _unet_path(family, f"{layer.path}.").removesuffix(".")
-
-
-@functools.cache
-def _unet_rule(family: ModelFamily) -> Rule:
-    return unet_rule(family, {})
-
-
-def _unet_path(family: ModelFamily, name: str) -> str:
-    return next(_unet_rule(family)(name)).name.removeprefix(keys.UNET_PREFIX)
 
 
 def places(model: Checkpoint) -> dict[Layer, Place]:

@@ -7,7 +7,7 @@ made by asking the rule for each of the model's own names, so the same rule serv
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 # Beginnings of the names in original files: U-Net, VAE, text encoders (of SD 1.x and 2.x, of SDXL).
 UNET_PREFIX = "model.diffusion_model."
@@ -64,74 +64,6 @@ OPENCLIP_TOP = {
     "final_layer_norm.bias": "ln_final.bias",
 }
 FUSED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The modules that hold weights, by their Diffusers names
-# --------------------------------------------------------------------------------------------------------------
-
-MOST_TRANSFORMERS = 10  # in one attention of SDXL
-UNET_EDGES = (
-    "conv_in",
-    "conv_norm_out",
-    "conv_out",
-    *(f"{at}_embedding.linear_{n}" for at in ("time", "add") for n in (1, 2)),
-)
-RESNET = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TRANSFORMER = (
-    *(f"norm{n}" for n in (1, 2, 3)),
-    *(f"attn{n}.{layer}" for n in (1, 2) for layer in ATTENTION),
-    *("ff.net.0.proj", "ff.net.2"),
-)
-TEXT_LAYER = (
-    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
-    *(f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out")),
-)
-TEXT_EDGES = ("embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm")
-
-
-def unet_modules(num_blocks: int) -> Iterator[str]:
-    """Yield the modules that a U-Net may have, with up to three resnets in a block."""
-    yield from UNET_EDGES
-    sides = [(f"{side}_blocks.{index}", 3, 3) for side in ("down", "up") for index in range(num_blocks)]
-    for block, resnets, attentions in [*sides, ("mid_block", 2, 1)]:
-        yield from (f"{block}.resnets.{index}.{module}" for index in range(resnets) for module in RESNET)
-        for index in range(attentions):
-            attention = f"{block}.attentions.{index}"
-            yield from (f"{attention}.{module}" for module in ("norm", "proj_in", "proj_out"))
-            for depth in range(MOST_TRANSFORMERS):
-                yield from (f"{attention}.transformer_blocks.{depth}.{module}" for module in TRANSFORMER)
-        if block != "mid_block":
-            yield f"{block}.{_sampler(block)}.0.conv"
-
-
-def vae_modules(num_blocks: int, layers_per_block: int) -> Iterator[str]:
-    """Yield the modules that a VAE may have."""
-    yield from ("quant_conv", "post_quant_conv")
-    resnet = [module for module in RESNET if module != "time_emb_proj"]
-    for half, side, resnets in (("encoder", "down", layers_per_block), ("decoder", "up", layers_per_block + 1)):
-        yield from (f"{half}.{module}" for module in ("conv_in", "conv_norm_out", "conv_out"))
-        yield from (f"{half}.mid_block.attentions.0.{module}" for module in ("group_norm", *ATTENTION))
-        yield from (f"{half}.mid_block.resnets.{index}.{module}" for index in (0, 1) for module in resnet)
-        for block in (f"{half}.{side}_blocks.{index}" for index in range(num_blocks)):
-            yield from (f"{block}.resnets.{index}.{module}" for index in range(resnets) for module in resnet)
-            yield f"{block}.{_sampler(side)}.0.conv"
-
-
-def _sampler(side: str) -> str:
-    return "downsamplers" if side.startswith("down") else "upsamplers"
-
-
-def text_modules(num_layers: int) -> Iterator[str]:
-    """Yield the modules of a text encoder, without `text_model.`."""
-    yield from TEXT_EDGES
-    yield from (f"encoder.layers.{index}.{module}" for index in range(num_layers) for module in TEXT_LAYER)
-
-
-def tensors(modules: Iterable[str]) -> Iterator[str]:
-    """Yield weight and bias of modules."""
-    yield from (f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
 
 
 # --------------------------------------------------------------------------------------------------------------
