@@ -164,6 +164,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.training.run.runtime import start_runtime
 
     given = {
+        "pretrained_model_name_or_path": "built below",
         "network_module": args.network_module,
         "network_dim": args.rank,
         "learning_rate": 1e-4,
