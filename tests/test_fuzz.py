@@ -58,6 +58,8 @@ def has_type(value, annotation):
             and (is_open or len(value) == len(arguments))
             and all(has_type(item, arguments[0 if is_open else index]) for index, item in enumerate(value))
         )
+    if origin is dict:
+        return type(value) is dict and all(type(text) is str for pair in value.items() for text in pair)
     if annotation in (None, type(None)):
         return value is None
     return isinstance(value, Path) if annotation is Path else type(value) is annotation

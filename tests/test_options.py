@@ -66,7 +66,7 @@ def test_values_take_the_types_of_their_fields():
     assert config.dataset.resolution == (512, 768)
     assert config.network.network_dim == 8
     assert config.optimizer.text_encoder_lr == (1e-5, 2e-5)
-    assert config.network.network_args == ("conv_dim=4", "conv_alpha=1")
+    assert config.network.network_args == {"conv_dim": "4", "conv_alpha": "1"}
     assert config.schedule.lr_warmup_steps == 0.1
     assert config.text.max_token_length == 150
     assert config.model.v2 is True

@@ -205,7 +205,7 @@ def seed_of(given: int | None, metadata: Mapping[str, str]) -> int:
 def with_network(training: TrainConfig, model: Path, *, unit: int) -> TrainConfig:
     """Return the configuration with the file as its network."""
     network = dataclasses.replace(
-        training.network, network_weights=model, dim_from_weights=True, network_args=(f"unit={unit}",)
+        training.network, network_weights=model, dim_from_weights=True, network_args={"unit": str(unit)}
     )
     return dataclasses.replace(training, network=network)
 

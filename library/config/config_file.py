@@ -10,6 +10,7 @@ from typing import Any
 from library.config import toml_text
 from library.config.options import Option, section_options, sections_of, unknown_message
 from library.config.retired import RETIRED
+from library.config.values import written
 from library.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def changed_options(config: object) -> dict[str, dict[str, Any]]:
             value = values.get(entry.field)
             is_recorded = not (entry.spec.file_only or entry.spec.secret or entry.flag in NOT_RECORDED)
             if value != entry.default and is_recorded:
-                changed.setdefault(name, {})[entry.flag] = value
+                changed.setdefault(name, {})[entry.flag] = written(value)
     return changed
 
 

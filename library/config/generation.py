@@ -11,7 +11,7 @@ from library.config.options import REQUIRED, option, repeated
 from library.config.preview import SamplerName
 from library.config.saving import ConsoleConfig
 from library.config.training import PrecisionConfig
-from library.config.values import MOST_PIXELS
+from library.config.values import MOST_PIXELS, parse_pair_lists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,12 @@ class NetworksConfig:
     network_module: tuple[str, ...] | None = option(None, "modules of the networks, such as networks.lora")
     network_weights: tuple[Path, ...] | None = option(None, "file of each network")
     network_mul: tuple[float, ...] | None = option(None, "strength of each; what is missing is 1")
-    network_args: tuple[str, ...] | None = option(None, "arguments of each, written key=value;key=value")
+    network_args: tuple[dict[str, str], ...] | None = option(
+        None,
+        "arguments of each",
+        parse=parse_pair_lists,
+        form="key=value;key=value for each network",
+    )
     network_show_meta: bool = option(False, "show what the files say of themselves")
     network_merge: bool = option(False, "merge all networks into the model: faster, and --am has no effect")
     network_merge_n_models: int | None = option(None, "merge the first n networks only", minimum=1)

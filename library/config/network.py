@@ -19,7 +19,7 @@ class NetworkConfig:
     network_dim: int | None = option(None, "rank; unset lets the module choose (4)", aliases=("networkdim",), minimum=1)
     network_alpha: float = option(1.0, "alpha; the adapter acts with alpha / rank", minimum=0)
     network_dropout: float | None = option(None, "dropout on the output of the down layers", minimum=0, maximum=1)
-    network_args: tuple[str, ...] | None = option(
+    network_args: dict[str, str] | None = option(
         None, "further arguments of the module, each key=value", parse=parse_pairs, form="a list of key=value"
     )
     network_weights: Path | None = option(None, "adapter file to start from")

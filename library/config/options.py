@@ -191,7 +191,7 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Return the kind for a type annotation: bool, int, float, str, Path, Literal, tuple[T, ...], X | None."""
+    """Return the kind for a type annotation: a simple one, Literal, tuple[T, ...], dict[str, str], or X | None."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return kind_of(next(argument for argument in arguments if argument is not type(None)))
@@ -203,7 +203,10 @@ def kind_of(annotation: Any) -> Kind:
         item = kind_of(arguments[0])
         if arguments[-1] is not Ellipsis:  # a pair, written as one word
             return Kind(f"{item.name} or {item.name},{item.name}", "a pair", None, read_str)
-        return Kind(f"list of {item.name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
+        name = item.name.removeprefix("list of ")
+        return Kind(f"list of {name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
+    if origin is dict:  # of texts, written key=value
+        return Kind("list of str", "a list of key=value", "*", functools.partial(_expect, kind=dict))
     return SIMPLE_KINDS[annotation]
 
 

@@ -20,6 +20,7 @@ from library.config.options import build, option
 from library.config.preview import PreviewConfig
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
 from library.config.training import PrecisionConfig, RunConfig, TextConfig, ValidationConfig
+from library.config.values import written
 from library.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, proble
     if schedule.lr_scheduler_args and not takes_arguments:
         problems.add(
             f"--lr_scheduler {schedule.lr_scheduler} takes no --lr_scheduler_args: they are for --lr_scheduler_type "
-            f"and piecewise_constant, got {' '.join(schedule.lr_scheduler_args)}"
+            f"and piecewise_constant, got {' '.join(written(schedule.lr_scheduler_args))}"
         )
     if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
         problems.add("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")

@@ -138,9 +138,6 @@ def check_networks(networks: NetworksConfig, problems: Problems) -> None:
     for flag, given in (("--network_mul", multipliers), ("--network_args", arguments)):
         if len(given) > len(files):
             problems.add(f"{flag} has {len(given)} values for {len(files)} networks")
-    for text in arguments:
-        if any("=" not in pair for pair in text.split(";") if pair):
-            problems.add(f"--network_args must be key=value;key=value for each network, got {text!r}")
     for name in modules:
         if importlib.util.find_spec(name if name.startswith("networks.") else name.split(".")[0]) is None:
             problems.add(
