@@ -11,36 +11,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from library.config.preview import PreviewConfig
 from library.config.train import TrainConfig, check, parse_train_config, write_config_file
 from library.errors import Problems
 from library.logs import choose_log_lines, run_script
 from library.sampling.prompts import Prompt, read_prompts
-
-if TYPE_CHECKING:
-    from library.data.records import TrainingSet
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse_train_config(argv, description=__doc__, when_read=choose_logs)
+    problems = Problems()
+    config = parse_train_config(argv, problems, description=__doc__, when_read=choose_logs)
     if config.file.output_config:
         logger.info("wrote %s", write_config_file(config))
         return 0
-    problems = Problems()
-    with problems:
-        check(config)
-    prompts: list[Prompt] = []
-    sets: list[TrainingSet] = []
-    with problems:
-        prompts = load_prompts(config)
-    with problems:
-        from library.data.records import load_sets  # reads pictures; --help does not
+    check(config, problems)
+    from library.data.records import load_sets  # reads pictures; --help does not
 
-        sets = load_sets(config)
+    prompts = problems.run(load_prompts, config.preview) or []
+    sets = problems.run(load_sets, config) or []
     problems.raise_if_any()
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
@@ -55,9 +47,9 @@ def choose_logs(config: TrainConfig) -> None:
     choose_log_lines(config.logs.console_log_level, config.logs.console_log_file)
 
 
-def load_prompts(config: TrainConfig) -> list[Prompt]:
+def load_prompts(preview: PreviewConfig) -> list[Prompt]:
     """Return the prompts of the previews; none where there is no such file, which `check` tells."""
-    path = config.preview.sample_prompts
+    path = preview.sample_prompts
     return read_prompts(path) if path is not None and path.is_file() else []
 
 

@@ -264,10 +264,14 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
     """Return the measurement on what is held out."""
     from library.config.train import parse_train_config
     from library.data.records import load_sets
+    from library.errors import Problems
     from library.models.base import find_base
     from library.training.measure.picture_losses import load_measurement, to_measure
 
-    config = parse_train_config(options(args, folder, "measured", rank=args.rank, alpha=args.rank, steps=args.steps))
+    problems = Problems()
+    given = options(args, folder, "measured", rank=args.rank, alpha=args.rank, steps=args.steps)
+    config = parse_train_config(given, problems)
+    problems.raise_if_any()
     sets = to_measure(load_sets(config))
     return load_measurement(config, sets, find_base(config.model), num_timesteps=args.timesteps, draws=args.draws)
 

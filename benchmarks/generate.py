@@ -50,8 +50,8 @@ def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    from library.config.command_line import parse
     from library.config.generation import GenerateConfig
-    from library.config.options import parse
     from library.generation.artist import Artist
     from library.generation.networks import DrawnNetworks
     from library.generation.recipe import device_of, open_base

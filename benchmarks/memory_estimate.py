@@ -68,7 +68,8 @@ def parts(args: argparse.Namespace, device: str) -> tuple:
     text = TextEncoder(families.SD1.text_models[0], load_clip_tokenizer(), encoder)
     vae = building.build_vae(families.SD1.vae)
     base = BaseModel(families.SD1, predicts_v=False, unet=unet, vae=vae, texts=(text,))
-    config = build(TrainConfig, {"network_module": "networks.lora", "network_dim": args.rank, "seed": 1})
+    unused = {"pretrained_model_name_or_path": "built above", "output_dir": Path()}
+    config = build(TrainConfig, {**unused, "network_module": "networks.lora", "network_dim": args.rank, "seed": 1})
     network = build_network(
         config.network,
         config.optimizer,

@@ -150,6 +150,7 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
 
     from library.config.options import build
     from library.config.train import TrainConfig
+    from library.config.values import parse_pairs
     from library.data.dataset import Batch, Sample
     from library.models import building
     from library.models.base import BaseModel, TextEncoder
@@ -164,13 +165,14 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.training.run.runtime import start_runtime
 
     given = {
+        "pretrained_model_name_or_path": "built below",
         "network_module": args.network_module,
         "network_dim": args.rank,
         "learning_rate": 1e-4,
         "seed": 1,
         "output_dir": Path(tempfile.mkdtemp()),  # for the metrics, which a step writes
         "network_train_unet_only": args.unet_only,
-        "network_args": (*args.network_args, *([f"conv_dim={args.conv_dim}"] if args.conv_dim else [])),
+        "network_args": parse_pairs(args.network_args) | ({"conv_dim": str(args.conv_dim)} if args.conv_dim else {}),
     }
     config = build(TrainConfig, given)
     runtime = start_runtime(config.precision, config.logs)

@@ -21,7 +21,8 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.metadata_files import Entries, check_json_path, read_metadata, write_metadata
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError, shown
 from library.logs import run_script
 
@@ -83,8 +84,8 @@ MOST_ROUNDS, MOST_LETTERS = 50, 100_000  # replacements that go on beyond these 
 class FilesConfig:
     """Files."""
 
-    in_json: Path | None = option(None, "metadata file to read", positional=True)
-    out_json: Path | None = option(None, "metadata file to write; may be the one that is read", positional=True)
+    in_json: Path = option(REQUIRED, "metadata file to read", positional=True)
+    out_json: Path = option(REQUIRED, "metadata file to write; may be the one that is read", positional=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,8 +108,7 @@ class CleanConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CleanConfig, argv, description=__doc__)
-    check_files(config.files)
+    config = parse(CleanConfig, argv, description=__doc__, rules=(check_in_json, check_out_json))
     table = CAPTION_REPLACEMENTS
     if config.cleaning.replacements is not None:
         table = read_replacements(config.cleaning.replacements)
@@ -119,14 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_files(files: FilesConfig) -> None:
-    """Raise UserError that lists the names that do not fit."""
-    problems = Problems()
-    with problems:
-        check_json_path(files.in_json, "in_json", exists=True)
-    with problems:
-        check_json_path(files.out_json, "out_json", exists=False)
-    problems.raise_if_any()
+def check_in_json(config: CleanConfig, problems: Problems) -> None:
+    """Raise UserError for an in_json that is no metadata file."""
+    check_json_path(config.files.in_json, "in_json", exists=True)
+
+
+def check_out_json(config: CleanConfig, problems: Problems) -> None:
+    """Raise UserError for an out_json that is no name of a metadata file."""
+    check_json_path(config.files.out_json, "out_json", exists=False)
 
 
 def read_replacements(path: Path) -> dict[str, str]:

@@ -16,8 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetune.merge_texts import FilesConfig, NamesConfig, extension_option, merge_texts
-from library.config.options import parse
+from finetune.merge_texts import RULES, MergeConfig, extension_option, merge_texts
+from library.config.command_line import parse
 from library.logs import run_script
 
 
@@ -29,17 +29,15 @@ class TextsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class Config(MergeConfig):
     """Which texts go where."""
 
-    files: FilesConfig
     texts: TextsConfig
-    names: NamesConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=__doc__)
+    config = parse(Config, argv, description=__doc__, rules=RULES)
     return merge_texts(config.files, config.names, config.texts.caption_extension, key="caption")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.metadata_files import Entries, check_json_path, read_metadata, write_metadata
-from library.config.options import option
+from library.config.options import REQUIRED, option
 from library.config.values import parse_extension
 from library.errors import Problems, UserError
 from library.logs import FAILURE
@@ -24,8 +24,8 @@ MOST_NAMED = 5
 class FilesConfig:
     """Files."""
 
-    train_data_dir: Path | None = option(None, "folder of the pictures", positional=True)
-    out_json: Path | None = option(None, "metadata file to write; entries that it has are kept", positional=True)
+    train_data_dir: Path = option(REQUIRED, "folder of the pictures", positional=True, reads="a folder")
+    out_json: Path = option(REQUIRED, "metadata file to write; entries that it has are kept", positional=True)
     in_json: Path | None = option(None, "metadata file whose entries are kept, in place of those of out_json")
 
 
@@ -36,6 +36,14 @@ class NamesConfig:
     full_path: bool = option(False, "name pictures by their whole path, not by the file name without extension")
     recursive: bool = option(False, "read sub-folders too; needs --full_path")
     debug: bool = option(False, "tell every text that is read")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Which texts go where; a script adds the section of its texts."""
+
+    files: FilesConfig
+    names: NamesConfig
 
 
 def extension_option(default: str) -> Any:
@@ -51,7 +59,6 @@ def extension_option(default: str) -> Any:
 
 def merge_texts(files: FilesConfig, names: NamesConfig, extension: str, key: str) -> int:
     """Put the texts of all pictures into the metadata file under a key; return the exit code."""
-    check(files, names)
     entries = read_metadata(base) if (base := base_file(files)) is not None else {}
     pictures = list_all(files.train_data_dir, recursive=names.recursive)
     named = named_pictures(pictures, files.train_data_dir, entries, full_path=names.full_path)
@@ -70,21 +77,24 @@ def merge_texts(files: FilesConfig, names: NamesConfig, extension: str, key: str
     return FAILURE if damaged else 0
 
 
-def check(files: FilesConfig, names: NamesConfig) -> None:
-    """Raise UserError that lists what does not fit, before anything is read."""
-    problems = Problems()
-    with problems:
-        if files.train_data_dir is None or not files.train_data_dir.is_dir():
-            raise UserError(f"train_data_dir: {files.train_data_dir} is not a folder")
-    with problems:
-        check_json_path(files.out_json, "out_json", exists=False)
-    with problems:
-        if files.in_json is not None:
-            check_json_path(files.in_json, "--in_json", exists=True)
-    with problems:
-        if names.recursive and not names.full_path:
-            raise UserError("--recursive needs --full_path: pictures of several folders can have the same name")
-    problems.raise_if_any()
+def check_out_json(config: MergeConfig, problems: Problems) -> None:
+    """Raise UserError for an out_json that is no name of a metadata file."""
+    check_json_path(config.files.out_json, "out_json", exists=False)
+
+
+def check_in_json(config: MergeConfig, problems: Problems) -> None:
+    """Raise UserError for an --in_json that is no metadata file."""
+    if config.files.in_json is not None:
+        check_json_path(config.files.in_json, "--in_json", exists=True)
+
+
+def check_names(config: MergeConfig, problems: Problems) -> None:
+    """Raise UserError for names that would not tell pictures apart."""
+    if config.names.recursive and not config.names.full_path:
+        raise UserError("--recursive needs --full_path: pictures of several folders can have the same name")
+
+
+RULES = (check_out_json, check_in_json, check_names)
 
 
 def base_file(files: FilesConfig) -> Path | None:

@@ -14,10 +14,10 @@ TEXTS = ("caption", "tags")
 Entries = dict[str, dict[str, Any]]
 
 
-def check_json_path(path: Path | None, label: str, *, exists: bool) -> None:
+def check_json_path(path: Path, label: str, *, exists: bool) -> None:
     """Raise UserError for a path that is no `.json` file, or that does not exist where it must."""
-    if path is None or path.suffix.lower() != ".json":
-        raise UserError(f"{label} must be the name of a .json file, got {'nothing' if path is None else path}")
+    if path.suffix.lower() != ".json":
+        raise UserError(f"{label} must be the name of a .json file, got {path}")
     if exists and not path.is_file():
         raise UserError(f"{label}: {path} is not a file")
 

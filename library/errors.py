@@ -1,8 +1,12 @@
-"""The one exception for a user's mistake, and how several are told at once."""
+"""The one exception for a user's mistake, and how several are reported together."""
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 class UserError(ValueError):
@@ -29,23 +33,24 @@ def told(error: Exception) -> str:
 
 
 class Problems:
-    """Collects the UserErrors of several checks, each in a `with` block, so that they can be told together."""
+    """Collects mistakes, so that a user reads about all of them at once; the same line is kept once."""
 
     def __init__(self) -> None:
-        self._messages: list[str] = []
+        self._lines: dict[str, None] = {}
 
-    def __enter__(self) -> Problems:
-        return self
+    def add(self, text: str) -> None:
+        """Add the line of a mistake, or several lines."""
+        self._lines.update(dict.fromkeys(text.split("\n")))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        if isinstance(error, UserError):
-            self._messages.append(str(error))
-            return True
-        return False
+    def run(self, check: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result | None:
+        """Return what check returns; a UserError that it raises is added, and the result is None."""
+        try:
+            return check(*args, **kwargs)
+        except UserError as error:
+            self.add(str(error))
+            return None
 
     def raise_if_any(self) -> None:
         """Raise one UserError for all that were collected, each in its own line."""
-        if self._messages:
-            raise UserError("\n".join(self._messages))
+        if self._lines:
+            raise UserError("\n".join(self._lines))

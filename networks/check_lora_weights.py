@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config import tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -58,7 +58,13 @@ DAMAGED = 1  # exit code of a file with damage
 class CheckOptions:
     """What is looked at."""
 
-    file: Path | None = option(None, "network file (.safetensors, .ckpt or .pt)", positional=True)
+    file: Path = option(
+        REQUIRED,
+        "network file (.safetensors, .ckpt or .pt)",
+        positional=True,
+        missing="the network",
+        reads="a file",
+    )
     show_all_keys: bool = option(False, "list the tensors: shape, mean and least of absolute values", aliases=("s",))
     json: bool = option(False, "write one JSON object for machines")
 
@@ -73,7 +79,6 @@ class CheckConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code: 1 for a file with damage."""
     config = parse(CheckConfig, argv, description=__doc__).check
-    tool_files.refuse(tool_files.input_problems("file", config.file, "the network"))
     report = report_of(config.file, with_tensors=config.show_all_keys)
     text = json.dumps(report, ensure_ascii=False, indent=2) if config.json else "\n".join(lines_of(report))
     sys.stdout.write(f"{text}\n")

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +20,10 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.config.tool_files import Precision
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Files."""
 
-    model: Path | None = option(None, "LoRA file")
-    save_to: Path | None = option(None, "LoRA file to write")
+    model: Path = option(REQUIRED, "LoRA file", missing="the LoRA file", reads="a file")
+    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,7 @@ class ConvertConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ConvertConfig, argv, description=__doc__)
-    tool_files.refuse(problems_of(config))
+    config = parse(ConvertConfig, argv, description=__doc__, rules=(check_save_to, check_conversion))
     from library.adapters.lora_file import read_lora
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -85,13 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def problems_of(config: ConvertConfig) -> Iterator[str]:
-    """Yield what is wrong with the options."""
-    files = config.files
-    yield from tool_files.input_problems("--model", files.model, "the LoRA file")
-    yield from tool_files.output_problems("--save_to", files.save_to, (files.model,))
+def check_save_to(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to."""
+    tool_files.check_output("--save_to", config.files.save_to, problems)
+    tool_files.check_apart("--save_to", config.files.save_to, (config.files.model,))
+
+
+def check_conversion(config: ConvertConfig, problems: Problems) -> None:
+    """Raise UserError for options that do not fit together."""
     if config.convert.keep_alpha and config.convert.to != "diffusers":
-        yield "--keep_alpha is for --to diffusers; files of sd-scripts always have their alphas"
+        raise UserError("--keep_alpha is for --to diffusers; files of sd-scripts always have their alphas")
 
 
 def known_layers(file: LoraFile, options: ConvertOptions) -> dict[str, Layer]:

@@ -17,8 +17,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.options import option, parse
-from library.errors import UserError
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
+from library.errors import Problems, UserError
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,14 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Files."""
 
-    model: Path | None = option(None, "DyLoRA file (.safetensors, .ckpt or .pt)")
-    save_to: Path | None = option(None, "name of the files to write; the rank goes before the extension")
+    model: Path = option(
+        REQUIRED, "DyLoRA file (.safetensors, .ckpt or .pt)", missing="the DyLoRA file", reads="a file"
+    )
+    save_to: Path = option(
+        REQUIRED,
+        "name of the files to write; the rank goes before the extension",
+        missing="the name of the files to write, such as out/split.safetensors",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +59,7 @@ class ExtractConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ExtractConfig, argv, description=__doc__)
-    check_files(config.files)
+    config = parse(ExtractConfig, argv, description=__doc__, rules=(check_save_to,))
 
     from tqdm import tqdm
 
@@ -75,16 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_files(files: FilesConfig) -> None:
-    """Raise UserError for files that are missing or cannot be written so."""
-    if files.model is None:
-        raise UserError("--model is missing: the DyLoRA file")
-    if not files.model.is_file():
-        raise UserError(f"--model: {files.model} is not a file")
-    if files.save_to is None:
-        raise UserError("--save_to is missing: the name of the files to write, such as out/split.safetensors")
-    if files.save_to.suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
-        raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {files.save_to}")
+def check_save_to(config: ExtractConfig, problems: Problems) -> None:
+    """Raise UserError for a --save_to of another format."""
+    if config.files.save_to.suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
+        raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {config.files.save_to}")
 
 
 def warn_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:

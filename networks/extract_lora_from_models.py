@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,10 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import rank_options, tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.config.tool_files import Precision
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -43,9 +44,19 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Files."""
 
-    model_org: Path | None = option(None, "original model: a checkpoint or a Diffusers folder")
-    model_tuned: Path | None = option(None, "tuned model: a checkpoint or a Diffusers folder")
-    save_to: Path | None = option(None, "LoRA file to write")
+    model_org: Path = option(
+        REQUIRED,
+        "original model: a checkpoint or a Diffusers folder",
+        missing="the original model",
+        reads="a file or a folder",
+    )
+    model_tuned: Path = option(
+        REQUIRED,
+        "tuned model: a checkpoint or a Diffusers folder",
+        missing="the tuned model",
+        reads="a file or a folder",
+    )
+    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
     save_precision: Precision | None = option(None, "type of what is written; unset: float")
     no_metadata: bool = option(False, "write no metadata of where the file comes from")
 
@@ -88,8 +99,7 @@ class ExtractConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ExtractConfig, argv, description=__doc__)
-    tool_files.refuse(problems_of(config))
+    config = parse(ExtractConfig, argv, description=__doc__, rules=(check_save_to, check_extraction))
     from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import to_state_dict
     from library.files import disk_errors
@@ -114,16 +124,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def problems_of(config: ExtractConfig) -> Iterator[str]:
-    """Yield what is wrong with the options."""
+def check_save_to(config: ExtractConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to."""
     files = config.files
-    yield from tool_files.input_problems("--model_org", files.model_org, "the original model", folders=True)
-    yield from tool_files.input_problems("--model_tuned", files.model_tuned, "the tuned model", folders=True)
-    yield from tool_files.output_problems("--save_to", files.save_to, (files.model_org, files.model_tuned))
+    tool_files.check_output("--save_to", files.save_to, problems)
+    tool_files.check_apart("--save_to", files.save_to, (files.model_org, files.model_tuned))
+
+
+def check_extraction(config: ExtractConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the options of kind, ranks and decompositions."""
     if config.kind.v2 and config.kind.sdxl:
-        yield "--v2 and --sdxl were both given: leave out both, the kind of model is recognised"
-    yield from rank_options.quantile_problems(config.extract.clamp_quantile)
-    yield from tool_files.device_problems(config.extract.device)
+        problems.add("--v2 and --sdxl were both given: leave out both, the kind of model is recognised")
+    problems.run(rank_options.check_quantile, config.extract.clamp_quantile)
+    problems.run(tool_files.check_device, config.extract.device)
 
 
 def check_kind(kind: KindConfig, original: Checkpoint, tuned: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,10 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.config.tool_files import Precision
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -40,13 +41,17 @@ class FilesConfig:
     """Files."""
 
     sd_model: Path | None = option(
-        None, "base model to merge into: a checkpoint or a Diffusers folder; unset: the LoRA files become one"
+        None,
+        "base model to merge into: a checkpoint or a Diffusers folder; unset: the LoRA files become one",
+        reads="a file or a folder",
     )
-    save_to: Path | None = option(
-        None, "what to write: a .safetensors or .ckpt file, or a folder where the model is one"
+    save_to: Path = option(
+        REQUIRED,
+        "what to write: a .safetensors or .ckpt file, or a folder where the model is one",
+        missing="the file or folder to write",
     )
-    models: tuple[Path, ...] | None = option(None, "LoRA files")
-    ratios: tuple[float, ...] | None = option(None, "strength of each, of any sign")
+    models: tuple[Path, ...] = option(REQUIRED, "LoRA files", missing="the LoRA files", reads="a file")
+    ratios: tuple[float, ...] = option((), "strength of each, of any sign")
     v2: bool = option(False, "the model is SD 2.x; it is recognised by itself, this is a check")
     no_metadata: bool = option(False, "write no metadata of where the file comes from")
 
@@ -77,8 +82,7 @@ class MergeConfig:
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=description)
-    tool_files.refuse(problems_of(config.files, config.merge))
+    config = parse(MergeConfig, argv, description=description, rules=(check_save_to, check_strengths, check_kind))
     from library.adapters.merging import read_weighted
 
     weighted = read_weighted(config.files.models, config.files.ratios, config.merge.lbws)
@@ -90,25 +94,31 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     return 0
 
 
-def problems_of(files: FilesConfig, merge: MergeOptions) -> Iterator[str]:
-    """Yield what is wrong with the options."""
+def check_save_to(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to."""
+    files = config.files
+    is_folder = files.sd_model is not None and files.sd_model.is_dir()
+    tool_files.check_output("--save_to", files.save_to, problems, folder=is_folder)
+    tool_files.check_apart("--save_to", files.save_to, (files.sd_model, *files.models))
+
+
+def check_strengths(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --ratios and --lbws."""
     from library.adapters import layer_weights
 
-    is_folder = files.sd_model is not None and files.sd_model.is_dir()
-    if files.sd_model is not None:
-        yield from tool_files.input_problems("--sd_model", files.sd_model, "the base model", folders=True)
-    for path in files.models or ():
-        yield from tool_files.input_problems("--models", path, "the LoRA files")
-    yield from tool_files.output_problems(
-        "--save_to", files.save_to, (files.sd_model, *(files.models or ())), folder=is_folder
-    )
-    yield from tool_files.ratio_problems(files.ratios, files.models)
-    if merge.lbws is not None:
-        yield from layer_weights.problems(merge.lbws, len(files.models or ()))
-    if files.sd_model is not None and (merge.concat or merge.shuffle):
-        yield "--concat and --shuffle are for merging into a LoRA file: leave them out, or --sd_model"
+    files = config.files
+    tool_files.check_ratios(files.ratios, files.models, problems)
+    if config.merge.lbws is not None:
+        layer_weights.check_lists(config.merge.lbws, len(files.models), problems)
+
+
+def check_kind(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems what does not go with the kind of file that is written."""
+    merge = config.merge
+    if config.files.sd_model is not None and (merge.concat or merge.shuffle):
+        problems.add("--concat and --shuffle are for merging into a LoRA file: leave them out, or --sd_model")
     if merge.shuffle and not merge.concat:
-        yield "--shuffle goes with --concat"
+        problems.add("--shuffle goes with --concat")
 
 
 def merge_into_model(config: MergeConfig, files: Sequence[Weighted]) -> None:

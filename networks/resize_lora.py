@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import rank_options, tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.config.rank_options import RankOptions
 from library.config.tool_files import Precision
+from library.errors import Problems
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Files."""
 
-    model: Path | None = option(None, "LoRA file")
-    save_to: Path | None = option(None, "LoRA file to write")
+    model: Path = option(REQUIRED, "LoRA file", missing="the LoRA file", reads="a file")
+    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
     save_precision: Precision | None = option(None, "type of what is written; unset: float")
     device: str = option("cpu", "where the decompositions are made, such as cuda")
     verbose: bool = option(False, "tell of every module what it keeps")
@@ -52,8 +54,7 @@ class ResizeConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ResizeConfig, argv, description=__doc__)
-    tool_files.refuse(problems_of(config))
+    config = parse(ResizeConfig, argv, description=__doc__, rules=(check_save_to, check_resizing))
     from library.adapters.lora_file import read_lora, to_state_dict
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -67,13 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def problems_of(config: ResizeConfig) -> Iterator[str]:
-    """Yield what is wrong with the options."""
-    files = config.files
-    yield from tool_files.input_problems("--model", files.model, "the LoRA file")
-    yield from tool_files.output_problems("--save_to", files.save_to, (files.model,))
-    yield from rank_options.problems(config.ranks)
-    yield from tool_files.device_problems(files.device)
+def check_save_to(config: ResizeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to."""
+    tool_files.check_output("--save_to", config.files.save_to, problems)
+    tool_files.check_apart("--save_to", config.files.save_to, (config.files.model,))
+
+
+def check_resizing(config: ResizeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the options of ranks and decompositions."""
+    problems.run(rank_options.check_ranks, config.ranks)
+    problems.run(tool_files.check_device, config.files.device)
 
 
 def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:

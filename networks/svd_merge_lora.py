@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,11 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import rank_options, tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.config.rank_options import RankOptions
 from library.config.tool_files import Precision
+from library.errors import Problems
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -38,9 +40,9 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Files."""
 
-    save_to: Path | None = option(None, "LoRA file to write")
-    models: tuple[Path, ...] | None = option(None, "LoRA files")
-    ratios: tuple[float, ...] | None = option(None, "strength of each, of any sign")
+    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
+    models: tuple[Path, ...] = option(REQUIRED, "LoRA files", missing="the LoRA files", reads="a file")
+    ratios: tuple[float, ...] = option((), "strength of each, of any sign")
     no_metadata: bool = option(False, "write no metadata of where the file comes from")
 
 
@@ -71,8 +73,7 @@ class SvdMergeConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(SvdMergeConfig, argv, description=__doc__)
-    tool_files.refuse(problems_of(config))
+    config = parse(SvdMergeConfig, argv, description=__doc__, rules=(check_save_to, check_strengths, check_merging))
     from library.adapters.energy import KeptByBlock
     from library.adapters.lora_file import to_state_dict
     from library.adapters.merging import parts_by_module, read_weighted
@@ -93,20 +94,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def problems_of(config: SvdMergeConfig) -> Iterator[str]:
-    """Yield what is wrong with the options."""
+def check_save_to(config: SvdMergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to."""
+    tool_files.check_output("--save_to", config.files.save_to, problems)
+    tool_files.check_apart("--save_to", config.files.save_to, config.files.models)
+
+
+def check_strengths(config: SvdMergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --ratios and --lbws."""
     from library.adapters import layer_weights
 
     files = config.files
-    for path in files.models or ():
-        yield from tool_files.input_problems("--models", path, "the LoRA files")
-    yield from tool_files.output_problems("--save_to", files.save_to, files.models or ())
-    yield from tool_files.ratio_problems(files.ratios, files.models)
+    tool_files.check_ratios(files.ratios, files.models, problems)
     if config.merge.lbws is not None:
-        yield from layer_weights.problems(config.merge.lbws, len(files.models or ()))
-    yield from rank_options.problems(config.ranks)
-    yield from rank_options.quantile_problems(config.merge.clamp_quantile)
-    yield from tool_files.device_problems(config.merge.device)
+        layer_weights.check_lists(config.merge.lbws, len(files.models), problems)
+
+
+def check_merging(config: SvdMergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the options of ranks and decompositions."""
+    problems.run(rank_options.check_ranks, config.ranks)
+    problems.run(rank_options.check_quantile, config.merge.clamp_quantile)
+    problems.run(tool_files.check_device, config.merge.device)
 
 
 def merged_changes(

@@ -13,6 +13,9 @@ from tensors import Tensors, assert_same
 
 import train_network
 
+# Words for the options of a training that must be given, where it does not matter what they are.
+NEEDED = ("--pretrained_model_name_or_path=m", "--network_module=networks.lora", "--output_dir=o")
+
 # Options of a DyLoRA over linear layers, and over convolutions as well; options of a run in which it learns.
 LIERLA: dict[str, object] = {
     "network_module": "networks.dylora",

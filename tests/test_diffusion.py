@@ -247,7 +247,7 @@ def test_piecewise_constant_is_that_of_diffusers():
 
     rules = "1:10,0.1:20,0.01"
     oracle = get_piecewise_constant_schedule(optimizer_of(), rules).lr_lambdas[0]
-    config = ScheduleConfig(lr_scheduler="piecewise_constant", lr_scheduler_args=(f"step_rules={rules}",))
+    config = ScheduleConfig(lr_scheduler="piecewise_constant", lr_scheduler_args={"step_rules": rules})
     assert factors(config) == pytest.approx([oracle(step) for step in range(40)])
 
 
@@ -300,7 +300,7 @@ def test_flat_parameters_train_like_separate_ones():
 
 def test_optimizers_are_found_by_any_spelling_and_recorded():
     choice = choose_optimizer(
-        OptimizerConfig(optimizer_type="adamw8BIT", optimizer_args=("weight_decay=0.1", "betas=.9,.99"))
+        OptimizerConfig(optimizer_type="adamw8BIT", optimizer_args={"weight_decay": "0.1", "betas": ".9,.99"})
     )
     assert choice.record == "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))"
     parameter = torch.nn.Parameter(torch.ones(8192))

@@ -9,10 +9,12 @@ import shlex
 import pytest
 from scripts import ROOT, python
 
-from library.config import toml_text
+import gen_img_diffusers
+from library.config import command_line, toml_text, train
+from library.config.config_file import read_config_file
 from library.config.dataset import DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_dataset_file
-from library.config.options import read_config_file, root_options
+from library.config.options import root_options
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig
 from library.sampling.prompts import parse_line, read_prompts
@@ -75,18 +77,21 @@ class Parsed(Exception):
     """A script's command line was read."""
 
 
-def reading(parser):
-    """Return the parser of a script's command line, after which nothing is done."""
+@pytest.fixture
+def only_parsed(monkeypatch):
+    """Command lines are read, and nothing is done after that."""
+    given_options = command_line.given_options
 
     def reads(*arguments, **more):
-        parser(*arguments, **more)
+        given_options(*arguments, **more)
         raise Parsed
 
-    return reads
+    for module in (command_line, train, gen_img_diffusers):
+        monkeypatch.setattr(module, "given_options", reads)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_of_all_scripts_are_read_by_their_parsers(page, monkeypatch):
+def test_commands_of_all_scripts_are_read_by_their_parsers(page, only_parsed):
     """Every option in a command of a page is one of its script, and every value is of its kind."""
     for text in blocks(page, "bash") + blocks(page, "bat"):
         for line in re.sub(r"[\\^]\n", " ", text).splitlines():
@@ -96,8 +101,6 @@ def test_commands_of_all_scripts_are_read_by_their_parsers(page, monkeypatch):
             module = importlib.import_module(re.sub(r"[/\\]", ".", match[1]))
             module = getattr(module, "merge_lora", module)  # sdxl_merge_lora is that program
 
-            name = "parse" if hasattr(module, "parse") else "parse_train_config"
-            monkeypatch.setattr(module, name, reading(getattr(module, name)))
             with pytest.raises(Parsed):
                 module.main(shlex.split(match[2].split("&&")[0].split(">")[0]))
 

@@ -14,7 +14,7 @@ from tensors import metadata
 import train_network
 from library.config.options import build
 from library.config.train import TrainConfig
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import LiveConditioner
 from library.models.tokenizer import load_clip_tokenizer
@@ -148,7 +148,8 @@ def test_all_conflicts_are_told_at_once(base, pictures, tmp_path):
 def network_over(models, *, checkpointing, device):
     from library.training.preparation import enable_gradient_checkpointing
 
-    config = build(TrainConfig, {"network_module": "networks.lora", "network_dim": 4, "seed": 1})
+    given = {"network_module": "networks.lora", "network_dim": 4, "seed": 1}
+    config = build(TrainConfig, given, Problems())  # neither a model nor a folder is needed
     network = build_network(
         config.network, config.optimizer, models, checkpointing=checkpointing, device=torch.device(device)
     )

@@ -152,4 +152,4 @@ def test_mistakes_of_the_extractor_are_told(tmp_path, argv, message):
 def test_the_script_runs_from_any_folder(tmp_path):
     assert "--save_to" in help_of("networks/extract_lora_from_dylora.py", tmp_path)
     done = python(ROOT / "networks" / "extract_lora_from_dylora.py", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 2)  # --model and --save_to are missing

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import NEEDED
 
 from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import ALL_KEYS, load_datasets
@@ -22,7 +23,7 @@ from library.config.options import root_options, sections_of
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig, parse_train_config
 from library.data.captions import Moment, draw_caption, possible_captions, split_tags
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.models.prompt_weights import parse_weights
 from library.sampling.prompts import LINE_OPTIONS, SAMPLER_NAMES, UNUSED, Prompt, parse_line
 
@@ -57,6 +58,8 @@ def has_type(value, annotation):
             and (is_open or len(value) == len(arguments))
             and all(has_type(item, arguments[0 if is_open else index]) for index, item in enumerate(value))
         )
+    if origin is dict:
+        return type(value) is dict and all(type(text) is str for pair in value.items() for text in pair)
     if annotation in (None, type(None)):
         return value is None
     return isinstance(value, Path) if annotation is Path else type(value) is annotation
@@ -92,7 +95,9 @@ WORDS = (
 @given(st.lists(WORDS, max_size=6))
 def test_a_command_line_is_read_or_refused(words):
     try:
-        config = parse_train_config(words)
+        problems = Problems()
+        config = parse_train_config([*NEEDED, *words], problems)
+        problems.raise_if_any()
     except UserError as error:
         assert str(error)
     except SystemExit as ended:

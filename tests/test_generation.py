@@ -12,10 +12,10 @@ from drawing import LONG, SAMPLERS, SIZE, differ, pipe_of, pixels_of, same_pixel
 from safetensors.torch import save_file
 
 import gen_img_diffusers
+from library.config.command_line import parse
 from library.config.generation import GenerateConfig
-from library.config.options import parse
 from library.config.retired import GENERATION
-from library.generation import artist, recipe
+from library.generation import artist, checks, recipe
 from library.sampling.prompts import SAMPLER_NAMES
 from library.sampling.requests import MOST_SEED
 from library.sampling.samplers import ROWS
@@ -134,8 +134,8 @@ def test_what_is_drawn_together_has_one_size_and_one_length(monkeypatch, draw, t
 
 def requests_of(*words):
     """Return what a command line asks for, without drawing it."""
-    config = parse(GenerateConfig, [str(word) for word in words], retired=GENERATION)
-    return list(recipe.all_requests(config, gen_img_diffusers.load_lines(config)))
+    config = parse(GenerateConfig, ["--ckpt", "x", *map(str, words)], retired=GENERATION)
+    return list(recipe.all_requests(config, checks.load_lines(config.prompts)))
 
 
 def test_the_seed_of_one_picture_is_the_seed_and_of_several_their_seed():

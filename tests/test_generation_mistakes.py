@@ -62,7 +62,7 @@ MISTAKES = [
     ([*PROMPT, "--network_module", "networks.lora"], ["--network_weights must name as many networks, got 1 and 0"]),
     ([*PROMPT, *NET, "{tmp}/m.safetensors"], ["--network_weights must name as many networks, got 1 and 2"]),
     ([*PROMPT, *NET, "--network_mul", "1", "2"], ["--network_mul has 2 values for 1 networks"]),
-    ([*PROMPT, *NET, "--network_args", "preset"], ["--network_args must be key=value;key=value", "got 'preset'"]),
+    ([*PROMPT, *NET, "--network_args", "preset"], ["--network_args must be key=value;key=value", "'preset' has no key and value"]),
     ([*PROMPT, "--network_module", "networks.lroa", "--network_weights", "{tmp}/net.safetensors"],
      ["--network_module networks.lroa: there is no such module"]),
     ([*PROMPT, "--network_module", "networks.lora", "--network_weights", "x"], ["--network_weights: x is not a file"]),

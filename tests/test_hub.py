@@ -8,11 +8,12 @@ import time
 
 import pytest
 from fake_hub import FakeHub
-from runs import options, same, train
+from runs import NEEDED, options, same, train
 
 import train_network
+from library.config.command_line import parse
+from library.config.config_file import to_toml
 from library.config.hub import HubConfig, HubState, parse_hub_state
-from library.config.options import parse, to_toml
 from library.config.train import TrainConfig
 from library.errors import UserError
 from library.training.record.upload import Uploads
@@ -170,8 +171,12 @@ def test_the_place_of_a_state_is_read(text, place):
         parse_hub_state(text)
 
 
+def read(*argv):
+    return parse(TrainConfig, [*NEEDED, *argv])
+
+
 def test_secrets_are_not_recorded_and_gui_files_that_leave_the_hub_off_are_read(tmp_path, caplog):
-    config = parse(TrainConfig, ["--huggingface_token", TOKEN, "--wandb_api_key", TOKEN, "--network_dim", "2"])
+    config = read("--huggingface_token", TOKEN, "--wandb_api_key", TOKEN, "--network_dim", "2")
     assert "network_dim" in to_toml(config)
     assert TOKEN not in to_toml(config)
     path = tmp_path / "gui.toml"
@@ -179,13 +184,13 @@ def test_secrets_are_not_recorded_and_gui_files_that_leave_the_hub_off_are_read(
     lines = [f'huggingface_{name} = ""' for name in names]
     lines += ['save_state_to_huggingface = ""', 'resume_from_huggingface = ""', "async_upload = false"]
     path.write_text("\n".join(lines), encoding="utf-8")
-    assert parse(TrainConfig, ["--config_file", str(path)]).hub == HubConfig()
+    assert read("--config_file", str(path)).hub == HubConfig()
     path.write_text(f'[a]\nhuggingface_token = "x"\n[b]\nhuggingface_token = "{TOKEN}"\n', encoding="utf-8")
-    assert parse(TrainConfig, ["--config_file", str(path)]).hub.huggingface_token == TOKEN
+    assert read("--config_file", str(path)).hub.huggingface_token == TOKEN
     assert "huggingface_token is given twice; the later value counts" in caplog.text
     path.write_text(f'huggingface_token = ["{TOKEN}"]\n', encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        parse(TrainConfig, ["--config_file", str(path)])
+        read("--config_file", str(path))
     assert TOKEN not in caplog.text + str(caught.value)
 
 

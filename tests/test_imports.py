@@ -33,11 +33,13 @@ ONLY_IN = {
     "xformers": ("library/models",),
     "huggingface_hub": ("library/training",),
     "wandb": ("library/training",),
-    "argparse": ("library/config/options.py", "library/training/network_protocol.py"),
+    "argparse": ("library/config/command_line.py", "library/training/network_protocol.py"),
 }
 NO_TORCH_AT_THE_TOP = [
     "train_network.py",
+    "gen_img_diffusers.py",
     "library/config",
+    "library/generation/checks.py",
     "library/sampling/prompts.py",
     "library/data/records.py",
     "tools/show_metadata.py",
@@ -47,6 +49,7 @@ NO_TORCH_AT_THE_TOP = [
 
 def modules():
     yield ROOT / "train_network.py"
+    yield ROOT / "gen_img_diffusers.py"
     for folder in ("library", "networks", "tools", "finetune"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 

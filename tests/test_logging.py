@@ -8,12 +8,12 @@ import os
 import sys
 
 import pytest
-from runs import options, same, train
+from runs import NEEDED, options, same, train
 from scripts import ROOT
 
 import train_network
 from library import logs
-from library.config.options import parse
+from library.config.command_line import parse
 from library.config.train import TrainConfig
 from library.errors import UserError
 from library.training.record import tracking
@@ -43,6 +43,10 @@ def offline_run(folder):
     """Return what an offline run wrote, as bytes."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     return path.read_bytes()
+
+
+def read(argv):
+    return parse(TrainConfig, [*NEEDED, *argv])
 
 
 def test_wandb_without_a_key_logs_offline_and_says_how_to_send_the_run(wandb, base, pictures, tmp_path, caplog):
@@ -105,7 +109,7 @@ def test_wandb_can_be_switched_off_from_outside(wandb, tmp_path, monkeypatch, ca
     from accelerate import Accelerator
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    config = parse(TrainConfig, ["--log_with", "wandb", "--output_dir", str(tmp_path)])
+    config = read(["--log_with", "wandb", "--output_dir", str(tmp_path)])
     accelerator = Accelerator(log_with=["wandb"])
     tracking.start_trackers(config, accelerator)
     accelerator.log({"loss/current": 1.0}, step=1)
@@ -141,7 +145,7 @@ def test_options_for_trackers_hold_neither_keys_nor_paths():
         "--optimizer_args",
         "eps=1",
     ]
-    told = tracking.loggable_options(parse(TrainConfig, [*argv, "--resolution", "512"]))
+    told = tracking.loggable_options(read([*argv, "--resolution", "512"]))
     gone = {"wandb_api_key", "huggingface_token", "vae", "resume", "base_weights", "network_args"}
     assert not gone & set(told)
     assert told["resolution"] == "(512, 512)"
@@ -182,7 +186,7 @@ def test_the_arguments_in_the_documentation_are_accepted(tmp_path, page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (tmp_path / "t.toml").write_text(text.split("```toml trackers\n")[1].split("```")[0], encoding="utf-8")
     argv = ["--log_with", "all", "--log_tracker_config", str(tmp_path / "t.toml")]
-    assert set(tracking.tracker_arguments(parse(TrainConfig, argv).logs)) == {"tensorboard", "wandb"}
+    assert set(tracking.tracker_arguments(read(argv).logs)) == {"tensorboard", "wandb"}
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_the_model_is_loaded(base, pictures, tmp_path, monkeypatch):

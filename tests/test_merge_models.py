@@ -165,7 +165,6 @@ def test_sums_of_any_ratios_types_and_shapes(tmp_path, ratios, dtype, shape, lac
 def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, monkeypatch):
     one, two, *_ = pair
     monkeypatch.setattr(weight_file, "open_weights", lambda path: pytest.fail("a file was read"))
-    monkeypatch.setattr(merge_models, "device_problems", lambda device: ())
     before = one.read_bytes()
     with pytest.raises(UserError) as caught:
         merge("--models", one, tmp_path / "gone.safetensors", ROOT / "README.md", "--output", one, "--ratios", 1)

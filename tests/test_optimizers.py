@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from library.config.optimizer import OptimizerConfig
+from library.config.values import parse_pairs
 from library.errors import UserError
 from library.optim import optimizers
 from library.optim.flat import flatten_groups
@@ -29,7 +30,9 @@ needs_extra = pytest.mark.skipif(
 
 
 def chosen(name, *arguments, rate=1.0):
-    return choose_optimizer(OptimizerConfig(optimizer_type=name, optimizer_args=arguments or None, learning_rate=rate))
+    return choose_optimizer(
+        OptimizerConfig(optimizer_type=name, optimizer_args=parse_pairs(arguments), learning_rate=rate)
+    )
 
 
 def train(choice, *, flat, steps=6, rate=1.0):

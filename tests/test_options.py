@@ -7,19 +7,22 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import NEEDED
 from scripts import ROOT
 
 from library.config import toml_text
+from library.config.command_line import build_parser, given_options, parse
+from library.config.config_file import to_toml
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import load_datasets
-from library.config.options import build_parser, format_default, given_options, parse, root_options, to_toml
+from library.config.options import format_default, root_options
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig, parse_train_config
-from library.errors import UserError
+from library.errors import Problems, UserError
 
 
 def read(*argv):
-    return parse(TrainConfig, list(argv))
+    return parse(TrainConfig, [*NEEDED, *argv])
 
 
 def test_the_list_of_options_is_the_recorded_one():
@@ -63,7 +66,7 @@ def test_values_take_the_types_of_their_fields():
     assert config.dataset.resolution == (512, 768)
     assert config.network.network_dim == 8
     assert config.optimizer.text_encoder_lr == (1e-5, 2e-5)
-    assert config.network.network_args == ("conv_dim=4", "conv_alpha=1")
+    assert config.network.network_args == {"conv_dim": "4", "conv_alpha": "1"}
     assert config.schedule.lr_warmup_steps == 0.1
     assert config.text.max_token_length == 150
     assert config.model.v2 is True
@@ -145,7 +148,7 @@ def test_the_record_of_a_run_repeats_it(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert toml_text.load(path)["saving"]["output_dir"] == r"D:\data\x1\new"
-    assert read("--config_file", str(path)) == read(*argv, "--config_file", str(path))
+    assert parse(TrainConfig, ["--config_file", str(path)]) == read(*argv, "--config_file", str(path))
 
 
 SCALARS = st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(), st.text())
@@ -172,7 +175,7 @@ def test_help_names_every_option_with_its_meaning():
 def test_implied_options_are_set_once_and_said(base_argv, caplog):
     caplog.set_level("INFO")
     config = parse_train_config(
-        [*base_argv, "--cache_latents_to_disk", "--use_8bit_adam", "--sample_every_n_steps", "0"]
+        [*base_argv, "--cache_latents_to_disk", "--use_8bit_adam", "--sample_every_n_steps", "0"], Problems()
     )
     assert config.precision.cache_latents
     assert config.optimizer.optimizer_type == "AdamW8bit"
@@ -339,11 +342,13 @@ def test_folders_give_repeats_and_class_tokens_in_order_of_their_names(tmp_path,
 
 
 def test_the_beginning_of_a_name_is_read_as_in_sd_scripts_and_warned_of(base_argv, caplog):
-    config = parse_train_config([*base_argv, "--network_di", "7", "--save_every_n_ep=3", "--lowr"])
+    config = parse_train_config([*base_argv, "--network_di", "7", "--save_every_n_ep=3", "--lowr"], Problems())
     assert config.network.network_dim == 7
     assert config.saving.save_every_n_epochs == 3
     assert "--network_di is read as --network_dim" in caplog.text
     assert "--lowram is ignored" in caplog.text
     with pytest.raises(UserError, match="--save_every_n is not known; it could be --save_every_n_epochs, --save_every"):
-        parse_train_config([*base_argv, "--save_every_n", "3"])
-    assert parse_train_config([*base_argv, "--output_name", "x--network"]).saving.output_name == "x--network"
+        parse_train_config([*base_argv, "--save_every_n", "3"], Problems())
+    assert (
+        parse_train_config([*base_argv, "--output_name", "x--network"], Problems()).saving.output_name == "x--network"
+    )

@@ -10,7 +10,6 @@ Options that change latents (--vae, --resolution, buckets, --no_half_vae, --mixe
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,24 +18,29 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.train import TrainConfig, check, parse_train_config
+from library.config.train import check, parse_train_config
 from library.errors import Problems
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
 
+CACHING = {
+    "cache_latents": True,
+    "cache_latents_to_disk": True,
+    # Needed by a training and by nothing here.
+    "network_module": "networks.lora",
+    "output_dir": Path(),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = caching(parse_train_config(argv, description=__doc__))
     problems = Problems()
-    with problems:
-        check(config)
-    sets = []
-    with problems:
-        from library.data.records import load_sets  # reads pictures; --help does not
+    config = parse_train_config(argv, problems, description=__doc__, fixed=CACHING)
+    check(config, problems)
+    from library.data.records import load_sets  # reads pictures; --help does not
 
-        sets = load_sets(config)
+    sets = problems.run(load_sets, config) or []
     problems.raise_if_any()
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
@@ -50,17 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
     cache_latents(config.precision, sets, encoder, runtime)
     return 0
-
-
-def caching(config: TrainConfig) -> TrainConfig:
-    """Return the options of a training that does nothing but encode pictures."""
-    return dataclasses.replace(
-        config,
-        precision=dataclasses.replace(config.precision, cache_latents=True, cache_latents_to_disk=True),
-        # Needed by a training and by nothing here.
-        network=dataclasses.replace(config.network, network_module=config.network.network_module or "networks.lora"),
-        saving=dataclasses.replace(config.saving, output_dir=config.saving.output_dir or Path()),
-    )
 
 
 if __name__ == "__main__":

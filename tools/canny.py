@@ -14,7 +14,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError
 from library.files import WRITTEN_FORMATS, replacing
 from library.logs import run_script
@@ -26,9 +27,12 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Files."""
 
-    input: Path | None = option(None, "picture to read")
-    output: Path | None = option(
-        None, "picture to write; one that is there is replaced", form=", ".join(WRITTEN_FORMATS)
+    input: Path = option(REQUIRED, "picture to read", missing="the picture to read", reads="a file")
+    output: Path = option(
+        REQUIRED,
+        "picture to write; one that is there is replaced",
+        form=", ".join(WRITTEN_FORMATS),
+        missing="the picture to write",
     )
 
 
@@ -50,13 +54,8 @@ class CannyConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CannyConfig, argv, description=__doc__)
-    problems = Problems()
-    with problems:
-        source = checked_input(config.files)
-    with problems:
-        output = checked_output(config.files)
-    problems.raise_if_any()
+    config = parse(CannyConfig, argv, description=__doc__, rules=(check_format, check_names))
+    source, output = config.files.input, config.files.output
 
     from PIL import Image
 
@@ -74,24 +73,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def checked_input(files: FilesConfig) -> Path:
-    """Return the picture to read; raises UserError if it is missing."""
-    if files.input is None:
-        raise UserError("--input is missing: the picture to read")
-    if not files.input.is_file():
-        raise UserError(f"--input: {files.input} is not a file")
-    return files.input
+def check_format(config: CannyConfig, problems: Problems) -> None:
+    """Raise UserError for an --output of another format."""
+    if config.files.output.suffix.lower() not in WRITTEN_FORMATS:
+        raise UserError(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {config.files.output}")
 
 
-def checked_output(files: FilesConfig) -> Path:
-    """Return the picture to write; raises UserError if it is missing, of another format, or the one to be read."""
-    if files.output is None:
-        raise UserError("--output is missing: the picture to write")
-    if files.output.suffix.lower() not in WRITTEN_FORMATS:
-        raise UserError(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {files.output}")
-    if files.input is not None and files.output.exists() and files.output.samefile(files.input):
+def check_names(config: CannyConfig, problems: Problems) -> None:
+    """Raise UserError where the picture that is read would be replaced."""
+    files = config.files
+    if files.input.exists() and files.output.exists() and files.output.samefile(files.input):
         raise UserError(f"--output {files.output} is the picture to be read: take another name")
-    return files.output
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +22,9 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, is_there, option
+from library.errors import Problems, UserError
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ def read_metadata(text: str) -> dict[str, str]:
 class FilesConfig:
     """Files."""
 
-    model_to_load: Path | None = option(None, "checkpoint, or Diffusers folder", positional=True)
-    model_to_save: Path | None = option(None, "checkpoint (.safetensors, .ckpt) or folder", positional=True)
+    model_to_load: Path = option(REQUIRED, "checkpoint, or Diffusers folder", positional=True)
+    model_to_save: Path = option(REQUIRED, "checkpoint (.safetensors, .ckpt) or folder", positional=True)
     variant: str | None = option(None, "variant of the Diffusers weights to read, such as fp16")
     reference_model: Path | None = option(
         None, "local Diffusers folder whose scheduler and tokenizer are copied; unset: those of the published models"
@@ -101,8 +103,8 @@ class ConvertConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ConvertConfig, argv, description=__doc__)
-    tool_files.refuse(problems_of(config))
+    rules = (check_source, check_destination, check_reference, check_saving, check_model)
+    config = parse(ConvertConfig, argv, description=__doc__, rules=rules)
     from library.models.checkpoint import check_input_channels, open_checkpoint
     from library.models.family import check_flags
 
@@ -123,31 +125,53 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix.lower() in tool_files.WEIGHT_SUFFIXES
 
 
-def problems_of(config: ConvertConfig) -> Iterator[str]:
-    """Yield what is wrong with the options."""
-    files, saving = config.files, config.saving
-    for problem in tool_files.input_problems("model_to_load", files.model_to_load, "the model", folders=True):
-        yield f"{problem}: name a checkpoint or a Diffusers folder on this machine, nothing is downloaded"
-    folder = not is_checkpoint(files.model_to_save)
-    yield from tool_files.output_problems("model_to_save", files.model_to_save, (files.model_to_load,), folder=folder)
-    if files.reference_model is not None and not files.reference_model.is_dir():
-        yield (
-            f"--reference_model: {files.reference_model} is not a folder, and nothing is downloaded; "
+def check_source(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the model to read."""
+    source, variant = config.files.model_to_load, config.files.variant
+    if not is_there(source, "a file or a folder"):
+        problems.add(
+            f"model_to_load: {source} is not a file or a folder: name a checkpoint or a Diffusers folder on this "
+            "machine, nothing is downloaded"
+        )
+    if variant and source.is_file():
+        problems.add(f"--variant is for Diffusers folders, {source} is a file")
+
+
+def check_destination(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the destination."""
+    source, destination = config.files.model_to_load, config.files.model_to_save
+    tool_files.check_output("model_to_save", destination, problems, folder=not is_checkpoint(destination))
+    tool_files.check_apart("model_to_save", destination, (source,))
+
+
+def check_reference(config: ConvertConfig, problems: Problems) -> None:
+    """Raise UserError for a --reference_model that is not there."""
+    reference = config.files.reference_model
+    if reference is not None and not reference.is_dir():
+        raise UserError(
+            f"--reference_model: {reference} is not a folder, and nothing is downloaded; "
             "leave it out for the scheduler and tokenizer of the published models"
         )
+
+
+def check_saving(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the type and the metadata to write."""
+    saving, destination = config.saving, config.files.model_to_save
     given = [name for name, value in (("fp16", saving.fp16), ("bf16", saving.bf16), ("float", saving.float_)) if value]
     if len(given) > 1:
-        yield f"one type can be written, got --{' --'.join(given)}"
-    if config.model.v1 and config.model.v2:
-        yield "--v1 and --v2 were both given: leave out both, the kind of model is recognised"
+        problems.add(f"one type can be written, got --{' --'.join(given)}")
     try:
         read_metadata(saving.metadata or "{}")
     except ValueError:
-        yield f'--metadata must be a JSON object such as {{"title": "x"}}, got {saving.metadata}'
-    if saving.metadata and (files.model_to_save is None or files.model_to_save.suffix.lower() != ".safetensors"):
-        yield f"--metadata is for .safetensors files, {files.model_to_save} is none"
-    if files.variant and files.model_to_load is not None and files.model_to_load.is_file():
-        yield f"--variant is for Diffusers folders, {files.model_to_load} is a file"
+        problems.add(f'--metadata must be a JSON object such as {{"title": "x"}}, got {saving.metadata}')
+    if saving.metadata and destination.suffix.lower() != ".safetensors":
+        problems.add(f"--metadata is for .safetensors files, {destination} is none")
+
+
+def check_model(config: ConvertConfig, problems: Problems) -> None:
+    """Raise UserError for two kinds of model."""
+    if config.model.v1 and config.model.v2:
+        raise UserError("--v1 and --v2 were both given: leave out both, the kind of model is recognised")
 
 
 def written_type(saving: SavingConfig) -> torch.dtype | None:

@@ -17,18 +17,18 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.adapters.dylora import file_sizes, ranks_of
+from library.config.command_line import parse
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import load_datasets
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
-from library.config.network import NetworkConfig
-from library.config.options import build, option, parse
+from library.config.options import REQUIRED, build, option, repeated
 from library.config.preview import PreviewConfig, SamplerName
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
@@ -58,17 +58,13 @@ MOST_COLUMNS = 10  # of the contact sheet, the base model among them
 # --------------------------------------------------------------------------------------------------------------
 
 
-def declared(section: type, name: str) -> dict[str, Any]:
-    """Return default and declaration of an option of another section, for a field that repeats it."""
-    field = section.__dataclass_fields__[name]
-    return {"default": field.default, "metadata": field.metadata}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilesConfig:
     """Files."""
 
-    model: Path | None = option(None, "DyLoRA file (.safetensors, .ckpt or .pt)")
+    model: Path = option(
+        REQUIRED, "DyLoRA file (.safetensors, .ckpt or .pt)", missing="the DyLoRA file", reads="a file"
+    )
     unit: int | None = option(None, "smallest rank, and step to the next; unset: the unit of the training", minimum=1)
     save_to: Path | None = option(
         None, "beginning of the names of the files to write; unset: --model without its ending"
@@ -84,18 +80,18 @@ class MeasureConfig:
     seed: int | None = option(
         None, "seed of the noise and of what is held out; unset: that of the training, which the file tells", minimum=0
     )
-    max_validation_steps: int | None = dataclasses.field(**declared(ValidationConfig, "max_validation_steps"))
+    max_validation_steps: int | None = repeated(ValidationConfig, "max_validation_steps")
     sample_prompts: Path | None = option(None, "prompts to draw with each rank (.txt, .toml or .json)")
-    sample_sampler: SamplerName = dataclasses.field(**declared(PreviewConfig, "sample_sampler"))
+    sample_sampler: SamplerName = repeated(PreviewConfig, "sample_sampler")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArithmeticConfig:
     """Precision."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = dataclasses.field(**declared(PrecisionConfig, "mixed_precision"))
-    no_half_vae: bool = dataclasses.field(**declared(PrecisionConfig, "no_half_vae"))
-    vae_batch_size: int = dataclasses.field(**declared(PrecisionConfig, "vae_batch_size"))
+    mixed_precision: Literal["no", "fp16", "bf16"] = repeated(PrecisionConfig, "mixed_precision")
+    no_half_vae: bool = repeated(PrecisionConfig, "no_half_vae")
+    vae_batch_size: int = repeated(PrecisionConfig, "vae_batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +111,7 @@ class ReportConfig:
     @property
     def name(self) -> Path:
         """The beginning of the names of all files that are written."""
-        return self.files.save_to or (self.files.model or Path("dylora")).with_suffix("")
+        return self.files.save_to or self.files.model.with_suffix("")
 
     def path(self, ending: str) -> Path:
         """Return the path of one of the files."""
@@ -124,16 +120,16 @@ class ReportConfig:
 
 def as_training(config: ReportConfig) -> TrainConfig:
     """Return the configuration of a training with these options, of which the network is left open."""
-    defaults = build(TrainConfig, {})
-    return dataclasses.replace(
-        defaults,
-        **{name: getattr(config, name) for name in ("model", "data", "dataset", "subset", "loss", "text")},
-        network=NetworkConfig(network_module="networks.dylora"),
-        validation=ValidationConfig(max_validation_steps=config.measure.max_validation_steps),
-        precision=PrecisionConfig(**vars(config.precision), cache_latents=True),
-        preview=PreviewConfig(sample_prompts=config.measure.sample_prompts),
-        saving=dataclasses.replace(defaults.saving, output_dir=config.name.parent),
-    )
+    given = {
+        "network_module": "networks.dylora",
+        "output_dir": config.name.parent,
+        "max_validation_steps": config.measure.max_validation_steps,
+        "sample_prompts": config.measure.sample_prompts,
+        "cache_latents": True,
+        **vars(config.precision),
+    }
+    shared = {name: getattr(config, name) for name in ("model", "data", "dataset", "subset", "loss", "text")}
+    return dataclasses.replace(build(TrainConfig, given, Problems()), **shared)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -155,7 +151,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    job = plan(parse(ReportConfig, argv, description=__doc__))
+    job = plan(parse(ReportConfig, argv, description=__doc__, rules=(check_model, check_training)))
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
     from library.training.measure.picture_losses import to_measure
@@ -167,33 +163,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check_model(config: ReportConfig, problems: Problems) -> None:
+    """Raise UserError for a file that is no DyLoRA."""
+    if config.files.model.is_file():
+        read_model(config.files)
+
+
+def check_training(config: ReportConfig, problems: Problems) -> None:
+    """Add to problems what would be wrong with the options in a training."""
+    check(as_training(config), problems)
+
+
 def plan(config: ReportConfig) -> Job:
-    """Return what is to be done; raises UserError for every mistake that shows without torch."""
-    problems = Problems()
-    with problems:
-        file, ranks = read_model(config.files)
-    with problems:
-        check(as_training(config))
-    problems.raise_if_any()
+    """Return what is to be done; raises UserError for what is wrong with the prompts and the pictures."""
+    file, ranks = read_model(config.files)
     training = as_training(config)
     seed = seed_of(config.measure.seed, file.metadata)
     training = dataclasses.replace(training, run=dataclasses.replace(training.run, seed=seed))
     training = with_network(training, config.files.model, unit=ranks[0])
-    prompts, sets = [], []
-    with problems:
-        prompts = read_prompts(config.measure.sample_prompts) if config.measure.sample_prompts else []
-    with problems:
-        sets = load_sets(training, file.metadata)
+    problems = Problems()
+    prompts = problems.run(read_prompts, config.measure.sample_prompts) if config.measure.sample_prompts else None
+    sets = problems.run(load_sets, training, file.metadata)
     problems.raise_if_any()
-    return Job(config, training, file, ranks, sets, prompts)
+    return Job(config, training, file, ranks, sets or [], prompts or [])
 
 
 def read_model(files: FilesConfig) -> tuple[WeightFile, list[int]]:
     """Return the DyLoRA file, of which a safetensors file is not read yet, and its ranks."""
-    if files.model is None:
-        raise UserError("--model is missing: the DyLoRA file")
-    if not files.model.is_file():
-        raise UserError(f"--model: {files.model} is not a file")
     file = open_weights(files.model)
     return file, ranks_of(file, files.unit)
 
@@ -209,7 +205,7 @@ def seed_of(given: int | None, metadata: Mapping[str, str]) -> int:
 def with_network(training: TrainConfig, model: Path, *, unit: int) -> TrainConfig:
     """Return the configuration with the file as its network."""
     network = dataclasses.replace(
-        training.network, network_weights=model, dim_from_weights=True, network_args=(f"unit={unit}",)
+        training.network, network_weights=model, dim_from_weights=True, network_args={"unit": str(unit)}
     )
     return dataclasses.replace(training, network=network)
 
@@ -235,23 +231,18 @@ def load_sets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Traini
 
 def check_further(job: Job) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for what shows with torch but without loading it."""
-    from library.models.base import find_base
     from library.sampling.samplers import check_sampler
     from library.training.network_protocol import check_network
-    from library.training.preparation import check_folder, check_prediction
+    from library.training.preparation import check_folder, checked_base
 
     training, problems = job.training, Problems()
     for name in {prompt.sample_sampler or job.config.measure.sample_sampler for prompt in job.prompts}:
-        with problems:
-            check_sampler(name)
-    with problems:
-        check_network(training.network)
-    with problems:
-        files = find_base(training.model)
-        check_prediction(training.loss, predicts_v=files.predicts_v)
-    with problems:
-        check_folder("save_to", job.config.name.parent)
+        problems.run(check_sampler, name)
+    problems.run(check_network, training.network)
+    files = problems.run(checked_base, training.model, training.loss)
+    problems.run(check_folder, "save_to", job.config.name.parent)
     problems.raise_if_any()
+    assert files is not None  # else there was a problem
     return files
 
 

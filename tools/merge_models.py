@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.options import option, parse
-from library.config.tool_files import Precision, device_problems, dtype_named, input_problems, refuse
-from library.errors import UserError
+from library.config import tool_files
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
+from library.config.tool_files import Precision, dtype_named
+from library.errors import Problems, UserError
 from library.logs import run_script
 from library.models import keys
 
@@ -45,8 +47,12 @@ OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "enco
 class FilesConfig:
     """Files."""
 
-    models: tuple[Path, ...] | None = option(None, "checkpoints (.safetensors or .ckpt)")
-    output: Path | None = option(None, "file to write; .safetensors is appended where it is missing")
+    models: tuple[Path, ...] = option(
+        REQUIRED, "checkpoints (.safetensors or .ckpt)", missing="the checkpoints", reads="a file"
+    )
+    output: Path = option(
+        REQUIRED, "file to write; .safetensors is appended where it is missing", missing="the file to write"
+    )
     ratios: tuple[float, ...] | None = option(None, "share of each model, of any sign; unset: equal shares")
 
 
@@ -95,13 +101,11 @@ class WeightedCheckpoint:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=__doc__)
+    rules = (check_output, check_ratios, check_models, check_device)
+    config = parse(MergeConfig, argv, description=__doc__, rules=rules)
     output = output_path(config.files.output)
-    refuse(problems_of(config.files, output))
-
     from library.safetensors_io import write_stream
 
-    refuse(device_problems(config.merge.device))
     models = open_models(config.files)
     check_family(models)
     check_shapes(models, config.merge)
@@ -118,28 +122,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def output_path(output: Path | None) -> Path:
+def output_path(output: Path) -> Path:
     """Return the file to write, with the ending that it has."""
-    if output is None:
-        raise UserError("--output is missing: the file to write")
-    if output.suffix.lower() in INPUT_SUFFIXES[1:]:
-        raise UserError(f"--output must end in {SUFFIX}, got {output}: other formats are read, but not written")
     return output if output.suffix.lower() == SUFFIX else Path(f"{output}{SUFFIX}")
 
 
-def problems_of(files: FilesConfig, output: Path) -> Iterator[str]:
-    """Yield what is wrong with the options."""
-    if not files.models:
-        yield "--models is missing: the checkpoints"
-    number = len(files.models or ())
-    if files.ratios is not None and len(files.ratios) != number:
-        yield f"--ratios must have a number for each of the {number} files of --models, got {len(files.ratios)}"
-    for path in files.models or ():
-        yield from input_problems("--models", path, "the checkpoints")
-        if path.exists() and path.suffix.lower() not in INPUT_SUFFIXES:
-            yield f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}"
-        if path.exists() and output.exists() and path.samefile(output):
-            yield f"--output {output} is one of the files to be read: take another name"
+def check_output(config: MergeConfig, problems: Problems) -> None:
+    """Raise UserError for an --output of another format."""
+    output = config.files.output
+    if output.suffix.lower() in INPUT_SUFFIXES[1:]:
+        raise UserError(f"--output must end in {SUFFIX}, got {output}: other formats are read, but not written")
+
+
+def check_ratios(config: MergeConfig, problems: Problems) -> None:
+    """Raise UserError where there are not as many ratios as models."""
+    number, ratios = len(config.files.models), config.files.ratios
+    if ratios is not None and len(ratios) != number:
+        raise UserError(f"--ratios must have a number for each of the {number} files of --models, got {len(ratios)}")
+
+
+def check_models(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems models of other formats, and those that would be replaced."""
+    there = [path for path in config.files.models if path.exists()]
+    for path in there:
+        if path.suffix.lower() not in INPUT_SUFFIXES:
+            problems.add(f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}")
+    output = output_path(config.files.output)
+    if output.exists() and any(path.samefile(output) for path in there):
+        problems.add(f"--output {output} is one of the files to be read: take another name")
+
+
+def check_device(config: MergeConfig, problems: Problems) -> None:
+    """Raise UserError for a --device that is not there."""
+    tool_files.check_device(config.merge.device)
 
 
 def check_family(models: Sequence[WeightedCheckpoint]) -> None:

@@ -21,12 +21,13 @@ from typing import Literal
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.data.resizing import plan
 from library.data.resizing.picture import NOTICES, OutputFormat
 from library.data.resizing.plan import Target
 from library.data.resizing.work import Making, Outcome, carry_out
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 class FoldersConfig:
     """Folders."""
 
-    src_img_folder: Path | None = option(None, "folder of the pictures, with its subfolders", positional=True)
-    dst_img_folder: Path | None = option(None, "folder to write; it is made if it is not there", positional=True)
+    src_img_folder: Path = option(REQUIRED, "folder of the pictures, with its subfolders", positional=True)
+    dst_img_folder: Path = option(REQUIRED, "folder to write; it is made if it is not there", positional=True)
 
 
 def read_resolutions(text: str) -> str:
@@ -86,15 +87,14 @@ class ResizeConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code, 1 if a file had to be left out."""
-    return resize_folder(parse(ResizeConfig, argv, description=__doc__))
+    rules = (check_source, check_destination, check_apart, check_files)
+    return resize_folder(parse(ResizeConfig, argv, description=__doc__, rules=rules))
 
 
 def resize_folder(config: ResizeConfig) -> int:
     """Write the copies; return 0, or 1 if a file had to be left out. Raises UserError before anything is written."""
-    source, destination = checked_folders(config.folders)
+    source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
     files, targets = config.files, plan.targets(config.sizes.max_resolution)
-    if files.skip_existing and files.overwrite:
-        raise UserError("--skip_existing and --overwrite exclude each other: leave one out")
     listing = plan.list_files(source)
     layout = plan.Layout(
         source=source,
@@ -122,19 +122,34 @@ def resize_folder(config: ResizeConfig) -> int:
     return report(outcomes, targets, destination, num_there, time.perf_counter() - start)
 
 
-def checked_folders(folders: FoldersConfig) -> tuple[Path, Path]:
-    """Return the folders to read and to write; raises UserError for folders that do not fit."""
-    source, destination = folders.src_img_folder, folders.dst_img_folder
-    if source is None or not source.is_dir():
-        raise UserError(f"src_img_folder: {source or repr('')} is no folder; give the folder of the pictures")
-    if destination is None or (destination.exists() and not destination.is_dir()):
-        raise UserError(f"dst_img_folder: {destination or repr('')} is no folder; give the folder to write")
-    if lies_in(destination, source) or lies_in(source, destination):
+def check_source(config: ResizeConfig, problems: Problems) -> None:
+    """Raise UserError for a folder to read that is none."""
+    source = config.folders.src_img_folder
+    if not source.is_dir():
+        raise UserError(f"src_img_folder: {source} is no folder; give the folder of the pictures")
+
+
+def check_destination(config: ResizeConfig, problems: Problems) -> None:
+    """Raise UserError for a folder to write that is a file."""
+    destination = config.folders.dst_img_folder
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"dst_img_folder: {destination} is no folder; give the folder to write")
+
+
+def check_apart(config: ResizeConfig, problems: Problems) -> None:
+    """Raise UserError where one of the folders is in the other."""
+    source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
+    if source.is_dir() and (lies_in(destination, source) or lies_in(source, destination)):
         raise UserError(
             f"dst_img_folder {destination} and src_img_folder {source} must be two folders, neither of them in the "
             "other: copies would mix with pictures"
         )
-    return source, destination
+
+
+def check_files(config: ResizeConfig, problems: Problems) -> None:
+    """Raise UserError for options that exclude each other."""
+    if config.files.skip_existing and config.files.overwrite:
+        raise UserError("--skip_existing and --overwrite exclude each other: leave one out")
 
 
 def lies_in(path: Path, folder: Path) -> bool:

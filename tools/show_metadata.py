@@ -22,7 +22,8 @@ from typing import Any
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config.options import option, parse
+from library.config.command_line import parse
+from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError
 from library.logs import FAILURE, run_script
 from library.pickles import PICKLE_SUFFIXES
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 class FilesConfig:
     """Metadata."""
 
-    model: tuple[Path, ...] | None = option(None, "files to read (.safetensors)")
+    model: tuple[Path, ...] = option(REQUIRED, "files to read (.safetensors)", missing="the .safetensors files to read")
     nested: bool = option(False, "show values that hold JSON as what they hold, not as one line of text")
 
 
@@ -49,7 +50,7 @@ class ShowConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     files = parse(ShowConfig, argv, description=__doc__).files
-    found = read_all(files.model or ())
+    found = read_all(files.model)
     told = {str(path): metadata for path, metadata in found.items() if metadata}
     for path in found:
         if str(path) not in told:
@@ -61,14 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_all(paths: Sequence[Path]) -> dict[Path, dict[str, str]]:
     """Return path -> metadata; raises UserError that lists the files that cannot be read."""
-    if not paths:
-        raise UserError("--model is missing: the .safetensors files to read")
-    found, problems = {}, Problems()
-    for path in paths:
-        with problems:
-            found[path] = read_one(path)
+    problems = Problems()
+    found = {path: problems.run(read_one, path) for path in paths}
     problems.raise_if_any()
-    return found
+    return {path: metadata for path, metadata in found.items() if metadata is not None}
 
 
 def read_one(path: Path) -> dict[str, str]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.adapters.layers import block_of
-from library.errors import UserError
+from library.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from library.models.family import ModelFamily
@@ -49,18 +49,18 @@ def _is_finite(number: object) -> bool:
     )  # JSON of Python knows NaN
 
 
-def problems(lists: Sequence[str], num_models: int) -> Iterator[str]:
-    """Yield what is wrong with the lists of `--lbws`."""
+def check_lists(lists: Sequence[str], num_models: int, problems: Problems) -> None:
+    """Add to problems what is wrong with the lists of `--lbws`."""
     lengths = set()
     for text in lists:
         try:
             lengths.add(len(read_weights(text)))
         except ValueError as error:
-            yield f"--lbws: {error}"
+            problems.add(f"--lbws: {error}")
     if len(lists) != num_models:
-        yield f"--lbws must have a list for each of the {num_models} files of --models, got {len(lists)}"
+        problems.add(f"--lbws must have a list for each of the {num_models} files of --models, got {len(lists)}")
     if len(lengths) > 1:
-        yield f"--lbws must be lists of one length, got {', '.join(map(str, sorted(lengths)))}"
+        problems.add(f"--lbws must be lists of one length, got {', '.join(map(str, sorted(lengths)))}")
 
 
 def check_family(weights: Sequence[float], family: ModelFamily | None, path: Path) -> None:

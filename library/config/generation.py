@@ -6,21 +6,27 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from library.config.options import option
+from library.config.model import ModelConfig
+from library.config.options import REQUIRED, option, repeated
 from library.config.preview import SamplerName
 from library.config.saving import ConsoleConfig
-from library.config.values import MOST_PIXELS
+from library.config.training import PrecisionConfig
+from library.config.values import MOST_PIXELS, parse_pair_lists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Model."""
 
-    ckpt: Path | None = option(None, "base model: .safetensors, .ckpt or Diffusers folder; or a pattern of one")
-    v2: bool = option(False, "the model is SD 2.x; it is recognised by itself")
+    ckpt: Path = option(
+        REQUIRED,
+        "base model: .safetensors, .ckpt or Diffusers folder; or a pattern of one",
+        missing="the base model, a file or a Diffusers folder",
+    )
+    v2: bool = repeated(ModelConfig, "v2")
     v_parameterization: bool = option(False, "the model predicts v; a Diffusers folder says so by itself")
-    vae: Path | None = option(None, "another VAE: .safetensors, .ckpt, .pt, .bin or Diffusers folder")
-    tokenizer_cache_dir: Path | None = option(None, "folder with a CLIP tokenizer; the shipped one is used otherwise")
+    vae: Path | None = repeated(ModelConfig, "vae")
+    tokenizer_cache_dir: Path | None = repeated(ModelConfig, "tokenizer_cache_dir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +35,9 @@ class SpeedConfig:
 
     fp16: bool = option(False, "compute in float16")
     bf16: bool = option(False, "compute in bfloat16")
-    no_half_vae: bool = option(False, "the VAE computes in float32")
+    no_half_vae: bool = repeated(PrecisionConfig, "no_half_vae")
     xformers: bool = option(False, "attention of xformers; where it is not installed, torch's own with a warning")
-    sdpa: bool = option(False, "accepted: torch's own attention is the default")
+    sdpa: bool = repeated(PrecisionConfig, "sdpa")
     opt_channels_last: bool = option(False, "channels-last memory format")
     vae_batch_size: float | None = option(
         None, "pictures in a call of the VAE; below 1 a share of --batch_size; unset: the whole batch", minimum=0
@@ -90,7 +96,12 @@ class NetworksConfig:
     network_module: tuple[str, ...] | None = option(None, "modules of the networks, such as networks.lora")
     network_weights: tuple[Path, ...] | None = option(None, "file of each network")
     network_mul: tuple[float, ...] | None = option(None, "strength of each; what is missing is 1")
-    network_args: tuple[str, ...] | None = option(None, "arguments of each, written key=value;key=value")
+    network_args: tuple[dict[str, str], ...] | None = option(
+        None,
+        "arguments of each",
+        parse=parse_pair_lists,
+        form="key=value;key=value for each network",
+    )
     network_show_meta: bool = option(False, "show what the files say of themselves")
     network_merge: bool = option(False, "merge all networks into the model: faster, and --am has no effect")
     network_merge_n_models: int | None = option(None, "merge the first n networks only", minimum=1)

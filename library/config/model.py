@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from library.config.options import option
+from library.config.options import REQUIRED, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Base model."""
 
-    pretrained_model_name_or_path: str | None = option(
-        None, "base model: an original-layout .safetensors or .ckpt file, or a Diffusers folder"
+    pretrained_model_name_or_path: str = option(
+        REQUIRED,
+        "base model: an original-layout .safetensors or .ckpt file, or a Diffusers folder",
+        missing="the base model: a file or a Diffusers folder",
     )
     v2: bool = option(False, "the base model is SD 2.x; found out from the file, so giving it is only a check")
     v_parameterization: bool = option(False, "train with the v-prediction target")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from library.config.options import option
+from library.config.options import REQUIRED, option
 from library.config.values import parse_pairs
 
 
@@ -13,11 +13,13 @@ from library.config.values import parse_pairs
 class NetworkConfig:
     """Network."""
 
-    network_module: str | None = option(None, "module of the network: networks.lora, lycoris.kohya, ...")
+    network_module: str = option(
+        REQUIRED, "module of the network: networks.lora, lycoris.kohya, ...", missing="networks.lora trains a LoRA"
+    )
     network_dim: int | None = option(None, "rank; unset lets the module choose (4)", aliases=("networkdim",), minimum=1)
     network_alpha: float = option(1.0, "alpha; the adapter acts with alpha / rank", minimum=0)
     network_dropout: float | None = option(None, "dropout on the output of the down layers", minimum=0, maximum=1)
-    network_args: tuple[str, ...] | None = option(
+    network_args: dict[str, str] | None = option(
         None, "further arguments of the module, each key=value", parse=parse_pairs, form="a list of key=value"
     )
     network_weights: Path | None = option(None, "adapter file to start from")

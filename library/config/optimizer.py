@@ -31,7 +31,7 @@ class OptimizerConfig:
     """Optimizer."""
 
     optimizer_type: str = option("AdamW", "AdamW, AdamW8bit, AdaFactor, ... or package.module.Class")
-    optimizer_args: tuple[str, ...] | None = option(
+    optimizer_args: dict[str, str] | None = option(
         None, "further arguments, each key=value", parse=parse_pairs, form="a list of key=value"
     )
     use_8bit_adam: bool = option(False, "old spelling of --optimizer_type AdamW8bit")
@@ -58,6 +58,6 @@ class ScheduleConfig:
     lr_scheduler_type: str = option(
         "", "class in torch.optim.lr_scheduler or package.module.Class, instead of the above"
     )
-    lr_scheduler_args: tuple[str, ...] | None = option(
+    lr_scheduler_args: dict[str, str] | None = option(
         None, "arguments of the schedule, each key=value", parse=parse_pairs, form="a list of key=value"
     )

@@ -1,31 +1,28 @@
 """One declaration per option: a frozen dataclass field is parser, TOML key, check, help and record.
 
 A section is a frozen keyword-only dataclass whose fields are made with `option`; a root is a dataclass of
-sections. `parse` reads a root from the command line and `--config_file`; values from both pass through the
-same conversion. Parser defaults are suppressed, so that parsing yields only what was given and
-"defaults < TOML < command line" is one dict union. Nothing here imports torch.
+sections. `command_line.parse` reads a root from the command line and `--config_file`; values from both pass through
+`Option.read`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import functools
 import math
-import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
-from library.config import toml_text
 from library.config.retired import RETIRED, Retired
-from library.errors import UserError, shown
+from library.errors import Problems, UserError, shown
 
 Root = TypeVar("Root")
+
+REQUIRED: Final = dataclasses.MISSING  # default of an option that must be given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,9 @@ class Spec:
     help: str
     flag: str | None = None  # name on the command line, where it differs from the field's
     aliases: tuple[str, ...] = ()
-    positional: bool = False  # given by its place, without a name: required
+    positional: bool = False  # given by its place, without a name
+    missing: str | None = None  # of a required option: what it is, for the message that it is missing; unset: help
+    reads: Literal["a file", "a folder", "a file or a folder"] | None = None  # what must be at the path
     parse: Callable[[Any], Any] | None = None  # own reading of a text or TOML value; raises ValueError
     form: str | None = None  # how a value looks, in words, for the error and the help
     minimum: float | None = None
@@ -46,8 +45,14 @@ class Spec:
 
 
 def option(default: Any, help: str, **spec: Any) -> Any:
-    """Return a dataclass field that is an option; spec holds the other fields of `Spec`."""
+    """Return a dataclass field that is an option, REQUIRED or with a default; spec holds the other fields of `Spec`."""
     return dataclasses.field(default=default, metadata={"spec": Spec(help=help, **spec)})
+
+
+def repeated(section: type, name: str) -> Any:
+    """Return a dataclass field that repeats an option of another section, its default and its declaration."""
+    field = next(field for field in dataclasses.fields(section) if field.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Option:
     field: str
     flag: str
     kind: Kind
-    default: Any
+    default: Any  # None for a required option
+    is_required: bool
     spec: Spec
 
     @property
@@ -79,6 +85,20 @@ class Option:
             self._check_range(number, label)
         return result
 
+    @property
+    def missing_message(self) -> str:
+        """The line for a required option that was not given."""
+        return f"{self.label} is missing: {self.spec.missing or self.spec.help}"
+
+    def check_given(self, value: Any, problems: Problems) -> None:
+        """Add to problems if the value (None where none was given) is required, or the path of what is not there."""
+        if self.is_required and value in (None, "", ()):
+            problems.add(self.missing_message)
+        elif self.spec.reads is not None and value is not None:
+            for path in value if isinstance(value, tuple) else (value,):
+                if not is_there(path, self.spec.reads):
+                    problems.add(f"{self.label}: {path} is not {self.spec.reads}")
+
     def _check_range(self, number: Any, label: str) -> None:
         if not isinstance(number, int | float) or isinstance(number, bool):
             return
@@ -88,6 +108,14 @@ class Option:
             raise UserError(f"{label} must be at most {self.spec.maximum}, got {shown(number)}")
         if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{label} must be a finite number, got {number}")
+
+
+def is_there(path: Path, what: str) -> bool:
+    """Return whether there is "a file", "a folder" or "a file or a folder" at a path."""
+    try:
+        return (path.is_file() and "file" in what) or (path.is_dir() and "folder" in what)
+    except OSError:  # a name that is too long
+        return False
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -163,7 +191,7 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Return the kind for a type annotation: bool, int, float, str, Path, Literal, tuple[T, ...], X | None."""
+    """Return the kind for a type annotation: a simple one, Literal, tuple[T, ...], dict[str, str], or X | None."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return kind_of(next(argument for argument in arguments if argument is not type(None)))
@@ -175,7 +203,10 @@ def kind_of(annotation: Any) -> Kind:
         item = kind_of(arguments[0])
         if arguments[-1] is not Ellipsis:  # a pair, written as one word
             return Kind(f"{item.name} or {item.name},{item.name}", "a pair", None, read_str)
-        return Kind(f"list of {item.name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
+        name = item.name.removeprefix("list of ")
+        return Kind(f"list of {name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
+    if origin is dict:  # of texts, written key=value
+        return Kind("list of str", "a list of key=value", "*", functools.partial(_expect, kind=dict))
     return SIMPLE_KINDS[annotation]
 
 
@@ -193,9 +224,10 @@ def section_options(section: type, section_name: str = "") -> tuple[Option, ...]
         spec: Spec | None = field.metadata.get("spec")
         if spec is None:
             continue
-        default = None if field.default is dataclasses.MISSING else field.default
+        is_required = field.default is REQUIRED
+        default = None if is_required else field.default
         kind = kind_of(hints[field.name])
-        found.append(Option(section_name, field.name, spec.flag or field.name, kind, default, spec))
+        found.append(Option(section_name, field.name, spec.flag or field.name, kind, default, is_required, spec))
     return tuple(found)
 
 
@@ -220,165 +252,45 @@ def root_options(root: type) -> dict[str, Option]:
     return table
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------------------
+def build(root: type[Root], given: Mapping[str, Any], problems: Problems | None = None) -> Root:
+    """Return the root with its sections filled from flag -> value, where a value of None means "not given".
 
-
-# What begins with a minus and is no option; argparse's own knows no exponents.
-NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
-
-
-def build_parser(root: type, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a root; it yields texts, and only for what was given."""
-    positionals = [entry.flag for entry in root_options(root).values() if entry.spec.positional]
-    parser = _Parser(
-        description=description,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,  # see with_whole_names
-        formatter_class=_Formatter,
-        usage=" ".join(["%(prog)s [options]", *positionals]),
-    )
-    parser._negative_number_matcher = NEGATIVE_NUMBER
-    for name, section in sections_of(root):
-        group = parser.add_argument_group((section.__doc__ or name).split("\n")[0].rstrip("."))
-        for entry in section_options(section, name):
-            if not entry.spec.file_only:
-                _add_argument(group, entry)
-    return parser
-
-
-def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
-    short = [name for name in entry.spec.aliases if len(name) == 1]  # -s; the option itself may be --W
-    names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
-    text = help_text(entry).replace("%", "%%")
-    if entry.spec.positional:
-        group.add_argument(entry.flag, help=text)
-    elif entry.kind.nargs == 0:
-        group.add_argument(*names, dest=entry.flag, action="store_true", help=text)
-    else:
-        metavar = entry.kind.name.removeprefix("list of ").split()[0].upper()
-        group.add_argument(*names, dest=entry.flag, nargs=entry.kind.nargs, metavar=metavar, help=text)
-
-
-def help_text(entry: Option) -> str:
-    """Return the help of an option with the form of its value and its default."""
-    form = entry.spec.form or (entry.kind.form if entry.kind.form.startswith("one of") else "")
-    has_default = entry.default is not None and entry.default is not False and entry.default != ""
-    return (
-        entry.spec.help
-        + (f" ({form})" if form else "")
-        + (f" [{format_default(entry.default)}]" if has_default else "")
-    )
-
-
-def format_default(value: Any) -> str:
-    """Return a default as users write it on the command line."""
-    if isinstance(value, tuple):
-        return " ".join(format_default(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def parse(
-    root: type[Root],
-    argv: Sequence[str] | None = None,
-    *,
-    description: str | None = None,
-    retired: Mapping[str, Retired] = RETIRED,
-) -> Root:
-    """Return the configuration that a command line stands for: defaults < --config_file < command line.
-
-    retired are the options of sd-scripts' script that this one does not have. Raises UserError for everything a user
-    can get wrong; exits with 0 after --help.
+    Raises UserError for required options that are missing and for paths of what is not there. With problems these are
+    added to it instead, so that further checks can run and all mistakes are reported together; in such a root, reading
+    a value that is missing raises UserError.
     """
-    return build(root, given_options(root, argv, description=description, retired=retired))
-
-
-def given_options(
-    root: type,
-    argv: Sequence[str] | None,
-    *,
-    description: str | None = None,
-    retired: Mapping[str, Retired] = RETIRED,
-) -> dict[str, Any]:
-    """Return flag -> typed value for the options that were given, on the command line or in --config_file.
-
-    With --output_config the file is the one to be written, so it is not read.
-    """
-    options = root_options(root)
-    words = with_whole_names(sys.argv[1:] if argv is None else argv, options, retired)
-    known, unknown = build_parser(root, description).parse_known_args(words)
-    ignored = _explain_unknown(unknown, options, retired)
-    given = {flag: options[flag].read(value, options[flag].label) for flag, value in vars(known).items()}
-    if given.get("config_file") is not None and not given.get("output_config"):
-        given = read_config_file(given["config_file"], options) | given
-    for row in ignored:
-        _warn(f"--{row.name} is ignored: {row.reason}")
-    return given
-
-
-def with_whole_names(
-    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired] = RETIRED
-) -> list[str]:
-    """Return the words of a command line with the beginning of an option's name replaced by the name.
-
-    sd-scripts takes any beginning that fits one option only; so does this, with a warning, because a later
-    version may have a second option that it fits.
-    """
-    named = [entry for entry in options.values() if not entry.spec.positional]
-    names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
-    names += [*retired, "help"]
-    return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
-
-
-def _with_whole_name(word: str, names: Sequence[str]) -> str:
-    name, sign, value = word.removeprefix("--").partition("=")
-    fitting = [] if name in names else [candidate for candidate in names if candidate.startswith(name)]
-    if len(fitting) > 1:
-        raise UserError(f"--{name} is not known; it could be --{', --'.join(fitting)}")
-    if fitting:
-        _warn(f"--{name} is read as --{fitting[0]}; write it in full")
-    return f"--{fitting[0] if fitting else name}{sign}{value}"
-
-
-def build(root: type[Root], given: Mapping[str, Any]) -> Root:
-    """Return the root with its sections filled from flag -> value."""
-    sections = {}
-    for name, section in sections_of(root):
-        values = {entry.field: given[entry.flag] for entry in section_options(section) if entry.flag in given}
-        sections[name] = section(**values)
+    found = Problems() if problems is None else problems
+    kind: type = root
+    sections = {name: _build_section(section, given, found) for name, section in sections_of(kind)}
+    if problems is None:
+        found.raise_if_any()
     return root(**sections)
 
 
-def _explain_unknown(
-    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired]
-) -> list[Retired]:
-    """Return the retired options among words that do no harm; raise for anything else that is not known."""
-    ignored = []
-    expects_value = False
-    for word in words:
-        if word.startswith("-"):
-            name, _, value = word.lstrip("-").partition("=")
-            row = retired.get(name)
-            if row is None or not row.harmless:
-                raise UserError(unknown_message(f"--{name}", name, options, retired))
-            ignored.append(row)
-            expects_value = row.takes_value and not value
-        elif expects_value:
-            expects_value = False
-        else:
-            raise UserError(f"unexpected argument {word!r}: give it with its option, and quotes round spaces")
-    return ignored
+def _build_section(section: type, given: Mapping[str, Any], problems: Problems) -> Any:
+    options = section_options(section)
+    values = {entry.field: given[entry.flag] for entry in options if given.get(entry.flag) is not None}
+    for entry in options:
+        entry.check_given(values.get(entry.field), problems)
+    missing = [entry for entry in options if entry.is_required and not values.get(entry.field)]
+    if not missing:
+        return section(**values)
+    incomplete = type(section.__name__, (section,), {entry.field: _unreadable(entry) for entry in missing})
+    instance = object.__new__(incomplete)
+    vars(instance).update({entry.field: entry.default for entry in options if entry not in missing} | values)
+    return instance
+
+
+def _unreadable(entry: Option) -> property:
+    def read(section: object) -> NoReturn:
+        raise UserError(entry.missing_message)
+
+    return property(read)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Words for messages and help
+# --------------------------------------------------------------------------------------------------------------
 
 
 def unknown_message(label: str, name: str, known: Mapping[str, Any], retired: Mapping[str, Retired] = RETIRED) -> str:
@@ -395,69 +307,19 @@ def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     return f"; did you mean {candidates[0]}?" if candidates else ""
 
 
-def _warn(message: str) -> None:
-    import logging
-
-    logging.getLogger(__name__).warning(message)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# TOML
-# --------------------------------------------------------------------------------------------------------------
-
-
-def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return flag -> typed value from a TOML file; its sections only group, a later duplicate wins."""
-    path = with_toml_suffix(path)
-    values: dict[str, Any] = {}
-    names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
-    for key, value in _flat(toml_text.load(path)):
-        if key in values and values[key] != value:
-            is_secret = key in names and names[key].spec.secret
-            _warn(f"{path}: {key} is given twice; the later value {'' if is_secret else f'{value!r} '}counts")
-        values[key] = value
-    given = {}
-    for key, value in values.items():
-        if key in RETIRED and value in RETIRED[key].neutral:
-            continue  # it is off, as it is here
-        if key in RETIRED and RETIRED[key].harmless:
-            _warn(f"{path}: {key} is ignored: {RETIRED[key].reason}")
-        elif key not in names:
-            raise UserError(unknown_message(f"{path}: {key}", key, names))
-        else:
-            given[names[key].flag] = names[key].read(value, f"{path}: {key}")
-    return given
+def help_text(entry: Option) -> str:
+    """Return the help of an option with the form of its value and its default."""
+    form = entry.spec.form or (entry.kind.form if entry.kind.form.startswith("one of") else "")
+    has_default = entry.default not in (None, "", ()) and entry.default is not False
+    return (
+        entry.spec.help
+        + (f" ({form})" if form else "")
+        + (f" [{format_default(entry.default)}]" if has_default else "")
+    )
 
 
-def with_toml_suffix(path: Path) -> Path:
-    """Return the path with `.toml` appended where it is missing, as --config_file is read."""
-    return path if path.suffix.lower() == ".toml" else Path(f"{path}.toml")
-
-
-def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from value.items()
-        else:
-            yield key, value
-
-
-def changed_options(config: Any) -> dict[str, dict[str, Any]]:
-    """Return section title -> flag -> value for every option that differs from its default."""
-    changed: dict[str, dict[str, Any]] = {}
-    for name, section_class in sections_of(type(config)):
-        section = getattr(config, name)
-        for entry in section_options(section_class, name):
-            value = getattr(section, entry.field)
-            is_recorded = not (entry.spec.file_only or entry.spec.secret or entry.flag in NOT_RECORDED)
-            if value != entry.default and is_recorded:
-                changed.setdefault(name, {})[entry.flag] = value
-    return changed
-
-
-NOT_RECORDED = {"config_file", "output_config"}
-
-
-def to_toml(config: Any) -> str:
-    """Return a config file that repeats this configuration."""
-    return toml_text.dump(changed_options(config))
+def format_default(value: Any) -> str:
+    """Return a default as users write it on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(format_default(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

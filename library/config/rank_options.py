@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 from library.config.options import option
+from library.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,20 +27,22 @@ class RankOptions:
         return self.new_conv_rank if is_large_conv and self.new_conv_rank is not None else self.new_rank
 
 
-def problems(options: RankOptions) -> Iterator[str]:
-    """Yield what is wrong with the options."""
+def check_ranks(options: RankOptions) -> None:
+    """Raise UserError for options that do not fit."""
     method, target = options.dynamic_method, options.dynamic_param
     if method is None and target is not None:
-        yield f"--dynamic_param {target:g} needs --dynamic_method: sv_ratio, sv_fro or sv_cumulative"
+        raise UserError(f"--dynamic_param {target:g} needs --dynamic_method: sv_ratio, sv_fro or sv_cumulative")
     if method is not None and target is None:
-        yield f"--dynamic_method {method} needs --dynamic_param: its target"
-    elif method == "sv_ratio" and not target > 1:
-        yield f"--dynamic_param must be above 1 for sv_ratio, got {target:g}"
-    elif method in ("sv_fro", "sv_cumulative") and not 0 < target <= 1:
-        yield f"--dynamic_param must be above 0 and at most 1 for {method}, got {target:g}"
+        raise UserError(f"--dynamic_method {method} needs --dynamic_param: its target")
+    if method is None or target is None:
+        return
+    if method == "sv_ratio" and not target > 1:
+        raise UserError(f"--dynamic_param must be above 1 for sv_ratio, got {target:g}")
+    if method != "sv_ratio" and not 0 < target <= 1:
+        raise UserError(f"--dynamic_param must be above 0 and at most 1 for {method}, got {target:g}")
 
 
-def quantile_problems(quantile: float | None) -> Iterator[str]:
-    """Yield what is wrong with --clamp_quantile."""
+def check_quantile(quantile: float | None) -> None:
+    """Raise UserError for a --clamp_quantile that is none."""
     if quantile is not None and not 0 < quantile <= 1:
-        yield f"--clamp_quantile must be above 0 and at most 1, got {quantile:g}"
+        raise UserError(f"--clamp_quantile must be above 0 and at most 1, got {quantile:g}")

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from library.config.options import option
+from library.config.options import REQUIRED, option
 from library.config.values import parse_text
 
 
@@ -14,7 +14,9 @@ from library.config.values import parse_text
 class SavingConfig:
     """Saving."""
 
-    output_dir: Path | None = option(None, "folder for everything the run writes; made if absent")
+    output_dir: Path = option(
+        REQUIRED, "folder for everything the run writes; made if absent", missing="the folder to write to"
+    )
     output_name: str | None = option(None, 'name of the files, without extension; unset: "last"')
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option("safetensors", "format of the files")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from library.config.command_line import given_options
+from library.config.config_file import to_toml, with_toml_suffix
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
 from library.config.hub import STATE_FORM, HubConfig, parse_hub_state
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.config.optimizer import POLYNOMIAL_END, OptimizerConfig, ScheduleConfig
-from library.config.options import build, given_options, option, to_toml, with_toml_suffix
+from library.config.options import build, option
 from library.config.preview import PreviewConfig
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
 from library.config.training import PrecisionConfig, RunConfig, TextConfig, ValidationConfig
-from library.errors import UserError
+from library.config.values import written
+from library.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +60,23 @@ class TrainConfig:
 
 
 def parse_train_config(
-    argv: Sequence[str] | None = None,
+    argv: Sequence[str] | None,
+    problems: Problems,
     *,
     description: str | None = None,
     when_read: Callable[[TrainConfig], None] | None = None,
+    fixed: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Return the complete configuration of a run; raises UserError for a value that cannot be read.
 
-    Whether the options fit together is for `check`. With --output_config they are returned as given, since
-    nothing will be run. when_read gets the options as given, before they are spoken of.
+    Options that are missing are added to problems; whether the rest fit together is for `check`. With --output_config
+    they are returned as given, since nothing will be run. when_read gets the options as given, before they are spoken
+    of. fixed are values that a script gives in place of the user.
     """
-    given = given_options(TrainConfig, argv, description=description)
-    config = build(TrainConfig, given)
-    if config.file.output_config:
-        return config
+    given = given_options(TrainConfig, argv, description=description) | dict(fixed or {})
+    if given.get("output_config"):
+        return build(TrainConfig, given, Problems())
+    config = build(TrainConfig, given, problems)
     if when_read is not None:
         when_read(config)
     config = resolve(config)
@@ -107,7 +114,7 @@ OLD_SPELLINGS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return config with everything that one option implies for another; each change is logged."""
-    changes = []
+    changes: list[tuple[str, str, Any, str]] = []
     if config.precision.cache_latents_to_disk and not config.precision.cache_latents:
         changes.append(("precision", "cache_latents", True, "--cache_latents_to_disk implies it"))
     for flag, name in OLD_SPELLINGS.items():
@@ -138,102 +145,86 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed), dataset=dataset)
 
 
-def check(config: TrainConfig) -> None:
-    """Raise UserError that lists every option that is missing, contradicts another, or names an absent file."""
-    problems = [*_missing(config), *_conflicts(config), *_absent_files(config)]
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _missing(config: TrainConfig) -> Iterator[str]:
-    required = (
-        ("pretrained_model_name_or_path", config.model, "the base model: a file or a Diffusers folder"),
-        ("network_module", config.network, "networks.lora trains a LoRA"),
-        ("output_dir", config.saving, "the folder to write to"),
-    )
-    for name, section, meaning in required:
-        if not getattr(section, name):
-            yield f"--{name} is missing: {meaning}"
-    data = config.data
-    if data.dataset_config is None and data.train_data_dir is None and data.in_json is None:
-        yield "no training data: give --dataset_config, or --train_data_dir with N_name folders"
-    if data.dataset_config is None and config.dataset.resolution is None:
-        yield "--resolution is missing: the training size in pixels, such as 512 or 512,768"
-
-
-def _conflicts(config: TrainConfig) -> Iterator[str]:
-    yield from _network_conflicts(config)
-    yield from _schedule_conflicts(config.schedule, config.optimizer)
-    yield from _noise_conflicts(config.loss)
-    yield from _precision_conflicts(config.precision)
-    yield from _log_conflicts(config.logs)
-    yield from _hub_conflicts(config.hub, config.state)
+def check(config: TrainConfig, problems: Problems) -> None:
+    """Add to problems every option that contradicts another or names an absent file."""
+    _check_data(config.data, config.dataset, problems)
+    _check_network(config.network, problems)
+    _check_schedule(config.schedule, config.optimizer, problems)
+    _check_noise(config.loss, problems)
+    _check_precision(config.precision, problems)
+    if config.logs.log_with in ("tensorboard", "all") and config.logs.logging_dir is None:
+        problems.add(f"--log_with {config.logs.log_with} needs --logging_dir, the folder for the logs")
+    _check_hub(config.hub, config.state, problems)
     preview = config.preview
     draws = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
     if draws and preview.sample_prompts is None:
-        yield "previews are asked for, but --sample_prompts, the file with their prompts, is missing"
+        problems.add("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
+    _check_paths(config, problems)
+    problems.run(_check_model, config.model)
+    problems.run(_check_output, config.saving)
 
 
-def _network_conflicts(config: TrainConfig) -> Iterator[str]:
-    network = config.network
+def _check_data(data: DataConfig, dataset: DatasetOptions, problems: Problems) -> None:
+    if data.dataset_config is None and data.train_data_dir is None and data.in_json is None:
+        problems.add("no training data: give --dataset_config, or --train_data_dir with N_name folders")
+    if data.dataset_config is None and dataset.resolution is None:
+        problems.add("--resolution is missing: the training size in pixels, such as 512 or 512,768")
+
+
+def _check_network(network: NetworkConfig, problems: Problems) -> None:
     if network.network_train_unet_only and network.network_train_text_encoder_only:
-        yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one"
+        problems.add("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one")
     if network.dim_from_weights and network.network_weights is None:
-        yield "--dim_from_weights needs --network_weights, the file to take ranks from"
+        problems.add("--dim_from_weights needs --network_weights, the file to take ranks from")
     if network.dim_from_weights and network.network_dim is not None:
         logger.warning("--network_dim is ignored: --dim_from_weights takes the ranks of %s", network.network_weights)
     if len(network.base_weights_multiplier or ()) > len(network.base_weights or ()):
-        yield "--base_weights_multiplier has more numbers than --base_weights has files"
+        problems.add("--base_weights_multiplier has more numbers than --base_weights has files")
 
 
-def _noise_conflicts(loss: LossConfig) -> Iterator[str]:
+def _check_noise(loss: LossConfig, problems: Problems) -> None:
     if loss.adaptive_noise_scale is not None and loss.noise_offset is None:
-        yield "--adaptive_noise_scale needs --noise_offset, to which it adds"
+        problems.add("--adaptive_noise_scale needs --noise_offset, to which it adds")
     lowest, limit = loss.timestep_range
     if lowest >= limit:
-        yield f"--min_timestep {lowest} must be below --max_timestep {limit}"
+        problems.add(f"--min_timestep {lowest} must be below --max_timestep {limit}")
 
 
-def _precision_conflicts(precision: PrecisionConfig) -> Iterator[str]:
+def _check_precision(precision: PrecisionConfig, problems: Problems) -> None:
     for name in ("fp16", "bf16"):
         if getattr(precision, f"full_{name}") and precision.mixed_precision != name:
-            yield f"--full_{name} needs --mixed_precision {name}, got {precision.mixed_precision}"
+            problems.add(f"--full_{name} needs --mixed_precision {name}, got {precision.mixed_precision}")
 
 
-def _log_conflicts(logs: LoggingConfig) -> Iterator[str]:
-    if logs.log_with in ("tensorboard", "all") and logs.logging_dir is None:
-        yield f"--log_with {logs.log_with} needs --logging_dir, the folder for the logs"
-
-
-def _hub_conflicts(hub: HubConfig, state: StateConfig) -> Iterator[str]:
+def _check_hub(hub: HubConfig, state: StateConfig, problems: Problems) -> None:
     reading = {"resume_from_huggingface"} | ({"huggingface_token"} if hub.resume_from_huggingface else set())
     given = [name for name, value in vars(hub).items() if value and name not in reading]
     if given and hub.huggingface_repo_id is None:
-        yield f"--{given[0]} needs --huggingface_repo_id, the repository to upload to"
+        problems.add(f"--{given[0]} needs --huggingface_repo_id, the repository to upload to")
     if hub.save_state_to_huggingface and not (state.save_state or state.save_state_on_train_end):
-        yield "--save_state_to_huggingface needs --save_state or --save_state_on_train_end"
+        problems.add("--save_state_to_huggingface needs --save_state or --save_state_on_train_end")
     if hub.resume_from_huggingface:
         try:
             parse_hub_state(state.resume or "")
         except ValueError:
-            yield f"--resume_from_huggingface: --resume must be {STATE_FORM}, got {state.resume!r}"
+            problems.add(f"--resume_from_huggingface: --resume must be {STATE_FORM}, got {state.resume!r}")
 
 
-def _schedule_conflicts(schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Iterator[str]:
+def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, problems: Problems) -> None:
     if schedule.lr_scheduler == "constant" and not schedule.lr_scheduler_type and schedule.lr_warmup_steps:
-        yield "--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0"
+        problems.add("--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0")
     if schedule.lr_warmup_steps and (schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"):
-        yield f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up"
+        problems.add(f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up")
     if schedule.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
-        yield f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that"
+        problems.add(f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that")
     takes_arguments = schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"
     if schedule.lr_scheduler_args and not takes_arguments:
-        yield (
+        problems.add(
             f"--lr_scheduler {schedule.lr_scheduler} takes no --lr_scheduler_args: they are for --lr_scheduler_type "
-            f"and piecewise_constant, got {' '.join(schedule.lr_scheduler_args)}"
+            f"and piecewise_constant, got {' '.join(written(schedule.lr_scheduler_args))}"
         )
     if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
-        yield "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio"
+        problems.add("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")
 
 
 def _schedule_option(schedule: ScheduleConfig) -> str:
@@ -242,7 +233,7 @@ def _schedule_option(schedule: ScheduleConfig) -> str:
     return f"--lr_scheduler {schedule.lr_scheduler}"
 
 
-def _absent_files(config: TrainConfig) -> Iterator[str]:
+def _check_paths(config: TrainConfig, problems: Problems) -> None:
     by_file = config.data.dataset_config is not None  # then the folders go unused
     paths = {
         "vae": config.model.vae,
@@ -258,20 +249,25 @@ def _absent_files(config: TrainConfig) -> Iterator[str]:
     named = [(name, path) for name, path in paths.items() if path is not None]
     for name, path in [*named, *(("base_weights", path) for path in config.network.base_weights or ())]:
         if not _exists(path):
-            yield f"--{name}: {path} does not exist"
+            problems.add(f"--{name}: {path} does not exist")
         elif name in MUST_BE_FILES and path.is_dir():
-            yield f"--{name}: {path} is a folder; name a file"
+            problems.add(f"--{name}: {path} is a folder; name a file")
         elif name.endswith("_data_dir") and not path.is_dir():
-            yield f"--{name}: {path} is a file; name the folder above the N_name folders"
-    model = config.model.pretrained_model_name_or_path
-    if model and not _exists(Path(model)):
-        yield (
-            f"--pretrained_model_name_or_path: {model} does not exist here, and nothing is downloaded: "
+            problems.add(f"--{name}: {path} is a file; name the folder above the N_name folders")
+
+
+def _check_model(model: ModelConfig) -> None:
+    path = model.pretrained_model_name_or_path
+    if not _exists(Path(path)):
+        raise UserError(
+            f"--pretrained_model_name_or_path: {path} does not exist here, and nothing is downloaded: "
             "name a .safetensors or .ckpt file or a Diffusers folder"
         )
-    output = config.saving.output_dir
-    if output is not None and _exists(output) and not output.is_dir():
-        yield f"--output_dir: {output} is a file, not a folder"
+
+
+def _check_output(saving: SavingConfig) -> None:
+    if _exists(saving.output_dir) and not saving.output_dir.is_dir():
+        raise UserError(f"--output_dir: {saving.output_dir} is a file, not a folder")
 
 
 MUST_BE_FILES = ("dataset_config", "network_weights", "base_weights", "sample_prompts", "log_tracker_config")

@@ -42,18 +42,26 @@ def parse_steps(value: Any) -> int | float:
     return int(number) if number >= 1 or number == 0 else number
 
 
-def parse_pairs(value: Any) -> tuple[str, ...]:
-    """Return the texts of a list of key=value; the values stay texts."""
-    words = tuple(value) if isinstance(value, list | tuple) else (value,)
+def parse_pairs(value: Any) -> dict[str, str]:
+    """Return key -> text of a list of key=value, split at the first "="."""
+    words = value if isinstance(value, list | tuple) else [value]
     for word in words:
         if not isinstance(word, str) or "=" not in word or word.startswith("="):
             raise ValueError(f"{word!r} has no key and value")
-    return words
+    return {key.strip(): text.strip() for key, text in (word.split("=", 1) for word in words)}
 
 
-def split_pairs(words: tuple[str, ...] | None) -> dict[str, str]:
-    """Return key -> value text of a list of key=value, split at the first "="."""
-    return {key.strip(): text.strip() for key, text in (word.split("=", 1) for word in words or ())}
+def parse_pair_lists(value: Any) -> tuple[dict[str, str], ...]:
+    """Return key -> text of each of several texts key=value;key=value."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError
+    return tuple(parse_pairs([pair for pair in text.split(";") if pair]) for text in texts)
+
+
+def written(value: Any) -> Any:
+    """Return a value as options take it: key -> text as the texts key=value, any other value as it is."""
+    return tuple(f"{key}={text}" for key, text in value.items()) if isinstance(value, dict) else value
 
 
 def parse_range(value: Any) -> tuple[float, float] | None:

@@ -14,7 +14,6 @@ import torch
 from library.adapters.lora_file import LoraFile, read_lora, to_state_dict
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
-from library.config.values import split_pairs
 from library.errors import UserError
 from library.models.base import BaseModel
 from library.training.network_protocol import (
@@ -86,7 +85,7 @@ def options_of(config: NetworksConfig) -> list[tuple[NetworkConfig, Path, float]
     multipliers, arguments = config.network_mul or (), config.network_args or ()
     rows = []
     for index, (name, path) in enumerate(zip(modules, files, strict=True)):
-        given = tuple(arguments[index].split(";")) if index < len(arguments) and arguments[index] else None
+        given = arguments[index] if index < len(arguments) else None
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
         rows.append((NetworkConfig(network_module=name, network_args=given), path, multiplier))
     return rows
@@ -148,7 +147,7 @@ def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) ->
             models.unet,
             weights_of(network, models),
             for_inference=True,
-            **dict(split_pairs(network.options.network_args)),
+            **(network.options.network_args or {}),
         )
         if made is None:
             raise UserError(f"{network.options.network_module} makes no network of {network.path}")

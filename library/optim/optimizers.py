@@ -16,7 +16,6 @@ import torch
 
 from library.config.optimizer import OptimizerConfig
 from library.config.options import nearest
-from library.config.values import split_pairs
 from library.errors import UserError, shown, told
 
 logger = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
     row = BY_NAME.get(name.lower())
     if row is None:
         row = OptimizerRow(name, name if "." in name else f"torch.optim.{name}")
-    given = {key: read_literal(key, text) for key, text in split_pairs(config.optimizer_args).items()}
+    given = {key: read_literal(key, text) for key, text in (config.optimizer_args or {}).items()}
     if row.substitute is not None and not _is_installed(row.path) and _is_installed(row.substitute.path):
         return _substituted(row, row.substitute, given)
     kind = import_class(row.path, "--optimizer_type", package="pytorch-optimizer" if row.substitute else None)

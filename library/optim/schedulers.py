@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from library.config.optimizer import POLYNOMIAL_END, ScheduleConfig
-from library.config.values import split_pairs
 from library.errors import UserError, told
 from library.optim.optimizers import import_class, read_literal
 
@@ -124,7 +123,7 @@ def _in_steps(value: int | float, num_steps: int) -> int:
 
 def _pieces(config: ScheduleConfig) -> tuple[tuple[float, float], ...]:
     """Return the pieces of step_rules='1:10,0.1:20,0.01': factor 1 up to step 10, 0.1 up to 20, then 0.01."""
-    text = split_pairs(config.lr_scheduler_args).get("step_rules", "").strip("'\"")
+    text = (config.lr_scheduler_args or {}).get("step_rules", "").strip("'\"")
     try:
         pieces = []
         for rule in text.split(","):
@@ -178,7 +177,7 @@ def build_scheduler(
         path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
         arguments: dict[str, Any] = {
             key: read_literal(key, text, "--lr_scheduler_args")
-            for key, text in split_pairs(config.lr_scheduler_args).items()
+            for key, text in (config.lr_scheduler_args or {}).items()
         }
         kind = import_class(path, "--lr_scheduler_type")
         try:

@@ -23,7 +23,7 @@ from torch import nn
 
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
-from library.config.values import split_pairs
+from library.config.values import written
 from library.errors import UserError, shortened
 from library.files import replacing
 from library.models.base import BaseModel
@@ -262,7 +262,7 @@ def failure(config: NetworkConfig, doing: str, error: Exception) -> str:
     own = [frame for frame in frames if package in Path(frame.filename).with_suffix("").parts]
     place = (own or frames)[-1]
     message = " ".join(str(error).split()) or place.line or "no message"
-    arguments = " ".join(config.network_args or ()) or "none"
+    arguments = " ".join(written(config.network_args or {})) or "none"
     advice = [text for first, part, text in HINTS if package == first and part in message]
     return (
         f"--network_module {config.network_module} failed in {doing}: {type(error).__name__}: {shortened(message)} "
@@ -276,7 +276,7 @@ def check_network(config: NetworkConfig) -> None:
     module = find_module(config)
     if hasattr(module, "read_network_args"):
         with module_errors(config, "read_network_args"):
-            given = module.read_network_args(split_pairs(config.network_args))
+            given = module.read_network_args(config.network_args or {})
             if hasattr(module, "check_ranks") and not config.dim_from_weights:
                 module.check_ranks(config.network_dim or module.DEFAULT_RANK, given)
     needs_files = {"--base_weights": config.base_weights, "--dim_from_weights": config.dim_from_weights}
@@ -290,9 +290,7 @@ def check_network(config: NetworkConfig) -> None:
 
 def network_arguments(config: NetworkConfig) -> dict[str, Any]:
     """Return the keyword arguments of create_network: --network_args as texts, and the dropouts."""
-    arguments: dict[str, Any] = dict(split_pairs(config.network_args))
-    arguments.setdefault("dropout", config.network_dropout)
-    return arguments
+    return {"dropout": config.network_dropout} | (config.network_args or {})
 
 
 def build_network(
@@ -369,7 +367,7 @@ def _create_from_weights(
             models.unet,
             None,
             neuron_dropout=config.network_dropout,
-            **split_pairs(config.network_args),
+            **(config.network_args or {}),
         )
     return network
 

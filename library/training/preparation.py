@@ -13,6 +13,7 @@ from torch import nn
 
 from library.config.hub import parse_hub_state
 from library.config.loss import LossConfig
+from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
@@ -54,35 +55,40 @@ DOWNLOADED = "from_hub"  # folder in --output_dir for states from the hub
 def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
     problems = Problems()
-    with problems:
-        check_network(config.network)
-    with problems:
-        trained_parts(config.network, config.optimizer)
-    with problems:
-        probe = check_optimizer(choice, config.optimizer.learning_rate)
-        # How many steps epochs are is not known yet.
-        num_steps = config.run.max_train_steps if config.run.max_train_epochs is None else 1
-        check_scheduler(config.schedule, probe, config.optimizer.learning_rate, num_steps)
+    problems.run(check_network, config.network)
+    problems.run(trained_parts, config.network, config.optimizer)
+    problems.run(check_steps, config, choice)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
         logger.warning("%s needs no schedule; --lr_scheduler goes unused", choice.kind.__name__)
     if choice.sets_own_rate:
         logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
-    with problems:
-        thumbnail(config.metadata)
-    with problems:
-        check_trackers(config.logs)
+    problems.run(thumbnail, config.metadata)
+    problems.run(check_trackers, config.logs)
     for name in {prompt.sample_sampler or config.preview.sample_sampler for prompt in prompts}:
-        with problems:
-            check_sampler(name)
-    with problems:
-        files = find_base(config.model)
-        check_prediction(config.loss, predicts_v=files.predicts_v)
+        problems.run(check_sampler, name)
+    files = problems.run(checked_base, config.model, config.loss)
     problems.raise_if_any()
+    assert files is not None  # else there was a problem
     # Last, for it makes the folders.
     check_output(config.saving)
     if tracker_names(config.logs) and config.logs.logging_dir is not None:
         check_folder("logging_dir", config.logs.logging_dir)
+    return files
+
+
+def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
+    """Raise UserError for an optimizer or a schedule that refuses its arguments."""
+    probe = check_optimizer(choice, config.optimizer.learning_rate)
+    # How many steps epochs are is not known yet.
+    num_steps = config.run.max_train_steps if config.run.max_train_epochs is None else 1
+    check_scheduler(config.schedule, probe, config.optimizer.learning_rate, num_steps)
+
+
+def checked_base(model: ModelConfig, loss: LossConfig) -> BaseFiles:
+    """Return what kind of model will be loaded; raises UserError for one that does not go with the options."""
+    files = find_base(model)
+    check_prediction(loss, predicts_v=files.predicts_v)
     return files
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from library.config.options import to_toml
+from library.config.config_file import to_toml
 from library.config.train import TrainConfig, with_seed
 from library.data.dataset import BatchMaker, RunPlan, make_loader
 from library.data.records import TrainingSet, verify_pictures

@@ -18,7 +18,6 @@ from typing import Any
 from library import NAME, VERSION
 from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
-from library.config.values import split_pairs
 from library.data.buckets import Size, mean_aspect_error
 from library.data.captions import tag_counts
 from library.data.dataset import samples_by_bucket
@@ -133,7 +132,7 @@ def training_metadata(
     values |= {key: getattr(getattr(config, section), field) for key, (section, field) in RECORDED.items()}
     values |= {f"ss_{key}": value for key, value in numbers.items()}
     if config.network.network_args or config.network.network_dropout is not None:
-        arguments = split_pairs(config.network.network_args)
+        arguments = config.network.network_args or {}
         values["ss_network_args"] = json.dumps({"dropout": config.network.network_dropout} | arguments)
     if config.model.vae is not None:
         values["ss_vae_name"] = config.model.vae.name

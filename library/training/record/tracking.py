@@ -14,6 +14,7 @@ from library.config import toml_text
 from library.config.options import nearest, section_options, sections_of
 from library.config.saving import LoggingConfig
 from library.config.train import TrainConfig
+from library.config.values import written
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def loggable_options(config: TrainConfig) -> dict[str, bool | int | float | str]
     values = {}
     for name, section_class in sections_of(TrainConfig):
         for entry in section_options(section_class, name):
-            value = getattr(getattr(config, name), entry.field)
+            value = written(getattr(getattr(config, name), entry.field))
             if value is not None and not entry.spec.secret and not entry.spec.file_only and not _has_path(value):
                 values[entry.flag] = value if isinstance(value, bool | int | float | str) else str(value)
     return values

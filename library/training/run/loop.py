@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.config.options import to_toml
+from library.config.config_file import to_toml
 from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.errors import UserError

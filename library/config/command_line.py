@@ -1,0 +1,158 @@
+"""The command line of a root of options: parser, abbreviations, options that are not known.
+
+Parser defaults are suppressed, so that parsing yields only what was given and "defaults < TOML < command line" is one
+dict union.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from library.config.config_file import read_config_file
+from library.config.options import Option, build, help_text, root_options, section_options, sections_of, unknown_message
+from library.config.retired import RETIRED, Retired
+from library.errors import Problems, UserError
+
+logger = logging.getLogger(__name__)
+
+Root = TypeVar("Root")
+
+# What begins with a minus and is no option; argparse's own knows no exponents.
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def build_parser(root: type, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a root; it yields texts, and only for what was given."""
+    positionals = [entry.flag for entry in root_options(root).values() if entry.spec.positional]
+    parser = _Parser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # see with_whole_names
+        formatter_class=_Formatter,
+        usage=" ".join(["%(prog)s [options]", *positionals]),
+    )
+    parser._negative_number_matcher = NEGATIVE_NUMBER
+    for name, section in sections_of(root):
+        group = parser.add_argument_group((section.__doc__ or name).split("\n")[0].rstrip("."))
+        for entry in section_options(section, name):
+            if not entry.spec.file_only:
+                _add_argument(group, entry)
+    return parser
+
+
+def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
+    short = [name for name in entry.spec.aliases if len(name) == 1]  # -s; the option itself may be --W
+    names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
+    text = help_text(entry).replace("%", "%%")
+    if entry.spec.positional:
+        group.add_argument(entry.flag, help=text)
+    elif entry.kind.nargs == 0:
+        group.add_argument(*names, dest=entry.flag, action="store_true", help=text)
+    else:
+        metavar = entry.kind.name.removeprefix("list of ").split()[0].upper()
+        group.add_argument(*names, dest=entry.flag, nargs=entry.kind.nargs, metavar=metavar, help=text)
+
+
+def parse(
+    root: type[Root],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    retired: Mapping[str, Retired] = RETIRED,
+    rules: Sequence[Callable[[Root, Problems], None]] = (),
+) -> Root:
+    """Return the configuration that a command line stands for: defaults < --config_file < command line.
+
+    retired are the options of sd-scripts' script that this one does not have. rules add what does not fit together to
+    the problems that they are given, or raise UserError. Raises UserError for everything a user can get wrong; exits
+    with 0 after --help.
+    """
+    problems = Problems()
+    config = build(root, given_options(root, argv, description=description, retired=retired), problems)
+    for rule in rules:
+        problems.run(rule, config, problems)
+    problems.raise_if_any()
+    return config
+
+
+def given_options(
+    root: type,
+    argv: Sequence[str] | None,
+    *,
+    description: str | None = None,
+    retired: Mapping[str, Retired] = RETIRED,
+) -> dict[str, Any]:
+    """Return flag -> typed value for the options that were given, on the command line or in --config_file.
+
+    With --output_config the file is the one to be written, so it is not read.
+    """
+    options = root_options(root)
+    words = with_whole_names(sys.argv[1:] if argv is None else argv, options, retired)
+    known, unknown = build_parser(root, description).parse_known_args(words)
+    ignored = _explain_unknown(unknown, options, retired)
+    given = {flag: options[flag].read(value, options[flag].label) for flag, value in vars(known).items()}
+    if given.get("config_file") is not None and not given.get("output_config"):
+        given = read_config_file(given["config_file"], options) | given
+    for row in ignored:
+        logger.warning("--%s is ignored: %s", row.name, row.reason)
+    return given
+
+
+def with_whole_names(
+    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired] = RETIRED
+) -> list[str]:
+    """Return the words of a command line with the beginning of an option's name replaced by the name.
+
+    sd-scripts takes any beginning that fits one option only; so does this, with a warning, because a later
+    version may have a second option that it fits.
+    """
+    named = [entry for entry in options.values() if not entry.spec.positional]
+    names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
+    names += [*retired, "help"]
+    return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
+
+
+def _with_whole_name(word: str, names: Sequence[str]) -> str:
+    name, sign, value = word.removeprefix("--").partition("=")
+    fitting = [] if name in names else [candidate for candidate in names if candidate.startswith(name)]
+    if len(fitting) > 1:
+        raise UserError(f"--{name} is not known; it could be --{', --'.join(fitting)}")
+    if fitting:
+        logger.warning("--%s is read as --%s; write it in full", name, fitting[0])
+    return f"--{fitting[0] if fitting else name}{sign}{value}"
+
+
+def _explain_unknown(
+    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired]
+) -> list[Retired]:
+    """Return the retired options among words that do no harm; raise for anything else that is not known."""
+    ignored = []
+    expects_value = False
+    for word in words:
+        if word.startswith("-"):
+            name, _, value = word.lstrip("-").partition("=")
+            row = retired.get(name)
+            if row is None or not row.harmless:
+                raise UserError(unknown_message(f"--{name}", name, options, retired))
+            ignored.append(row)
+            expects_value = row.takes_value and not value
+        elif expects_value:
+            expects_value = False
+        else:
+            raise UserError(f"unexpected argument {word!r}: give it with its option, and quotes round spaces")
+    return ignored

@@ -1,0 +1,73 @@
+"""Configuration files: TOML in, and a record of the options out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from library.config import toml_text
+from library.config.options import Option, section_options, sections_of, unknown_message
+from library.config.retired import RETIRED
+from library.config.values import written
+from library.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NOT_RECORDED = {"config_file", "output_config"}
+
+
+def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
+    """Return flag -> typed value from a TOML file; its sections only group, a later duplicate wins."""
+    path = with_toml_suffix(path)
+    values: dict[str, Any] = {}
+    names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
+    for key, value in _flat(toml_text.load(path)):
+        if key in values and values[key] != value:
+            is_secret = key in names and names[key].spec.secret
+            later = "the later value" if is_secret else f"the later value {value!r}"
+            logger.warning("%s: %s is given twice; %s counts", path, key, later)
+        values[key] = value
+    given = {}
+    for key, value in values.items():
+        if key in RETIRED and value in RETIRED[key].neutral:
+            continue  # it is off, as it is here
+        if key in RETIRED and RETIRED[key].harmless:
+            logger.warning("%s: %s is ignored: %s", path, key, RETIRED[key].reason)
+        elif key not in names:
+            raise UserError(unknown_message(f"{path}: {key}", key, names))
+        else:
+            given[names[key].flag] = names[key].read(value, f"{path}: {key}")
+    return given
+
+
+def with_toml_suffix(path: Path) -> Path:
+    """Return the path with `.toml` appended where it is missing, as --config_file is read."""
+    return path if path.suffix.lower() == ".toml" else Path(f"{path}.toml")
+
+
+def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def changed_options(config: object) -> dict[str, dict[str, Any]]:
+    """Return section title -> flag -> value for every option that differs from its default and is not missing."""
+    changed: dict[str, dict[str, Any]] = {}
+    for name, section_class in sections_of(type(config)):
+        values = vars(getattr(config, name))
+        for entry in section_options(section_class, name):
+            value = values.get(entry.field)
+            is_recorded = not (entry.spec.file_only or entry.spec.secret or entry.flag in NOT_RECORDED)
+            if value != entry.default and is_recorded:
+                changed.setdefault(name, {})[entry.flag] = written(value)
+    return changed
+
+
+def to_toml(config: object) -> str:
+    """Return a config file that repeats this configuration."""
+    return toml_text.dump(changed_options(config))

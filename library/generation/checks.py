@@ -1,0 +1,191 @@
+"""What can be wrong with the options of gen_img_diffusers.py, found before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.config.generation import (
+    ControlConfig,
+    GenerateConfig,
+    ImageConfig,
+    NetworksConfig,
+    PromptConfig,
+)
+from library.config.tool_files import check_place
+from library.errors import Problems, UserError
+from library.generation.grid import read_axes
+from library.generation.infotext import Recorded, read_recorded
+from library.generation.starts import check_pictures, list_of, read_preparation
+from library.sampling.requests import Line, parse_line, read_lines
+from library.sampling.samplers import check_sampler
+
+logger = logging.getLogger(__name__)
+
+
+def with_checkpoint(config: GenerateConfig) -> GenerateConfig:
+    """Return the configuration with a pattern in --ckpt replaced by the one file that fits it.
+
+    Raises UserError for a model that is not there.
+    """
+    path = config.checkpoint.ckpt
+    if path.exists():
+        return config
+    if not glob.has_magic(str(path)):
+        raise UserError(f"--ckpt: {path} does not exist, and nothing is downloaded; name a file or a Diffusers folder")
+    found = sorted(glob.glob(str(path)))  # noqa: PTH207 - a pattern may begin at the root
+    if len(found) != 1:
+        raise UserError(f"--ckpt: {len(found)} files fit {path}: name one")
+    return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, ckpt=Path(found[0])))
+
+
+def check(config: GenerateConfig, problems: Problems) -> None:
+    """Add to problems what does not fit, before anything is loaded."""
+    check_model(config, problems)
+    check_prompts(config, problems)
+    check_images(config.images, problems)
+    check_control(config.control, problems)
+    check_networks(config.networks, problems)
+
+
+def check_model(config: GenerateConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the options of model and sizes."""
+    drawing, speed = config.drawing, config.speed
+    vae = config.checkpoint.vae
+    if vae is not None and not vae.exists():
+        problems.add(f"--vae: {vae} does not exist, and nothing is downloaded")
+    for flag, side in (("--W", drawing.W), ("--H", drawing.H)):
+        if side is not None and side % 8:
+            problems.add(
+                f"{flag} must be a multiple of 8, got {side}; the next are {side // 8 * 8} and {side // 8 * 8 + 8}"
+            )
+    if config.output.outdir.exists() and not config.output.outdir.is_dir():
+        problems.add(f"--outdir: {config.output.outdir} is not a folder")
+    else:
+        problems.run(check_place, "--outdir", config.output.outdir / "picture.png")
+    if speed.fp16 and speed.bf16:
+        problems.add("--fp16 and --bf16 were both given: leave one out")
+
+
+def check_prompts(config: GenerateConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the options of prompts, sampler and grid."""
+    prompts = config.prompts
+    if prompts.interactive and (prompts.prompt or prompts.from_file or prompts.from_picture):
+        problems.add("--interactive does not go with --prompt, --from_file and --from_picture")
+    if prompts.interactive and config.output.grid:
+        problems.add("--grid does not go with --interactive")
+    check_grid(config, problems)
+    problems.run(read_axes, config.output.grid or ())
+    problems.run(check_sampler, config.drawing.sampler)
+
+
+def check_grid(config: GenerateConfig, problems: Problems) -> None:
+    """Add to problems which axes of --grid would change nothing."""
+    names = [text.partition("=")[0] for text in config.output.grid or ()]
+    networks, images = config.networks, config.images
+    if "am" in names and (not networks.network_weights or networks.network_merge):
+        problems.add("--grid: am is the strength of networks, and there are none that are not merged")
+    if "strength" in names and images.image_path is None and images.highres_fix_scale is None:
+        problems.add("--grid: strength is for pictures that begin with one: give --image_path or --highres_fix_scale")
+
+
+def check_images(images: ImageConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with pictures to begin with."""
+    if images.mask_path is not None and images.image_path is None:
+        problems.add("--mask_path needs --image_path: the picture of which a part is drawn anew")
+    for flag, path in (("--image_path", images.image_path), ("--mask_path", images.mask_path)):
+        if path is not None:
+            problems.run(check_readable, flag, path)
+
+
+def check_readable(flag: str, path: Path) -> None:
+    """Raise UserError for a picture, or a folder of them, that cannot be read."""
+    check_pictures(list_of(flag, path))
+
+
+def check_control(control: ControlConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with ControlNets and embeddings."""
+    nets, guides = control.control_net_models or (), control.guide_image_path or ()
+    if guides and not nets:
+        problems.add("--guide_image_path is for ControlNets: give --control_net_models")
+    elif len(nets) != len(guides):
+        problems.add(f"--guide_image_path must name a picture for each of {len(nets)} ControlNets, got {len(guides)}")
+    for path in guides:
+        problems.run(check_readable, "--guide_image_path", path)
+    for flag, paths in (
+        ("--control_net_models", nets),
+        ("--textual_inversion_embeddings", control.textual_inversion_embeddings or ()),
+    ):
+        for path in paths:
+            if not path.exists():
+                problems.add(f"{flag}: {path} does not exist, and nothing is downloaded")
+    for text in control.control_net_preps or ():
+        problems.run(read_preparation, text)
+
+
+def check_networks(networks: NetworksConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the networks."""
+    modules, files = networks.network_module or (), networks.network_weights or ()
+    multipliers, arguments = networks.network_mul or (), networks.network_args or ()
+    if len(modules) != len(files):
+        problems.add(
+            f"--network_module and --network_weights must name as many networks, got {len(modules)} and {len(files)}"
+        )
+    for flag, given in (("--network_mul", multipliers), ("--network_args", arguments)):
+        if len(given) > len(files):
+            problems.add(f"{flag} has {len(given)} values for {len(files)} networks")
+    for name in modules:
+        if importlib.util.find_spec(name if name.startswith("networks.") else name.split(".")[0]) is None:
+            problems.add(
+                f"--network_module {name}: there is no such module; networks.lora reads files of most trainers"
+            )
+    for path in files:
+        if not path.is_file():
+            problems.add(f"--network_weights: {path} is not a file")
+
+
+def warn_of_idle(config: GenerateConfig) -> None:
+    """Warn of options that change nothing; sd-scripts takes them without a word."""
+    images = config.images
+    if config.prompts.prompt and config.prompts.from_file:
+        logger.warning("--prompt is not drawn, for --from_file is given")
+    if images.strength is not None and images.image_path is None and images.highres_fix_scale is None:
+        logger.warning("--strength is for pictures that begin with one: --image_path or --highres_fix_scale")
+
+
+def load_lines(prompts: PromptConfig) -> list[Line]:
+    """Return the prompt lines of the options."""
+    if prompts.from_file is not None:
+        return read_lines(prompts.from_file)
+    return [] if prompts.prompt is None else [parse_line(prompts.prompt, "--prompt")]
+
+
+def warn_of_strengths(networks: NetworksConfig, lines: Sequence[Line]) -> None:
+    """Warn of strengths in prompts that no network has."""
+    number = len(networks.network_weights or ())
+    number = 0 if networks.network_merge else max(0, number - (networks.network_merge_n_models or 0))
+    for line in lines:
+        strengths = line.options.get("multipliers", ())
+        if len(strengths) > number:
+            logger.warning("%s: --am has %d values, networks that can change: %d", line.place, len(strengths), number)
+
+
+def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
+    """Return what pictures say of themselves: of --from_picture, or of --image_path where there is no prompt."""
+    given = prompts.from_picture or ()
+    has_prompts = prompts.prompt is not None or prompts.from_file is not None or prompts.interactive or given
+    if not has_prompts and images.image_path is not None and images.image_path.exists():
+        given = list_of("--image_path", images.image_path).files
+    recorded = [read_recorded(path) for path in given]
+    for record in recorded:
+        for name, flag, path in (
+            (record.begins_with, "--image_path", images.image_path),
+            (record.mask, "--mask_path", images.mask_path),
+        ):
+            if name is not None and path is None:
+                raise UserError(f"--from_picture: a picture was drawn with {name}, which it does not hold: give {flag}")
+    return recorded
