@@ -163,6 +163,13 @@ def create_network(
     return network
 
 
+def check_network_args(network_dim: int | None, network_args: Mapping[str, str], *, from_file: bool) -> None:
+    """Raise ValueError for arguments that are unknown, cannot be read, or do not go with the rank."""
+    given = read_network_args(network_args)
+    if not from_file:
+        check_ranks(network_dim or DEFAULT_RANK, given)
+
+
 def create_network_from_weights(
     multiplier: float,
     file: str | Path | None,

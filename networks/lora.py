@@ -637,6 +637,12 @@ def is_large_conv(target: Target) -> bool:
     return isinstance(target.layer, nn.Conv2d) and target.layer.kernel_size != (1, 1)
 
 
+def check_network_args(network_dim: int | None, network_args: Mapping[str, str], *, from_file: bool) -> None:
+    """Raise ValueError for arguments that are unknown or cannot be read, before there are models."""
+    del network_dim, from_file
+    read_network_args(network_args)
+
+
 def create_network_from_weights(
     multiplier: float,
     file: str | Path | None,

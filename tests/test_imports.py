@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "library/models": STANDARD_AND_CONFIG | FILES,
     "library/adapters": STANDARD_AND_CONFIG | FILES | {"library.models"},
     "library/sampling": STANDARD_AND_CONFIG | FILES | {"library.models", "library.diffusion"},
+    "library/networks": STANDARD_AND_CONFIG | FILES | {"library.models"},
     "library/training": {"library"},
     "library/generation": {"library"},
     "networks": {"library", "networks"},
@@ -33,7 +34,7 @@ ONLY_IN = {
     "xformers": ("library/models",),
     "huggingface_hub": ("library/training",),
     "wandb": ("library/training",),
-    "argparse": ("library/config/options.py", "library/training/network_protocol.py"),
+    "argparse": ("library/config/options.py", "library/networks/trainable.py"),
 }
 NO_TORCH_AT_THE_TOP = [
     "train_network.py",
@@ -89,6 +90,11 @@ def test_imports_go_in_one_direction(path):
     for library, places in ONLY_IN.items():
         if within(library, [name.split(".")[0] for name in imports(path)]):
             assert place.startswith(places), f"{place} imports {library}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "library" / "generation").glob("*.py")), ids=lambda path: path.name)
+def test_generation_does_not_import_training(path):
+    assert [name for name in imports(path) if within(name, {"library.training"})] == []
 
 
 def test_lora_stands_alone():
