@@ -106,7 +106,7 @@ def test_lora_stands_alone():
     # Ranks and rates by block are for training; without them the file does without the other one.
     assert {name for name in names if name.startswith("networks.")} <= {
         "networks.block_weights",
-        *(f"networks.block_weights.{name}" for name in ("SD", "name_blocks", "plan_blocks")),
+        *(f"networks.block_weights.{name}" for name in ("ARGUMENTS", "read_plan")),
     }
     assert not [name for name in imports(path, top_only=True) if name.startswith("networks")]
 

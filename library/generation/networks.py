@@ -148,7 +148,7 @@ def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) ->
             raise UserError(f"{network.path}: the network of {module.name} has no strength (no set_multiplier)")
         made.apply_to(encoder, models.unet, True, True)  # lycoris has no defaults
         made.load_state_dict(weights, False)
-        made.to(device, models.unet.dtype)
+        made.to(device, next(models.unet.parameters()).dtype)
         made.eval()
         made.requires_grad_(False)
         network.applied = made

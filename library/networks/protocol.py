@@ -136,10 +136,10 @@ class LimitsNorms(Protocol):
 
 
 @runtime_checkable
-class DescribesBlocks(Protocol):
-    """Tells rank, weight of the rate and number of modules of each block of the U-Net."""
+class DescribesUnet(Protocol):
+    """Tells name, rank and weight of the learning rate of each module over the U-Net."""
 
-    def describe_blocks(self) -> list[dict[str, Any]]: ...
+    def describe_unet(self) -> list[tuple[str, int, float]]: ...
 
 
 @runtime_checkable

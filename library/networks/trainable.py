@@ -23,7 +23,7 @@ from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
 from library.networks.protocol import (
     Checkpoints,
-    DescribesBlocks,
+    DescribesUnet,
     FollowsBatches,
     FollowsOptimizerSteps,
     Groups,
@@ -178,9 +178,9 @@ class TrainableNetwork:
 
     # ---- what it tells of itself, and its files -------------------------------------------------------------
 
-    def describe_blocks(self) -> list[dict[str, Any]]:
-        """Return rank, rate and modules of each block of the U-Net; empty for a network that does not tell."""
-        return self.network.describe_blocks() if isinstance(self.network, DescribesBlocks) else []
+    def describe_unet(self) -> list[tuple[str, int, float]]:
+        """Return name, rank and weight of the rate of each module over the U-Net; empty where that is not told."""
+        return self.network.describe_unet() if isinstance(self.network, DescribesUnet) else []
 
     def delta_norms(self) -> list[float]:
         """Return the norm of each module's change; empty for a network that does not tell."""

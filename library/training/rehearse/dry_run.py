@@ -26,7 +26,7 @@ from library.models.precision import Types
 from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
-from library.training.charts.block_chart import draw_blocks
+from library.training.charts.block_chart import count_blocks, draw_blocks
 from library.training.preparation import (
     all_captions,
     caption_options,
@@ -87,7 +87,7 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
         valid, total = count_valid(sets, LatentEncoder(base.vae, types.vae).identity())
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
     network = tell_network(report, config, base)
-    blocks = network.describe_blocks()
+    blocks = count_blocks(network.describe_unet())
     if blocks and network.trains_unet:
         chart = config.saving.output_dir / f"{config.saving.output_name or 'last'}-blocks.png"
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
