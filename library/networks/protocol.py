@@ -1,8 +1,8 @@
 """What a network module and its network must have, and what they may have besides, as types.
 
 Ours hold it by type check. A foreign one (lycoris.kohya, ...) is asked at run time: `missing_methods` for what
-every network has, `isinstance` with one of the small classes for what only some offer. Arguments go by position,
-as everywhere in this interface, so that their names are free.
+every network has, `isinstance` with one of the small classes for what only some offer. Arguments of methods go by
+position, so that their names are free.
 """
 
 from __future__ import annotations
@@ -195,7 +195,6 @@ class NetworkModule(Protocol):
         vae: nn.Module,
         text_encoder: TextEncoders,
         unet: nn.Module,
-        /,
         neuron_dropout: float | None = None,
         **network_args: Any,
     ) -> Network | None:
@@ -214,7 +213,6 @@ class ReadsFiles(Protocol):
         text_encoder: TextEncoders,
         unet: nn.Module,
         weights_sd: Mapping[str, Tensor] | None = None,
-        /,
         for_inference: bool = False,
         **network_args: Any,
     ) -> tuple[Network | None, Mapping[str, Tensor]]:
