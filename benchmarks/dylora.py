@@ -279,7 +279,7 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
 def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> Losses:
     """Return the losses with a LoRA file applied, or of the base model."""
     from library.config.network import NetworkConfig
-    from library.training.network_protocol import build_network
+    from library.networks.trainable import build_network
 
     network = build_network(
         NetworkConfig(network_module="networks.lora", network_weights=path, dim_from_weights=True),
@@ -288,13 +288,13 @@ def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> 
         checkpointing=False,
         device=measurement.runtime.device,
     )
-    network.network.eval()
+    network.eval()
     if absent:
         with network.absent():
             losses = measurement.losses(network, "base model")
     else:
         losses = measurement.losses(network, path.stem)
-    network.network.remove()
+    network.remove()
     return losses
 
 

@@ -53,7 +53,7 @@ def parts(args: argparse.Namespace, device: str) -> tuple:
     from library.models import family as families
     from library.models.base import BaseModel, TextEncoder
     from library.models.tokenizer import load_clip_tokenizer
-    from library.training.network_protocol import build_network
+    from library.networks.trainable import build_network
     from library.training.preparation import enable_gradient_checkpointing
 
     unet, encoder = (
@@ -101,7 +101,8 @@ def measured(args: argparse.Namespace) -> int:
 
     base, network, dtype = parts(args, "cpu")
     _make_step(base, network, dtype, size=(64, 64), batch=1, windows=1)  # libraries take memory once
-    network.network.zero_grad(set_to_none=True)
+    for parameter in network.all_parameters():
+        parameter.grad = None
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
     before = _status("VmRSS")

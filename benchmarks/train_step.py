@@ -158,8 +158,8 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.models.family import SD1
     from library.models.latent_encoder import LatentEncoder
     from library.models.tokenizer import load_clip_tokenizer
+    from library.networks.trainable import build_network
     from library.training import preparation, recipe
-    from library.training.network_protocol import build_network
     from library.training.run.loop import Trainer
     from library.training.run.objective import Objective
     from library.training.run.runtime import start_runtime

@@ -10,54 +10,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
-from library.adapters.layers import block_of
+from library.adapters.blocks import SD, BlockTable
+from networks.lora import PREFIX_UNET, UNET_CONV_CONTAINERS, LoRAModule, RateGroup, Shape, ShapeRule, Target
 
-ARGUMENTS = (
-    "down_lr_weight",
-    "mid_lr_weight",
-    "up_lr_weight",
-    "block_lr_zero_threshold",
-    "block_dims",
-    "block_alphas",
-    "conv_block_dims",
-    "conv_block_alphas",
-)
+LR_ARGUMENTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+SHAPE_ARGUMENTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+ARGUMENTS = (*LR_ARGUMENTS, "block_lr_zero_threshold", *SHAPE_ARGUMENTS)
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockTable:
-    """The blocks of a kind of U-Net.
-
-    lr_parts are the numbers of weights that down, mid and up take; edge is the number of blocks before and after
-    these, which have no weight.
-    """
-
-    name: str
-    lr_parts: tuple[int, int, int]
-    edge: int
-
-    @property
-    def count(self) -> int:
-        """The number of blocks."""
-        return sum(self.lr_parts) + 2 * self.edge
-
-    def index_of(self, module_name: str) -> int:
-        """Return the block of a module by its name in files; raises ValueError for a name that is in none."""
-        down, middle, up = self.lr_parts
-        starts = {"in": 0, "middle": down, "out": down + middle}
-        if self.edge:
-            starts |= {"first": -1, "last": down + middle + up}
-        block = block_of(module_name)
-        if block is None or block.side not in starts:
-            raise ValueError(f"{module_name} is in no block of {self.name}")
-        index = min(block.number, middle - 1) if block.side == "middle" else block.number
-        return self.edge + starts[block.side] + index
-
-
-SD = BlockTable("SD 1.x and 2.x", lr_parts=(12, 1, 12), edge=0)
-SDXL = BlockTable("SDXL", lr_parts=(9, 3, 9), edge=1)
+Number = TypeVar("Number", int, float)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -96,12 +58,17 @@ def read_lr_weights(key: str, text: str, count: int) -> list[float]:
     return values
 
 
-def read_numbers(key: str, text: str, table: BlockTable, kind: type) -> list[Any]:
-    """Return one number for each block; raises ValueError that says the expected form."""
+def read_numbers(
+    key: str, given: Mapping[str, str], table: BlockTable, kind: type[Number]
+) -> tuple[Number, ...] | None:
+    """Return one number for each block, None where the argument is left out; raises ValueError with the form."""
+    text = given.get(key)
+    if text is None:
+        return None
     kinds = {int: "whole numbers, none negative", float: "numbers, none negative"}
     form = f"{table.count} {kinds[kind]}, separated by commas (one for each block of {table.name})"
     try:
-        values = [kind(part) for part in text.split(",")]
+        values = tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"network_args: {key} must be {form}, got {text!r}") from None
     if len(values) != table.count or any(not value >= 0 for value in values):
@@ -115,88 +82,113 @@ def read_numbers(key: str, text: str, table: BlockTable, kind: type) -> list[Any
 
 
 class BlockShape(NamedTuple):
-    """Rank and alpha of a block's modules; those of 3x3 convolutions apart. A rank of 0 makes no module."""
+    """What the modules of a block get: linear layers, and 3x3 convolutions."""
 
-    rank: int
-    alpha: float
-    conv_rank: int
-    conv_alpha: float
+    linear: Shape
+    conv: Shape
+
+
+NO_MODULES = BlockShape(Shape(0, 0.0), Shape(0, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """Shape and weight of the learning rate of every block."""
+    """What the arguments say of every block; None where an argument is left out."""
 
     table: BlockTable
-    shapes: tuple[BlockShape, ...]
-    weights: tuple[float, ...]
+    dims: tuple[int, ...] | None
+    alphas: tuple[float, ...] | None
+    conv_dims: tuple[int, ...] | None
+    conv_alphas: tuple[float, ...] | None
+    weights: tuple[float, ...]  # of the learning rate; a block of weight 0 gets no modules
     has_weights: bool  # whether any was given: then the learning rate goes by block
 
-    @property
-    def has_conv(self) -> bool:
-        """Whether 3x3 convolutions get modules anywhere."""
-        return any(shape.conv_rank for shape in self.shapes)
+    def shapes(self, linear: Shape, conv: Shape) -> list[BlockShape]:
+        """Return the shapes of every block; linear and conv are for what is left open."""
+        count = self.table.count
+        linears = zip(self.dims or [linear.rank] * count, self.alphas or [linear.alpha] * count, strict=True)
+        convs = zip(self.conv_dims or [conv.rank] * count, self.conv_alphas or [conv.alpha] * count, strict=True)
+        return [
+            BlockShape(Shape(*of_linear), Shape(*of_conv)) if weight else NO_MODULES
+            for of_linear, of_conv, weight in zip(linears, convs, self.weights, strict=True)
+        ]
 
-    def shape_of(self, module_name: str) -> BlockShape:
-        """Return the shape of the block that a module is in."""
-        return self.shapes[self.table.index_of(module_name)]
+    def rule(self, linear: Shape, conv: Shape) -> ShapeRule:
+        """Return the rule that gives a target of the U-Net the shape of its block; text encoders get linear."""
+        shapes = self.shapes(linear, conv)
+        has_conv = any(shape.conv.rank for shape in shapes)
+
+        def rule(target: Target) -> Shape | None:
+            if not target.name.startswith(PREFIX_UNET):
+                return linear
+            if target.container in UNET_CONV_CONTAINERS and not has_conv:
+                return None
+            shape = shapes[self.table.index_of(target.name)]
+            return shape.conv if target.is_large_conv else shape.linear
+
+        return rule
+
+    def groups(self, modules: Sequence[LoRAModule]) -> list[RateGroup]:
+        """Return a group for each weight of the learning rate, in the order of blocks."""
+        if not self.has_weights:
+            return [RateGroup("unet", modules)]
+        by_weight: dict[float, dict[int, list[LoRAModule]]] = {}
+        for module in modules:
+            index = self.table.index_of(module.lora_name)
+            by_weight.setdefault(self.weights[index], {}).setdefault(index, []).append(module)
+        return [
+            RateGroup(name_blocks(list(found)), [module for index in sorted(found) for module in found[index]], weight)
+            for weight, found in sorted(by_weight.items(), key=lambda pair: min(pair[1]))
+        ]
+
+    def check_from_file(self) -> None:
+        """Raise ValueError where ranks or alphas are given, for a network that has those of a file."""
+        given = (self.dims, self.alphas, self.conv_dims, self.conv_alphas)
+        for key, numbers in zip(SHAPE_ARGUMENTS, given, strict=True):
+            if numbers is not None:
+                raise ValueError(f"network_args: {key} does not go with a network made from a file, which has its own")
 
 
-def plan_blocks(
-    given: Mapping[str, Any],
-    *,
-    table: BlockTable,
-    rank: int,
-    alpha: float,
-    conv_rank: int | None,
-    conv_alpha: float,
-) -> BlockPlan | None:
-    """Return the plan that the block arguments ask for, or None where none is given.
+def read_plan(given: Mapping[str, str | None], conv_dim: int | None, table: BlockTable = SD) -> BlockPlan | None:
+    """Return the plan that block arguments ask for, or None where none is given.
 
-    given maps the names of ARGUMENTS to texts or None; the rest are network_dim, network_alpha, conv_dim and
-    conv_alpha, which serve blocks that are left open. Raises ValueError for what cannot be read.
+    given has texts by the names of ARGUMENTS. Raises ValueError for what cannot be read.
     """
-    if all(given.get(key) is None for key in ARGUMENTS):
+    texts = {key: text for key, text in given.items() if text is not None}
+    if not texts:
         return None
-    count = table.count
-
-    def numbers(key: str, default: float, kind: type) -> list[Any]:
-        text = given.get(key)
-        return [default] * count if text is None else read_numbers(key, text, table, kind)
-
-    if given.get("conv_block_alphas") is not None and conv_rank is None and given.get("conv_block_dims") is None:
+    if "conv_block_alphas" in texts and conv_dim is None and "conv_block_dims" not in texts:
         raise ValueError("network_args: conv_block_alphas needs conv_block_dims or conv_dim, the ranks it goes with")
-    weights = lr_weights(given, table)
-    shapes = zip(
-        numbers("block_dims", rank, int),
-        numbers("block_alphas", alpha, float),
-        numbers("conv_block_dims", conv_rank or 0, int),
-        numbers("conv_block_alphas", conv_alpha, float),
-        strict=True,
+    plan = BlockPlan(
+        table=table,
+        weights=tuple(lr_weights(texts, table)),
+        has_weights=any(key in texts for key in LR_ARGUMENTS),
+        dims=read_numbers("block_dims", texts, table, int),
+        alphas=read_numbers("block_alphas", texts, table, float),
+        conv_dims=read_numbers("conv_block_dims", texts, table, int),
+        conv_alphas=read_numbers("conv_block_alphas", texts, table, float),
     )
-    # A block that does not learn gets no modules.
-    kept = [BlockShape(*(shape if weight else (0, 0.0, 0, 0.0))) for shape, weight in zip(shapes, weights, strict=True)]
-    if not any(shape.rank or shape.conv_rank for shape in kept):
+    shapes = plan.shapes(Shape(1, 1.0), Shape(conv_dim or 0, 1.0))
+    if not any(shape.linear.rank or shape.conv.rank for shape in shapes):
         raise ValueError("network_args: every block has weight or rank 0, so that the U-Net gets no module")
-    has_weights = any(given.get(key) is not None for key in ("down_lr_weight", "mid_lr_weight", "up_lr_weight"))
-    return BlockPlan(table, tuple(kept), tuple(weights), has_weights)
+    return plan
 
 
-def lr_weights(given: Mapping[str, Any], table: BlockTable) -> list[float]:
+def lr_weights(given: Mapping[str, str], table: BlockTable) -> list[float]:
     """Return the weight of every block; parts that are left out have 1, weights up to the threshold become 0."""
-    keys = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
     threshold = given.get("block_lr_zero_threshold")
-    if threshold is not None and all(given.get(key) is None for key in keys):
+    if threshold is not None and all(key not in given for key in LR_ARGUMENTS):
         raise ValueError("network_args: block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")
     try:
         limit = float(threshold or 0)
     except ValueError:
         raise ValueError(f"network_args: block_lr_zero_threshold must be a number, got {threshold!r}") from None
     weights = []
-    for key, number in zip(keys, table.lr_parts, strict=True):
-        text = given.get(key)
-        part = [1.0] * number if text is None else read_lr_weights(key, text, number)
-        weights += part if text is None else [weight if weight > limit else 0.0 for weight in part]
+    for key, number in zip(LR_ARGUMENTS, table.lr_parts, strict=True):
+        if key in given:
+            weights += [weight if weight > limit else 0.0 for weight in read_lr_weights(key, given[key], number)]
+        else:
+            weights += [1.0] * number
     edge = [1.0] * table.edge
     return edge + weights + edge
 

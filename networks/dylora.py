@@ -12,29 +12,15 @@ Layers, names and files are those of `networks.lora`.
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from networks.lora import (
-    DEFAULT_RANK,
-    LORAPLUS_ARGS,
-    Dropouts,
-    LoRAModule,
-    LoRANetwork,
-    Shape,
-    Weights,
-    block_rule,
-    plan_of_blocks,
-    read_weights,
-    shapes_in,
-    uniform_rule,
-)
-from networks.lora import read_network_args as read_lora_args
+from networks.lora import LoraArgs, LoRAModule, LoRANetwork, Shape, ShapeRule, read_network_args
 
 UPDATES = ("all", "unit")
 # What does not go with ranks that are drawn, and why.
@@ -45,6 +31,14 @@ REFUSED = {
     "conv_block_dims": "all modules share the rank that is drawn",
     "conv_block_alphas": "all modules share the rank that is drawn",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class DyLoraArgs(LoraArgs):
+    """The arguments of `--network_args key=value`."""
+
+    unit: int = 1
+    dylora_update: str = "all"
 
 
 class DyLoRAModule(LoRAModule):
@@ -80,17 +74,54 @@ class DyLoRANetwork(LoRANetwork):
     """All DyLoRA modules over one set of models, with the rank that they share."""
 
     module_class = DyLoRAModule
+    rank_share: Tensor
+    is_newest: Tensor
 
-    def __init__(self, *args: Any, rank: int, unit: int, update: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rank, self.unit, self.holds_older = rank, unit, update == "unit"
+    def __init__(
+        self,
+        text_encoder: nn.Module | Sequence[nn.Module] | None,
+        unet: nn.Module,
+        rule: ShapeRule,
+        args: DyLoraArgs,
+        *,
+        multiplier: float = 1.0,
+        neuron_dropout: float | None = None,
+    ) -> None:
+        super().__init__(text_encoder, unet, rule, args, multiplier=multiplier, neuron_dropout=neuron_dropout)
+        rank = max((module.lora_dim for module in self.modules_in_order()), default=args.unit)
+        self.rank, self.unit, self.holds_older = rank, args.unit, args.dylora_update == "unit"
         self.drawn_rank = self.fixed_rank = rank
         # Changed in place, so that a compiled graph or another process sees the same tensors all the time.
         # R / b for the first b ranks and 0 for the rest: times alpha / R that is the scale alpha / b.
         self.register_buffer("rank_share", torch.ones(rank), persistent=False)
         self.register_buffer("is_newest", torch.ones(rank, dtype=torch.bool), persistent=False)
-        for module in self.modules_in_order():
-            module.network_ref = [self]
+        for module in self.modules():
+            if isinstance(module, DyLoRAModule):
+                module.network_ref = [self]
+
+    @classmethod
+    def read_args(cls, network_args: Mapping[str, Any], shapes: Iterable[Shape]) -> DyLoraArgs:
+        """Return the network_args read; raises ValueError for those that are unknown, bad, or do not go with shapes."""
+        own: dict[str, Any] = {}
+        for key, (read, form) in OWN_READINGS.items():
+            try:
+                own |= {key: read(network_args[key])} if key in network_args else {}
+            except ValueError:
+                raise ValueError(f"network_args: {key} must be {form}, got {network_args[key]!r}") from None
+        for key, reason in REFUSED.items():
+            if network_args.get(key) not in (None, "0", 0):
+                raise ValueError(f"network_args: {key} does not go with networks.dylora: {reason}")
+        common = read_network_args({key: value for key, value in network_args.items() if key not in OWN_READINGS})
+        args = DyLoraArgs(**vars(common), **own)
+        linear = sorted(set(shapes))
+        ranks = sorted({shape.rank for shape in linear})
+        if len(ranks) > 1:
+            raise ValueError(f"DyLoRA needs one rank in all modules, the file has {ranks}")
+        if ranks:
+            check_rank(ranks[0], args)
+        if len(linear) == 1 and "conv_alpha" not in network_args:  # as sd-scripts' DyLoRA has it for all layers
+            args = dataclasses.replace(args, conv_alpha=linear[0].alpha)
+        return args
 
     @property
     def ranks(self) -> list[int]:
@@ -123,83 +154,6 @@ class DyLoRANetwork(LoRANetwork):
         self.is_newest.copy_((order < rank) & (order >= rank - self.unit))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Entry points that trainers and pipelines call by name
-# --------------------------------------------------------------------------------------------------------------
-
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: Any,
-    text_encoder: nn.Module | Sequence[nn.Module],
-    unet: nn.Module,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> DyLoRANetwork:
-    """Return a fresh network; network_args come as texts. Raises ValueError for unknown or bad ones."""
-    del vae
-    given = read_network_args(network_args)
-    rank = network_dim or DEFAULT_RANK
-    alpha = 1.0 if network_alpha is None else network_alpha
-    check_ranks(rank, given)
-    if "conv_alpha" not in network_args:
-        given["conv_alpha"] = alpha  # as sd-scripts' DyLoRA has it for all layers
-    linear = Shape(rank, alpha)
-    blocks = plan_of_blocks(given, linear)
-    network = DyLoRANetwork(
-        text_encoder,
-        unet,
-        uniform_rule(given, linear) if blocks is None else block_rule(blocks, linear),
-        multiplier=multiplier,
-        dropouts=Dropouts(neuron_dropout or 0.0, 0.0, given["module_dropout"]),
-        rank=rank,
-        unit=given["unit"],
-        update=given["dylora_update"],
-    )
-    network.blocks = blocks
-    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
-    return network
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: Any,
-    text_encoder: nn.Module | Sequence[nn.Module],
-    unet: nn.Module,
-    weights_sd: Weights | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> tuple[DyLoRANetwork, Weights]:
-    """Return (network, weights): a network with the modules, rank and alphas of a file, values not yet loaded."""
-    del vae, for_inference
-    weights = read_weights(Path(file)) if weights_sd is None else weights_sd
-    given = read_network_args(network_args)
-    shapes = shapes_in(weights)
-    ranks = sorted({shape.rank for shape in shapes.values()})
-    if len(ranks) != 1:
-        raise ValueError(f"{file or 'the weights'}: DyLoRA needs one rank in all modules, the file has {ranks}")
-    check_ranks(ranks[0], given)
-    network = DyLoRANetwork(
-        text_encoder,
-        unet,
-        lambda target: shapes.get(target.name),
-        multiplier=multiplier,
-        dropouts=Dropouts(neuron_dropout or 0.0, 0.0, given["module_dropout"]),
-        rank=ranks[0],
-        unit=given["unit"],
-        update=given["dylora_update"],
-    )
-    if not network.modules_in_order():
-        raise ValueError(f"{file or 'the weights'}: none of its {len(shapes)} modules is in these models")
-    network.blocks = plan_of_blocks(given, Shape(ranks[0], 1.0))
-    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
-    return network, weights
-
-
 def read_unit(text: Any) -> int:
     """Return the unit, at least 1."""
     unit = int(text)
@@ -215,38 +169,30 @@ def read_update(text: Any) -> str:
     return text
 
 
-# key -> (reading, default, form)
-OWN_ARGS: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
-    "unit": (read_unit, 1, "a whole number of at least 1"),
-    "dylora_update": (read_update, "all", "one of all, unit"),
+# key -> (reading, form)
+OWN_READINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "unit": (read_unit, "a whole number of at least 1"),
+    "dylora_update": (read_update, "one of all, unit"),
 }
 
 
-def read_network_args(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return key -> typed value of all network_args; raises ValueError for an unknown key or a bad value."""
-    own = {}
-    for key, (read, default, form) in OWN_ARGS.items():
-        try:
-            own[key] = read(given[key]) if key in given else default
-        except ValueError:
-            raise ValueError(f"network_args: {key} must be {form}, got {given[key]!r}") from None
-    for key, reason in REFUSED.items():
-        if given.get(key) not in (None, "0", 0):
-            raise ValueError(f"network_args: {key} does not go with networks.dylora: {reason}")
-    return read_lora_args({key: value for key, value in given.items() if key not in OWN_ARGS}) | own
-
-
-def check_ranks(rank: int, given: Mapping[str, Any]) -> None:
+def check_rank(rank: int, args: DyLoraArgs) -> None:
     """Raise ValueError where rank, unit and conv_dim do not fit, with the numbers that would do."""
-    unit = given["unit"]
+    unit = args.unit
     if rank % unit:
         divisors = ", ".join(str(number) for number in range(1, rank + 1) if rank % number == 0)
         raise ValueError(
             f"network_args: unit {unit} does not divide network_dim {rank}: take a unit of {divisors}, "
             f"or network_dim {rank // unit * unit or unit} or {rank // unit * unit + unit}"
         )
-    if given["conv_dim"] not in (None, rank):
+    if args.conv_dim not in (None, rank):
         raise ValueError(
-            f"network_args: conv_dim must be network_dim, {rank}, or be left out, got {given['conv_dim']}: "
+            f"network_args: conv_dim must be network_dim, {rank}, or be left out, got {args.conv_dim}: "
             "all modules share the rank that is drawn"
         )
+
+
+# Entry points that trainers and pipelines call by name.
+create_network = DyLoRANetwork.create_network
+create_network_from_weights = DyLoRANetwork.create_network_from_weights
+check_network_args = DyLoRANetwork.check_network_args

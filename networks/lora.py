@@ -24,6 +24,7 @@ Letters of shapes: B batch, T tokens, R rank, H and W height and width.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -32,10 +33,11 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -50,11 +52,13 @@ UNET_CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 TEXT_ENCODER_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 
 Module = nn.Module
+Layer = nn.Linear | nn.Conv2d
 Weights = Mapping[str, Tensor]
+AnyNetwork = TypeVar("AnyNetwork", bound="LoRANetwork")
 
 
 class Shape(NamedTuple):
-    """Rank and alpha of one module."""
+    """Rank and alpha of one module; rank 0 is no module."""
 
     rank: int
     alpha: float
@@ -72,8 +76,13 @@ class Target(NamedTuple):
     """A layer that can get a module: its name in files, the layer, the class name of its container."""
 
     name: str
-    layer: Module
+    layer: Layer
     container: str
+
+    @property
+    def is_large_conv(self) -> bool:
+        """Whether the layer is a convolution with a kernel larger than 1x1."""
+        return isinstance(self.layer, nn.Conv2d) and self.layer.kernel_size != (1, 1)
 
 
 # A shape rule says what a target gets: rank and alpha, or None for no module there.
@@ -91,8 +100,10 @@ class LoRAModule(nn.Module):
     `lora_down.weight` is (R, in) or (R, in, kh, kw), `lora_up.weight` (out, R) or (out, R, 1, 1), `alpha` 0-D.
     """
 
+    alpha: Tensor
+
     def __init__(
-        self, lora_name: str, layer: Module, shape: Shape, multiplier: float = 1.0, dropouts: Dropouts | None = None
+        self, lora_name: str, layer: Layer, shape: Shape, multiplier: float = 1.0, dropouts: Dropouts | None = None
     ) -> None:
         super().__init__()
         self.lora_name = lora_name
@@ -100,26 +111,30 @@ class LoRAModule(nn.Module):
         self.multiplier = multiplier
         self.dropouts = dropouts or Dropouts()
         self.enabled = True
-        self.is_conv = isinstance(layer, nn.Conv2d)
         # A list hides the layer from torch, so that it is no child and no part of the state dict.
         self.org_module_ref = [layer]
-        self.org_forward: Callable[..., Tensor] | None = None
-        if self.is_conv:
-            self.lora_down: Module = nn.Conv2d(
+        self.org_forward: Callable[..., Tensor] = layer.forward
+        self.is_applied = False
+        self.is_conv = self.is_pointwise = False
+        self.lora_down: Layer
+        self.lora_up: Layer
+        if isinstance(layer, nn.Conv2d):
+            kernel, stride, padding = pair(layer.kernel_size), pair(layer.stride), layer.padding
+            self.is_conv, self.is_pointwise = True, kernel == stride == (1, 1)
+            self.lora_down = nn.Conv2d(
                 layer.in_channels,
                 shape.rank,
-                layer.kernel_size,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
+                kernel,
+                stride,
+                padding if isinstance(padding, str) else pair(padding),
+                pair(layer.dilation),
                 bias=False,
             )
-            self.lora_up: Module = nn.Conv2d(shape.rank, layer.out_channels, 1, bias=False)
+            self.lora_up = nn.Conv2d(shape.rank, layer.out_channels, 1, bias=False)
         else:
             # Not weight.shape, which a quantised layer packs.
             self.lora_down = nn.Linear(layer.in_features, shape.rank, bias=False)
             self.lora_up = nn.Linear(shape.rank, layer.out_features, bias=False)
-        self.is_pointwise = self.is_conv and layer.kernel_size == (1, 1) and layer.stride == (1, 1)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(shape.alpha or shape.rank)))
@@ -133,7 +148,7 @@ class LoRAModule(nn.Module):
         self._update_scale()
 
     @property
-    def org_module(self) -> Module:
+    def org_module(self) -> Layer:
         """The layer that this module changes."""
         return self.org_module_ref[0]
 
@@ -141,26 +156,26 @@ class LoRAModule(nn.Module):
 
     def apply_to(self) -> None:
         """Take the place of the layer's forward; networks applied later wrap this one."""
-        if self.org_forward is not None:
+        if self.is_applied:
             raise ValueError(f"{self.lora_name} is applied already")
-        self.org_forward = self.org_module.forward
-        self.org_module.forward = self.forward
+        self.org_forward, self.is_applied = self.org_module.forward, True
+        self.org_module.__dict__["forward"] = self.forward  # it hides that of the class
 
     def remove(self) -> None:
         """Undo apply_to, whether or not other networks were applied since."""
-        if self.org_forward is None:
+        if not self.is_applied:
             return
         layer = self.org_module
-        outer = getattr(layer.forward, "__self__", None)
-        if outer is self:
-            layer.forward = self.org_forward
-            if getattr(layer.forward, "__self__", None) is layer:
-                del layer.forward  # the class's own forward shows again
-        else:
-            while outer.org_forward.__self__ is not self:
-                outer = outer.org_forward.__self__
+        outer = owner(layer.forward)
+        if outer is not self:
+            while owner(outer.org_forward) is not self:
+                outer = owner(outer.org_forward)
             outer.org_forward = self.org_forward
-        self.org_forward = None
+        elif owner(self.org_forward) is layer:
+            del layer.__dict__["forward"]  # the class's own forward shows again
+        else:
+            layer.__dict__["forward"] = self.org_forward
+        self.is_applied = False
 
     # ---- forward --------------------------------------------------------------------------------------------
 
@@ -177,11 +192,11 @@ class LoRAModule(nn.Module):
     def _down(self, x: Tensor) -> Tensor:
         """Return D x: (..., in) -> (..., R), or (B, in, H, W) -> (B, R, H', W')."""
         weight = self._down_weight()
-        if not self.is_conv:
-            return F.linear(x, weight)
         if self.is_pointwise:
             return torch.bmm(weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
-        return self.lora_down._conv_forward(x, weight, None)
+        if isinstance(self.lora_down, nn.Conv2d):
+            return self.lora_down._conv_forward(x, weight, None)
+        return F.linear(x, weight)
 
     def _add(self, base: Tensor, hidden: Tensor, scale: float) -> Tensor:
         """Return base + scale * U hidden as one fused multiply-add; the result is contiguous."""
@@ -240,6 +255,17 @@ class LoRAModule(nn.Module):
         layer.weight.data = merged.to(layer.weight.device, dtype or layer.weight.dtype)
 
 
+def pair(values: tuple[int, ...]) -> tuple[int, int]:
+    """Return the (height, width) of a convolution's geometry."""
+    height, width = values
+    return height, width
+
+
+def owner(forward: Callable[..., Tensor]) -> Any:
+    """Return the object of a bound method, None for a function."""
+    return getattr(forward, "__self__", None)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Targets and their names
 # --------------------------------------------------------------------------------------------------------------
@@ -272,6 +298,110 @@ def text_encoder_prefixes(number: int) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# What the modules get
+# --------------------------------------------------------------------------------------------------------------
+
+
+class RateGroup(NamedTuple):
+    """Modules over the U-Net that learn at one rate, which is a multiple of the U-Net's."""
+
+    name: str
+    modules: Sequence[LoRAModule]
+    weight: float = 1.0
+
+
+class ByBlock(Protocol):
+    """Ranks, alphas and rates that go by block of the U-Net: what networks/block_weights.py reads."""
+
+    def rule(self, linear: Shape, conv: Shape) -> ShapeRule:
+        """Return the rule by block; linear and conv are for what is left open, conv of 3x3 convolutions."""
+
+    def groups(self, modules: Sequence[LoRAModule]) -> list[RateGroup]:
+        """Return the modules over the U-Net by rate."""
+
+    def check_from_file(self) -> None:
+        """Raise ValueError where ranks or alphas are given, for a network that has those of a file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraArgs:
+    """The arguments of `--network_args key=value`."""
+
+    conv_dim: int | None = None  # rank of 3x3 convolutions; None is no module there
+    conv_alpha: float = 1.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    loraplus_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: float | None = None
+    dropout: float | None = None  # for other modules: here it is --network_dropout
+    blocks: ByBlock | None = None
+
+    def rule(self, linear: Shape) -> ShapeRule:
+        """Return the rule of a fresh network with rank and alpha of linear layers."""
+        conv = Shape(self.conv_dim or 0, self.conv_alpha)
+        return uniform_rule(linear, conv) if self.blocks is None else self.blocks.rule(linear, conv)
+
+
+# How an argument is read, which values it may have, and the same in words.
+Reading = tuple[Callable[[Any], Any], Callable[[Any], bool], str]
+POSITIVE: Reading = (int, lambda number: number >= 1, "at least 1")
+FINITE: Reading = (float, lambda number: 0 <= number < math.inf, "a finite number of at least 0")
+PROBABILITY: Reading = (float, lambda number: 0 <= number < 1, "at least 0 and below 1")
+UNUSED: Reading = (lambda text: None if text in (None, "None") else float(text), lambda number: True, "a number")
+READINGS = {
+    "conv_dim": POSITIVE,
+    "conv_alpha": FINITE,
+    "rank_dropout": PROBABILITY,
+    "module_dropout": PROBABILITY,
+    "loraplus_lr_ratio": FINITE,
+    "loraplus_unet_lr_ratio": FINITE,
+    "loraplus_text_encoder_lr_ratio": FINITE,
+    "dropout": UNUSED,
+}
+
+
+def read_network_args(given: Mapping[str, Any]) -> LoraArgs:
+    """Return the network_args read; raises ValueError for an unknown key or a bad value."""
+    values: dict[str, Any] = {}
+    for key, (read, is_valid, form) in READINGS.items():
+        if key not in given:
+            continue
+        try:
+            values[key] = read(given[key])
+        except ValueError:
+            raise ValueError(f"network_args: {key} must be a number, got {given[key]!r}") from None
+        if not is_valid(values[key]):
+            raise ValueError(f"network_args: {key} must be {form}, got {values[key]:g}")
+    others = {key: given[key] for key in given if key not in READINGS}
+    return LoraArgs(**values, blocks=read_blocks(others, values.get("conv_dim")) if others else None)
+
+
+def read_blocks(given: Mapping[str, Any], conv_dim: int | None) -> ByBlock | None:
+    """Return what arguments by block say; raises ValueError for others, and where the file stands alone."""
+    try:
+        from networks.block_weights import ARGUMENTS, read_plan
+    except ImportError as error:
+        raise ValueError(f"network_args: {', '.join(given)}: not known without networks/block_weights.py") from error
+    for key in given:
+        if key not in ARGUMENTS:
+            near = difflib.get_close_matches(key, [*READINGS, *ARGUMENTS], n=1)
+            raise ValueError(f"network_args: {key} is not known{f'; did you mean {near[0]}?' if near else ''}")
+    return read_plan(given, conv_dim)
+
+
+def uniform_rule(linear: Shape, conv: Shape) -> ShapeRule:
+    """Return the rule that gives all targets one shape, and 3x3 convolutions another one, if its rank is not 0."""
+
+    def rule(target: Target) -> Shape | None:
+        if target.is_large_conv:
+            return conv
+        return linear if conv.rank or target.container not in UNET_CONV_CONTAINERS else None
+
+    return rule
+
+
+# --------------------------------------------------------------------------------------------------------------
 # The network
 # --------------------------------------------------------------------------------------------------------------
 
@@ -279,26 +409,34 @@ def text_encoder_prefixes(number: int) -> list[str]:
 class LoRANetwork(nn.Module):
     """All LoRA modules over one set of models; its state dict is the content of a file."""
 
-    module_class = LoRAModule
+    module_class: type[LoRAModule] = LoRAModule
 
     def __init__(
         self,
-        text_encoder: Module | Sequence[Module],
+        text_encoder: Module | Sequence[Module] | None,
         unet: Module,
         rule: ShapeRule,
+        args: LoraArgs,
         *,
         multiplier: float = 1.0,
-        dropouts: Dropouts | None = None,
+        neuron_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.multiplier = multiplier
-        self.blocks: Any = None  # networks.block_weights.BlockPlan, where shapes or rates go by block
-        self.set_loraplus_lr_ratio(None, None, None)
+        self.blocks = args.blocks
+        self.set_loraplus_lr_ratio(
+            args.loraplus_lr_ratio, args.loraplus_unet_lr_ratio, args.loraplus_text_encoder_lr_ratio
+        )
+        dropouts = Dropouts(neuron_dropout or 0.0, args.rank_dropout, args.module_dropout)
         encoders = as_list(text_encoder)
 
         def build(targets: Iterable[Target]) -> list[LoRAModule]:
             shaped = ((target, rule(target)) for target in targets)
-            return [self.module_class(t.name, t.layer, shape, multiplier, dropouts) for t, shape in shaped if shape]
+            return [
+                self.module_class(target.name, target.layer, shape, multiplier, dropouts)
+                for target, shape in shaped
+                if shape is not None and shape.rank
+            ]
 
         self._text_encoder_parts = [
             build(text_encoder_targets(encoder, prefix))
@@ -307,6 +445,90 @@ class LoRANetwork(nn.Module):
         self._unet_part = build(find_targets(unet, PREFIX_UNET, UNET_CONTAINERS + UNET_CONV_CONTAINERS))
         for module in self.modules_in_order():
             self.add_module(module.lora_name, module)
+
+    # ---- made from arguments or a file ----------------------------------------------------------------------
+
+    @classmethod
+    def read_args(cls, network_args: Mapping[str, Any], shapes: Iterable[Shape]) -> LoraArgs:
+        """Return the network_args read; raises ValueError for those that are unknown, bad, or do not go with shapes.
+
+        Shapes are those of the network's linear layers, as far as they are known.
+        """
+        del shapes
+        return read_network_args(network_args)
+
+    @classmethod
+    def check_network_args(
+        cls, network_dim: int | None, network_args: Mapping[str, Any], *, from_file: bool = False
+    ) -> None:
+        """Raise ValueError for network_args that create_network would refuse; a file's ranks are not known yet."""
+        cls.read_args(network_args, [] if from_file else [Shape(network_dim or DEFAULT_RANK, 1.0)])
+
+    @classmethod
+    def create_network(
+        cls: type[AnyNetwork],
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: Any,
+        text_encoder: Module | Sequence[Module] | None,
+        unet: Module,
+        neuron_dropout: float | None = None,
+        **network_args: Any,
+    ) -> AnyNetwork:
+        """Return a fresh network: LoRA-LierLa, or with conv_dim in network_args LoRA-C3Lier.
+
+        network_args come as texts from `--network_args key=value`. Raises ValueError for unknown or bad ones.
+        """
+        del vae
+        linear = Shape(network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha)
+        args = cls.read_args(network_args, [linear])
+        return cls(text_encoder, unet, args.rule(linear), args, multiplier=multiplier, neuron_dropout=neuron_dropout)
+
+    @classmethod
+    def create_network_from_weights(
+        cls: type[AnyNetwork],
+        multiplier: float,
+        file: str | Path | None,
+        vae: Any,
+        text_encoder: Module | Sequence[Module] | None,
+        unet: Module,
+        weights_sd: Weights | None = None,
+        for_inference: bool = False,
+        neuron_dropout: float | None = None,
+        **network_args: Any,
+    ) -> tuple[AnyNetwork, Weights]:
+        """Return (network, weights): a network with the modules, ranks and alphas of a file, values not yet loaded.
+
+        The file is read only if weights_sd is None. Raises ValueError if nothing in it matches the models; what
+        is left over is logged.
+        """
+        del vae, for_inference
+        weights = read_weights(Path(file or "")) if weights_sd is None else weights_sd
+        shapes = shapes_in(weights)
+        args = cls.read_args(network_args, shapes.values())
+        if args.blocks is not None:
+            args.blocks.check_from_file()
+        network = cls(
+            text_encoder,
+            unet,
+            lambda target: shapes.get(target.name),
+            args,
+            multiplier=multiplier,
+            neuron_dropout=neuron_dropout,
+        )
+        matched = {module.lora_name for module in network.modules_in_order()}
+        unmatched = {name.split(".")[0] for name in weights} - matched
+        source = file or "the weights"
+        if not matched:
+            example = _example(unmatched or {"-"})
+            raise ValueError(f"{source}: none of the {len(unmatched)} modules is in these models{example}")
+        if unmatched:
+            example = _example(unmatched)
+            logger.warning("%s: %d modules used, %d left out%s", source, len(matched), len(unmatched), example)
+        return network, weights
+
+    # ---- modules --------------------------------------------------------------------------------------------
 
     @property
     def text_encoder_loras(self) -> list[LoRAModule]:
@@ -326,7 +548,7 @@ class LoRANetwork(nn.Module):
 
     def apply_to(
         self,
-        text_encoder: Module | Sequence[Module],
+        text_encoder: Module | Sequence[Module] | None,
         unet: Module,
         apply_text_encoder: bool = True,
         apply_unet: bool = True,
@@ -353,7 +575,7 @@ class LoRANetwork(nn.Module):
 
     def merge_to(
         self,
-        text_encoder: Module | Sequence[Module],
+        text_encoder: Module | Sequence[Module] | None,
         unet: Module,
         weights_sd: Weights | None = None,
         dtype: torch.dtype | None = None,
@@ -387,15 +609,16 @@ class LoRANetwork(nn.Module):
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return (parameter groups, their names); a part whose rate is 0 gets no group."""
-        rates = [text_encoder_lr] if text_encoder_lr is not None else []
+        rates = None if text_encoder_lr is None else [text_encoder_lr]
         return self.prepare_optimizer_params_with_multiple_te_lrs(rates, unet_lr, default_lr)
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lrs: Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return the same with one rate for each text encoder; the last one given serves the rest."""
-        rates = list(text_encoder_lrs or [default_lr])
+        rates: Sequence[float | None] = text_encoder_lrs or [default_lr]
         parts = [part for part in self._text_encoder_parts if part]
+        named: list[tuple[str, Sequence[LoRAModule], float | None]]
         if len(rates) == 1 or len(parts) <= 1:
             named = [("textencoder", self.text_encoder_loras, rates[0])]
         else:
@@ -403,8 +626,13 @@ class LoRANetwork(nn.Module):
                 (f"textencoder {index + 1}", part, rates[min(index, len(rates) - 1)])
                 for index, part in enumerate(parts)
             ]
-        named += self._unet_groups(unet_lr if unet_lr is not None else default_lr)
-        groups, names = [], []
+        unet_rate = unet_lr if unet_lr is not None else default_lr
+        if unet_rate is None:
+            named.append(("unet", self.unet_loras, None))
+        else:
+            named += [(group.name, group.modules, unet_rate * group.weight) for group in self.rate_groups()]
+        groups: list[dict[str, Any]] = []
+        names: list[str] = []
         for name, modules, rate in named:
             if not modules or rate == 0:
                 continue
@@ -420,21 +648,9 @@ class LoRANetwork(nn.Module):
                 names.append(group_name)
         return groups, names
 
-    def _unet_groups(self, rate: float | None) -> list[tuple[str, list[LoRAModule], float | None]]:
-        """Return (name, modules, rate) of the U-Net's groups: one, or one for each rate that blocks have."""
-        if self.blocks is None or not self.blocks.has_weights or rate is None:
-            return [("unet", self.unet_loras, rate)]
-        from networks.block_weights import name_blocks
-
-        by_weight: dict[float, dict[int, list[LoRAModule]]] = {}
-        for module in self.unet_loras:
-            index = self.blocks.table.index_of(module.lora_name)
-            by_weight.setdefault(self.blocks.weights[index], {}).setdefault(index, []).append(module)
-        groups = sorted(by_weight.items(), key=lambda pair: min(pair[1]))
-        return [
-            (name_blocks(list(found)), [module for index in sorted(found) for module in found[index]], rate * weight)
-            for weight, found in groups
-        ]
+    def rate_groups(self) -> list[RateGroup]:
+        """Return the modules over the U-Net by their rate: all in one group, or as blocks have it."""
+        return [RateGroup("unet", self.unet_loras)] if self.blocks is None else self.blocks.groups(self.unet_loras)
 
     def set_loraplus_lr_ratio(self, common: float | None, unet: float | None, text_encoder: float | None) -> None:
         """Let the up matrices learn at a multiple of the rate (LoRA+, arXiv 2402.12354); None or 0 is off."""
@@ -475,18 +691,13 @@ class LoRANetwork(nn.Module):
         count, mean, largest = torch.stack([(ratios < 1).sum().float(), scaled.mean(), scaled.max()]).tolist()
         return int(count), mean, largest
 
-    def describe_blocks(self) -> list[dict[str, Any]]:
-        """Return for each block of the U-Net its index, weight of the learning rate, ranks and number of modules."""
-        from networks.block_weights import SD
-
-        table = SD if self.blocks is None else self.blocks.table
-        weights = [1.0] * table.count if self.blocks is None else self.blocks.weights
-        rows = [{"index": index, "weight": weight, "ranks": [], "count": 0} for index, weight in enumerate(weights)]
-        for module in self.unet_loras:
-            row = rows[table.index_of(module.lora_name)]
-            row["ranks"] = sorted({*row["ranks"], module.lora_dim})
-            row["count"] += 1
-        return rows
+    def describe_unet(self) -> list[tuple[str, int, float]]:
+        """Return name, rank and weight of the learning rate of each module over the U-Net."""
+        return [
+            (module.lora_name, module.lora_dim, group.weight)
+            for group in self.rate_groups()
+            for module in group.modules
+        ]
 
     @torch.no_grad()
     def delta_norms(self) -> Tensor:
@@ -551,7 +762,7 @@ def as_list(text_encoder: Module | Sequence[Module] | None) -> list[Module]:
     """Return the text encoders as a list, whether one, several or none were given."""
     if text_encoder is None:
         return []
-    return list(text_encoder) if isinstance(text_encoder, list | tuple) else [text_encoder]
+    return [text_encoder] if isinstance(text_encoder, Module) else list(text_encoder)
 
 
 def _example(names: Iterable[str]) -> str:
@@ -562,178 +773,9 @@ def _example(names: Iterable[str]) -> str:
 # Entry points that trainers and pipelines call by name
 # --------------------------------------------------------------------------------------------------------------
 
-
-def create_network(
-    multiplier: float,
-    network_dim: int | None,
-    network_alpha: float | None,
-    vae: Any,
-    text_encoder: Module | Sequence[Module],
-    unet: Module,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> LoRANetwork:
-    """Return a fresh network: LoRA-LierLa, or with conv_dim in network_args LoRA-C3Lier.
-
-    network_args come as texts from `--network_args key=value`. Raises ValueError for unknown or bad ones.
-    """
-    del vae
-    given = read_network_args(network_args)
-    linear = Shape(network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha)
-    dropouts = Dropouts(neuron_dropout or 0.0, given["rank_dropout"], given["module_dropout"])
-    blocks = plan_of_blocks(given, linear)
-    rule = uniform_rule(given, linear) if blocks is None else block_rule(blocks, linear)
-    network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
-    network.blocks = blocks
-    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
-    return network
-
-
-def uniform_rule(given: Mapping[str, Any], linear: Shape) -> ShapeRule:
-    """Return the rule that gives all targets the same rank, and 3x3 convolutions that of conv_dim, if any."""
-    conv = Shape(given["conv_dim"], given["conv_alpha"]) if given["conv_dim"] else None
-
-    def rule(target: Target) -> Shape | None:
-        if is_large_conv(target):
-            return conv
-        return linear if conv or target.container not in UNET_CONV_CONTAINERS else None
-
-    return rule
-
-
-def plan_of_blocks(given: Mapping[str, Any], linear: Shape) -> Any:
-    """Return the plan by block that network_args ask for, or None; it needs networks/block_weights.py."""
-    if all(given[key] is None for key in BLOCK_ARGS):
-        return None
-    from networks.block_weights import SD, plan_blocks
-
-    return plan_blocks(
-        given,
-        table=SD,
-        rank=linear.rank,
-        alpha=linear.alpha,
-        conv_rank=given["conv_dim"],
-        conv_alpha=given["conv_alpha"],
-    )
-
-
-def block_rule(blocks: Any, linear: Shape) -> ShapeRule:
-    """Return the rule that gives a target of the U-Net the rank of its block; text encoders get the common one."""
-
-    def rule(target: Target) -> Shape | None:
-        if not target.name.startswith(PREFIX_UNET):
-            return linear
-        if target.container in UNET_CONV_CONTAINERS and not blocks.has_conv:
-            return None
-        shape = blocks.shape_of(target.name)
-        rank, alpha = (shape.conv_rank, shape.conv_alpha) if is_large_conv(target) else (shape.rank, shape.alpha)
-        return Shape(rank, alpha) if rank else None
-
-    return rule
-
-
-def is_large_conv(target: Target) -> bool:
-    """Return whether a target is a convolution with a kernel larger than 1x1."""
-    return isinstance(target.layer, nn.Conv2d) and target.layer.kernel_size != (1, 1)
-
-
-def create_network_from_weights(
-    multiplier: float,
-    file: str | Path | None,
-    vae: Any,
-    text_encoder: Module | Sequence[Module],
-    unet: Module,
-    weights_sd: Weights | None = None,
-    for_inference: bool = False,
-    neuron_dropout: float | None = None,
-    **network_args: Any,
-) -> tuple[LoRANetwork, Weights]:
-    """Return (network, weights): a network with the modules, ranks and alphas of a file, values not yet loaded.
-
-    The file is read only if weights_sd is None. Raises ValueError if nothing in it matches the models; what
-    is left over is logged.
-    """
-    del vae, for_inference
-    weights = read_weights(Path(file)) if weights_sd is None else weights_sd
-    given = read_network_args(network_args)
-    for key in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):
-        if given[key] is not None:
-            raise ValueError(f"network_args: {key} does not go with a network made from a file, which has its own")
-    shapes = shapes_in(weights)
-
-    def rule(target: Target) -> Shape | None:
-        return shapes.get(target.name)
-
-    dropouts = Dropouts(neuron_dropout or 0.0, given["rank_dropout"], given["module_dropout"])
-    network = LoRANetwork(text_encoder, unet, rule, multiplier=multiplier, dropouts=dropouts)
-    network.blocks = plan_of_blocks(given, Shape(DEFAULT_RANK, 1.0))
-    network.set_loraplus_lr_ratio(*(given[key] for key in LORAPLUS_ARGS))
-    matched = {module.lora_name for module in network.modules_in_order()}
-    unmatched = {name.split(".")[0] for name in weights} - matched
-    source = file or "the weights"
-    if not matched:
-        raise ValueError(
-            f"{source}: none of the {len(unmatched)} modules is in these models{_example(unmatched or {'-'})}"
-        )
-    if unmatched:
-        logger.warning("%s: %d modules used, %d left out%s", source, len(matched), len(unmatched), _example(unmatched))
-    return network, weights
-
-
-def shapes_in(weights: Weights) -> dict[str, Shape]:
-    """Return module name -> rank and alpha in a file; alpha is the rank where it is left out."""
-    ranks = {name.split(".")[0]: tensor.shape[0] for name, tensor in weights.items() if ".lora_down." in name}
-    alphas = {name.split(".")[0]: float(tensor) for name, tensor in weights.items() if name.endswith(".alpha")}
-    return {name: Shape(rank, alphas.get(name, rank)) for name, rank in ranks.items()}
-
-
-# network_args: key -> (reading, default). `dropout` is for other modules: here it is --network_dropout.
-NETWORK_ARGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
-    "conv_dim": (int, None),
-    "conv_alpha": (float, 1.0),
-    "rank_dropout": (float, 0.0),
-    "module_dropout": (float, 0.0),
-    "loraplus_lr_ratio": (float, None),
-    "loraplus_unet_lr_ratio": (float, None),
-    "loraplus_text_encoder_lr_ratio": (float, None),
-    "dropout": (lambda text: None if text in (None, "None") else float(text), None),
-    # By block of the U-Net, read by networks/block_weights.py.
-    "down_lr_weight": (str, None),
-    "mid_lr_weight": (str, None),
-    "up_lr_weight": (str, None),
-    "block_lr_zero_threshold": (str, None),
-    "block_dims": (str, None),
-    "block_alphas": (str, None),
-    "conv_block_dims": (str, None),
-    "conv_block_alphas": (str, None),
-}
-BLOCK_ARGS = tuple(key for key, (reading, _) in NETWORK_ARGS.items() if reading is str)
-
-
-LORAPLUS_ARGS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-
-
-def read_network_args(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return key -> typed value of all network_args; raises ValueError for an unknown key or a bad value."""
-    values = {key: default for key, (_, default) in NETWORK_ARGS.items()}
-    for key, text in given.items():
-        if key not in NETWORK_ARGS:
-            near = difflib.get_close_matches(key, NETWORK_ARGS, n=1)
-            raise ValueError(f"network_args: {key} is not known{f'; did you mean {near[0]}?' if near else ''}")
-        try:
-            values[key] = NETWORK_ARGS[key][0](text)
-        except ValueError:
-            raise ValueError(f"network_args: {key} must be a number, got {text!r}") from None
-    for key in ("rank_dropout", "module_dropout"):
-        if not 0 <= values[key] < 1:
-            raise ValueError(f"network_args: {key} must be at least 0 and below 1, got {values[key]:g}")
-    if values["conv_dim"] is not None and values["conv_dim"] < 1:
-        raise ValueError(f"network_args: conv_dim must be at least 1, got {values['conv_dim']}")
-    for key in ("conv_alpha", *LORAPLUS_ARGS):
-        if values[key] is not None and not 0 <= values[key] < math.inf:
-            raise ValueError(f"network_args: {key} must be a finite number of at least 0, got {values[key]:g}")
-    plan_of_blocks(values, Shape(DEFAULT_RANK, 1.0))  # refuses what cannot be read
-    return values
+create_network = LoRANetwork.create_network
+create_network_from_weights = LoRANetwork.create_network_from_weights
+check_network_args = LoRANetwork.check_network_args
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -744,11 +786,16 @@ def read_network_args(given: Mapping[str, Any]) -> dict[str, Any]:
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file, or of a pickle, of which only weights are read."""
     if file.suffix.lower() == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(file)
     weights = torch.load(file, map_location="cpu", weights_only=True)
     return weights.get("state_dict", weights)
+
+
+def shapes_in(weights: Weights) -> dict[str, Shape]:
+    """Return module name -> rank and alpha in a file; alpha is the rank where it is left out."""
+    ranks = {name.split(".")[0]: tensor.shape[0] for name, tensor in weights.items() if ".lora_down." in name}
+    alphas = {name.split(".")[0]: float(tensor) for name, tensor in weights.items() if name.endswith(".alpha")}
+    return {name: Shape(rank, alphas.get(name, rank)) for name, rank in ranks.items()}
 
 
 def cast_for_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -775,51 +822,26 @@ def write_weights(file: Path, weights: Weights, metadata: Mapping[str, str] | No
         temporary.unlink(missing_ok=True)
 
 
-# In the order in which safetensors lays them out: wide types first, so that every tensor is aligned.
-TYPE_NAMES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-def serialise(weights: Weights, metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield the parts of a safetensors file with metadata and the two hashes that web UIs know a network by.
+def serialise(weights: Weights, metadata: dict[str, str]) -> tuple[bytes, memoryview]:
+    """Return header and data of a safetensors file with metadata and the two hashes that web UIs know a network by.
 
     `sshs_model_hash` is a SHA-256 of the data alone; `sshs_legacy_hash` the first 8 digits of one over 64 KiB
-    from the first MiB of the file as it is with the ss_* metadata only. No tensor is copied.
+    from the first MiB of the file as it is with the ss_* metadata only.
     """
-    order = {dtype: index for index, dtype in enumerate(TYPE_NAMES)}
-    tensors = sorted(weights.items(), key=lambda entry: (order[entry[1].dtype], entry[0]))
-    flat = (tensor.detach().cpu().contiguous().reshape(-1) for _, tensor in tensors)
-    parts = [memoryview(tensor.view(torch.uint8).numpy()) for tensor in flat]
-    training = {key: text for key, text in metadata.items() if key.startswith("ss_")}
-    whole, legacy, position = hashlib.sha256(), hashlib.sha256(), 0
-    for part in parts:
-        whole.update(part)
-    for part in (file_header(tensors, training), *parts):
-        legacy.update(part[max(0, 0x100000 - position) : max(0, 0x110000 - position)])
-        position += len(part)
-    hashes = {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
-    yield file_header(tensors, metadata | hashes)
-    yield from parts
+    # Copied, for safetensors refuses tensors that share memory.
+    content = memoryview(save({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}))
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors, data = json.loads(bytes(content[8:start])), content[start:]
+    header = file_header(tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
+    legacy = hashlib.sha256(header[0x100000:0x110000])
+    legacy.update(data[max(0, 0x100000 - len(header)) : max(0, 0x110000 - len(header))])
+    hashes = {"sshs_model_hash": hashlib.sha256(data).hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    return file_header(tensors, metadata | hashes), data
 
 
-def file_header(tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
-    """Return the header of a safetensors file with its length, padded so that data begin at a multiple of 8."""
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
-    for name, tensor in tensors:
-        end = start + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
+def file_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file with metadata in their order; safetensors shuffles them in each run."""
+    table = {"__metadata__": metadata, **tensors} if metadata else tensors
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that data begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text

@@ -11,11 +11,13 @@ from runs import options, train
 from safetensors import safe_open
 
 import train_network
+from library.adapters.blocks import SD, SDXL
 from library.adapters.layers import block_of, layers_by_name
 from library.errors import UserError
 from library.models.family import FAMILIES
+from library.training.charts.block_chart import BlockRow, count_blocks
 from networks import block_weights, lora
-from networks.block_weights import SD, SDXL, name_blocks, plan_blocks, read_lr_weights
+from networks.block_weights import name_blocks, read_lr_weights, read_plan
 
 # Modules of each block of SD 1.x and 2.x: LierLa, C3Lier.
 COUNTS = {
@@ -72,8 +74,8 @@ def ranks_by_block(network, *, large=False):
 @pytest.mark.parametrize("conv", [False, True])
 def test_every_module_is_in_the_block_that_the_table_says(models, conv):
     network = network_of(models, **({"conv_dim": "4"} if conv else {}))
-    rows = network.describe_blocks()
-    assert [row["count"] for row in rows] == [COUNTS[index][conv] for index in range(25)]
+    rows = count_blocks(network.describe_unet())
+    assert [row.count for row in rows] == [COUNTS[index][conv] for index in range(25)]
     assert SD.count == 25
 
 
@@ -151,7 +153,8 @@ def test_what_cannot_be_read_is_told_with_the_form_that_can(arguments, message):
 
 
 def test_left_out_parts_weigh_1_and_small_weights_become_0():
-    weights = block_weights.lr_weights(BY_PRESET | {"mid_lr_weight": None, "block_lr_zero_threshold": "0.6"}, SD)
+    without_mid = {key: text for key, text in BY_PRESET.items() if key != "mid_lr_weight"}
+    weights = block_weights.lr_weights(without_mid | {"block_lr_zero_threshold": "0.6"}, SD)
     assert weights[12] == 1.0
     assert weights[0] == 0.0  # 0.5
     assert weights[1] == pytest.approx(0.5 + math.sin(math.pi / 2 / 11))
@@ -287,7 +290,7 @@ def test_a_network_from_a_file_takes_rates_by_block_but_no_ranks(models):
 
 
 def test_the_plan_without_arguments_is_none():
-    assert plan_blocks({}, table=SD, rank=4, alpha=1.0, conv_rank=None, conv_alpha=1.0) is None
+    assert read_plan({"block_dims": None}, None) is None
 
 
 def test_the_dry_run_draws_the_blocks(base, pictures, tmp_path, monkeypatch):
@@ -315,7 +318,7 @@ def test_bars_are_as_high_as_the_rates():
 
     from library.training.charts.block_chart import BAR_COLOUR, CHART_HEIGHT, draw_blocks
 
-    blocks = [{"index": n, "weight": w, "ranks": [4], "count": 3} for n, w in enumerate((0.5, 1.0, 0.25))]
+    blocks = [BlockRow(n, w, {4}, 3) for n, w in enumerate((0.5, 1.0, 0.25))]
     pixels = np.asarray(draw_blocks(blocks, 1e-4))
     blue = (pixels == [int(BAR_COLOUR[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2).sum(axis=0)
     heights = [blue[110 + 46 * number] for number in range(3)]

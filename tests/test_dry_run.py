@@ -18,7 +18,7 @@ from library.errors import Problems, UserError
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import LiveConditioner
 from library.models.tokenizer import load_clip_tokenizer
-from library.training.network_protocol import build_network
+from library.networks.trainable import build_network
 from library.training.rehearse import memory
 
 
@@ -151,12 +151,18 @@ def network_over(models, *, checkpointing, device):
     given = {"network_module": "networks.lora", "network_dim": 4, "seed": 1}
     config = build(TrainConfig, given, Problems())  # neither a model nor a folder is needed
     network = build_network(
-        config.network, config.optimizer, models, checkpointing=checkpointing, device=torch.device(device)
+        config.network,
+        config.optimizer,
+        text_encoders=models.text_encoders,
+        unet=models.unet,
+        vae=models.vae,
+        checkpointing=checkpointing,
+        device=torch.device(device),
     )
     network.groups(config.optimizer)
     if checkpointing:
         enable_gradient_checkpointing(models, network)
-    network.network.train()
+    network.train()
     return network
 
 
@@ -188,13 +194,10 @@ def test_the_memory_told_is_what_a_step_with_real_tensors_holds(checkpointing, d
     real = loaded({name: model.to(dtype) for name, model in tiny.make_models("sd1").items()})
     network = network_over(real, checkpointing=checkpointing, device="cpu")
     with memory.PeakMemory() as peak:
-        peak.ignore(
-            tensor
-            for part in (real.unet, *real.text_modules, network.network)
-            for tensor in (*part.parameters(), *part.buffers())
-        )
+        parts = (real.unet, *real.text_modules)
+        peak.ignore(memory.weights_of([*(module for part in parts for module in part.modules()), *network.modules()]))
         memory._make_step(real, network, dtype, size=size, batch=batch, windows=windows)
-    trained = sum(p.numel() * p.element_size() for p in network.network.parameters())
+    trained = sum(p.numel() * p.element_size() for p in network.all_parameters())
     assert told == pytest.approx(peak.peak - trained, rel=0.1)
 
 

@@ -11,6 +11,7 @@ from runs import C3LIER, LIERLA, RATE, options, same, train
 from tensors import metadata
 
 import train_network
+from library.adapters.blocks import SD
 from library.errors import UserError
 from networks import dylora, lora
 from networks.dylora import DyLoRANetwork
@@ -263,7 +264,7 @@ def test_what_combines_does(model_store):
     )
     assert isinstance(network, DyLoRANetwork)
     assert network.modules_in_order()[0].dropouts == lora.Dropouts(0.1, 0.0, 0.1)
-    assert min(row["index"] for row in network.describe_blocks() if row["count"]) == 12
+    assert min(SD.index_of(name) for name, _, _ in network.describe_unet()) == 12
     assert {"unet_block12,16-24", "unet_block12,16-24 plus"} <= set(network.prepare_optimizer_params(1, 1, 1)[1])
 
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "library/models": STANDARD_AND_CONFIG | FILES,
     "library/adapters": STANDARD_AND_CONFIG | FILES | {"library.models"},
     "library/sampling": STANDARD_AND_CONFIG | FILES | {"library.models", "library.diffusion"},
+    "library/networks": STANDARD_AND_CONFIG | FILES | {"library.models"},
     "library/training": {"library"},
     "library/generation": {"library"},
     "networks": {"library", "networks"},
@@ -33,7 +34,7 @@ ONLY_IN = {
     "xformers": ("library/models",),
     "huggingface_hub": ("library/training",),
     "wandb": ("library/training",),
-    "argparse": ("library/config/command_line.py", "library/training/network_protocol.py"),
+    "argparse": ("library/config/command_line.py", "library/networks/trainable.py"),
 }
 NO_TORCH_AT_THE_TOP = [
     "train_network.py",
@@ -94,6 +95,11 @@ def test_imports_go_in_one_direction(path):
             assert place.startswith(places), f"{place} imports {library}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "library" / "generation").glob("*.py")), ids=lambda path: path.name)
+def test_generation_does_not_import_training(path):
+    assert [name for name in imports(path) if within(name, {"library.training"})] == []
+
+
 def test_lora_stands_alone():
     import sys
 
@@ -103,7 +109,7 @@ def test_lora_stands_alone():
     # Ranks and rates by block are for training; without them the file does without the other one.
     assert {name for name in names if name.startswith("networks.")} <= {
         "networks.block_weights",
-        *(f"networks.block_weights.{name}" for name in ("SD", "name_blocks", "plan_blocks")),
+        *(f"networks.block_weights.{name}" for name in ("ARGUMENTS", "read_plan")),
     }
     assert not [name for name in imports(path, top_only=True) if name.startswith("networks")]
 

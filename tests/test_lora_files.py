@@ -242,6 +242,12 @@ again, weights = create_network_from_weights(1.0, "here.safetensors", None, None
 again.apply_to(None, unet)
 again.load_state_dict(weights)
 assert torch.equal(unet(x, t, c).sample, trained)
+try:
+    create_network(1.0, 4, 1, None, None, unet, mid_lr_weight="2")
+except ValueError as error:
+    assert "mid_lr_weight: not known without networks/block_weights.py" in str(error)
+else:
+    raise AssertionError("arguments by block were taken")
 print("alone")
 """
 

@@ -1,10 +1,11 @@
-"""Network modules of third parties: one with the least that a module can have, and one with the most."""
+"""What network modules must have: ours by type, and two others, one with the least and one with the most."""
 
 from __future__ import annotations
 
 import json
 import sys
 import types
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,8 +14,28 @@ from safetensors.torch import load_file, save_file
 from tensors import assert_same
 from torch import nn
 
+import networks.dylora
 import networks.lora
 from library.errors import UserError
+from library.networks import protocol
+
+# Ours hold the types; mypy says so.
+if TYPE_CHECKING:
+    OUR_MODULES: list[protocol.NetworkModule] = [networks.lora, networks.dylora]
+    OUR_READERS: list[protocol.ReadsFiles] = [networks.lora, networks.dylora]
+    OUR_CHECKS: list[protocol.ChecksArguments] = [networks.lora, networks.dylora]
+    OURS: list[type[protocol.Network]] = [networks.lora.LoRANetwork, networks.dylora.DyLoRANetwork]
+    LOADS: type[protocol.LoadsFiles] = networks.lora.LoRANetwork
+    CHECKPOINTS: type[protocol.Checkpoints] = networks.lora.LoRANetwork
+    RATES: type[protocol.HasRatesByTextEncoder] = networks.lora.LoRANetwork
+    MULTIPLIER: type[protocol.HasMultiplier] = networks.lora.LoRANetwork
+    LIMITS: type[protocol.LimitsNorms] = networks.lora.LoRANetwork
+    UNET: type[protocol.DescribesUnet] = networks.lora.LoRANetwork
+    NORMS: type[protocol.HasDeltaNorms] = networks.lora.LoRANetwork
+    REMOVABLE: type[protocol.Removable] = networks.lora.LoRANetwork
+    MERGEABLE: type[protocol.Mergeable] = networks.lora.LoRANetwork
+    STEPS: type[protocol.FollowsOptimizerSteps] = networks.dylora.DyLoRANetwork
+    RANKS: type[protocol.HasRanks] = networks.dylora.DyLoRANetwork
 
 
 class Minimal(nn.Module):
@@ -220,7 +241,7 @@ def test_a_module_that_fails_or_lacks_something_is_told_before_training(minimal,
     save_file({"unet": torch.ones(())}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="--base_weights: minimal_network has no create_network_from_weights"):
         run(**given, base_weights=[tmp_path / "w.safetensors"])
-    with pytest.raises(UserError, match="failed in load_weights: AttributeError: .*load_weights"):
+    with pytest.raises(UserError, match="minimal_network has no load_weights"):
         run(**given, network_weights=tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="failed in create_network: AssertionError: .*; --network_args: a=1; see the"):
         run(**given, network_args=["a=1"])

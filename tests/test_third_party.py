@@ -15,7 +15,8 @@ from tensors import assert_same, metadata
 import networks.lora
 from library import logs
 from library.errors import UserError
-from library.training import network_protocol, preparation
+from library.networks.modules import CanonicalTextEncoder
+from library.training import preparation
 
 LYCORIS = {"network_module": "lycoris.kohya"}
 
@@ -110,7 +111,7 @@ def check_effect(lycoris, models, weights, path, more):
         return unet(noisy, torch.tensor([500]), text).sample, encoder(tokens).last_hidden_state
 
     before = outputs()
-    shim = network_protocol.CanonicalTextEncoder(encoder)
+    shim = CanonicalTextEncoder(encoder)
     network, weights = reader.create_network_from_weights(1.0, str(path), None, shim, unet)
     network.apply_to(shim, unet, True, True)
     network.load_state_dict(weights, strict=False)

@@ -116,7 +116,7 @@ from library.training.run.loop import Trainer
 saved = Trainer.run
 def run(self, loader):
     saved(self, loader)
-    torch.save(self.network.network.state_dict(), {dumped!r} + str(self.runtime.rank) + ".pt")
+    torch.save(self.network.state_dict(), {dumped!r} + str(self.runtime.rank) + ".pt")
 Trainer.run = run
 train_network.main(sys.argv[1:])
 """

@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from library.models.base import BaseFiles
+    from library.networks.trainable import TrainableNetwork
     from library.training.measure.picture_losses import Losses, Measurement
     from library.training.measure.rank_results import RankResults
-    from library.training.network_protocol import TrainableNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +231,8 @@ def load_sets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Traini
 
 def check_further(job: Job) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for what shows with torch but without loading it."""
+    from library.networks.modules import check_network
     from library.sampling.samplers import check_sampler
-    from library.training.network_protocol import check_network
     from library.training.preparation import check_folder, checked_base
 
     training, problems = job.training, Problems()
@@ -275,10 +275,10 @@ def tell(job: Job) -> None:
 
 def report(job: Job, files: BaseFiles) -> None:
     """Measure, draw and write."""
+    from library.networks.trainable import build_network
     from library.sampling.contact_sheet import save_sheet
     from library.training.measure.picture_losses import load_measurement
     from library.training.measure.rank_results import compare_ranks, draw_plot
-    from library.training.network_protocol import build_network
 
     config, training = job.config, job.training
     measurement = load_measurement(
@@ -291,7 +291,7 @@ def report(job: Job, files: BaseFiles) -> None:
         checkpointing=False,
         device=measurement.runtime.device,
     )
-    network.network.eval()
+    network.eval()
     losses = measure_ranks(measurement, network, job.ranks)
     results = compare_ranks(losses, file_sizes(job.file, job.ranks))
     write_results(config, measurement, results, losses)
@@ -312,7 +312,7 @@ def report(job: Job, files: BaseFiles) -> None:
 def at_rank(network: TrainableNetwork, rank: int) -> Iterator[None]:
     """Within it the network, which is in evaluation mode, has a rank; with 0 the models are without it."""
     if rank:
-        network.network.set_rank(rank)
+        network.set_rank(rank)
     with contextlib.nullcontext() if rank else network.absent():
         yield
 

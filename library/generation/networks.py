@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from library.adapters.lora_file import LoraFile, read_lora, to_state_dict
+from library.adapters.lora_file import read_lora, to_state_dict
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.models.base import BaseModel
-from library.training.network_protocol import (
-    find_module,
-    is_foreign,
-    merge_file,
-    module_errors,
-    text_encoder_for_networks,
-)
+from library.networks.merging import merge_file
+from library.networks.modules import find_module, is_foreign, module_errors, text_encoder_for_networks
+from library.networks.protocol import HasMultiplier
 from library.weight_file import data_sha256, read_metadata
 
 logger = logging.getLogger(__name__)
@@ -36,8 +31,8 @@ class DrawnNetwork:
     path: Path
     multiplier: float  # of --network_mul
     is_merged: bool
-    network: Any = None  # None where it is merged or added to the weights
-    sha256: str = ""
+    sha256: str
+    applied: HasMultiplier | None = None  # None where it is merged or added to the weights
 
 
 @dataclasses.dataclass
@@ -45,8 +40,8 @@ class DrawnNetworks:
     """The networks of a run, in order."""
 
     all: list[DrawnNetwork]
+    models: BaseModel
     base: dict[torch.nn.Parameter, torch.Tensor] | None = None  # weights without networks, with --network_pre_calc
-    models: BaseModel | None = None
     added: tuple[float, ...] | None = None  # strengths with which they are in the weights now
 
     @property
@@ -64,18 +59,18 @@ class DrawnNetworks:
     def set(self, multipliers: Sequence[float]) -> None:
         """Make the changeable networks act with these strengths."""
         for network, multiplier in zip(self.changeable, multipliers, strict=True):
-            if network.network is not None:
-                network.network.set_multiplier(multiplier)
+            if network.applied is not None:
+                network.applied.set_multiplier(multiplier)
         if self.base is not None and tuple(multipliers) != self.added:
-            self._add_to_weights(multipliers)
+            self._add_to_weights(self.base, multipliers)
             self.added = tuple(multipliers)
 
     @torch.no_grad()
-    def _add_to_weights(self, multipliers: Sequence[float]) -> None:
-        for parameter, weight in self.base.items():
+    def _add_to_weights(self, base: Mapping[torch.nn.Parameter, torch.Tensor], multipliers: Sequence[float]) -> None:
+        for parameter, weight in base.items():
             parameter.copy_(weight)
         for network, multiplier in zip(self.changeable, multipliers, strict=True):
-            if network.network is None:
+            if network.applied is None:
                 merge_one(network, multiplier, self.models)
 
 
@@ -110,8 +105,8 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
         if is_foreign(settings) and (wanted or options.network_pre_calc):
             logger.warning("%s is not merged but applied: merging is safe with networks of this suite only", path)
         is_merged = wanted and not is_foreign(settings)
-        networks.append(DrawnNetwork(settings, path, multiplier, is_merged, sha256=data_sha256(path)))
-    found = DrawnNetworks(networks, models=models)
+        networks.append(DrawnNetwork(settings, path, multiplier, is_merged, data_sha256(path)))
+    found = DrawnNetworks(networks, models)
     for network in networks:
         if network.is_merged:
             merge_one(network, network.multiplier, models)
@@ -129,8 +124,8 @@ def weights_of(network: DrawnNetwork, models: BaseModel) -> dict[str, torch.Tens
     """Return the tensors of a file as our modules read them, whoever wrote it; None for a foreign module."""
     if is_foreign(network.options):
         return None
-    file: LoraFile = read_lora(network.path)
-    if file.family not in (None, models.family):
+    file = read_lora(network.path)
+    if file.family is not None and file.family != models.family:
         raise UserError(f"{network.path} is for {file.family.title}, the model is {models.family.title}")
     return to_state_dict(file.changes, torch.float32)
 
@@ -139,24 +134,28 @@ def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) ->
     """Make a network act in the forward pass of the models, on the device where they will work."""
     module, encoder = find_module(network.options), text_encoder_for_networks(models)
     with module_errors(network.options, "create_network_from_weights", network.path):
-        made, weights = module.create_network_from_weights(
-            network.multiplier,
-            str(network.path),
-            models.vae,
+        made, weights = module.read(
+            network.path,
+            models,
             encoder,
-            models.unet,
-            weights_of(network, models),
-            for_inference=True,
-            **(network.options.network_args or {}),
+            multiplier=network.multiplier,
+            weights=weights_of(network, models),
+            arguments={"for_inference": True} | module.arguments,
         )
         if made is None:
-            raise UserError(f"{network.options.network_module} makes no network of {network.path}")
+            raise UserError(f"{module.name} makes no network of {network.path}")
+        if not isinstance(made, HasMultiplier):
+            raise UserError(f"{network.path}: the network of {module.name} has no strength (no set_multiplier)")
         made.apply_to(encoder, models.unet, True, True)  # lycoris has no defaults
-        made.load_state_dict(weights, strict=False)
-        network.network = made.to(device, models.unet.dtype).eval().requires_grad_(False)
+        made.load_state_dict(weights, False)
+        made.to(device, next(models.unet.parameters()).dtype)
+        made.eval()
+        made.requires_grad_(False)
+        network.applied = made
 
 
 def merge_one(network: DrawnNetwork, multiplier: float, models: BaseModel) -> None:
     """Add a network to the weights of the models."""
     with module_errors(network.options, "merge_to", network.path):
-        merge_file(network.options, network.path, multiplier, models, weights_of(network, models))
+        module = find_module(network.options)
+        merge_file(module, network.path, multiplier, models, weights_of(network, models))

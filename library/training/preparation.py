@@ -29,6 +29,9 @@ from library.models.conditioning import PER_WINDOW, Conditioner, LiveConditioner
 from library.models.eight_bit import store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
+from library.networks.merging import merge_base_weights
+from library.networks.modules import check_network
+from library.networks.trainable import TrainableNetwork, trained_parts
 from library.optim.optimizers import (
     OptimizerChoice,
     check_optimizer,
@@ -39,7 +42,6 @@ from library.sampling.generate import text_options
 from library.sampling.prompts import Prompt
 from library.sampling.samplers import check_sampler
 from library.training.measure.validation import Validation
-from library.training.network_protocol import TrainableNetwork, check_network, merge_base_weights, trained_parts
 from library.training.record import run_files
 from library.training.record.metadata import thumbnail
 from library.training.record.tracking import check_trackers, tracker_names

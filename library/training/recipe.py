@@ -17,6 +17,7 @@ from library.files import replacing
 from library.models.base import BaseModel
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
+from library.networks.trainable import build_network
 from library.optim.flat import flatten_groups
 from library.optim.optimizers import (
     OptimizerChoice,
@@ -28,7 +29,6 @@ from library.randomness import seed_for
 from library.sampling.prompts import Prompt
 from library.training.charts.loss_curve import draw_loss_curve
 from library.training.measure.validation import Validation
-from library.training.network_protocol import build_network
 from library.training.preparation import (
     build_conditioner,
     build_validation,
@@ -89,9 +89,9 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     torch.manual_seed(seed_for(config.run.seed, "network"))
     checkpointing = config.precision.gradient_checkpointing
     network = build_network(config.network, config.optimizer, base, checkpointing=checkpointing, device=runtime.device)
-    for parameter in network.network.parameters():  # but no buffers, where alphas are
+    for parameter in network.all_parameters():  # but no buffers, where alphas are
         parameter.data = parameter.data.to(runtime.types.adapter)
-    broadcast_parameters(network.network.parameters(), runtime.num_processes)
+    broadcast_parameters(network.all_parameters(), runtime.num_processes)
     if checkpointing:
         enable_gradient_checkpointing(base, network)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
+from library.adapters.blocks import SD
 from library.sampling.contact_sheet import BACKGROUND, INK, label_font
 
 BAR, GAP, MARGIN = 40, 6, 20  # pixels
@@ -16,23 +17,40 @@ ROWS = ("block", "rate", "rank", "modules")
 LABEL_WIDTH = 70
 
 
-def draw_blocks(blocks: Sequence[Mapping[str, Any]], rate: float) -> Image.Image:
-    """Return a bar for each block, as high as its learning rate; a block without modules is gray.
+@dataclasses.dataclass
+class BlockRow:
+    """The modules over a block of the U-Net."""
 
-    blocks are those of a network's describe_blocks: index, weight of the rate, ranks, count of modules.
-    """
+    index: int
+    weight: float = 1.0  # of the learning rate
+    ranks: set[int] = dataclasses.field(default_factory=set)
+    count: int = 0
+
+
+def count_blocks(modules: Iterable[tuple[str, int, float]]) -> list[BlockRow]:
+    """Return a row for each block from name, rank and weight of the rate of the modules; none without modules."""
+    rows = [BlockRow(index) for index in range(SD.count)]
+    for name, rank, weight in modules:
+        row = rows[SD.index_of(name)]
+        row.weight, row.count = weight, row.count + 1
+        row.ranks.add(rank)
+    return rows if any(row.count for row in rows) else []
+
+
+def draw_blocks(blocks: Sequence[BlockRow], rate: float) -> Image.Image:
+    """Return a bar for each block, as high as its learning rate; a block without modules is gray."""
     width = 2 * MARGIN + LABEL_WIDTH + len(blocks) * (BAR + GAP)
     height = 2 * MARGIN + CHART_HEIGHT + len(ROWS) * LINE
     picture = Image.new("RGB", (width, height), BACKGROUND)
     pen, font = ImageDraw.Draw(picture), label_font(11)
     base = MARGIN + CHART_HEIGHT
-    highest = max((block["weight"] for block in blocks if block["count"]), default=1.0) or 1.0
+    highest = max((block.weight for block in blocks if block.count), default=1.0) or 1.0
     for line, name in enumerate(ROWS):
         pen.text((MARGIN, base + LINE * (line + 0.5)), name, fill=INK, font=font, anchor="lm")
     for number, block in enumerate(blocks):
         left = MARGIN + LABEL_WIDTH + number * (BAR + GAP)
-        has_modules = block["count"] > 0
-        share = block["weight"] / highest if has_modules else 0.02
+        has_modules = block.count > 0
+        share = block.weight / highest if has_modules else 0.02
         top = base - max(2, round(share * CHART_HEIGHT))
         pen.rectangle([left, top, left + BAR, base], fill=BAR_COLOUR if has_modules else EMPTY_COLOUR)
         for line, text in enumerate(texts_of(block, rate)):
@@ -40,12 +58,12 @@ def draw_blocks(blocks: Sequence[Mapping[str, Any]], rate: float) -> Image.Image
     return picture
 
 
-def texts_of(block: Mapping[str, Any], rate: float) -> tuple[str, str, str, str]:
+def texts_of(block: BlockRow, rate: float) -> tuple[str, str, str, str]:
     """Return what stands under the bar of a block."""
-    if not block["count"]:
-        return str(block["index"]), "-", "-", "0"
-    ranks = "/".join(str(rank) for rank in block["ranks"])
-    return str(block["index"]), short(rate * block["weight"]), ranks, str(block["count"])
+    if not block.count:
+        return str(block.index), "-", "-", "0"
+    ranks = "/".join(str(rank) for rank in sorted(block.ranks))
+    return str(block.index), short(rate * block.weight), ranks, str(block.count)
 
 
 def short(rate: float) -> str:

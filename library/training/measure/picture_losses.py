@@ -24,8 +24,8 @@ from library.models.base import BaseFiles, BaseModel
 from library.models.conditioning import LiveConditioner
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
+from library.networks.trainable import TrainableNetwork
 from library.training.measure.validation import Validation
-from library.training.network_protocol import TrainableNetwork
 from library.training.preparation import build_validation, cache_latents, caption_options, open_base
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, start_runtime

@@ -9,7 +9,7 @@ from pathlib import Path
 from library.config.train import TrainConfig
 from library.data.dataset import RunPlan, samples_by_bucket
 from library.data.records import TrainingSet
-from library.training.network_protocol import TrainableNetwork
+from library.networks.trainable import TrainableNetwork
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import os
@@ -24,10 +23,10 @@ from library.models.checkpoint import VAE
 from library.models.conditioning import TextOptions, tokenize
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import Types
+from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
-from library.training.charts.block_chart import draw_blocks
-from library.training.network_protocol import TrainableNetwork, build_network
+from library.training.charts.block_chart import count_blocks, draw_blocks
 from library.training.preparation import (
     all_captions,
     caption_options,
@@ -88,7 +87,7 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
         valid, total = count_valid(sets, LatentEncoder(base.vae, types.vae).identity())
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
     network = tell_network(report, config, base)
-    blocks = network.describe_blocks()
+    blocks = count_blocks(network.describe_unet())
     if blocks and network.trains_unet:
         chart = config.saving.output_dir / f"{config.saving.output_name or 'last'}-blocks.png"
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
@@ -189,8 +188,7 @@ def tell_network(report: Report, config: TrainConfig, base: BaseModel) -> Traina
     if checkpointing:
         enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
-    modules = collections.Counter(type(module).__name__ for module in network.network.children())
-    kinds = ", ".join(f"{number} {kind}" for kind, number in modules.items())
+    kinds = ", ".join(f"{number} {kind}" for kind, number in network.kinds().items())
     report.say(f"adapter ({config.network.network_module}): {kinds}")
     for group, name in zip(groups, names, strict=True):
         number = sum(parameter.numel() for parameter in group["params"])
@@ -240,7 +238,7 @@ def estimate_memory(
         unet=unet,
         text_encoder=text if keeps_text else 0,
         vae=vae,
-        adapter=sum(parameter.numel() for parameter in network.network.parameters()) * types.adapter.itemsize,
+        adapter=sum(parameter.numel() for parameter in network.all_parameters()) * types.adapter.itemsize,
         gradients=trained * types.adapter.itemsize,
         optimizer=int(trained * state_bytes_per_parameter(choice, config.optimizer.learning_rate)),
         activations=step_activations(base, network, types.unet, size=size, batch=batch, windows=windows),

@@ -24,8 +24,8 @@ from library.data.images import LATENT_SCALE
 from library.models.base import BaseModel
 from library.models.eight_bit import STORAGE
 from library.models.tokenizer import WINDOW
+from library.networks.trainable import TrainableNetwork
 from library.optim.optimizers import OptimizerChoice, build_optimizer
-from library.training.network_protocol import TrainableNetwork
 
 PROBE_SIDE = 128  # of the matrix on which an optimizer's state is measured; 8-bit ones keep smaller ones in 32 bits
 
@@ -111,13 +111,13 @@ def step_activations(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parts = [base.unet, *base.text_modules, network.network]
-        for part in parts:
-            _make_fake(part, torch.float32 if part is network.network else dtype)
+        modules = [module for part in (base.unet, *base.text_modules) for module in part.modules()]
+        _make_fake(modules, dtype)
+        _make_fake(network.modules(), torch.float32)
         with PeakMemory() as memory:
-            memory.ignore(tensor for part in parts for tensor in (*part.parameters(), *part.buffers()))
+            memory.ignore(weights_of([*modules, *network.modules()]))
             _make_step(base, network, dtype, size=size, batch=batch, windows=windows)
-    trained = sum(p.numel() * p.element_size() for p in network.network.parameters() if p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in network.all_parameters() if p.requires_grad)
     return max(0, memory.peak - trained)
 
 
@@ -165,9 +165,15 @@ def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
-def _make_fake(part: nn.Module, dtype: torch.dtype) -> None:
-    """Give a model on the meta device weights that claim to be on the CPU, whose kernels are then assumed."""
-    for module in part.modules():
+def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of modules, without those of the modules in them."""
+    for module in modules:
+        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
+
+
+def _make_fake(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Give modules on the meta device weights that claim to be on the CPU, whose kernels are then assumed."""
+    for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=dtype)

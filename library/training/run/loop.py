@@ -28,10 +28,10 @@ from library.config.train import TrainConfig
 from library.data.dataset import Batch, BatchRequest, RunPlan
 from library.errors import UserError
 from library.files import disk_errors, file_sha256, replacing
+from library.networks.trainable import TrainableNetwork
 from library.optim.optimizers import adapted_rates, averaged_weights, current_rates
 from library.randomness import seed_for
 from library.training.measure.validation import Validation
-from library.training.network_protocol import TrainableNetwork
 from library.training.record import run_files
 from library.training.record.metadata import file_metadata
 from library.training.record.preview import Preview
@@ -245,10 +245,10 @@ class Trainer:
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:
         """Within it the network is what a reader of its file will have: no dropouts, averaged weights."""
-        self.network.network.eval()
+        self.network.eval()
         with averaged_weights(self.optimizer):
             yield
-        self.network.network.train()
+        self.network.train()
 
     def _validate(self, kind: str) -> None:
         """Measure the loss on what is held out; kind is "step" or "epoch"."""

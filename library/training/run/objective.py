@@ -17,7 +17,7 @@ from library.models.base import BaseModel
 from library.models.conditioning import Conditioner, Conditioning, TextOptions
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import Types
-from library.training.network_protocol import TrainableNetwork
+from library.networks.trainable import TrainableNetwork
 
 
 @dataclasses.dataclass(frozen=True)

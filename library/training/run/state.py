@@ -22,7 +22,7 @@ from library.pickles import load_pickle
 if TYPE_CHECKING:
     import torch
 
-    from library.training.network_protocol import TrainableNetwork
+    from library.networks.trainable import TrainableNetwork
 
 logger = logging.getLogger(__name__)
 

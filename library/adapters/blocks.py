@@ -1,0 +1,41 @@
+"""The blocks of a U-Net by number, as arguments by block count them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from library.adapters.layers import block_of
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTable:
+    """The blocks of a kind of U-Net.
+
+    lr_parts are the numbers of weights that down, mid and up take; edge is the number of blocks before and after
+    these, which have no weight.
+    """
+
+    name: str
+    lr_parts: tuple[int, int, int]
+    edge: int
+
+    @property
+    def count(self) -> int:
+        """The number of blocks."""
+        return sum(self.lr_parts) + 2 * self.edge
+
+    def index_of(self, module_name: str) -> int:
+        """Return the block of a module by its name in files; raises ValueError for a name that is in none."""
+        down, middle, up = self.lr_parts
+        starts = {"in": 0, "middle": down, "out": down + middle}
+        if self.edge:
+            starts |= {"first": -1, "last": down + middle + up}
+        block = block_of(module_name)
+        if block is None or block.side not in starts:
+            raise ValueError(f"{module_name} is in no block of {self.name}")
+        index = min(block.number, middle - 1) if block.side == "middle" else block.number
+        return self.edge + starts[block.side] + index
+
+
+SD = BlockTable("SD 1.x and 2.x", lr_parts=(12, 1, 12), edge=0)
+SDXL = BlockTable("SDXL", lr_parts=(9, 3, 9), edge=1)

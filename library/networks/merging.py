@@ -1,0 +1,66 @@
+"""Networks from files into the weights of the models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.config.network import NetworkConfig
+from library.errors import UserError
+from library.models.base import BaseModel
+from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
+from library.networks.protocol import Mergeable
+
+logger = logging.getLogger(__name__)
+
+
+def merge_base_weights(config: NetworkConfig, base: BaseModel) -> None:
+    """Merge each file of --base_weights into the models, with its multiplier."""
+    if not config.base_weights:
+        return
+    multipliers = list(config.base_weights_multiplier or ())
+    for index, path in enumerate(config.base_weights):
+        multiplier = multipliers[index] if index < len(multipliers) else 1.0
+        with module_errors(config, "merge_to", path):
+            merge_file(find_module(config), path, multiplier, base)
+        logger.info("%s is merged into the base with multiplier %g", path, multiplier)
+
+
+def merge_file(
+    module: ImportedModule,
+    path: Path,
+    multiplier: float,
+    base: BaseModel,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Merge a file into the models; weights are its tensors, where they have been read."""
+
+    def merge(multiplier: float) -> None:
+        text_encoder, parameter = text_encoder_for_networks(base), next(base.unet.parameters())
+        module.prepare_reading(base, text_encoder)
+        network, tensors = module.read(
+            path, base, text_encoder, multiplier=multiplier, weights=weights, arguments={"for_inference": True}
+        )
+        if not isinstance(network, Mergeable):
+            raise UserError(f"{path}: the network of {module.name} has no merge_to, which merging needs")
+        network.merge_to(text_encoder, base.unet, tensors, parameter.dtype, parameter.device)
+
+    if not module.is_foreign:
+        merge(multiplier)
+        return
+    # At full strength, which every module does, and the multiplier here: lycoris drops it.
+    bases = nn.ModuleList([*base.text_modules, base.unet])
+    before = {name: parameter.detach().clone() for name, parameter in bases.named_parameters()}
+    with torch.no_grad():
+        merge(1.0)
+        after = dict(bases.requires_grad_(False).named_parameters())
+        if all(name in before and torch.equal(before[name], parameter) for name, parameter in after.items()):
+            raise UserError(f"--base_weights {path} changes nothing: it is for another model or another module")
+        if multiplier != 1:
+            for name, parameter in after.items():
+                old = before.get(name, torch.zeros_like(parameter))
+                parameter.copy_(torch.lerp(old.float(), parameter.float(), multiplier))

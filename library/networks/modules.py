@@ -1,0 +1,188 @@
+"""Network modules, ours and third parties' (lycoris.kohya, ...): finding them, calling them, and their errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.config.network import NetworkConfig
+from library.config.values import written
+from library.errors import UserError, shortened
+from library.models.base import BaseModel
+from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles, TextEncoders
+from library.weight_file import check_adapter
+
+PACKAGES = {"lycoris": "lycoris-lora"}  # of foreign modules whose package has another name
+# What to do about failures that are known: first part of the module's name, part of the message, advice.
+HINTS = (
+    (
+        "lycoris",
+        "duplicated lora name",
+        "its default preset takes layers of the U-Net twice; add preset=attn-mlp to --network_args",
+    ),
+)
+
+
+class CanonicalTextEncoder(nn.Module):
+    """A text encoder under the module path that files name: `text_model.…`, whichever transformers made it."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_model = encoder
+
+
+def text_encoder_for_networks(base: BaseModel) -> TextEncoders:
+    """Return the text encoders as network modules get them: one by itself, several in a list."""
+    encoders = [
+        encoder if hasattr(encoder, "text_model") else CanonicalTextEncoder(encoder) for encoder in base.text_modules
+    ]
+    return encoders[0] if len(encoders) == 1 else encoders
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedModule:
+    """A network module with the options of its networks."""
+
+    module: NetworkModule
+    options: NetworkConfig
+
+    @property
+    def name(self) -> str:
+        """The name that --network_module gives."""
+        return self.options.network_module
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the module is a third party's."""
+        return is_foreign(self.options)
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """The --network_args by name."""
+        return self.options.network_args or {}
+
+    def create(self, base: BaseModel, text_encoder: TextEncoders) -> Network | None:
+        """Return a fresh network with rank, alpha, dropout and arguments of the options."""
+        options = self.options
+        with module_errors(options, "create_network"):
+            return self.module.create_network(
+                1.0,
+                options.network_dim,
+                options.network_alpha,
+                base.vae,
+                text_encoder,
+                base.unet,
+                neuron_dropout=options.network_dropout,
+                **{"dropout": options.network_dropout} | self.arguments,
+            )
+
+    def read(
+        self,
+        path: Path,
+        base: BaseModel,
+        text_encoder: TextEncoders,
+        *,
+        multiplier: float = 1.0,
+        weights: Mapping[str, Tensor] | None = None,
+        arguments: Mapping[str, Any],
+    ) -> tuple[Network | None, Mapping[str, Tensor]]:
+        """Return (network with the shapes of a file, the file's tensors); weights are these, where they were read."""
+        if not isinstance(self.module, ReadsFiles):
+            raise UserError(f"--network_module {self.name} has no create_network_from_weights, which reads files")
+        return self.module.create_network_from_weights(
+            multiplier, str(path), base.vae, text_encoder, base.unet, weights, **arguments
+        )
+
+    def prepare_reading(self, base: BaseModel, text_encoder: TextEncoders) -> None:
+        """Let lycoris know its preset: it keeps it in a class, where only create_network puts it."""
+        if self.is_foreign:
+            self.create(base, text_encoder)
+
+
+def find_module(config: NetworkConfig) -> ImportedModule:
+    """Return the network module of the options; raises UserError if there is none."""
+    name = config.network_module
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        package = PACKAGES.get((error.name or "").split(".")[0])
+        advice = f"pip install {package}" if package else "networks.lora trains a LoRA"
+        raise UserError(f"--network_module {name}: {error}; {advice}") from None
+    except Exception as error:
+        if not is_foreign(config):
+            raise
+        raise UserError(failure(config, "import", error)) from error
+    if not isinstance(module, NetworkModule):
+        raise UserError(f"--network_module {name} is no network module: it has no create_network")
+    return ImportedModule(module, config)
+
+
+def check_network(config: NetworkConfig) -> None:
+    """Raise UserError for a module that is none, arguments that one of ours does not know, or damaged adapters."""
+    found = find_module(config)
+    module = found.module
+    if isinstance(module, ChecksArguments):
+        with module_errors(config, "check_network_args"):
+            module.check_network_args(config.network_dim, found.arguments, from_file=config.dim_from_weights)
+    needs_files = {"--base_weights": config.base_weights, "--dim_from_weights": config.dim_from_weights}
+    for option, given in needs_files.items():
+        if given and not isinstance(module, ReadsFiles):
+            raise UserError(f"{option}: {config.network_module} has no create_network_from_weights; leave {option} out")
+    for path in (config.network_weights, *(config.base_weights or ())):
+        if path is not None:
+            check_adapter(path)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Failures
+# --------------------------------------------------------------------------------------------------------------
+
+
+def is_foreign(config: NetworkConfig) -> bool:
+    """Return whether the network module is a third party's."""
+    return not config.network_module.startswith("networks.")
+
+
+@contextlib.contextmanager
+def module_errors(config: NetworkConfig, doing: str, file: Path | None = None) -> Iterator[None]:
+    """Turn what a network module raises into a UserError.
+
+    Of a module of ours that is a ValueError, in its own words; anything else is a mistake of ours and shows. What
+    a foreign module means by an exception is not known: it is told with its place and with what was asked for.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if is_foreign(config):
+            raise UserError(failure(config, doing, error)) from error
+        if isinstance(error, ValueError):
+            place = "" if file is None or str(file) in str(error) else f"{file}: "
+            raise UserError(f"--network_module {config.network_module}: {place}{error}") from None
+        raise
+
+
+def failure(config: NetworkConfig, doing: str, error: Exception) -> str:
+    """Return in a line what a foreign module could not do, where, with which arguments, and what may help."""
+    package = config.network_module.split(".")[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    # Of the frames that are the module's own the last one; below it are torch and the like.
+    own = [frame for frame in frames if package in Path(frame.filename).with_suffix("").parts]
+    place = (own or frames)[-1]
+    message = " ".join(str(error).split()) or place.line or "no message"
+    arguments = " ".join(written(config.network_args or {})) or "none"
+    advice = [text for first, part, text in HINTS if package == first and part in message]
+    return (
+        f"--network_module {config.network_module} failed in {doing}: {type(error).__name__}: {shortened(message)} "
+        f"({Path(place.filename).name}:{place.lineno}); --network_args: {arguments}; "
+        f"{advice[0] if advice else 'see the documentation of the module'}"
+    )
