@@ -20,7 +20,7 @@ class FakeHub:
     def __init__(self):
         self.files = {}  # repository -> path -> bytes
         self.private = {}  # repository -> whether it was made private
-        self.tokens: set[str] = set()
+        self.tokens: set[str | None] = set()
         self.commits = []  # paths, in order
         self.delay = 0.0  # seconds that a commit takes
         self.refuses = lambda path: False  # whether the commit of a path fails

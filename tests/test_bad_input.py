@@ -6,6 +6,7 @@ Each case is a row of a table; what holds for all of them is in `refusals.Refuse
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_arguments_for_a_schedule_that_takes_none(refused):
 
 def test_a_process_ends_with_code_2_and_lines_without_a_traceback(base, pictures, tmp_path):
     evil = write(tmp_path / "evil.pt", pickled({"x": Payload()}))
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "must be a finite number, got inf": {"learning_rate": "inf"},
         "could run code": {"network_weights": evil},
     }

@@ -59,7 +59,7 @@ def network_of(models, dim=4, alpha=1.0, **arguments):
 
 
 def ranks_by_block(network, *, large=False):
-    found = {}
+    found: dict[int, set[tuple[int, float]]] = {}
     for module in network.unet_loras:
         is_large = module.is_conv and module.lora_down.kernel_size != (1, 1)
         if is_large == large:
@@ -207,7 +207,7 @@ def test_each_rate_is_one_group_with_the_names_of_its_blocks(models, given):
     for module in network.unet_loras:
         expected = 1e-3 * weights[SD.index_of(module.lora_name)]
         assert seen[id(module.lora_down.weight)] == seen[id(module.lora_up.weight)] == pytest.approx(expected)
-    with_modules = {weight: [] for weight in weights if weight}
+    with_modules: dict[float, list[int]] = {weight: [] for weight in weights if weight}
     for index, weight in enumerate(weights):
         if weight and COUNTS[index][0]:
             with_modules[weight].append(index)

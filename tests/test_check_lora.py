@@ -93,7 +93,7 @@ def test_other_names_and_kinds_are_told(model_store, tmp_path, capsys):
 
 def test_forge_refuses_more_than_twelve_unknown_tensors(tmp_path, capsys):
     for count in (4, 5):
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for index in range(count):
             weights |= {f"lora_unet_odd{index}.lora_{end}.weight": torch.ones(1, 1) for end in ("down", "up")}
             weights[f"lora_unet_odd{index}.alpha"] = torch.tensor(1.0)
@@ -135,6 +135,7 @@ def test_all_keys_are_shown_on_demand(model_store, tmp_path, capsys):
         assert tensors[name]["shape"] == list(tensor.shape)
 
 
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match:RuntimeWarning")
 def test_alphas_that_diffusers_does_not_apply_are_told_and_convert_mends_it(model_store, tmp_path, capsys):
     """diffusers 0.42 takes one alpha for all attention layers of a file in the names of sd-scripts."""
     models, _ = model_store("sd1")

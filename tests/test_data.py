@@ -125,6 +125,7 @@ def batches_of(sets, workers, seed=5, cache=None):
     return list(make_loader(maker, plan, workers))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning")  # of few cores
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_changes_nothing(folder, workers):
     sets = training_sets(
@@ -221,7 +222,7 @@ def test_without_buckets_a_random_crop_is_a_window_of_the_picture(folder):
 
 # ---- the latent cache ---------------------------------------------------------------------------------------
 
-CALLS = []
+CALLS: list[int] = []
 
 
 def encode(pixels):

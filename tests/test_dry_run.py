@@ -53,6 +53,7 @@ def test_it_counts_as_the_run_does(base, pictures, tmp_path):
     train(base, pictures, tmp_path / "run", **more)
     written = metadata(tmp_path / "run" / "x.safetensors")
     match = re.search(r"an epoch: (\d+) draws -> (\d+) batches / 3 to a step = (\d+) steps", text)
+    assert match
     assert match[1] == written["ss_num_train_images"]
     assert match[2] == written["ss_num_batches_per_epoch"]
     assert f"the run: {written['ss_max_train_steps']} steps (--max_train_epochs 2 x {match[3]}) = 2 epochs" in text

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from drawing import differ, lora_of, pipe_of, pixels_of, same_pixels, slow
+from loras import make_lora
 from safetensors.torch import load_file, save_file
-from test_merge_lora import make_lora
 
 from library.errors import UserError
 
@@ -48,6 +48,7 @@ def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path,
     differ(scaled.pixels, found.pixels)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # two adapters are meant
 def test_two_networks_at_strengths_of_each_prompt(draw, model_store, two, tmp_path):
     files, words = two
     lines = ["a cat --n dog --am 0.7,-0.4", "a cat --n dog --am 0.7", "a cat --n dog", "a cat --n dog --am 0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from typing import Any
 
 import pytest
 from fake_hub import FakeHub
@@ -131,7 +132,7 @@ def test_a_state_that_is_not_there_is_told_before_the_model_is_loaded(
     assert "\n" not in str(caught.value)
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no repository": ({"async_upload": True}, "--async_upload needs --huggingface_repo_id"),
     "a token alone": ({"huggingface_token": TOKEN}, "--huggingface_token needs --huggingface_repo_id"),
     "states alone": ({"save_state_to_huggingface": True}, "--save_state_to_huggingface needs --huggingface_repo_id"),

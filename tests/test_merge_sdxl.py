@@ -331,9 +331,9 @@ def test_files_for_other_models_are_refused_in_a_sentence(sdxl, model_store, tmp
     save_file(wide, tmp_path / "wide.safetensors")
     save_file({name.replace("attn2_to_k", "attn1_to_q"): t for name, t in wide.items()}, tmp_path / "said.safetensors",
               {"ss_base_model_version": "sd_v1"})  # fmt: skip
-    for file in ("wide", "said"):
-        text = told(*into_sdxl, tmp_path / f"{file}.safetensors")
-        assert re.search(rf"{file}.safetensors is for SD 1.x, .* is an SDXL model", text)
+    for stem in ("wide", "said"):
+        text = told(*into_sdxl, tmp_path / f"{stem}.safetensors")
+        assert re.search(rf"{stem}.safetensors is for SD 1.x, .* is an SDXL model", text)
 
     tiny_file = make_lora(sd1_models, tmp_path / "tiny.safetensors")  # of sizes that tell no family
     assert re.search(r"is for a layer of|are not in", told(*into_sdxl, tiny_file))

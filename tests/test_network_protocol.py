@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -178,7 +178,7 @@ def metrics(folder):
 
 
 def test_a_module_with_only_the_required_methods_trains_and_resumes(minimal, run, tmp_path, caplog):
-    given = {"network_module": "minimal_network", "text_encoder_lr": "1e-3", "unet_lr": "1e-2"}
+    given: dict[str, Any] = {"network_module": "minimal_network", "text_encoder_lr": "1e-3", "unet_lr": "1e-2"}
     given |= {"gradient_checkpointing": True, "scale_weight_norms": 1.0}
     weights = run("whole", **given)
     assert float(weights["unet"]) != 0

@@ -182,10 +182,10 @@ def test_base_weights_of_lycoris_are_merged_with_their_multiplier(lycoris, run, 
     for multipliers in ([1.0], [-0.5, 2.0]):
         more = {"base_weights": [file] * len(multipliers), "base_weights_multiplier": multipliers}
         run(**arguments("lokr"), **more, max_train_steps=1)
-    whole, more = changes
+    whole, both = changes
     for index in range(2):
         assert whole[index].abs().max() > 1e-4
-        torch.testing.assert_close(more[index], 1.5 * whole[index], rtol=0, atol=1e-6)
+        torch.testing.assert_close(both[index], 1.5 * whole[index], rtol=0, atol=1e-6)
 
 
 def test_base_weights_that_change_nothing_are_told(lycoris, run, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_help_and_mistakes_answer_without_heavy_imports(pictures):
         assert done.stdout.strip().endswith("[]"), argv
 
 
-MISTAKES = {
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
     "a hub id": ({"pretrained_model_name_or_path": "runwayml/sd"}, "nothing is downloaded"),
     "no module": ({"network_module": None}, "--network_module is missing: networks.lora"),
