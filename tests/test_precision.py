@@ -18,7 +18,7 @@ from library.diffusion.losses import per_sample_loss
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.eight_bit import STORAGE, store_in_eight_bits
-from library.training import preparation
+from library.training.prepare import caches
 from library.training.run import objective
 from library.training.run.runtime import GradientScaler
 
@@ -219,9 +219,9 @@ def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(ba
 
 def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
     seen = []
-    real = preparation.remember
+    real = caches.remember
     monkeypatch.setattr(
-        "library.training.preparation.remember",
+        "library.training.prepare.caches.remember",
         lambda live, wanted: (seen.append(live), real(live, wanted))[1],
     )
     prompts = tmp_path / "prompts.txt"
@@ -231,7 +231,7 @@ def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_p
     assert len(seen) == 1
     assert all(parameter.is_meta for parameter in seen[0].encoders[0].module.parameters())
     assert len(list((tmp_path / "a" / "sample").glob("*.png"))) == 1
-    monkeypatch.setattr("library.training.preparation.LARGEST_MEMORY", 0)
+    monkeypatch.setattr("library.training.prepare.caches.LARGEST_MEMORY", 0)
     computed = train(base, pictures, tmp_path / "b", **more)
     assert len(seen) == 1
     same(computed, remembered, tolerance=2e-3)
