@@ -85,6 +85,7 @@ def enable_gradient_checkpointing(base: BaseModel, network: TrainableNetwork) ->
     if network.trains_text_encoder:
         for encoder in base.text_modules:
             # Older transformers have only the second name; newer ones warn of it.
-            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(encoder, name) for name in names if hasattr(encoder, name))
             enable({"use_reentrant": False})
             text_body(encoder).train()
