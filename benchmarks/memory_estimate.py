@@ -54,7 +54,7 @@ def parts(args: argparse.Namespace, device: str) -> tuple:
     from library.models.base import BaseModel, TextEncoder
     from library.models.tokenizer import load_clip_tokenizer
     from library.networks.trainable import build_network
-    from library.training.preparation import enable_gradient_checkpointing
+    from library.training.prepare.placing import enable_gradient_checkpointing
 
     unet, encoder = (
         building.build_unet(families.SD1.unet),

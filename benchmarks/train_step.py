@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch import nn
+    from transformers import CLIPTextModel
+
+Model = TypeVar("Model", bound="nn.Module")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -55,11 +60,11 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     unet, text_encoder = base_models(args.size)
     makers = {"floor": make_floor, "ours": make_ours, "peft": make_peft}
-    variants: dict[str, Callable[[], None]] = {}
+    variants: dict[str, Callable[[], object]] = {}
     for name, make in makers.items():
         if name not in args.without:
             # peft changes the modules it adapts: each variant has modules of its own over shared weights.
-            variants[name] = make(*(share(model) for model in (unet, text_encoder)), args)
+            variants[name] = make(share(unet), share(text_encoder), args)
     for _ in range(args.warmup):
         for step in variants.values():
             step()
@@ -97,7 +102,7 @@ def base_models(size: str) -> tuple:
     return unet, tiny.materialise(building.build_text_encoder(text_config), 1)
 
 
-def share(model):  # noqa: ANN001, ANN201
+def share(model: Model) -> Model:
     """Return a copy of a model over the same weights."""
     weights = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo=weights)
@@ -120,7 +125,9 @@ def token_ids(captions: list[str]) -> torch.Tensor:
     return tokens.input_ids
 
 
-def make_floor(unet, text_encoder, args):  # noqa: ANN001, ANN201
+def make_floor(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
+) -> Callable[[], object]:
     import torch
 
     if args.checkpointing:
@@ -145,13 +152,16 @@ def make_floor(unet, text_encoder, args):  # noqa: ANN001, ANN201
     return step
 
 
-def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
+def make_ours(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
+) -> Callable[[], object]:
     import torch
 
     from library.config.options import build
     from library.config.train import TrainConfig
     from library.config.values import parse_pairs
     from library.data.dataset import Batch, Sample
+    from library.diffusion.schedule import stable_diffusion_schedule
     from library.models import building
     from library.models.base import BaseModel, TextEncoder
     from library.models.conditioning import LiveConditioner, TextOptions
@@ -159,61 +169,48 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
     from library.models.latent_encoder import LatentEncoder
     from library.models.tokenizer import load_clip_tokenizer
     from library.networks.trainable import build_network
-    from library.training import preparation, recipe
-    from library.training.run.loop import Trainer
+    from library.optim.flat import flatten_groups
+    from library.optim.optimizers import build_optimizer, choose_optimizer
+    from library.training.prepare.placing import enable_gradient_checkpointing
     from library.training.run.objective import Objective
     from library.training.run.runtime import start_runtime
+    from library.training.run.state import TrainState
+    from library.training.run.step import EagerStep
 
     given = {
         "pretrained_model_name_or_path": "built below",
+        "output_dir": Path(),  # where nothing is written
         "network_module": args.network_module,
         "network_dim": args.rank,
-        "learning_rate": 1e-4,
-        "seed": 1,
-        "output_dir": Path(tempfile.mkdtemp()),  # for the metrics, which a step writes
         "network_train_unet_only": args.unet_only,
         "network_args": parse_pairs(args.network_args) | ({"conv_dim": str(args.conv_dim)} if args.conv_dim else {}),
+        "learning_rate": 1e-4,
     }
     config = build(TrainConfig, given)
     runtime = start_runtime(config.precision, config.logs)
-    vae = building.build_vae(SD1.vae)
+    vae = building.build_vae(SD1.vae)  # whose weights are not needed: the latents are given
     texts = (TextEncoder(SD1.text_models[0], load_clip_tokenizer(), text_encoder),)
     base = BaseModel(SD1, predicts_v=False, unet=unet, vae=vae, texts=texts)
     network = build_network(config.network, config.optimizer, base, checkpointing=False, device=runtime.device)
     if args.checkpointing:
-        preparation.enable_gradient_checkpointing(base, network)
+        enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
-    choice = recipe.choose_optimizer(config.optimizer)
-    optimizer = recipe.build_optimizer(choice, recipe.flatten_groups(groups), 1e-4)
-    trainer = Trainer(
-        config=config,
-        runtime=runtime,
-        objective=Objective(
-            base=base,
-            network=network,
-            encoder=LatentEncoder(vae, runtime.types.vae),
-            conditioner=LiveConditioner(texts),
-            text=TextOptions(),
-            schedule=recipe.stable_diffusion_schedule(),
-            loss=config.loss,
-            types=runtime.types,
-            device=runtime.device,
-            seed=1,
-            vae_batch_size=1,
-        ),
+    optimizer = build_optimizer(choose_optimizer(config.optimizer), flatten_groups(groups), 1e-4)
+    objective = Objective(
+        base=base,
         network=network,
-        optimizer=optimizer,
-        scheduler=None,
-        group_names=names,
-        plan=argparse.Namespace(batches_per_epoch=100, start_step=0),
-        preview=None,
-        validation=None,
-        metadata={},
-        hashes=None,
-        uploads=None,
-        is_flat=True,
+        encoder=LatentEncoder(vae, runtime.types.vae),
+        conditioner=LiveConditioner(texts),
+        text=TextOptions(),
+        schedule=stable_diffusion_schedule(),
+        loss=config.loss,
+        types=runtime.types,
+        device=runtime.device,
+        seed=1,
+        vae_batch_size=1,
     )
-    trainer.prepare()
+    state = TrainState(network, optimizer, None, runtime.scaler, names)
+    step = EagerStep(objective, state, runtime, seed=1, max_grad_norm=1.0, zero_in_place=True)
     moments, captions = batch_inputs(args)
     samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
     keep = torch.zeros(args.batch_size, dtype=torch.bool)
@@ -221,10 +218,13 @@ def make_ours(unet, text_encoder, args):  # noqa: ANN001, ANN201
         1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), keep, moments, None, None
     )
     network.on_epoch_start()
-    return lambda: trainer.step(trainer.num_done, [batch])
+    numbers = itertools.count()
+    return lambda: step(next(numbers), [batch])
 
 
-def make_peft(unet, text_encoder, args):  # noqa: ANN001, ANN201
+def make_peft(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
+) -> Callable[[], object]:
     import torch
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
@@ -260,7 +260,7 @@ def make_peft(unet, text_encoder, args):  # noqa: ANN001, ANN201
     return step
 
 
-def profile(step: Callable[[], None], path: str) -> None:
+def profile(step: Callable[[], object], path: str) -> None:
     """Write where the time of our step goes, by operator."""
     import torch
 

@@ -136,11 +136,17 @@ def refused(base, pictures, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def run(base, pictures, tmp_path):
-    """Return what trains for two steps with cached latents, into a folder of a name, and returns the weights."""
-    from runs import train
+    """Return what trains for two steps with cached latents, into a folder of a name, and returns the weights.
 
-    def train_into(out="o", **more):
-        return train(base, pictures, tmp_path / out, **{"cache_latents": True, "max_train_steps": 2} | more)
+    With killed_after it returns nothing: the run ends as if it were killed after so many steps.
+    """
+    from runs import options, train, train_killed
+
+    def train_into(out="o", *, killed_after=None, **more):
+        more = {"cache_latents": True, "max_train_steps": 2} | more
+        if killed_after is not None:
+            return train_killed(options(base, pictures, tmp_path / out, **more), after=killed_after)
+        return train(base, pictures, tmp_path / out, **more)
 
     return train_into
 

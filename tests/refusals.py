@@ -74,14 +74,14 @@ class Refused:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        from library.training.run.loop import Trainer
+        from library.training import recipe
 
         self.base, self.pictures, self.folder, self.out = base, pictures, folder, folder / "out"
         self.monkeypatch, self.capsys = monkeypatch, capsys
         for name in ("x.safetensors", "x-options.toml", "x-metrics.jsonl"):
             write(self.out / name, "of an earlier run")
         monkeypatch.setattr(logs, "set_up_logging", lambda: None)
-        monkeypatch.setattr(Trainer, "run", lambda *_: pytest.fail("training began"))
+        monkeypatch.setattr(recipe, "run", lambda *_, **__: pytest.fail("training began"))
         monkeypatch.chdir(folder)
 
     def __call__(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +12,12 @@ from safetensors.torch import load_file
 from tensors import Tensors, assert_same
 
 import train_network
+from library.config.train import parse_train_config
+from library.data.records import load_sets
+from library.errors import Problems
+
+if TYPE_CHECKING:
+    from library.training.run.progress import Progress
 
 # Words for the options of a training that must be given, where it does not matter what they are.
 NEEDED = ("--pretrained_model_name_or_path=m", "--network_module=networks.lora", "--output_dir=o")
@@ -71,21 +77,26 @@ def train(base: Path, pictures: Path | None, out: Path, **more: object) -> dict[
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
-@contextlib.contextmanager
-def killed_after(steps: int) -> Iterator[None]:
-    """Have the run within end as if it were killed after a number of steps."""
-    from library.training.run.loop import Trainer
+def train_with(argv: list[str], act: Callable[[Progress], object], *, after: int) -> None:
+    """Train from a command line, and call act once a step and all that follows it are done."""
+    from library.training.recipe import train
+    from library.training.run.events import Event, Every
 
-    after = Trainer._after_step
+    problems = Problems()
+    config = parse_train_config(argv, problems)
+    problems.raise_if_any()
+    event = Event("test", Every(1), lambda moment: act(moment.progress) if moment.progress.step == after else None)
+    train(config, load_sets(config), train_network.load_prompts(config.preview), further_events=[event])
 
-    def killed(self, epoch):
-        after(self, epoch)
-        if self.num_done == steps:
-            raise MemoryError("killed")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError, match="killed"):
-        patch.setattr(Trainer, "_after_step", killed)
-        yield
+def train_killed(argv: list[str], *, after: int) -> None:
+    """Train from a command line, and end as if the process were killed after a number of steps."""
+
+    def kill(progress: Progress) -> None:
+        raise MemoryError("killed")
+
+    with pytest.raises(MemoryError, match="killed"):
+        train_with(argv, kill, after=after)
 
 
 def same(one: Tensors, other: Tensors, tolerance: float = 0.0) -> None:

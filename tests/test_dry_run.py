@@ -147,7 +147,7 @@ def test_all_conflicts_are_told_at_once(base, pictures, tmp_path):
 
 
 def network_over(models, *, checkpointing, device):
-    from library.training.preparation import enable_gradient_checkpointing
+    from library.training.prepare.placing import enable_gradient_checkpointing
 
     given = {"network_module": "networks.lora", "network_dim": 4, "seed": 1}
     config = build(TrainConfig, given, Problems())  # neither a model nor a folder is needed

@@ -21,8 +21,10 @@ import train_network
 from library.errors import UserError
 from library.models.tokenizer import load_clip_tokenizer
 from library.randomness import generator_for
-from library.training.measure import picture_losses, rank_results
-from library.training.measure.rank_results import BASE, compare_ranks, draw_plot
+from library.training.charts import axes
+from library.training.charts.rank_plot import draw_plot
+from library.training.measure import picture_losses, rank_report
+from library.training.measure.rank_results import BASE, compare_ranks
 from networks import extract_lora_from_dylora, lora
 from tools import dylora_report
 
@@ -166,7 +168,7 @@ def check_files(name, record, trained):
     for rank, row in ranks.items():
         assert row["bytes"] == pytest.approx(name.with_name(f"cut-{rank:04d}.safetensors").stat().st_size, abs=1000)
     with Image.open(name.with_name(f"{name.name}-report.png")) as plot:
-        assert plot.size == (rank_results.WIDTH, rank_results.HEIGHT)
+        assert plot.size == (axes.WIDTH, axes.HEIGHT)
     with Image.open(name.with_name(f"{name.name}-ranks.png")) as sheet:
         assert sheet.size == (200 + 68 * 5, 24 + 68 * 2)  # base model and four ranks of two prompts
         first, last = (np.asarray(sheet.crop((200 + 68 * n, 24, 264 + 68 * n, 88))) for n in (0, 4))
@@ -210,7 +212,7 @@ def test_the_smallest_rank_within_the_noise_of_the_best_is_chosen(levels, noise,
     assert results.rows[0].loss.half > 0.1
     gains = [row.gain for row in results.rows]
     assert gains[0] in (0.0, None)
-    assert draw_plot(results).size == (rank_results.WIDTH, rank_results.HEIGHT)
+    assert draw_plot(results).size == (axes.WIDTH, axes.HEIGHT)
 
 
 def test_equal_losses_are_no_obstacle():
@@ -220,9 +222,9 @@ def test_equal_losses_are_no_obstacle():
 
 
 def test_the_sheet_has_the_ranks_that_matter():
-    assert dylora_report.ranks_to_draw([4, 8], {4, 8}) == [0, 4, 8]
-    shown = dylora_report.ranks_to_draw(list(range(1, 129)), {3, 77})
-    assert len(shown) <= dylora_report.MOST_COLUMNS
+    assert rank_report.ranks_to_draw([4, 8], {4, 8}) == [0, 4, 8]
+    shown = rank_report.ranks_to_draw(list(range(1, 129)), {3, 77})
+    assert len(shown) <= rank_report.MOST_COLUMNS
     assert {0, 1, 3, 77, 128} <= set(shown)
 
 

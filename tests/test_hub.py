@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_hub import FakeHub
-from runs import NEEDED, options, same, train
+from runs import NEEDED, options, same, train, train_with
 
 import train_network
 from library.config.command_line import parse
@@ -212,20 +212,11 @@ def test_uploads_in_the_background_keep_their_order_and_are_waited_for(hub, tmp_
     assert not any(path.exists() for path in paths)
 
 
-def test_a_run_that_is_stopped_in_order_waits_for_its_uploads(hub, base, pictures, tmp_path, monkeypatch):
-    from library.training.run.loop import Trainer
-
-    step = Trainer.step
-
-    def interrupted(self, *more):
-        signal.raise_signal(signal.SIGINT)
-        return step(self, *more)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
+def test_a_run_that_is_stopped_in_order_waits_for_its_uploads(hub, base, pictures, tmp_path):
     hub.delay = 0.3
     more = TARGET | {"async_upload": True, "save_state": True, "save_state_to_huggingface": True}
     with pytest.raises(KeyboardInterrupt):
-        train(base, pictures, tmp_path, **more)
+        train_with(options(base, pictures, tmp_path, **more), lambda _: signal.raise_signal(signal.SIGINT), after=1)
     assert hub.commits[0] == "x-step00000001.safetensors"
     assert {path.rpartition("/")[0] for path in hub.commits[1:]} == {"x-step00000001-state"}
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from runs import killed_after
 from safetensors.torch import load_file, save_file
 from tensors import assert_same
 from torch import nn
@@ -191,8 +190,7 @@ def test_a_module_with_only_the_required_methods_trains_and_resumes(minimal, run
     }
     assert not any(name.startswith(("norm/", "max_norm/")) for name in line)
     assert "--scale_weight_norms: minimal_network does not offer it" in caplog.text
-    with killed_after(1):
-        run("parts", save_state=True, save_every_n_steps=1, **given)
+    run("parts", killed_after=1, save_state=True, save_every_n_steps=1, **given)
     assert_same(run("parts", resume="auto", **given), weights)
 
 

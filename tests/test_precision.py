@@ -18,7 +18,8 @@ from library.diffusion.losses import per_sample_loss
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.eight_bit import STORAGE, store_in_eight_bits
-from library.training import preparation
+from library.models.latent_encoder import LatentEncoder
+from library.training.prepare import caches
 from library.training.run import objective
 from library.training.run.runtime import GradientScaler
 
@@ -158,6 +159,7 @@ class OverflowingVae(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
+        self.device = torch.device("cpu")
 
     def encode(self, pixels):
         moments = torch.nn.functional.avg_pool2d(pixels.float(), 8).repeat(1, 3, 1, 1)[:, :8] * self.weight.float()
@@ -169,13 +171,12 @@ class OverflowingVae(torch.nn.Module):
 
 
 def test_pictures_that_overflow_in_half_precision_are_encoded_in_float32(caplog):
-    models = type("Models", (), {"vae": OverflowingVae().to(torch.bfloat16)})
-    runtime = type("Runtime", (), {"device": torch.device("cpu"), "vae_dtype": torch.bfloat16})
+    vae = OverflowingVae().to(torch.bfloat16)
     pixels = torch.cat([torch.full((1, 3, 16, 16), value) for value in (-0.5, 0.5, -0.25)])
-    moments = objective.encode_pixels(models, runtime, pixels)
+    moments = LatentEncoder(vae, torch.bfloat16).moments(pixels)
     assert moments.dtype == torch.bfloat16
     assert moments[:, 0, 0, 0].tolist() == [-0.5, 0.5, -0.25]
-    assert models.vae.weight.dtype == torch.bfloat16
+    assert vae.weight.dtype == torch.bfloat16
     assert any("--no_half_vae" in record.message for record in caplog.records)
 
 
@@ -219,9 +220,9 @@ def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(ba
 
 def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
     seen = []
-    real = preparation.remember
+    real = caches.remember
     monkeypatch.setattr(
-        "library.training.preparation.remember",
+        "library.training.prepare.caches.remember",
         lambda live, wanted: (seen.append(live), real(live, wanted))[1],
     )
     prompts = tmp_path / "prompts.txt"
@@ -231,7 +232,7 @@ def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_p
     assert len(seen) == 1
     assert all(parameter.is_meta for parameter in seen[0].encoders[0].module.parameters())
     assert len(list((tmp_path / "a" / "sample").glob("*.png"))) == 1
-    monkeypatch.setattr("library.training.preparation.LARGEST_MEMORY", 0)
+    monkeypatch.setattr("library.training.prepare.caches.LARGEST_MEMORY", 0)
     computed = train(base, pictures, tmp_path / "b", **more)
     assert len(seen) == 1
     same(computed, remembered, tolerance=2e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from runs import BY_FILE, killed_after, options, same
+from runs import BY_FILE, options, same, train_killed, train_with
 from safetensors.torch import load_file
 from scripts import ROOT, two_processes
 
@@ -69,8 +70,7 @@ def run(base, data, out, *more, **values):
 @pytest.mark.parametrize("step", [3, 4, 5])  # an epoch has 4 steps, the last one of a single batch
 def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     expected = run(base, data, tmp_path / "whole")
-    with killed_after(step):
-        run(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1")
+    train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1"), after=step)
     assert not (tmp_path / "parts" / "x.safetensors").exists()
     same(run(base, data, tmp_path / "parts", "--resume", "auto", seed=None), expected)
 
@@ -90,40 +90,23 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
 )
 def test_resumed_equals_never_stopped_with(base, data, tmp_path, more):
     expected = run(base, data, tmp_path / "whole", *more)
-    with killed_after(3):
-        run(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "3", *more)
+    train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "3", *more), after=3)
     folder = tmp_path / "parts" / "x-step00000003-state"
     same(run(base, data, tmp_path / "parts", "--resume", folder, *more), expected)
 
 
 def test_a_run_killed_after_its_last_step_still_gets_its_file(base, data, tmp_path):
     expected = run(base, data, tmp_path / "whole")
-    with killed_after(7):
-        run(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1")
+    train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1"), after=7)
     assert not (tmp_path / "parts" / "x.safetensors").exists()
     same(run(base, data, tmp_path / "parts", "--resume", "auto"), expected)
 
 
 @pytest.mark.parametrize(("step", "file"), [(4, "x-000001.safetensors"), (7, "x.safetensors")])
-def test_a_signal_in_the_last_step_of_an_epoch_or_the_run_leaves_its_file(
-    base, data, tmp_path, monkeypatch, step, file
-):
-    from library.training.run.loop import Trainer
-
-    plain = Trainer.step
-
-    def signalled(self, index, batches):
-        if index + 1 == step:
-            signal.raise_signal(signal.SIGINT)
-        return plain(self, index, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", signalled)
-        if step < 7:
-            with pytest.raises(KeyboardInterrupt):
-                run(base, data, tmp_path, "--save_every_n_epochs", "1")
-        else:
-            run(base, data, tmp_path, "--save_every_n_epochs", "1")
+def test_a_signal_in_the_last_step_of_an_epoch_or_the_run_leaves_its_file(base, data, tmp_path, step, file):
+    argv = arguments(base, data, tmp_path, "--save_every_n_epochs", "1")
+    with contextlib.nullcontext() if step == 7 else pytest.raises(KeyboardInterrupt):
+        train_with(argv, lambda progress: signal.raise_signal(signal.SIGINT), after=step)
     assert (tmp_path / file).exists()
 
 
@@ -131,8 +114,7 @@ def test_counters_names_and_pictures_go_on(base, data, tmp_path):
     (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
     more = ["--save_state", "--save_every_n_steps", "2", "--sample_prompts", tmp_path / "p.txt"]
     more += ["--sample_every_n_steps", "2", "--sample_at_first"]
-    with killed_after(4):
-        run(base, data, tmp_path / "o", *more)
+    train_killed(arguments(base, data, tmp_path / "o", *more), after=4)
     before = {path.name for path in (tmp_path / "o" / "sample").iterdir()}
     run(base, data, tmp_path / "o", *more, "--resume", "auto")
     after = sorted(path.name for path in (tmp_path / "o" / "sample").iterdir())
@@ -145,7 +127,7 @@ def test_counters_names_and_pictures_go_on(base, data, tmp_path):
         "x-step00000004-state",
         "x-step00000006-state",
     ]
-    assert state.read_position(tmp_path / "o" / "x-state").current_step == 7
+    assert state.read_progress(tmp_path / "o" / "x-state").step == 7
     lines = [json.loads(line) for line in (tmp_path / "o" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "loss/current" in line] == [1, 2, 3, 4, 5, 6, 7]
     with Image.open(tmp_path / "o" / "x-sheet.png") as sheet:
@@ -269,7 +251,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_p
         for file in (tmp_path / "parts").glob("*.safetensors"):
             assert load_file(file)  # whole under its name
         for folder in (tmp_path / "parts").glob("*-state"):
-            assert state.read_position(folder).current_step > 0
+            assert state.read_progress(folder).step > 0
             state.read_tensors(folder)
         if (tmp_path / "parts" / "x.safetensors").exists():
             break
@@ -285,25 +267,18 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_p
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
 @pytest.mark.parametrize("limited", ["network", "state"])
-def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, data, tmp_path, monkeypatch, limited):
+def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, data, tmp_path, limited):
     import resource
 
-    from library.training.run.loop import Trainer
-
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    after = Trainer._after_step
 
-    def limit(self, epoch):
-        if self.num_done == 2:
-            written = tmp_path / "x-step00000001.safetensors"
-            size = written.stat().st_size + 4096 if limited == "state" else 50_000
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-        after(self, epoch)
+    def limit(progress):
+        size = (tmp_path / "x-step00000001.safetensors").stat().st_size + 4096 if limited == "state" else 50_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    monkeypatch.setattr(Trainer, "_after_step", limit)
     try:
         with pytest.raises(OSError, match=r"could not be written: .*; what was saved before is whole") as caught:
-            run(base, data, tmp_path, "--save_state", "--save_every_n_steps", "1")
+            train_with(arguments(base, data, tmp_path, "--save_state", "--save_every_n_steps", "1"), limit, after=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     name = "x-step00000002.safetensors" if limited == "network" else "x-step00000002-state"
@@ -311,7 +286,6 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, 
     assert load_file(tmp_path / "x-step00000001.safetensors")
     assert state.find_state("auto", SavingConfig(output_dir=tmp_path, output_name="x")).name == "x-step00000001-state"
     assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
-    monkeypatch.undo()
     run(base, data, tmp_path, "--resume", "auto")
 
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from runs import killed_after
 from safetensors.torch import save_file
 from tensors import assert_same, metadata
 
@@ -16,7 +15,7 @@ import networks.lora
 from library import logs
 from library.errors import UserError
 from library.networks.modules import CanonicalTextEncoder
-from library.training import preparation
+from library.training.prepare import placing
 
 LYCORIS = {"network_module": "lycoris.kohya"}
 
@@ -76,8 +75,7 @@ def test_lycoris_trains_and_a_resumed_run_equals_one_never_stopped(lycoris, run,
     expected = run("whole", **more)
     check_file(tmp_path / "whole" / "x.safetensors", expected, more)
     check_effect(lycoris, model_store("sd1")[0], expected, tmp_path / "whole" / "x.safetensors", more)
-    with killed_after(1):
-        run("parts", save_state=True, save_every_n_steps=1, **more)
+    run("parts", killed_after=1, save_state=True, save_every_n_steps=1, **more)
     assert_same(run("parts", resume="auto", **more), expected)
 
 
@@ -169,7 +167,7 @@ def test_base_weights_of_lycoris_are_merged_with_their_multiplier(lycoris, run, 
     run("first", **arguments("lokr"))
     file = tmp_path / "first" / "x.safetensors"
     changes = []
-    plain = preparation.merge_base_weights
+    plain = placing.merge_base_weights
 
     def merge(config, models):
         weights = [models.unet.down_blocks[0].attentions[0].proj_in.weight]
@@ -178,7 +176,7 @@ def test_base_weights_of_lycoris_are_merged_with_their_multiplier(lycoris, run, 
         plain(config, models)
         changes.append([weight.detach() - old for weight, old in zip(weights, before, strict=True)])
 
-    monkeypatch.setattr(preparation, "merge_base_weights", merge)
+    monkeypatch.setattr(placing, "merge_base_weights", merge)
     for multipliers in ([1.0], [-0.5, 2.0]):
         more = {"base_weights": [file] * len(multipliers), "base_weights_multiplier": multipliers}
         run(**arguments("lokr"), **more, max_train_steps=1)

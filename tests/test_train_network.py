@@ -107,18 +107,19 @@ def test_two_processes_equal_one_with_the_doubled_batch(base, pictures, tmp_path
 
 
 RANKS = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import train_network
-from library.training.run.loop import Trainer
+from library.training import recipe
 
-saved = Trainer.run
-def run(self, loader):
-    saved(self, loader)
-    torch.save(self.network.state_dict(), {dumped!r} + str(self.runtime.rank) + ".pt")
-Trainer.run = run
+build, made = recipe.build_network, []
+def spy(*given, **more):
+    made.append(build(*given, **more))
+    return made[0]
+recipe.build_network = spy
 train_network.main(sys.argv[1:])
+torch.save(made[0].state_dict(), {dumped!r} + os.environ["RANK"] + ".pt")
 """
 
 

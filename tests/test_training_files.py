@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import BY_FILE, options, same, train
+from runs import BY_FILE, options, same, train, train_with
 from safetensors.torch import load_file
 from scripts import ROOT, python
 from tensors import metadata
@@ -269,20 +269,11 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_path, monkeypatch, caplog, number):
-    from library.training.run.loop import Trainer
-
+def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_path, caplog, number):
     expected = train(base, pictures, tmp_path / "whole", max_train_steps=4)
-    step = Trainer.step
-
-    def interrupted(self, index, batches):
-        if index == 1:
-            signal.raise_signal(number)
-        return step(self, index, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", interrupted)
-        train(base, pictures, tmp_path / "parts", max_train_steps=4)
+    argv = options(base, pictures, tmp_path / "parts", max_train_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train_with(argv, lambda progress: signal.raise_signal(number), after=2)
     assert metadata(tmp_path / "parts" / "x-step00000002.safetensors")["ss_steps"] == "2"
     assert not (tmp_path / "parts" / "x.safetensors").exists()
     folder = tmp_path / "parts" / "x-step00000002-state"
@@ -291,16 +282,13 @@ def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_pa
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_signal_stops_at_once(base, pictures, tmp_path, monkeypatch):
-    from library.training.run.loop import Trainer
-
-    def twice(self, index, batches):
+def test_a_second_signal_stops_at_once(base, pictures, tmp_path):
+    def twice(progress):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Trainer, "step", twice)
     with pytest.raises(KeyboardInterrupt):
-        train(base, pictures, tmp_path)
+        train_with(options(base, pictures, tmp_path), twice, after=1)
     assert not list(tmp_path.glob("x*.safetensors"))
 
 

@@ -14,6 +14,7 @@ from tensors import metadata
 import train_network
 from library.errors import UserError
 from library.training.charts import loss_curve
+from library.training.charts.axes import Axes
 from library.training.measure import validation
 
 
@@ -50,26 +51,17 @@ def test_measuring_changes_nothing_about_the_training(base, pictures, tmp_path):
 
 def test_the_loss_is_the_mean_over_pictures_and_timesteps(base, pictures, tmp_path, monkeypatch):
     seen = []
-    measure = validation.Validation.measure
+    losses_of = validation.HeldOut.losses
 
-    def spying(self, objective):
-        losses = objective.losses
+    def spying(self, objective, request, timesteps, *more):
+        batch, columns = losses_of(self, objective, request, timesteps, *more)
+        seen.extend(zip(timesteps, columns, strict=True))
+        return batch, columns
 
-        class Spy:
-            def __getattr__(self, name):
-                return getattr(objective, name)
-
-            def losses(self, prepared, keys, timesteps):
-                found = losses(prepared, keys, timesteps)
-                seen.append((keys, timesteps.tolist(), found.tolist()))
-                return found
-
-        return measure(self, Spy())
-
-    monkeypatch.setattr(validation.Validation, "measure", spying)
+    monkeypatch.setattr(validation.HeldOut, "losses", spying)
     train(base, pictures, tmp_path, validation_split=0.5, max_train_steps=1, train_batch_size=2)
-    assert sorted({step for _, steps, _ in seen for step in steps}) == [200, 400, 600, 800]
-    losses = [loss for _, _, found in seen for loss in found]
+    assert sorted({timestep for timestep, _ in seen}) == [200, 400, 600, 800]
+    losses = [loss for _, column in seen for loss in column.tolist()]
     assert len(losses) == 2 * 4
     assert values(tmp_path, EPOCH) == [pytest.approx(np.mean(losses), rel=1e-6)]
 
@@ -102,9 +94,9 @@ def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictur
 
 def test_max_validation_steps_measures_fewer_batches(base, pictures, tmp_path, monkeypatch):
     sizes = []
-    batches = validation.Validation.batches
+    measure = validation.Validation.measure
     monkeypatch.setattr(
-        validation.Validation, "batches", lambda self: sizes.append(len(batches(self))) or batches(self)
+        validation.Validation, "measure", lambda self: sizes.append(len(self.pictures.requests)) or measure(self)
     )
     train(base, pictures, tmp_path, validation_split=0.5, max_validation_steps=1, max_train_steps=1)
     assert sizes == [1]
@@ -126,7 +118,7 @@ def test_the_curve_shows_training_and_validation(base, pictures, tmp_path):
 
 
 def test_a_point_lies_where_its_step_and_loss_say():
-    axes = loss_curve._Axes(last=100, low=0.0, high=2.0)
+    axes = Axes(last=100, low=0.0, high=2.0, **loss_curve.MARGINS)
     left, top = axes.place(0, 2.0)
     right, bottom = axes.place(100, 0.0)
     assert axes.place(50, 1.0) == pytest.approx(((left + right) / 2, (top + bottom) / 2))

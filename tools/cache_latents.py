@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Torch takes seconds to import; up to here every mistake has been answered at once.
     from library.models.base import find_base, load_vae
     from library.models.latent_encoder import LatentEncoder
-    from library.training.preparation import cache_latents
+    from library.training.prepare.caches import cache_latents
     from library.training.run.runtime import start_runtime
 
     files = find_base(config.model)

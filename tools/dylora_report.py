@@ -10,12 +10,10 @@ Give the options that the training had: what is held out, clip skip and the rest
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,23 +32,16 @@ from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import TrainingSet, build_training_sets
 from library.errors import Problems, UserError, shortened
-from library.files import replacing
 from library.logs import run_script
 from library.sampling.prompts import Prompt, read_prompts
 from library.weight_file import WeightFile, open_weights
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from library.models.base import BaseFiles
-    from library.networks.trainable import TrainableNetwork
-    from library.training.measure.picture_losses import Losses, Measurement
-    from library.training.measure.rank_results import RankResults
 
 logger = logging.getLogger(__name__)
 
 FEW_PICTURES = 8
-MOST_COLUMNS = 10  # of the contact sheet, the base model among them
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -143,6 +134,7 @@ class Job:
 
     config: ReportConfig
     training: TrainConfig
+    seed: int
     file: WeightFile
     ranks: list[int]
     sets: list[TrainingSet]
@@ -185,7 +177,7 @@ def plan(config: ReportConfig) -> Job:
     prompts = problems.run(read_prompts, config.measure.sample_prompts) if config.measure.sample_prompts else None
     sets = problems.run(load_sets, training, file.metadata)
     problems.raise_if_any()
-    return Job(config, training, file, ranks, sets or [], prompts or [])
+    return Job(config, training, seed, file, ranks, sets or [], prompts or [])
 
 
 def read_model(files: FilesConfig) -> tuple[WeightFile, list[int]]:
@@ -232,26 +224,22 @@ def load_sets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Traini
 def check_further(job: Job) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for what shows with torch but without loading it."""
     from library.networks.modules import check_network
-    from library.sampling.samplers import check_sampler
-    from library.training.preparation import check_folder, checked_base
+    from library.training.prepare.checks import check_base, check_folder
 
-    training, problems = job.training, Problems()
-    for name in {prompt.sample_sampler or job.config.measure.sample_sampler for prompt in job.prompts}:
-        problems.run(check_sampler, name)
-    problems.run(check_network, training.network)
-    files = problems.run(checked_base, training.model, training.loss)
+    problems = Problems()
+    problems.run(check_network, job.training.network)
     problems.run(check_folder, "save_to", job.config.name.parent)
-    problems.raise_if_any()
-    assert files is not None  # else there was a problem
-    return files
+    sampler = job.config.measure.sample_sampler
+    return check_base(problems, job.training.model, job.training.loss, job.prompts, sampler)
 
 
 def tell(job: Job) -> None:
     """Tell in numbers what will be done; raises UserError for a single picture, from which no interval follows."""
-    from library.training.preparation import build_validation
+    from library.training.measure.picture_losses import pictures_of
+    from library.training.measure.rank_report import MOST_COLUMNS
 
-    requests = build_validation(job.training, job.sets, None).batches()
-    samples = [sample for request in requests for sample in request.samples]
+    pictures = pictures_of(job.training, job.sets, job.seed, None)
+    samples = [sample for request in pictures.requests for sample in request.samples]
     number = len({job.sets[sample.dataset].held_out[sample.record].path for sample in samples})
     if number < 2:
         raise UserError(f"at least 2 pictures are needed to tell what is noise, got {number}")
@@ -274,125 +262,38 @@ def tell(job: Job) -> None:
 
 
 def report(job: Job, files: BaseFiles) -> None:
-    """Measure, draw and write."""
+    """Measure, generate and write."""
     from library.networks.trainable import build_network
     from library.sampling.contact_sheet import save_sheet
+    from library.training.charts.rank_plot import draw_plot
+    from library.training.measure import rank_report
     from library.training.measure.picture_losses import load_measurement
-    from library.training.measure.rank_results import compare_ranks, draw_plot
+    from library.training.measure.rank_results import compare_ranks
 
     config, training = job.config, job.training
     measurement = load_measurement(
-        training, job.sets, files, num_timesteps=config.measure.timesteps, draws=config.measure.draws
+        training, job.sets, files, seed=job.seed, num_timesteps=config.measure.timesteps, draws=config.measure.draws
     )
-    network = build_network(
-        training.network,
-        training.optimizer,
-        measurement.base,
-        checkpointing=False,
-        device=measurement.runtime.device,
-    )
+    base, device = measurement.base, measurement.runtime.device
+    network = build_network(training.network, training.optimizer, base, checkpointing=False, device=device)
     network.eval()
-    losses = measure_ranks(measurement, network, job.ranks)
+    losses = rank_report.measure_ranks(measurement, network, job.ranks)
     results = compare_ranks(losses, file_sizes(job.file, job.ranks))
-    write_results(config, measurement, results, losses)
+    table, record = config.path("report.md"), config.path("report.json")
+    rank_report.write_table(table, f"# Ranks of {job.file.path.name}", results, measurement)
+    source = {"model": str(job.file.path), "base": config.model.pretrained_model_name_or_path}
+    rank_report.write_record(record, source, results, measurement, losses)
+    for line in (*results.table(), results.sentence()):
+        logger.info("%s", line)
+    logger.info("table: %s; every number: %s", table, record)
     save_sheet(draw_plot(results), config.path("report.png"))
     logger.info("plot: %s", config.path("report.png"))
     if job.prompts:
-        ranks = ranks_to_draw(job.ranks, {results.choice.rank, results.best.rank})
-        save_sheet(draw_ranks(job, measurement, network, ranks), config.path("ranks.png"))
+        ranks = rank_report.ranks_to_draw(job.ranks, {results.choice.rank, results.best.rank})
+        sampler = config.measure.sample_sampler
+        sheet = rank_report.draw_ranks(measurement, network, ranks, job.prompts, seed=job.seed, sampler=sampler)
+        save_sheet(sheet, config.path("ranks.png"))
         logger.info("pictures: %s", config.path("ranks.png"))
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Parts
-# --------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def at_rank(network: TrainableNetwork, rank: int) -> Iterator[None]:
-    """Within it the network, which is in evaluation mode, has a rank; with 0 the models are without it."""
-    if rank:
-        network.set_rank(rank)
-    with contextlib.nullcontext() if rank else network.absent():
-        yield
-
-
-def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Sequence[int]) -> dict[int, Losses]:
-    """Return rank -> losses, of the base model and of every rank."""
-    from tqdm import tqdm
-
-    from library.training.measure.rank_results import BASE
-
-    losses = {}
-    for rank in tqdm([BASE, *ranks], desc="ranks", unit="rank"):
-        with at_rank(network, rank):
-            losses[rank] = measurement.losses(network, f"rank {rank}" if rank else "base model")
-    return losses
-
-
-def write_results(
-    config: ReportConfig, measurement: Measurement, results: RankResults, losses: Mapping[int, Losses]
-) -> None:
-    """Write table and record, and show the table."""
-    how = (
-        f"Mean loss of {results.num_pictures} pictures at {measurement.num_timesteps} timesteps with "
-        f"{measurement.draws} noises, with 95 % intervals (Student's t over the pictures). Differences are taken "
-        "picture by picture with the same noise (paired t); each interval is for one comparison."
-    )
-    lines = [f"# Ranks of {config.files.model.name}", "", results.sentence(), "", *results.table(), "", how]
-    with replacing(config.path("report.md")) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    record = results.record() | {
-        "model": str(config.files.model),
-        "base": config.model.pretrained_model_name_or_path,
-        "seed": measurement.validation.seed,
-        "draws": measurement.draws,
-        "timesteps": measurement.timesteps,
-        "losses": losses,  # rank -> picture -> loss at each timestep
-    }
-    with replacing(config.path("report.json")) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for line in (*results.table(), results.sentence()):
-        logger.info("%s", line)
-    logger.info("table: %s; every number: %s", config.path("report.md"), config.path("report.json"))
-
-
-def ranks_to_draw(ranks: list[int], needed: set[int]) -> list[int]:
-    """Return the ranks of the contact sheet: the base model, evenly chosen ranks, and those that are needed."""
-    from library.training.measure.rank_results import BASE
-    from library.training.record.preview import spread
-
-    if len(ranks) < MOST_COLUMNS:
-        return [BASE, *ranks]
-    return [BASE, *sorted({*spread(ranks, MOST_COLUMNS - 1 - len(needed)), *needed})]
-
-
-def draw_ranks(job: Job, measurement: Measurement, network: TrainableNetwork, ranks: list[int]) -> Image.Image:
-    """Return the sheet with a row for each prompt and a column for each rank; the seeds are those of previews."""
-    from tqdm import tqdm
-
-    from library.models.conditioning import LiveConditioner
-    from library.models.precision import move
-    from library.randomness import seed_for
-    from library.sampling.contact_sheet import draw_sheet
-    from library.sampling.generate import generate
-
-    base, runtime, prompts = measurement.base, measurement.runtime, job.prompts
-    move(base.vae, runtime.device)
-    conditioner = LiveConditioner(base.texts)
-    own = [prompt.seed for prompt in prompts]
-    common = [seed_for(job.training.run.seed, "preview", index) % 2**32 for index in range(len(prompts))]
-    seeds = [number if seed is None else seed for seed, number in zip(own, common, strict=True)]
-    sampler, clip_skip = job.config.measure.sample_sampler, job.config.text.clip_skip
-    cells = [[] for _ in prompts]
-    with tqdm(total=len(ranks) * len(prompts), desc="drawing", unit="picture") as bar:
-        for rank in ranks:
-            with at_rank(network, rank), runtime.types.autocast(runtime.device):
-                for picture in generate(base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip):
-                    cells[picture.index].append(picture.image)
-                    bar.update()
-    labels = [f"rank {rank}" if rank else "base model" for rank in ranks]
-    return draw_sheet(cells, [prompt.prompt for prompt in prompts], labels)
 
 
 if __name__ == "__main__":

@@ -1,69 +1,64 @@
-"""The training of a network, in order: check, load, encode, build, train, save. `loop` has the training itself."""
+"""The training of a network, in order: check, load, encode, build, train, save. `run.loop` has the training itself."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from library.config.config_file import to_toml
 from library.config.train import TrainConfig, with_seed
 from library.data.dataset import BatchMaker, RunPlan, make_loader
+from library.data.latent_cache import LatentCache
 from library.data.records import TrainingSet, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
-from library.files import replacing
 from library.models.base import BaseModel
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
-from library.networks.trainable import build_network
+from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.flat import flatten_groups
-from library.optim.optimizers import (
-    OptimizerChoice,
-    build_optimizer,
-    choose_optimizer,
-)
+from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.sampling.prompts import Prompt
-from library.training.charts.loss_curve import draw_loss_curve
-from library.training.measure.validation import Validation
-from library.training.preparation import (
-    build_conditioner,
-    build_validation,
-    cache_latents,
+from library.training.measure.validation import Validation, held_out, validation_seed
+from library.training.prepare.caches import build_conditioner, cache_latents
+from library.training.prepare.checks import check_before_loading
+from library.training.prepare.placing import (
     caption_options,
-    check_before_loading,
-    choose_seed,
     enable_gradient_checkpointing,
-    find_resumed,
-    num_workers,
     open_base,
-    plan_run,
     warn_of_cut_captions,
 )
-from library.training.record import report, run_files
-from library.training.record.metadata import training_metadata
+from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
+from library.training.record import report
+from library.training.record.checkpoints import Checkpoints
+from library.training.record.hashes import BackgroundHashes
+from library.training.record.metadata import FileMetadata, training_metadata
+from library.training.record.metrics import Metrics
 from library.training.record.preview import Preview
+from library.training.record.run_files import RunFiles, epoch_interval
 from library.training.record.upload import Uploads, make_repository
 from library.training.rehearse.dry_run import dry_run
-from library.training.run.loop import BackgroundHashes, Trainer
+from library.training.run.events import At, Event, Every
+from library.training.run.loop import run
 from library.training.run.objective import Objective
-from library.training.run.runtime import (
-    Runtime,
-    broadcast_parameters,
-    shared,
-    start_runtime,
-)
+from library.training.run.runtime import Runtime, broadcast_parameters, shared, start_runtime
+from library.training.run.state import TrainState, begin, read_tensors
+from library.training.run.step import EagerStep
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -> Path:
+def train(
+    config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt], *, further_events: Sequence[Event] = ()
+) -> Path:
     """Train a network as config says and return the path of its file; raises UserError for a user's mistake.
 
-    With --dry_run nothing is trained, and the path is that of the report.
+    With --dry_run nothing is trained, and the path is that of the report. further_events come after those of
+    `make_events` whenever both are due.
     """
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
@@ -76,8 +71,9 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
-    resumed = find_resumed(config, runtime)
-    config = with_seed(config, shared(choose_seed(config, resumed), runtime))
+    resumed = find_resumed(config.state.resume, config.saving, config.hub, runtime)
+    seed = shared(choose_seed(config.run.seed, resumed), runtime)
+    config = with_seed(config, seed)
     if runtime.is_main:
         make_repository(config.hub)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
@@ -86,14 +82,7 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     warn_of_cut_captions(sets, base, text)
 
     # Build the network over the models; first, because a network module may refuse.
-    torch.manual_seed(seed_for(config.run.seed, "network"))
-    checkpointing = config.precision.gradient_checkpointing
-    network = build_network(config.network, config.optimizer, base, checkpointing=checkpointing, device=runtime.device)
-    for parameter in network.all_parameters():  # but no buffers, where alphas are
-        parameter.data = parameter.data.to(runtime.types.adapter)
-    broadcast_parameters(network.all_parameters(), runtime.num_processes)
-    if checkpointing:
-        enable_gradient_checkpointing(base, network)
+    network = make_network(config, seed, base, runtime)
 
     # Encode pictures, and captions that cannot change.
     encoder = LatentEncoder(base.vae, runtime.types.vae)
@@ -101,10 +90,10 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
     move(base.vae, "cpu" if cache is not None else runtime.device)
     conditioner = build_conditioner(sets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder)
 
-    # Train and save.
-    plan = plan_run(config, sets, resumed, rank=runtime.rank, num_processes=runtime.num_processes)
-    preview = Preview(config.preview, config.saving, prompts, config.run.seed, config.text.clip_skip)
-    validation = build_validation(config, sets, cache)
+    # Plan the steps.
+    plan = plan_steps(config.run, sets, seed, rank=runtime.rank, num_processes=runtime.num_processes)
+    plan = resume_plan(plan, config.state, config.saving, resumed)
+    state = make_state(config, network, choice, plan, runtime.scaler)
     objective = Objective(
         base=base,
         network=network,
@@ -115,98 +104,134 @@ def train(config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt]) -
         loss=config.loss,
         types=runtime.types,
         device=runtime.device,
-        seed=config.run.seed,
+        seed=seed,
         vae_batch_size=config.precision.vae_batch_size,
     )
-    trainer = build_trainer(
-        config, runtime, objective, choice=choice, plan=plan, preview=preview, validation=validation
+    step = EagerStep(
+        objective,
+        state,
+        runtime,
+        seed=seed,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        scale_weight_norms=config.network.scale_weight_norms,
+        on_nan=config.run.on_nan,
+        zero_in_place=choice.elementwise,
     )
+    progress = begin(plan, resumed)
     if resumed is not None:
-        trainer.resume(resumed)
-    if runtime.is_main:
-        write_options(config)
-    maker = BatchMaker(sets, config.run.seed, plan.num_steps, config.data.prior_loss_weight, cache)
-    with trainer.uploads:
-        trainer.run(make_loader(maker, plan, num_workers(config, cache)))
-        return finish(config, trainer)
+        state.restore(read_tensors(resumed))
+
+    # Train and save.
+    maker = BatchMaker(sets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
+    loader = make_loader(maker, plan, num_workers(config.run.max_data_loader_n_workers, is_cached=cache is not None))
+    with Uploads(config.hub, is_main=runtime.is_main) as uploads:
+        checkpoints = make_checkpoints(config, plan, base, state, optimizer=choice.record, uploads=uploads)
+        events = make_events(
+            config, prompts, plan, cache, objective=objective, checkpoints=checkpoints, runtime=runtime
+        )
+        run(step, network, loader, plan=plan, progress=progress, events=[*events, *further_events], runtime=runtime)
+    return RunFiles(config.saving).network
 
 
-def finish(config: TrainConfig, trainer: Trainer) -> Path:
-    """Save the finished network, and a state if one is wanted; tell how it went and return the path of the file."""
-    final = run_files.final_file(config.saving)
-    trainer.save(final, epoch=trainer.plan.num_epochs)
-    if config.state.save_state or config.state.save_state_on_train_end:
-        trainer.save_state(final, trainer.plan.num_epochs)
-    if trainer.runtime.is_main:
-        report.describe_result(trainer.network, final)
-        if trainer.preview.columns:
-            logger.info("pictures: %s", trainer.preview.sheet)
-        curve = run_files.loss_curve_file(config.saving)
-        if draw_loss_curve(run_files.metrics_file(config.saving), curve):
-            logger.info("course of the loss: %s", curve)
-    return final
+def make_network(config: TrainConfig, seed: int, base: BaseModel, runtime: Runtime) -> TrainableNetwork:
+    """Return the network over the models, the same on all processes, in the type in which it is trained."""
+    torch.manual_seed(seed_for(seed, "network"))
+    checkpointing = config.precision.gradient_checkpointing
+    network = build_network(config.network, config.optimizer, base, checkpointing=checkpointing, device=runtime.device)
+    for parameter in network.all_parameters():  # but no buffers, where alphas are
+        parameter.data = parameter.data.to(runtime.types.adapter)
+    broadcast_parameters(network.all_parameters(), runtime.num_processes)
+    if checkpointing:
+        enable_gradient_checkpointing(base, network)
+    return network
 
 
-def write_options(config: TrainConfig) -> None:
-    """Write all options of the run beside its files, as a --config_file that repeats it."""
-    path = run_files.options_file(config.saving)
-    with replacing(path) as temporary:
-        temporary.write_text(to_toml(config), encoding="utf-8")
-    logger.info("the options of this run are in %s", path)
-
-
-def build_trainer(
+def make_state(
     config: TrainConfig,
-    runtime: Runtime,
-    objective: Objective,
-    *,
+    network: TrainableNetwork,
     choice: OptimizerChoice,
     plan: RunPlan,
-    preview: Preview,
-    validation: Validation | None,
-) -> Trainer:
-    """Return the loop with its optimizer and schedule; tell in numbers what it will do."""
-    network = objective.network
+    scaler: torch.amp.GradScaler,
+) -> TrainState:
+    """Return what the steps change: the network with its optimizer and schedule; tell in numbers what is trained."""
     groups, names = network.groups(config.optimizer)
     if choice.elementwise:
         groups = flatten_groups(groups)
     rate = config.optimizer.learning_rate
     optimizer = build_optimizer(choice, groups, rate)
-    report.describe_run(config, plan, network, names, run_files.final_file(config.saving))
-    trainer = Trainer(
-        config=config,
-        runtime=runtime,
-        objective=objective,
-        network=network,
-        optimizer=optimizer,
-        scheduler=build_scheduler(config.schedule, optimizer, plan.num_steps, rate),
-        group_names=names,
-        plan=plan,
-        preview=preview,
-        validation=validation,
-        metadata=describe(config, plan.sets, objective.base, choice, plan),
-        hashes=BackgroundHashes(config, is_needed=runtime.is_main),
-        uploads=Uploads(config.hub, is_main=runtime.is_main),
-        is_flat=choice.elementwise,
-    )
-    trainer.prepare()
-    return trainer
+    report.describe_run(plan, network, names, RunFiles(config.saving).network)
+    scheduler = build_scheduler(config.schedule, optimizer, plan.num_steps, rate)
+    return TrainState(network, optimizer, scheduler, scaler, tuple(names))
 
 
-def describe(
-    config: TrainConfig, sets: list[TrainingSet], base: BaseModel, choice: OptimizerChoice, plan: RunPlan
-) -> dict[str, Any]:
-    """Return the metadata that is known when training starts."""
-    return training_metadata(
-        config,
-        sets,
-        family=base.family,
-        predicts_v=base.predicts_v,
-        optimizer=choice.record,
-        num_processes=plan.num_processes,
-        numbers={
-            "max_train_steps": plan.num_steps,
-            "num_epochs": plan.num_epochs,
-            "num_batches_per_epoch": plan.batches_per_epoch,
-        },
+def make_checkpoints(
+    config: TrainConfig, plan: RunPlan, base: BaseModel, state: TrainState, *, optimizer: str, uploads: Uploads
+) -> Checkpoints:
+    """Return what writes the run's networks and states; optimizer is what their metadata say of it."""
+    saving, is_main, predicts_v = config.saving, plan.rank == 0, base.predicts_v
+    # Only the first process writes, and needs the hashes of the base model for it.
+    hashed = {"sd_model": Path(config.model.pretrained_model_name_or_path), "vae": config.model.vae}
+    return Checkpoints(
+        files=RunFiles(saving),
+        state=state,
+        # The last epoch ends with the run, which has a file of its own.
+        due=Every(
+            saving.save_every_n_steps,
+            epoch_interval(saving, plan.num_epochs),
+            (At.STOP, At.END),
+            but_epoch=plan.num_epochs,
+        ),
+        keep=config.state,
+        metadata=FileMetadata(
+            config=config,
+            family=base.family,
+            predicts_v=predicts_v,
+            resolution=plan.sets[0].options.resolution,
+            started=training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer),
+            hashes=BackgroundHashes(hashed if is_main else {}),
+        ),
+        options=to_toml(config),
+        uploads=uploads,
+        uploads_states=config.hub.save_state_to_huggingface,
+        is_main=is_main,
     )
+
+
+def make_events(
+    config: TrainConfig,
+    prompts: list[Prompt],
+    plan: RunPlan,
+    cache: LatentCache | None,
+    *,
+    objective: Objective,
+    checkpoints: Checkpoints,
+    runtime: Runtime,
+) -> list[Event]:
+    """Return what happens besides the steps, in the order in which it happens at each moment."""
+    files, state, given = checkpoints.files, checkpoints.state, config.preview
+    metrics = Metrics(files.metrics, config, runtime.accelerator)
+    preview = Preview(given.sample_sampler, prompts, files, objective, state, runtime)
+    outcome = report.Outcome(state.network, files, is_main=runtime.is_main)
+    by_steps = None if given.sample_every_n_epochs else given.sample_every_n_steps
+    first = (At.START,) if given.sample_at_first and not plan.start_step else ()
+    last = (At.END,) if config.state.save_state_on_train_end else ()
+    states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *last))
+    events = [
+        Event("options", Every(once=(At.START,)), checkpoints.write_options),
+        Event("metrics", Every(1, 1, (At.START, At.END)), metrics.log),
+        Event("network", checkpoints.due, checkpoints.write_network),
+        Event("preview", Every(by_steps, given.sample_every_n_epochs, first), preview.generate),
+        Event("state", states, checkpoints.write_state),
+        Event("outcome", Every(once=(At.STOP, At.END)), outcome.tell),
+        Event("uploads", Every(once=(At.STOP,)), lambda moment: checkpoints.uploads.wait()),
+    ]
+    measured, seed = config.validation, validation_seed(config.dataset, plan.seed)
+    pictures = held_out(plan.sets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
+    if pictures is not None:
+        due = Every(measured.validate_every_n_steps, measured.validate_every_n_epochs or 1)
+        # Before the network's file, which holds the lowest loss so far.
+        validation = Validation(pictures, objective, state, metrics, runtime)
+        events.insert(2, Event("validation", due, validation.log))
+    elif measured.validate_every_n_steps or measured.validate_every_n_epochs:
+        logger.warning("nothing is held out to validate on: give --validation_split")
+    return events

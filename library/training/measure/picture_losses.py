@@ -16,17 +16,20 @@ from typing import NamedTuple
 
 import torch
 
+from library.config.loss import LossConfig
 from library.config.train import TrainConfig
+from library.data.latent_cache import LatentCache
 from library.data.records import TrainingSet, as_they_are
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.base import BaseFiles, BaseModel
-from library.models.conditioning import LiveConditioner
+from library.models.conditioning import LiveConditioner, TextOptions
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
-from library.training.measure.validation import Validation
-from library.training.preparation import build_validation, cache_latents, caption_options, open_base
+from library.training.measure.validation import HeldOut, held_out, spread_timesteps, validation_seed
+from library.training.prepare.caches import cache_latents
+from library.training.prepare.placing import caption_options, open_base
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, start_runtime
 
@@ -35,52 +38,39 @@ Losses = dict[str, list[float]]  # picture -> loss at each timestep
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What networks are measured with: models, pictures, timesteps and noise."""
+    """What networks are measured with: the base model, pictures, timesteps and noise."""
 
-    config: TrainConfig
     runtime: Runtime
     base: BaseModel
-    validation: Validation
-    num_timesteps: int
+    loss: LossConfig
+    text: TextOptions  # how captions are read
+    pictures: HeldOut
+    timesteps: list[int]
     draws: int  # noises for each picture and timestep
 
-    @property
-    def timesteps(self) -> list[int]:
-        """Evenly spaced timesteps, the ends of the range left out; 4 of them are those of the validation."""
-        lowest, limit = self.config.loss.timestep_range
-        return torch.linspace(lowest, limit, self.num_timesteps + 2)[1:-1].long().tolist()
-
-    @torch.no_grad()
     def losses(self, network: TrainableNetwork, label: str) -> Losses:
-        """Return the losses of all pictures with a network, which is over the models; the mean over the draws."""
+        """Return the losses of all pictures with a network, which is over the base model; the mean over the draws."""
         from tqdm import tqdm
 
-        schedule = stable_diffusion_schedule(zero_terminal_snr=self.config.loss.zero_terminal_snr)
-        device = self.runtime.device
+        schedule = stable_diffusion_schedule(zero_terminal_snr=self.loss.zero_terminal_snr)
         objective = Objective(
             base=self.base,
             network=network,
             encoder=LatentEncoder(self.base.vae, self.runtime.types.vae),
             conditioner=LiveConditioner(self.base.texts),
-            text=caption_options(self.config.text),
-            schedule=schedule.to(device),
-            loss=self.config.loss,
+            text=self.text,
+            schedule=schedule.to(self.runtime.device),
+            loss=self.loss,
             types=self.runtime.types,
-            device=device,
-            seed=self.validation.seed,
-            vae_batch_size=self.config.precision.vae_batch_size,
+            device=self.runtime.device,
+            seed=self.pictures.seed,
+            vae_batch_size=1,  # the pictures are encoded already
         )
         found: dict[str, list[list[float]]] = {}
-        parts = list(itertools.product(self.validation.batches(), range(self.draws)))
+        parts = list(itertools.product(self.pictures.requests, range(self.draws)))
         for request, draw in tqdm(parts, desc=label, unit="batch", leave=False):
-            batch = self.validation.maker[request]
-            further = (draw,) if draw else ()  # the first draw is that of the validation
-            keys = [(self.validation.seed, "validation", *sample, *further) for sample in batch.samples]
-            prepared = objective.prepare(batch, keys)
-            columns = [
-                objective.losses(prepared, keys, torch.full((len(keys),), timestep, device=device))
-                for timestep in self.timesteps
-            ]
+            # The first draw is that of the validation during training.
+            batch, columns = self.pictures.losses(objective, request, self.timesteps, draw)
             rows = torch.stack(columns, dim=1).double()
             if not bool(torch.isfinite(rows).all()):
                 raise UserError(f"{label}: the loss of {', '.join(batch.names)} is no finite number; try bf16 or fp32")
@@ -90,15 +80,31 @@ class Measurement:
 
 
 def load_measurement(
-    config: TrainConfig, sets: list[TrainingSet], files: BaseFiles, *, num_timesteps: int, draws: int
+    config: TrainConfig, sets: list[TrainingSet], files: BaseFiles, *, seed: int, num_timesteps: int, draws: int
 ) -> Measurement:
     """Load the models and encode the pictures; return the measurement of sets that come from `to_measure`."""
     runtime = start_runtime(config.precision, config.logs)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, sets, LatentEncoder(base.vae, runtime.types.vae), runtime)
     move(base.vae, "cpu")
-    validation = build_validation(config, sets, cache)
-    return Measurement(config, runtime, base, validation, num_timesteps, draws)
+    return Measurement(
+        runtime=runtime,
+        base=base,
+        loss=config.loss,
+        text=caption_options(config.text),
+        pictures=pictures_of(config, sets, seed, cache),
+        timesteps=spread_timesteps(config.loss.timestep_range, num_timesteps),
+        draws=draws,
+    )
+
+
+def pictures_of(config: TrainConfig, sets: list[TrainingSet], seed: int, cache: LatentCache | None) -> HeldOut:
+    """Return what is measured of sets that come from `to_measure`; raises UserError where that is nothing."""
+    seed, most = validation_seed(config.dataset, seed), config.validation.max_validation_steps
+    pictures = held_out(sets, seed, cache, config.data.prior_loss_weight, most)
+    if pictures is None:
+        raise UserError("there is no picture to measure: all of them are for regularisation")
+    return pictures
 
 
 def to_measure(sets: list[TrainingSet]) -> list[TrainingSet]:

@@ -3,56 +3,101 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from library.config.training import ValidationConfig
-from library.data.dataset import BatchMaker, BatchRequest, plan_epoch
+from library.config.dataset import DatasetOptions
+from library.data.dataset import Batch, BatchMaker, BatchRequest, plan_epoch
+from library.data.latent_cache import LatentCache
 from library.data.records import TrainingSet
+from library.training.record.metrics import Metrics
+from library.training.run.events import At, Moment
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime
+from library.training.run.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 NUM_TIMESTEPS = 4  # at which each picture is measured: evenly spaced, 200, 400, 600 and 800 of 0 to 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
-    """What is measured: the pictures held out, in batches whose order and noise depend on a seed only."""
+class HeldOut:
+    """Pictures that are measured, in batches whose order and noise depend on a seed only."""
 
-    config: ValidationConfig
-    sets: list[TrainingSet]
     maker: BatchMaker
+    requests: list[BatchRequest]
     seed: int
 
-    def due_at_step(self, step: int) -> bool:
-        """Return whether to measure after a step."""
-        interval = self.config.validate_every_n_steps
-        return interval is not None and step % interval == 0
-
-    def due_at_epoch(self, epoch: int) -> bool:
-        """Return whether to measure after an epoch; every one unless the options say otherwise."""
-        return epoch % (self.config.validate_every_n_epochs or 1) == 0
-
-    def batches(self) -> list[BatchRequest]:
-        """Return the batches that are measured."""
-        return [BatchRequest(0, 0, samples) for samples in plan_epoch(self.sets, self.seed, 0)][
-            : self.config.max_validation_steps
-        ]
-
     @torch.no_grad()
-    def measure(self, objective: Objective, runtime: Runtime) -> float:
+    def losses(
+        self, objective: Objective, request: BatchRequest, timesteps: Sequence[int], draw: int = 0
+    ) -> tuple[Batch, list[Tensor]]:
+        """Return a batch of these with its losses (B,) at each timestep; draw numbers the noises of a picture."""
+        further = (draw,) if draw else ()
+        keys = [(self.seed, "validation", *sample, *further) for sample in request.samples]
+        batch = self.maker[request]
+        prepared = objective.prepare(batch, keys)
+        same = [torch.full((len(keys),), timestep, device=prepared.latents.device) for timestep in timesteps]
+        return batch, [objective.losses(prepared, keys, timestep) for timestep in same]
+
+
+def held_out(
+    sets: list[TrainingSet], seed: int, cache: LatentCache | None, prior_loss_weight: float, most: int | None
+) -> HeldOut | None:
+    """Return the pictures that the datasets hold out, in at most a number of batches; None if there are none."""
+    measured = [TrainingSet(entry.options, entry.held_out) for entry in sets]
+    if not any(entry.records for entry in measured):
+        return None
+    requests = [BatchRequest(0, 0, samples) for samples in plan_epoch(measured, seed, 0)][:most]
+    # The number of steps serves the token warm-up only, which is off here.
+    return HeldOut(BatchMaker(measured, seed, 1, prior_loss_weight, cache), requests, seed)
+
+
+def validation_seed(dataset: DatasetOptions, seed: int) -> int:
+    """Return the seed of what is held out and of its noise; that of the run where the options name none."""
+    return seed if dataset.validation_seed is None else dataset.validation_seed
+
+
+def spread_timesteps(timestep_range: tuple[int, int], number: int) -> list[int]:
+    """Return evenly spaced timesteps, the ends of the range left out."""
+    return torch.linspace(*timestep_range, number + 2)[1:-1].long().tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """The measurement during training: when it is made, the mean loss is logged and the lowest one kept."""
+
+    pictures: HeldOut
+    objective: Objective
+    state: TrainState
+    metrics: Metrics
+    runtime: Runtime
+
+    def log(self, moment: Moment) -> None:
+        """Measure and log the loss, after a step or an epoch."""
+        progress, kind = moment.progress, "step" if moment.at is At.STEP else "epoch"
+        with self.state.evaluation():
+            loss = self.measure()
+        if progress.best is None or loss < progress.best[0]:
+            progress.best = (loss, progress.step)
+        logger.info("validation after step %d: %.4g (lowest: %.4g, step %d)", progress.step, loss, *progress.best)
+        values = {"average": loss, "divergence": loss - progress.average_loss}
+        self.metrics.write(progress.step, {f"loss/validation/{kind}_{name}": value for name, value in values.items()})
+
+    def measure(self) -> float:
         """Return the mean loss over all pictures and timesteps; each process measures its share."""
-        lowest, limit = objective.loss.timestep_range
-        timesteps = torch.linspace(lowest, limit, NUM_TIMESTEPS + 2)[1:-1].long().tolist()
+        runtime = self.runtime
+        timesteps = spread_timesteps(self.objective.loss.timestep_range, NUM_TIMESTEPS)
+        share = self.pictures.requests[runtime.rank :: runtime.num_processes]
         total = torch.zeros(2, dtype=torch.float64)
-        for request in self.batches()[runtime.rank :: runtime.num_processes]:
-            keys = [(self.seed, "validation", *sample) for sample in request.samples]
-            prepared = objective.prepare(self.maker[request], keys)
-            for timestep in timesteps:
-                losses = objective.losses(
-                    prepared, keys, torch.full((len(keys),), timestep, device=prepared.latents.device)
-                )
-                total += torch.tensor([losses.double().sum().item(), len(keys)], dtype=torch.float64)
+        for request in share:
+            _, columns = self.pictures.losses(self.objective, request, timesteps)
+            for losses in columns:
+                total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
         if runtime.num_processes > 1:
             on_device = total.float().to(runtime.device)
             torch.distributed.all_reduce(on_device)

@@ -6,6 +6,7 @@ Web UIs read several of them; so names and forms are facts. All values are texts
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import mimetypes
 import random
@@ -20,10 +21,12 @@ from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
 from library.data.buckets import Size, mean_aspect_error
 from library.data.captions import tag_counts
-from library.data.dataset import samples_by_bucket
+from library.data.dataset import RunPlan, samples_by_bucket
 from library.data.records import ImageRecord, TrainingSet
 from library.errors import UserError
 from library.models.family import ModelFamily
+from library.training.record.hashes import BackgroundHashes
+from library.training.run.progress import Progress
 
 # Kept under --no_metadata: what readers need.
 MINIMUM = (
@@ -106,16 +109,10 @@ SUBSET_RECORDED = (
 
 
 def training_metadata(
-    config: TrainConfig,
-    sets: list[TrainingSet],
-    *,
-    family: ModelFamily,
-    predicts_v: bool,
-    optimizer: str,
-    num_processes: int,
-    numbers: Mapping[str, int],
+    config: TrainConfig, plan: RunPlan, *, family: ModelFamily, predicts_v: bool, optimizer: str
 ) -> dict[str, Any]:
-    """Return the ss_* values known when training starts; numbers holds those of the plan (steps, epochs, batches)."""
+    """Return the ss_* values known when training starts; optimizer is its class with its arguments."""
+    sets = plan.sets
     values: dict[str, Any] = {
         "ss_session_id": random.SystemRandom().randrange(2**32),
         "ss_training_started_at": time.time(),
@@ -130,13 +127,17 @@ def training_metadata(
     }
     values |= FIXED
     values |= {key: getattr(getattr(config, section), field) for key, (section, field) in RECORDED.items()}
-    values |= {f"ss_{key}": value for key, value in numbers.items()}
+    values["ss_max_train_steps"] = plan.num_steps
+    values["ss_num_epochs"] = plan.num_epochs
+    values["ss_num_batches_per_epoch"] = plan.batches_per_epoch
     if config.network.network_args or config.network.network_dropout is not None:
         arguments = config.network.network_args or {}
         values["ss_network_args"] = json.dumps({"dropout": config.network.network_dropout} | arguments)
     if config.model.vae is not None:
         values["ss_vae_name"] = config.model.vae.name
-    described = describe_datasets(sets) if config.data.dataset_config else describe_folders(config, sets, num_processes)
+    described = (
+        describe_datasets(sets) if config.data.dataset_config else describe_folders(config, sets, plan.num_processes)
+    )
     return values | described
 
 
@@ -258,22 +259,26 @@ def dataset_dirs(sets: list[TrainingSet], *, is_reg: bool) -> dict[str, dict[str
 # --------------------------------------------------------------------------------------------------------------
 
 
-def file_metadata(
-    values: Mapping[str, Any],
-    config: TrainConfig,
-    family: ModelFamily,
-    *,
-    predicts_v: bool,
-    resolution: Size,
-    step: int,
-    epoch: int,
-) -> dict[str, str]:
-    """Return the whole metadata of a file that is saved now; resolution is that of the first dataset."""
-    values = dict(values) | {"ss_training_finished_at": time.time(), "ss_steps": step, "ss_epoch": epoch}
-    if config.metadata.no_metadata:
-        values = {key: value for key, value in values.items() if key in MINIMUM}
-    spec = modelspec(config, family, predicts_v=predicts_v, resolution=resolution)
-    return {key: str(value) for key, value in values.items()} | spec
+@dataclasses.dataclass(frozen=True)
+class FileMetadata:
+    """The metadata of the files that a run saves."""
+
+    config: TrainConfig
+    family: ModelFamily
+    predicts_v: bool
+    resolution: Size  # of the first dataset
+    started: Mapping[str, Any]  # the ss_* values known when training starts
+    hashes: BackgroundHashes
+
+    def at(self, progress: Progress, num_epochs: int) -> dict[str, str]:
+        """Return the whole metadata of a file that is saved now, after a number of whole epochs."""
+        best = dict(zip(("ss_best_validation_loss", "ss_best_validation_step"), progress.best or (), strict=False))
+        now = {"ss_training_finished_at": time.time(), "ss_steps": progress.step, "ss_epoch": num_epochs}
+        values = {**self.started, **self.hashes.values(), **best, **now}
+        if self.config.metadata.no_metadata:
+            values = {key: value for key, value in values.items() if key in MINIMUM}
+        spec = modelspec(self.config, self.family, predicts_v=self.predicts_v, resolution=self.resolution)
+        return {key: str(value) for key, value in values.items()} | spec
 
 
 def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool, resolution: Size) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.config.train import TrainConfig
 from library.data.dataset import RunPlan, samples_by_bucket
 from library.data.records import TrainingSet
 from library.networks.trainable import TrainableNetwork
+from library.training.charts.loss_curve import draw_loss_curve
+from library.training.record.run_files import RunFiles, state_folder
+from library.training.run.events import At, Moment
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +42,7 @@ def describe_data(sets: list[TrainingSet]) -> None:
             logger.info("  buckets: %s%s", listed, more)
 
 
-def describe_run(
-    config: TrainConfig, plan: RunPlan, network: TrainableNetwork, names: Sequence[str], final: Path
-) -> None:
+def describe_run(plan: RunPlan, network: TrainableNetwork, names: Sequence[str], final: Path) -> None:
     """Log steps, epochs, what is trained and where the file will be."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
     modules = len(network.delta_norms())
@@ -60,7 +61,7 @@ def describe_run(
         f", {plan.accumulation} to a step" if plan.accumulation > 1 else "",
         f", on each of {plan.num_processes} processes" if plan.num_processes > 1 else "",
     )
-    logger.info("seed %d; the file will be %s", config.run.seed, final)
+    logger.info("seed %d; the file will be %s", plan.seed, final)
 
 
 def describe_result(network: TrainableNetwork, final: Path) -> None:
@@ -78,3 +79,27 @@ def describe_result(network: TrainableNetwork, final: Path) -> None:
             max(norms),
         )
     logger.info("saved %s", final)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is told once the steps are over; only the first process tells it."""
+
+    network: TrainableNetwork
+    files: RunFiles
+    is_main: bool
+
+    def tell(self, moment: Moment) -> None:
+        """Log how a run ended that is through, or how one goes on that was stopped; plot its loss."""
+        if not self.is_main:
+            return
+        if moment.at is At.STOP:
+            path = self.files.after_step(moment.progress.step)
+            logger.warning("stopped after step %d: what was learned is in %s", moment.progress.step, path)
+            logger.warning("the same command with this goes on: --resume %s", state_folder(path))
+            return
+        describe_result(self.network, self.files.network)
+        if moment.progress.columns:
+            logger.info("pictures: %s", self.files.contact_sheet)
+        if draw_loss_curve(self.files.metrics, self.files.loss_curve):
+            logger.info("course of the loss: %s", self.files.loss_curve)

@@ -30,15 +30,16 @@ class Uploads:
 
     def __init__(self, config: HubConfig, *, is_main: bool) -> None:
         self._config = config
-        self._is_on = is_main and config.huggingface_repo_id is not None
+        self._repository = config.huggingface_repo_id if is_main else None
         self._jobs: queue.Queue[tuple[Callable[[], Any], str]] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     def add(self, path: Path) -> None:
         """Upload a file or a folder under its name."""
-        if not self._is_on:
+        repository = self._repository
+        if repository is None:
             return
-        job = (lambda: upload(path, self._config), f"{path} was not uploaded")
+        job = (lambda: upload(path, repository, self._config), f"{path} was not uploaded")
         if not self._config.async_upload:
             attempt(*job, self._config)
             return
@@ -57,7 +58,7 @@ class Uploads:
     def wait(self) -> None:
         """Wait until everything is uploaded."""
         if self._jobs.unfinished_tasks:
-            logger.info("waiting for the uploads to %s", self._config.huggingface_repo_id)
+            logger.info("waiting for the uploads to %s", self._repository)
         self._jobs.join()
 
     def __enter__(self) -> Uploads:
@@ -87,37 +88,34 @@ def attempt(job: Callable[[], Any], failure: str, config: HubConfig) -> None:
 
 def make_repository(config: HubConfig) -> None:
     """Make the repository of --huggingface_repo_id if it is missing; a failure shows before the training."""
-    if config.huggingface_repo_id is not None:
+    repository = config.huggingface_repo_id
+    if repository is not None:
         attempt(
-            lambda: _ensure_repository(hub_api(config), config),
-            f"--huggingface_repo_id {config.huggingface_repo_id} is not ready for uploads",
+            lambda: _ensure_repository(hub_api(config), repository, config),
+            f"--huggingface_repo_id {repository} is not ready for uploads",
             config,
         )
 
 
-def _ensure_repository(api: HfApi, config: HubConfig) -> None:
-    where = {"repo_id": config.huggingface_repo_id, "repo_type": config.huggingface_repo_type}
-    if not api.repo_exists(**where):
+def _ensure_repository(api: HfApi, repository: str, config: HubConfig) -> None:
+    kind = config.huggingface_repo_type
+    if not api.repo_exists(repository, repo_type=kind):
         is_public = config.huggingface_repo_visibility == "public"
-        api.create_repo(**where, private=not is_public, exist_ok=True)
-        logger.info("made the %s repository %s", "public" if is_public else "private", config.huggingface_repo_id)
+        api.create_repo(repository, repo_type=kind, private=not is_public, exist_ok=True)
+        logger.info("made the %s repository %s", "public" if is_public else "private", repository)
 
 
-def upload(path: Path, config: HubConfig) -> None:
-    """Upload a file or a folder, with its name, to the folder of the repository that the options name."""
+def upload(path: Path, repository: str, config: HubConfig) -> None:
+    """Upload a file or a folder, with its name, to the folder of a repository that the options name."""
     api = hub_api(config)
-    _ensure_repository(api, config)
+    _ensure_repository(api, repository, config)
     folder = (config.huggingface_path_in_repo or "").strip("/")
-    where = {
-        "repo_id": config.huggingface_repo_id,
-        "repo_type": config.huggingface_repo_type,
-        "path_in_repo": f"{folder}/{path.name}" if folder else path.name,
-    }
+    place, kind = f"{folder}/{path.name}" if folder else path.name, config.huggingface_repo_type
     if path.is_dir():
-        api.upload_folder(folder_path=path, **where)
+        api.upload_folder(folder_path=path, path_in_repo=place, repo_id=repository, repo_type=kind)
     else:
-        api.upload_file(path_or_fileobj=path, **where)
-    logger.info("uploaded %s to %s", path.name, config.huggingface_repo_id)
+        api.upload_file(path_or_fileobj=path, path_in_repo=place, repo_id=repository, repo_type=kind)
+    logger.info("uploaded %s to %s", path.name, repository)
 
 
 def fetch_state(place: HubState, config: HubConfig, target: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from library.config.dataset import DataConfig
 from library.config.train import TrainConfig
+from library.config.training import RunConfig
 from library.data import images
 from library.data.buckets import Size
 from library.data.dataset import BatchMaker, RunPlan, num_batches, samples_by_bucket
@@ -27,14 +28,10 @@ from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.training.charts.block_chart import count_blocks, draw_blocks
-from library.training.preparation import (
-    all_captions,
-    caption_options,
-    check_clip_skip,
-    choose_seed,
-    enable_gradient_checkpointing,
-    plan_run,
-)
+from library.training.prepare.caches import all_captions
+from library.training.prepare.placing import caption_options, check_clip_skip, enable_gradient_checkpointing
+from library.training.prepare.plan import choose_seed, plan_steps, resume_plan
+from library.training.record.run_files import RunFiles
 from library.training.rehearse.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
 from library.training.run.runtime import types_of_run
 from library.training.run.state import find_state
@@ -68,19 +65,19 @@ class Report:
 
 def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerChoice, files: BaseFiles) -> Path:
     """Tell what the run would do; return the path of the whole report, beside which the pictures' sheet lies."""
-    report = Report()
-    is_here = config.state.resume and not config.hub.resume_from_huggingface  # nothing is downloaded for a rehearsal
-    resumed = find_state(config.state.resume, config.saving) if is_here else None
-    seed = choose_seed(config, resumed)
-    plan = plan_run(config, sets, resumed, rank=0, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
-    plan = dataclasses.replace(plan, seed=seed)
+    report, names = Report(), RunFiles(config.saving)
+    is_here = not config.hub.resume_from_huggingface  # nothing is downloaded for a rehearsal
+    resumed = find_state(config.state.resume, config.saving) if config.state.resume and is_here else None
+    seed = choose_seed(config.run.seed, resumed)
+    plan = plan_steps(config.run, sets, seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = resume_plan(plan, config.state, config.saving, resumed)
     types = types_of_run(config.precision)
     on_disk = config.precision.cache_latents_to_disk
     base = load_base(files, types, filled=(VAE,) if on_disk else ())
     text = caption_options(config.text)
     check_clip_skip(text.clip_skip, base)
 
-    tell_steps(report, config, plan)
+    tell_steps(report, config.run, plan)
     tell_pictures(report, sets)
     tell_captions(report, config.data, plan, base.texts[0], text)
     if on_disk:
@@ -89,17 +86,15 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
     network = tell_network(report, config, base)
     blocks = count_blocks(network.describe_unet())
     if blocks and network.trains_unet:
-        chart = config.saving.output_dir / f"{config.saving.output_name or 'last'}-blocks.png"
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
-        save_sheet(draw_blocks(blocks, rate), chart)
-        report.say(f"ranks and rates by block of the U-Net: {chart}")
-    tell_memory(report, config, sets, base, network, choice=choice, types=types)
-    sheet = config.saving.output_dir / f"{config.saving.output_name or 'last'}-pictures.png"
-    save_sheet(draw_pictures(sets), sheet)
-    path = sheet.with_name(f"{config.saving.output_name or 'last'}-dry_run.txt")
+        save_sheet(draw_blocks(blocks, rate), names.block_chart)
+        report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
+    tell_memory(report, estimate_memory(config, sets, base, network, choice=choice, types=types))
+    save_sheet(draw_pictures(sets), names.dry_run_pictures)
+    path = names.dry_run_report
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in report.lines), encoding="utf-8")
-    logger.info("all of this in full: %s; the pictures as they will be seen: %s", path, sheet)
+    logger.info("all of this in full: %s; the pictures as they will be seen: %s", path, names.dry_run_pictures)
     return path
 
 
@@ -108,14 +103,14 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
 # --------------------------------------------------------------------------------------------------------------
 
 
-def tell_steps(report: Report, config: TrainConfig, plan: RunPlan) -> None:
+def tell_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
     """Tell how pictures become steps, with the arithmetic."""
     total = num_batches(plan.sets)
     draws = sum(record.repeats for entry in plan.sets for record in entry.records)
     divisors = f" / {plan.num_processes} processes" if plan.num_processes > 1 else ""
     divisors += f" / {plan.accumulation} to a step" if plan.accumulation > 1 else ""
     report.say(f"an epoch: {draws} draws -> {total} batches{divisors} = {plan.steps_per_epoch} steps")
-    by_epochs = config.run.max_train_epochs
+    by_epochs = run.max_train_epochs
     source = f"--max_train_epochs {by_epochs} x {plan.steps_per_epoch}" if by_epochs else "--max_train_steps"
     report.say(
         f"the run: {plan.num_steps} steps ({source}) = {plan.num_steps / plan.steps_per_epoch:.4g} epochs"
@@ -172,7 +167,7 @@ def tell_captions(report: Report, data: DataConfig, plan: RunPlan, encoder: Text
     limit = options.num_tokens
     for caption, tokens in zip(lines, tokenize(encoder, lines, options), strict=True):
         if len(tokens.ids) > limit:
-            rest = encoder.tokenizer.decode(tokens.ids[limit:])
+            rest = encoder.tokenizer.decode(list(tokens.ids[limit:]))
             cut.append(f"  {len(tokens.ids)} tokens, without {rest!r}: {caption!r}")
     if cut:
         report.say(f"{len(cut)} captions have more than {limit} tokens and are cut:")
@@ -197,18 +192,8 @@ def tell_network(report: Report, config: TrainConfig, base: BaseModel) -> Traina
     return network
 
 
-def tell_memory(
-    report: Report,
-    config: TrainConfig,
-    sets: list[TrainingSet],
-    base: BaseModel,
-    network: TrainableNetwork,
-    *,
-    choice: OptimizerChoice,
-    types: Types,
-) -> None:
+def tell_memory(report: Report, estimate: MemoryEstimate) -> None:
     """Tell what the training will hold in memory, by part."""
-    estimate = estimate_memory(config, sets, base, network, choice=choice, types=types)
     parts = ((field.name.replace("_", " "), getattr(estimate, field.name)) for field in dataclasses.fields(estimate))
     report.say(f"memory on the device: {estimate.total / GIGA:.2f} GB and what the GPU needs for itself (0.5 to 1 GB)")
     report.say("  " + ", ".join(f"{name} {size / GIGA:.2f}" for name, size in parts))
@@ -262,9 +247,9 @@ def draw_pictures(sets: list[TrainingSet]) -> Image.Image:
         for index, entry in enumerate(sets)
         for bucket, numbers in sorted(_records_by_bucket(entry, index).items())
     ][:MOST_SHEET_ROWS]
-    cells = [[_as_seen(record) for record in records[:SHEET_COLUMNS]] for _, records in rows]
-    width = max(len(row) for row in cells)
-    cells = [row + [None] * (width - len(row)) for row in cells]
+    shown = [[_as_seen(record) for record in records[:SHEET_COLUMNS]] for _, records in rows]
+    width = max(len(row) for row in shown)
+    cells = [[*row, *[None] * (width - len(row))] for row in shown]
     return draw_sheet(cells, [label for label, _ in rows], [""] * width)
 
 

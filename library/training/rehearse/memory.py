@@ -149,12 +149,12 @@ def _norms_in_float32(models: list[nn.Module], is_half: bool) -> Iterator[None]:
         module for model in models for module in model.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
     ]
     for norm in norms if is_half else ():
-        norm.forward = functools.partial(_in_float32, norm)
+        vars(norm)["forward"] = functools.partial(_in_float32, norm)  # in front of the method of its class
     try:
         yield
     finally:
         for norm in norms if is_half else ():
-            del norm.forward
+            del vars(norm)["forward"]
 
 
 def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:

@@ -103,5 +103,6 @@ class Objective:
         if batch.moments is not None:
             moments = batch.moments.to(self.device)
         else:
+            assert batch.pixels is not None  # where there are no moments
             moments = torch.cat([self.encoder.moments(part) for part in batch.pixels.split(self.vae_batch_size)])
         return sample_latents(moments, keys) * self.encoder.scaling_factor

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import random
 from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,7 +82,7 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
     accelerator = Accelerator(
         mixed_precision="no",
         log_with=tracker_names(logs) or None,
-        project_dir=str(log_folder(logs)) if logs.logging_dir else None,
+        project_dir=None if logs.logging_dir is None else str(log_folder(logs.logging_dir, logs.log_prefix)),
     )
     types = types_of_run(precision, accelerator.device)
     logger.info(
@@ -108,11 +109,9 @@ def types_of_run(precision: PrecisionConfig, device: torch.device | None = None)
     )
 
 
-def log_folder(logs: LoggingConfig) -> os.PathLike:
+def log_folder(folder: Path, prefix: str | None) -> Path:
     """Return the folder of this run's logs: prefix and date under --logging_dir."""
-    from datetime import datetime
-
-    return logs.logging_dir / f"{logs.log_prefix or ''}{datetime.now().strftime('%Y%m%d%H%M%S')}"
+    return folder / f"{prefix or ''}{datetime.now().strftime('%Y%m%d%H%M%S')}"
 
 
 def shared(value: int, runtime: Runtime) -> int:
@@ -145,17 +144,16 @@ def average_gradients(parameters: Iterable[nn.Parameter], num_processes: int) ->
     """Replace each gradient by its mean over the processes, all in one message for each type."""
     if num_processes == 1:
         return
-    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in parameters:
         # A process in whose batches a module was left out must still send its share, or the others wait.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    for group in by_dtype.values():
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in group])
+        by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         torch.distributed.all_reduce(flat)
         flat /= num_processes
-        start = 0
-        for parameter in group:
-            parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, parts, strict=True):
+            gradient.copy_(mean.view_as(gradient))

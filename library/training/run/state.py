@@ -7,21 +7,27 @@ appears under its name by one rename, so that a state that is there is complete.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import zipfile
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from library.config.saving import SavingConfig
+from library.data.dataset import RunPlan
 from library.errors import UserError, shown, told
 from library.files import new_folder
+from library.optim.optimizers import averaged_weights
 from library.pickles import load_pickle
+from library.training.run.progress import Progress
 
 if TYPE_CHECKING:
-    import torch
-
     from library.networks.trainable import TrainableNetwork
 
 logger = logging.getLogger(__name__)
@@ -31,26 +37,83 @@ POSITION_FILE, TENSOR_FILE, OPTIONS_FILE = "train_state.json", "state.pt", "opti
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run is: optimizer steps made, epoch (from 1) they end in, its seed, and what it shows of itself."""
+class TrainState:
+    """The parts of a run that its steps change. A state holds all of them."""
 
-    current_step: int
-    current_epoch: int
-    seed: int
-    losses: tuple[float, ...] = ()  # of the last micro-batches, for the average on the progress bar
-    columns: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the contact sheet: label, files
-    best: tuple[float, int] | None = None  # lowest loss of the validation, and its step
+    network: TrainableNetwork
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    scaler: torch.amp.GradScaler
+    group_names: Sequence[str]  # of the optimizer's parameter groups, for the log
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it the network is what a reader of its file will have: no dropouts, averaged weights."""
+        self.network.eval()
+        with averaged_weights(self.optimizer):
+            yield
+        self.network.train()
+
+    def tensors(self) -> dict[str, Any]:
+        """Return what a state holds besides the progress."""
+        schedule = {} if self.scheduler is None else self.scheduler.state_dict()
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__qualname__,
+            "schedule": {name: value for name, value in schedule.items() if name != "lr_lambdas"},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Take over what a state holds; raises UserError where the parts do not fit it."""
+        try:
+            made_by, own = tensors.get("optimizer_class"), type(self.optimizer).__qualname__
+            if made_by not in (None, own):  # torch would take over numbers that mean something else
+                raise ValueError(f"its optimizer is {made_by}, this one {own}")
+            self.network.load_state_dict(tensors["network"])
+            self.optimizer.load_state_dict(tensors["optimizer"])
+            if self.scheduler is not None:
+                lambdas = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
+                self.scheduler.load_state_dict(tensors["schedule"] | lambdas)
+            self.scaler.load_state_dict(tensors["scaler"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"--resume: the state does not fit this run ({told(error)}); use the options it has"
+            ) from None
 
 
-def write_state(folder: Path, tensors: dict[str, Any], position: Position, options: str) -> None:
+def begin(plan: RunPlan, resumed: Path | None) -> Progress:
+    """Return the progress with which a run begins; after a state, with the losses and pictures of before."""
+    before = Progress(0, 0, plan.seed) if resumed is None else read_progress(resumed)
+    return Progress(
+        step=plan.start_step,
+        epoch=-(-plan.start_step // plan.steps_per_epoch),
+        seed=plan.seed,
+        losses=deque(before.losses, maxlen=plan.batches_per_epoch),
+        best=before.best,
+        columns=[(label, files) for label, files in before.columns if all(file.is_file() for file in files)],
+    )
+
+
+def write_state(folder: Path, state: TrainState, progress: Progress, options: str) -> None:
     """Write a state under a temporary name and rename it; one that was there under the name goes."""
-    import torch
-
     with new_folder(folder, replace=True) as temporary:
-        torch.save(tensors, temporary / TENSOR_FILE)
-        record = {"version": FORMAT_VERSION, **dataclasses.asdict(position)}
-        (temporary / POSITION_FILE).write_text(json.dumps(record), encoding="utf-8")
+        torch.save(state.tensors(), temporary / TENSOR_FILE)
+        record = json.dumps({"version": FORMAT_VERSION, **_record(progress)})
+        (temporary / POSITION_FILE).write_text(record, encoding="utf-8")
         (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
+
+
+def _record(progress: Progress) -> dict[str, Any]:
+    return {
+        "current_step": progress.step,
+        "current_epoch": progress.epoch,
+        "seed": progress.seed,
+        "losses": list(progress.losses),
+        "columns": [(label, [str(file) for file in files]) for label, files in progress.columns],
+        "best": progress.best,
+    }
 
 
 def find_state(resume: str, saving: SavingConfig) -> Path | None:
@@ -64,7 +127,7 @@ def find_state(resume: str, saving: SavingConfig) -> Path | None:
         rest = folder.name.removesuffix("-state").removeprefix(saving.output_name or "")
         if saving.output_name is None or rest == "" or rest.lstrip("-").removeprefix("step").isdecimal():
             try:
-                found.append((read_position(folder).current_step, folder))
+                found.append((read_progress(folder).step, folder))
             except UserError:
                 continue  # another tool's, or damaged: the next best one serves
     for _, folder in sorted(found, reverse=True):
@@ -79,7 +142,7 @@ def find_state(resume: str, saving: SavingConfig) -> Path | None:
 
 def check_state(folder: Path) -> None:
     """Raise UserError for a folder that is no state, or one whose tensors are not as they were written."""
-    read_position(folder)
+    read_progress(folder)
     path = folder / TENSOR_FILE
     try:
         with zipfile.ZipFile(path) as archive:
@@ -90,7 +153,7 @@ def check_state(folder: Path) -> None:
         raise UserError(f"--resume: {path} is damaged (checksum of {damaged}); take another state")
 
 
-def read_position(folder: Path) -> Position:
+def read_progress(folder: Path) -> Progress:
     """Return where the run of a state is; raises UserError for a folder that is no state of this suite."""
     path = folder / POSITION_FILE
     if not path.is_file() or not (folder / TENSOR_FILE).is_file():
@@ -99,13 +162,13 @@ def read_position(folder: Path) -> Position:
         record = dict(json.loads(path.read_text(encoding="utf-8")))
         if record.pop("version") != FORMAT_VERSION:
             raise UserError(f"--resume: {folder} was written by another version of the suite")
-        return Position(
-            current_step=_count(record, "current_step"),
-            current_epoch=_count(record, "current_epoch"),
+        return Progress(
+            step=_count(record, "current_step"),
+            epoch=_count(record, "current_epoch"),
             seed=_count(record, "seed"),
-            losses=tuple(float(loss) for loss in record["losses"]),
-            columns=tuple((str(label), tuple(map(str, files))) for label, files in record["columns"]),
+            losses=deque(float(loss) for loss in record["losses"]),
             best=_best(*record["best"]) if record.get("best") else None,
+            columns=[(str(label), [Path(str(file)) for file in files]) for label, files in record["columns"]],
         )
     except UserError:
         raise
@@ -126,41 +189,3 @@ def _best(loss: Any, step: Any) -> tuple[float, int]:
 def read_tensors(folder: Path) -> dict[str, Any]:
     """Return the tensors of a state; of the pickle only weights are read."""
     return load_pickle(folder / TENSOR_FILE)
-
-
-def collect(
-    network: TrainableNetwork,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    scaler: torch.amp.GradScaler,
-) -> dict[str, Any]:
-    """Return what a state holds besides the position."""
-    schedule = {} if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
-    return {
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "optimizer_class": type(optimizer).__qualname__,
-        "schedule": schedule,
-        "scaler": scaler.state_dict(),
-    }
-
-
-def restore(
-    tensors: dict[str, Any],
-    network: TrainableNetwork,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Put a state into the parts of a run; raises UserError where they do not fit each other."""
-    try:
-        made_by, own = tensors.get("optimizer_class"), type(optimizer).__qualname__
-        if made_by not in (None, own):  # torch would take over numbers that mean something else
-            raise ValueError(f"its optimizer is {made_by}, this one {own}")
-        network.load_state_dict(tensors["network"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(tensors["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-        scaler.load_state_dict(tensors["scaler"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume: the state does not fit this run ({told(error)}); use the options it has") from None

@@ -1,0 +1,111 @@
+"""A report on the ranks of a DyLoRA: every rank measured, generated with and written down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from library.files import replacing
+from library.models.conditioning import LiveConditioner
+from library.models.precision import move
+from library.networks.trainable import TrainableNetwork
+from library.sampling.contact_sheet import draw_sheet
+from library.sampling.generate import generate
+from library.sampling.prompts import Prompt
+from library.training.measure.picture_losses import Losses, Measurement
+from library.training.measure.rank_results import BASE, RankResults, name_of
+from library.training.record.preview import preview_seeds, spread
+
+logger = logging.getLogger(__name__)
+
+MOST_COLUMNS = 10  # of the contact sheet, the base model among them
+
+
+@contextlib.contextmanager
+def at_rank(network: TrainableNetwork, rank: int) -> Iterator[None]:
+    """Within it the network, which is in evaluation mode, has a rank; with BASE the models are without it."""
+    if rank != BASE:
+        network.set_rank(rank)
+    with network.absent() if rank == BASE else contextlib.nullcontext():
+        yield
+
+
+def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Sequence[int]) -> dict[int, Losses]:
+    """Return rank -> losses, of the base model and of every rank."""
+    losses = {}
+    for rank in tqdm([BASE, *ranks], desc="ranks", unit="rank"):
+        with at_rank(network, rank):
+            losses[rank] = measurement.losses(network, name_of(rank))
+    return losses
+
+
+def write_table(path: Path, title: str, results: RankResults, measurement: Measurement) -> None:
+    """Write which rank to take, the table, and how it was measured, as Markdown."""
+    how = (
+        f"Mean loss of {results.num_pictures} pictures at {len(measurement.timesteps)} timesteps with "
+        f"{measurement.draws} noises, with 95 % intervals (Student's t over the pictures). Differences are taken "
+        "picture by picture with the same noise (paired t); each interval is for one comparison."
+    )
+    lines = [title, "", results.sentence(), "", *results.table(), "", how]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_record(
+    path: Path,
+    source: Mapping[str, Any],
+    results: RankResults,
+    measurement: Measurement,
+    losses: Mapping[int, Losses],
+) -> None:
+    """Write every number as JSON; source is what was measured and on what."""
+    record = results.record() | {
+        **source,
+        "seed": measurement.pictures.seed,
+        "draws": measurement.draws,
+        "timesteps": measurement.timesteps,
+        "losses": losses,  # rank -> picture -> loss at each timestep
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def ranks_to_draw(ranks: list[int], needed: set[int]) -> list[int]:
+    """Return the ranks of the contact sheet: the base model, evenly chosen ranks, and those that are needed."""
+    if len(ranks) < MOST_COLUMNS:
+        return [BASE, *ranks]
+    return [BASE, *sorted({*spread(ranks, MOST_COLUMNS - 1 - len(needed)), *needed})]
+
+
+def draw_ranks(
+    measurement: Measurement,
+    network: TrainableNetwork,
+    ranks: list[int],
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    sampler: str,
+) -> Image.Image:
+    """Return the sheet with a row for each prompt and a column for each rank; the seeds are those of previews.
+
+    seed is that of the run; sampler serves prompts that name none.
+    """
+    base, runtime = measurement.base, measurement.runtime
+    move(base.vae, runtime.device)
+    conditioner, clip_skip = LiveConditioner(base.texts), measurement.text.clip_skip
+    seeds = preview_seeds(prompts, seed)
+    cells: list[list[Image.Image | None]] = [[] for _ in prompts]
+    with tqdm(total=len(ranks) * len(prompts), desc="drawing", unit="picture") as bar:
+        for rank in ranks:
+            with at_rank(network, rank), runtime.types.autocast(runtime.device):
+                for picture in generate(base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip):
+                    cells[picture.index].append(picture.image)
+                    bar.update()
+    return draw_sheet(cells, [prompt.prompt for prompt in prompts], [name_of(rank) for rank in ranks])

@@ -1,0 +1,83 @@
+"""What is encoded once before the first step: pictures, and captions that cannot change."""
+
+from __future__ import annotations
+
+from library.config.training import PrecisionConfig
+from library.data.captions import possible_captions
+from library.data.latent_cache import LatentCache, build_cache
+from library.data.records import TrainingSet
+from library.models.base import BaseModel
+from library.models.conditioning import Conditioner, LiveConditioner, TextOptions, remember
+from library.models.latent_encoder import LatentEncoder
+from library.models.precision import move
+from library.sampling.generate import text_options
+from library.sampling.prompts import Prompt
+from library.training.run.runtime import Runtime
+
+LARGEST_MEMORY = 2 * 2**30  # bytes of text conditioning that are kept rather than computed in every step
+
+
+def cache_latents(
+    precision: PrecisionConfig, sets: list[TrainingSet], encoder: LatentEncoder, runtime: Runtime
+) -> LatentCache:
+    """Return the cache of all pictures; entries on disk are made by all processes together."""
+    on_disk = precision.cache_latents_to_disk
+    identity = encoder.identity() if on_disk else "in memory"
+    move(encoder.vae, runtime.device)
+
+    def build(share: tuple[int, int]) -> LatentCache:
+        return build_cache(
+            sets,
+            lambda pixels: encoder.moments(pixels).cpu(),
+            encoder=identity,
+            batch_size=precision.vae_batch_size,
+            on_disk=on_disk,
+            share=share,
+        )
+
+    if on_disk and runtime.num_processes > 1:
+        build((runtime.rank, runtime.num_processes))
+        runtime.barrier()
+    return build((0, 1))
+
+
+def build_conditioner(
+    sets: list[TrainingSet],
+    prompts: list[Prompt],
+    base: BaseModel,
+    options: TextOptions,
+    runtime: Runtime,
+    *,
+    trains_text_encoder: bool,
+) -> Conditioner:
+    """Return what gives captions and prompts their conditioning.
+
+    Where no text can change, all are encoded now, and the text encoders' memory is released.
+    """
+    live = LiveConditioner(base.texts)
+    captions = None if trains_text_encoder else all_captions(sets)
+    if captions is None:
+        return live
+    width = base.unet.config["cross_attention_dim"]
+    if len(captions) * (options.num_tokens + 2) * width * runtime.types.unet.itemsize > LARGEST_MEMORY:
+        return live
+    wanted = [(caption, options) for caption in captions]
+    for prompt in prompts:
+        of_prompt = text_options(base.texts[0], prompt, options.clip_skip)
+        wanted += [(prompt.prompt, of_prompt), (prompt.negative_prompt, of_prompt)]
+    with runtime.types.autocast(runtime.device):
+        remembered = remember(live, wanted)
+    for module in base.text_modules:
+        module.to("meta")
+    return remembered
+
+
+def all_captions(sets: list[TrainingSet]) -> set[str] | None:
+    """Return every text that a caption can be in the run, or None where captions change as they are drawn."""
+    captions: set[str] = set()
+    for record in (record for entry in sets for record in entry.all_records):
+        possible = possible_captions(record.caption, record.subset)
+        if possible is None:
+            return None
+        captions |= possible
+    return captions

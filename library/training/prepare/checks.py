@@ -1,0 +1,118 @@
+"""Checks that need torch but no model: everything that shows before anything large is loaded."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from library.config.loss import LossConfig
+from library.config.model import ModelConfig
+from library.config.saving import SavingConfig
+from library.config.train import TrainConfig
+from library.errors import Problems, UserError, shown
+from library.models.base import BaseFiles, find_base
+from library.networks.modules import check_network
+from library.networks.trainable import trained_parts
+from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
+from library.optim.schedulers import check_scheduler
+from library.sampling.prompts import Prompt
+from library.sampling.samplers import check_sampler
+from library.training.record.metadata import thumbnail
+from library.training.record.run_files import RunFiles
+from library.training.record.tracking import check_trackers, tracker_names
+
+logger = logging.getLogger(__name__)
+
+
+def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> BaseFiles:
+    """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
+    problems = Problems()
+    problems.run(check_network, config.network)
+    problems.run(trained_parts, config.network, config.optimizer)
+    problems.run(check_steps, config, choice)
+    warn_of_rates(choice, config.optimizer)
+    if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
+        logger.warning("%s needs no schedule; --lr_scheduler goes unused", choice.kind.__name__)
+    if choice.sets_own_rate:
+        logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
+    problems.run(thumbnail, config.metadata)
+    problems.run(check_trackers, config.logs)
+    files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
+    # Last, for it makes the folders.
+    check_output(config.saving)
+    if tracker_names(config.logs) and config.logs.logging_dir is not None:
+        check_folder("logging_dir", config.logs.logging_dir)
+    return files
+
+
+def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
+    """Raise UserError for an optimizer or a schedule that refuses its arguments."""
+    probe = check_optimizer(choice, config.optimizer.learning_rate)
+    # How many steps epochs are is not known yet.
+    num_steps = config.run.max_train_steps if config.run.max_train_epochs is None else 1
+    check_scheduler(config.schedule, probe, config.optimizer.learning_rate, num_steps)
+
+
+def check_base(
+    problems: Problems, model: ModelConfig, loss: LossConfig, prompts: Sequence[Prompt], sampler: str
+) -> BaseFiles:
+    """Return what kind of model will be loaded; raises UserError for all problems, those found before included.
+
+    sampler serves prompts that name none.
+    """
+    for name in {prompt.sample_sampler or sampler for prompt in prompts}:
+        problems.run(check_sampler, name)
+    files = problems.run(checked_base, model, loss)
+    problems.raise_if_any()
+    assert files is not None  # else there was a problem
+    return files
+
+
+def checked_base(model: ModelConfig, loss: LossConfig) -> BaseFiles:
+    """Return what kind of model will be loaded; raises UserError for one that does not go with the options."""
+    files = find_base(model)
+    check_prediction(loss, predicts_v=files.predicts_v)
+    return files
+
+
+def check_output(saving: SavingConfig) -> None:
+    """Make the output folder; raises UserError where the files of the run cannot be written to it."""
+    files = RunFiles(saving)
+    final = files.network
+    check_folder("output_dir", files.folder)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=final.parent, prefix=f".{files.after_step(0).name}"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_name: no file can have the name {shown(saving.output_name)} ({error.strerror}); take another"
+        ) from None
+    if final.is_dir():
+        raise UserError(f"--output_name: {final}, the file to be written, is a folder; take another name")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Make a folder; raises UserError where nothing can be written to it, which would show only in training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--{option}: nothing can be written to {folder} ({error.strerror}); name another folder"
+        ) from None
+
+
+def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
+    """Raise UserError for a weighting that belongs to the other kind of prediction."""
+    if loss.scale_v_pred_loss_like_noise_pred and not predicts_v:
+        raise UserError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization")
+    if loss.v_pred_like_loss and predicts_v:
+        raise UserError("--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization")
+    if loss.zero_terminal_snr and not predicts_v:
+        logger.warning(
+            "--zero_terminal_snr without --v_parameterization: at the last timestep there is nothing to predict from"
+        )

@@ -1,0 +1,91 @@
+"""The base model of a run, ready for its steps: loaded, merged, on the device, with attention and storage as asked."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from library.config.network import NetworkConfig
+from library.config.training import PrecisionConfig, TextConfig
+from library.data.records import TrainingSet
+from library.errors import UserError
+from library.models.attention import use_xformers
+from library.models.base import BaseFiles, BaseModel, load_base, text_body
+from library.models.conditioning import PER_WINDOW, TextOptions, tokenize
+from library.models.eight_bit import store_in_eight_bits
+from library.networks.merging import merge_base_weights
+from library.networks.trainable import TrainableNetwork
+from library.training.run.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+def open_base(
+    files: BaseFiles, network: NetworkConfig, precision: PrecisionConfig, clip_skip: int | None, runtime: Runtime
+) -> BaseModel:
+    """Return the base model of a run, with what is merged into it, where every step needs it; the VAE is on the CPU."""
+    base = load_base(files, runtime.types)
+    check_clip_skip(clip_skip, base)
+    merge_base_weights(network, base)
+    place_models(precision, base, runtime.device)
+    return base
+
+
+def place_models(precision: PrecisionConfig, base: BaseModel, device: torch.device) -> None:
+    """Move what every step needs to the device, with the attention and the storage that were asked for."""
+    if precision.xformers:
+        use_xformers(device, base.unet, base.vae)
+    in_eight_bits: list[nn.Module] = [base.unet] if precision.fp8_base or precision.fp8_base_unet else []
+    if precision.fp8_base and not precision.fp8_base_unet:
+        in_eight_bits += base.text_modules
+    if in_eight_bits:
+        saved = sum(store_in_eight_bits(model) for model in in_eight_bits)
+        logger.info("weights in 8 bits: %.2f GB less", saved / 1e9)
+    for model in (base.unet, *base.text_modules):
+        model.to(device)
+
+
+def caption_options(text: TextConfig) -> TextOptions:
+    """Return how captions are read."""
+    return TextOptions(
+        windows=(text.max_token_length or PER_WINDOW) // PER_WINDOW,
+        clip_skip=text.clip_skip,
+        weights="none" if text.weighted_captions else None,
+    )
+
+
+def check_clip_skip(clip_skip: int | None, base: BaseModel) -> None:
+    """Raise UserError for a --clip_skip beyond the layers of a text encoder."""
+    layers = min(text.num_layers for text in base.texts)
+    if (clip_skip or 1) > layers:
+        raise UserError(f"--clip_skip must be at most {layers}, the layers of this text encoder, got {clip_skip}")
+
+
+def warn_of_cut_captions(sets: list[TrainingSet], base: BaseModel, options: TextOptions) -> None:
+    """Warn of captions longer than what the text encoder is given."""
+    captions = sorted({line for entry in sets for record in entry.all_records for line in record.caption.split("\n")})
+    number = sum(tokens.windows > options.windows for tokens in tokenize(base.texts[0], captions, options))
+    if number:
+        logger.warning(
+            "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225",
+            number,
+            options.num_tokens,
+        )
+
+
+def enable_gradient_checkpointing(base: BaseModel, network: TrainableNetwork) -> None:
+    """Compute activations again in the backward pass; transformers does so only in training mode.
+
+    Neither model has a dropout, so training mode changes nothing else.
+    """
+    base.unet.enable_gradient_checkpointing()
+    base.unet.train()
+    if network.trains_text_encoder:
+        for encoder in base.text_modules:
+            # Older transformers have only the second name; newer ones warn of it.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(encoder, name) for name in names if hasattr(encoder, name))
+            enable({"use_reentrant": False})
+            text_body(encoder).train()

@@ -1,0 +1,36 @@
+"""Where a run is: the counts and results that it carries from step to step, and that a state stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, and what it shows of itself."""
+
+    step: int  # optimizer steps made
+    epoch: int  # that the last of these steps belongs to, from 1
+    seed: int
+    losses: deque[float] = dataclasses.field(default_factory=deque)  # of the micro-batches of the last steps
+    best: tuple[float, int] | None = None  # lowest validation loss, and its step
+    columns: list[tuple[str, list[Path]]] = dataclasses.field(default_factory=list)  # of the contact sheet
+
+    @property
+    def average_loss(self) -> float:
+        """Mean training loss over about an epoch, NaN before the first step."""
+        return mean(self.losses)
+
+    def advance(self, step: int, losses: Sequence[float]) -> None:
+        """Record that a step (from 0) was made with these losses of its micro-batches."""
+        self.step = step + 1
+        self.losses.extend(losses)
+
+
+def mean(values: Collection[float]) -> float:
+    """Return the mean; NaN of nothing, as when all steps were skipped."""
+    return sum(values) / len(values) if values else math.nan
