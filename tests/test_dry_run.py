@@ -151,13 +151,7 @@ def network_over(models, *, checkpointing, device):
     given = {"network_module": "networks.lora", "network_dim": 4, "seed": 1}
     config = build(TrainConfig, given, Problems())  # neither a model nor a folder is needed
     network = build_network(
-        config.network,
-        config.optimizer,
-        text_encoders=models.text_encoders,
-        unet=models.unet,
-        vae=models.vae,
-        checkpointing=checkpointing,
-        device=torch.device(device),
+        config.network, config.optimizer, models, checkpointing=checkpointing, device=torch.device(device)
     )
     network.groups(config.optimizer)
     if checkpointing:
