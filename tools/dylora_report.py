@@ -384,7 +384,7 @@ def draw_ranks(job: Job, measurement: Measurement, network: TrainableNetwork, ra
     common = [seed_for(job.training.run.seed, "preview", index) % 2**32 for index in range(len(prompts))]
     seeds = [number if seed is None else seed for seed, number in zip(own, common, strict=True)]
     sampler, clip_skip = job.config.measure.sample_sampler, job.config.text.clip_skip
-    cells = [[] for _ in prompts]
+    cells: list[list[Image.Image]] = [[] for _ in prompts]
     with tqdm(total=len(ranks) * len(prompts), desc="drawing", unit="picture") as bar:
         for rank in ranks:
             with at_rank(network, rank), runtime.types.autocast(runtime.device):
