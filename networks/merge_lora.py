@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
 
     weighted = read_weighted(config.files.models, config.files.ratios, config.merge.lbws)
     if config.files.sd_model is not None:
-        merge_into_model(config, weighted)
+        merge_into_model(config.files.sd_model, config, weighted)
     else:
         merge_into_lora(config, weighted)
     logger.info("saved %s", config.files.save_to)
@@ -121,14 +121,14 @@ def check_kind(config: MergeConfig, problems: Problems) -> None:
         problems.add("--shuffle goes with --concat")
 
 
-def merge_into_model(config: MergeConfig, files: Sequence[Weighted]) -> None:
-    """Write the base model with the changes of all files added, tensor by tensor."""
+def merge_into_model(path: Path, config: MergeConfig, files: Sequence[Weighted]) -> None:
+    """Write the base model at a path with the changes of all files added, tensor by tensor."""
     from library.adapters.merging import Merge, additions_by_tensor, write_merged
     from library.adapters.metadata import architecture
     from library.models.checkpoint import open_checkpoint
     from library.models.family import check_flags
 
-    model = open_checkpoint(config.files.sd_model)
+    model = open_checkpoint(path)
     check_flags(model.family, model.path, v2=config.files.v2)
     additions = additions_by_tensor(model, files, allow_unmatched=config.merge.allow_unmatched)
     own = {} if model.is_folder else dict(model.metadata)

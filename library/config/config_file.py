@@ -58,7 +58,8 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def changed_options(config: object) -> dict[str, dict[str, Any]]:
     """Return section title -> flag -> value for every option that differs from its default and is not missing."""
     changed: dict[str, dict[str, Any]] = {}
-    for name, section_class in sections_of(type(config)):
+    root: type = type(config)
+    for name, section_class in sections_of(root):
         values = vars(getattr(config, name))
         for entry in section_options(section_class, name):
             value = values.get(entry.field)

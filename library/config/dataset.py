@@ -147,7 +147,9 @@ class SubsetOptions:
     @property
     def source(self) -> Path:
         """Where the pictures come from: the metadata file that lists them, or their folder."""
-        return self.metadata_file or self.image_dir
+        path = self.metadata_file or self.image_dir
+        assert path is not None, "a subset without a place is refused as it is read"
+        return path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from library.config import toml_text
 from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.options import Option, nearest, section_options
-from library.errors import UserError, shown
+from library.errors import Problems, UserError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,10 @@ def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
     if not any(not entry.is_reg for found in datasets for entry in found.subsets):
         source = data.dataset_config or f"{data.train_data_dir} (sub-folders are named like 10_name)"
         raise UserError(f"no subset to train on in {source}: one is needed with num_repeats of 1 or more, not is_reg")
-    problems = [problem for entry in datasets for problem in dataset_problems(entry.options)]
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+    problems = Problems()
+    for entry in datasets:
+        check_dataset(entry.options, problems)
+    problems.raise_if_any()
     return datasets
 
 
@@ -203,28 +204,28 @@ def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, 
     return tuple(usable)
 
 
-def dataset_problems(options: DatasetOptions) -> Iterator[str]:
-    """Yield what is wrong with the resolution and the bucket sizes of a dataset."""
+def check_dataset(options: DatasetOptions, problems: Problems) -> None:
+    """Add to problems what is wrong with the resolution and the bucket sizes of a dataset."""
     if options.network_multiplier != 1.0:
         logger.warning(
             "network_multiplier %g has no effect, as in sd-scripts: the loss is that at full strength",
             options.network_multiplier,
         )
     if options.resolution is None:
-        yield "resolution is missing: give it in [general], [[datasets]] or as --resolution"
+        problems.add("resolution is missing: give it in [general], [[datasets]] or as --resolution")
     elif options.enable_bucket:
-        yield from _bucket_problems(options)
+        _check_buckets(options, options.resolution, problems)
     elif options.resolution[0] % 8 or options.resolution[1] % 8:
-        yield f"resolution must be a multiple of 8 without buckets, got {options.resolution}"
+        problems.add(f"resolution must be a multiple of 8 without buckets, got {options.resolution}")
 
 
-def _bucket_problems(options: DatasetOptions) -> Iterator[str]:
-    shortest, longest = min(options.resolution), max(options.resolution)
+def _check_buckets(options: DatasetOptions, resolution: tuple[int, int], problems: Problems) -> None:
+    shortest, longest = min(resolution), max(resolution)
     if options.bucket_reso_steps % 64:
-        yield f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}"
+        problems.add(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
     if options.bucket_no_upscale:
         return  # the range has no effect
     if options.min_bucket_reso > shortest:
-        yield f"min_bucket_reso {options.min_bucket_reso} is more than the resolution's shorter side {shortest}"
+        problems.add(f"min_bucket_reso {options.min_bucket_reso} is more than the resolution's shorter side {shortest}")
     if options.max_bucket_reso < longest:
-        yield f"max_bucket_reso {options.max_bucket_reso} is less than the resolution's longer side {longest}"
+        problems.add(f"max_bucket_reso {options.max_bucket_reso} is less than the resolution's longer side {longest}")

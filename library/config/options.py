@@ -276,7 +276,7 @@ def _build_section(section: type, given: Mapping[str, Any], problems: Problems) 
     if not missing:
         return section(**values)
     incomplete = type(section.__name__, (section,), {entry.field: _unreadable(entry) for entry in missing})
-    instance = object.__new__(incomplete)
+    instance: Any = object.__new__(incomplete)
     vars(instance).update({entry.field: entry.default for entry in options if entry not in missing} | values)
     return instance
 

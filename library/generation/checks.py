@@ -179,7 +179,8 @@ def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
     given = prompts.from_picture or ()
     has_prompts = prompts.prompt is not None or prompts.from_file is not None or prompts.interactive or given
     if not has_prompts and images.image_path is not None and images.image_path.exists():
-        given = list_of("--image_path", images.image_path).files
+        pictures = list_of("--image_path", images.image_path)
+        given = pictures.files if pictures is not None else ()
     recorded = [read_recorded(path) for path in given]
     for record in recorded:
         for name, flag, path in (
