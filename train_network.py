@@ -29,16 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("wrote %s", write_config_file(config))
         return 0
     check(config, problems)
-    from library.data.records import load_sets  # reads pictures; --help does not
+    from library.data.records import load_datasets  # reads pictures; --help does not
 
     prompts = problems.run(load_prompts, config.preview) or []
-    sets = problems.run(load_sets, config) or []
+    datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
     from library.training.recipe import train
 
-    train(config, sets, prompts)
+    train(config, datasets, prompts)
     return 0
 
 

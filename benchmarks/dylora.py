@@ -263,7 +263,7 @@ def cut(path: Path, ranks: Sequence[int]) -> None:
 def load(args: argparse.Namespace, folder: Path) -> Measurement:
     """Return the measurement on what is held out."""
     from library.config.train import parse_train_config
-    from library.data.records import load_sets
+    from library.data.records import load_datasets
     from library.errors import Problems
     from library.models.base import find_base
     from library.training.measure.picture_losses import load_measurement, to_measure
@@ -272,8 +272,8 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
     given = options(args, folder, "measured", rank=args.rank, alpha=args.rank, steps=args.steps)
     config = parse_train_config(given, problems)
     problems.raise_if_any()
-    sets = to_measure(load_sets(config))
-    return load_measurement(config, sets, find_base(config.model), num_timesteps=args.timesteps, draws=args.draws)
+    datasets = to_measure(load_datasets(config))
+    return load_measurement(config, datasets, find_base(config.model), num_timesteps=args.timesteps, draws=args.draws)
 
 
 def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> Losses:

@@ -160,7 +160,7 @@ def make_ours(
     from library.config.options import build
     from library.config.train import TrainConfig
     from library.config.values import parse_pairs
-    from library.data.dataset import Batch, Sample
+    from library.data.batches import Batch, Sample
     from library.diffusion.schedule import stable_diffusion_schedule
     from library.models import building
     from library.models.base import BaseModel, TextEncoder

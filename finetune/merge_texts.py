@@ -122,12 +122,11 @@ def named_pictures(pictures: Sequence[Path], folder: Path, entries: Entries, *, 
 
 def check_stems(pictures: Sequence[Path], folder: Path) -> None:
     """Raise UserError for pictures whose names without extension lead training to another one, or to none."""
-    from library.config.dataset import SubsetOptions
     from library.data.sources import find_picture
 
-    place, lost = SubsetOptions(image_dir=folder), []
+    lost = []
     for picture in pictures:
-        found = find_picture(picture.stem, place)
+        found = find_picture(picture.stem, folder)
         if found is None or not found.samefile(picture):
             lost.append(picture.name if found is None else f"{picture.name} and {found.name}")
     if lost:
@@ -152,19 +151,19 @@ def read_texts(named: Mapping[str, Path], extension: str) -> tuple[dict[str, str
     """
     from tqdm import tqdm
 
-    from library.config.dataset import SubsetOptions
-    from library.data.captions import caption_files, read_caption
+    from library.data.captions import read_caption
 
-    options = SubsetOptions(caption_extension=extension, enable_wildcard=True)  # so that all lines are read
     texts, missing, damaged = {}, [], []
     for name, picture in tqdm(named.items(), desc="texts", unit="file"):
-        if not any(path.is_file() for path in caption_files(picture, extension)):
-            missing.append(picture)
-            continue
         try:
-            texts[name] = read_caption(picture, options)
+            lines = read_caption(picture, extension)
         except UserError as error:
             damaged.append(str(error))
+            continue
+        if lines is None:
+            missing.append(picture)
+        else:
+            texts[name] = "\n".join(lines)
     return texts, missing, damaged
 
 

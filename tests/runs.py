@@ -13,7 +13,7 @@ from tensors import Tensors, assert_same
 
 import train_network
 from library.config.train import parse_train_config
-from library.data.records import load_sets
+from library.data.records import load_datasets
 from library.errors import Problems
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def train_with(argv: list[str], act: Callable[[Progress], object], *, after: int
     config = parse_train_config(argv, problems)
     problems.raise_if_any()
     event = Event("test", Every(1), lambda moment: act(moment.progress) if moment.progress.step == after else None)
-    train(config, load_sets(config), train_network.load_prompts(config.preview), further_events=[event])
+    train(config, load_datasets(config), train_network.load_prompts(config.preview), further_events=[event])
 
 
 def train_killed(argv: list[str], *, after: int) -> None:

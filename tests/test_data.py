@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoders import MeanEncoder
 from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data import images
-from library.data.dataset import BatchMaker, RunPlan, make_loader, num_batches, plan_epoch
+from library.data.batches import BatchMaker, RunPlan, make_loader, num_batches, plan_epoch
 from library.data.latent_cache import build_cache
-from library.data.records import build_training_sets, regularisation_repeats
+from library.data.records import build_datasets, regularisation_repeats
+from library.data.sources import Listed
 from library.errors import UserError
 from library.randomness import random_for
 
@@ -35,7 +37,7 @@ def folder(tmp_path):
     return root
 
 
-def training_sets(folder, *, latents_cached=False, dataset=None, **subset):
+def datasets_of(folder, *, latents_cached=False, dataset=None, **subset):
     values = {"resolution": (64, 64), "batch_size": 2, "enable_bucket": True, "bucket_no_upscale": True} | (
         dataset or {}
     )
@@ -43,14 +45,14 @@ def training_sets(folder, *, latents_cached=False, dataset=None, **subset):
         options=DatasetOptions(**values),
         subsets=(SubsetOptions(image_dir=folder, caption_extension=".txt", **subset),),
     )
-    return build_training_sets([config], latents_cached=latents_cached)
+    return build_datasets([config], latents_cached=latents_cached)
 
 
 def test_unreadable_pictures_are_listed_all_at_once(folder):
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "empty.png").write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        training_sets(folder)
+        datasets_of(folder)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("2 of 9 pictures cannot be read")
     assert "broken.jpg: not a picture that can be read" in lines[1]
@@ -60,7 +62,7 @@ def test_unreadable_pictures_are_listed_all_at_once(folder):
 def test_pictures_too_long_to_be_resized_are_refused(folder):
     Image.new("RGB", (30000, 10)).save(folder / "line.png")
     with pytest.raises(UserError, match=r"1 pictures are too long and narrow.*\n  .*line.png: 30000x10"):
-        training_sets(folder, dataset={"bucket_no_upscale": False, "min_bucket_reso": 64})
+        datasets_of(folder, dataset={"bucket_no_upscale": False, "min_bucket_reso": 64})
 
 
 def test_a_picture_cut_short_is_found_before_training(folder):
@@ -68,67 +70,67 @@ def test_a_picture_cut_short_is_found_before_training(folder):
 
     whole = (folder / "p3.png").read_bytes()
     (folder / "p3.png").write_bytes(whole[: len(whole) // 2])
-    sets = training_sets(folder)
+    datasets = datasets_of(folder)
     with pytest.raises(UserError, match=r"p3\.png"):
-        verify_pictures(sets)
+        verify_pictures(datasets)
     with pytest.raises(UserError, match=r"p3\.png"):
-        make_cache(sets, folder)
+        make_cache(datasets)
 
 
 def test_an_epoch_has_each_sample_once_and_no_mixed_batch(folder):
-    sets = training_sets(folder, num_repeats=3)
-    batches = plan_epoch(sets, 7, 1)
-    assert len(batches) == num_batches(sets)
-    drawn = Counter(sample for batch in batches for sample in batch)
-    assert set(drawn.values()) == {1}
-    assert len(drawn) == 21
+    datasets = datasets_of(folder, num_repeats=3)
+    batches = plan_epoch(datasets, 7, 1)
+    assert len(batches) == num_batches(datasets)
+    times = Counter(sample for batch in batches for sample in batch)
+    assert set(times.values()) == {1}
+    assert len(times) == 21
     for batch in batches:
-        assert len({sets[s.dataset].records[s.record].placement.bucket for s in batch}) == 1
-    assert plan_epoch(sets, 7, 1) == batches
-    assert plan_epoch(sets, 7, 2) != batches
-    assert plan_epoch(sets, 8, 1) != batches
+        assert len({datasets[s.dataset].records[s.record].placement.bucket for s in batch}) == 1
+    assert plan_epoch(datasets, 7, 1) == batches
+    assert plan_epoch(datasets, 7, 2) != batches
+    assert plan_epoch(datasets, 8, 1) != batches
 
 
 def test_several_datasets_share_an_epoch_at_their_own_resolution(folder):
-    sets = training_sets(folder) + training_sets(folder, dataset={"resolution": (128, 128), "batch_size": 3})
-    batches = plan_epoch(sets, 1, 1)
-    assert len(batches) == num_batches(sets)
+    datasets = datasets_of(folder) + datasets_of(folder, dataset={"resolution": (128, 128), "batch_size": 3})
+    batches = plan_epoch(datasets, 1, 1)
+    assert len(batches) == num_batches(datasets)
     assert all(len({sample.dataset for sample in batch}) == 1 for batch in batches)
     assert {sample.dataset for batch in batches for sample in batch} == {0, 1}
 
 
 def test_processes_see_every_batch_and_make_as_many_steps(folder):
-    sets = training_sets(folder, num_repeats=2)
-    plans = [RunPlan(sets, 3, 100, 2, rank, 3) for rank in range(3)]
+    datasets = datasets_of(folder, num_repeats=2)
+    plans = [RunPlan(datasets, 3, 100, 2, rank, 3) for rank in range(3)]
     parts = [plan.requests(1) for plan in plans]
     assert len({len(part) for part in parts}) == 1
     seen = {request.samples for part in parts for request in part}
-    assert seen == set(plan_epoch(sets, 3, 1))
+    assert seen == set(plan_epoch(datasets, 3, 1))
     for requests in zip(*parts, strict=True):
         assert len({request.step for request in requests}) == 1
 
 
 def test_a_plan_counts_steps_and_epochs_as_it_runs(folder):
-    sets = training_sets(folder)
-    plan = RunPlan(sets, 3, 5, 2)
+    datasets = datasets_of(folder)
+    plan = RunPlan(datasets, 3, 5, 2)
     requests = list(plan)
-    assert plan.batches_per_epoch == num_batches(sets)
+    assert plan.batches_per_epoch == num_batches(datasets)
     assert sorted({request.step for request in requests}) == list(range(5))
     assert max(request.epoch for request in requests) == plan.num_epochs
     per_step = Counter(request.step for request in requests)
     assert max(per_step.values()) == 2
 
 
-def batches_of(sets, workers, seed=5, cache=None):
-    maker = BatchMaker(sets, seed, 100, 1.0, cache)
-    plan = RunPlan(sets, seed, 12, 2)
+def batches_of(datasets, workers, seed=5, cache=None):
+    maker = BatchMaker(datasets, seed, 100, 1.0, cache)
+    plan = RunPlan(datasets, seed, 12, 2)
     return list(make_loader(maker, plan, workers))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning")  # of few cores
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_changes_nothing(folder, workers):
-    sets = training_sets(
+    datasets = datasets_of(
         folder,
         num_repeats=2,
         shuffle_caption=True,
@@ -138,25 +140,27 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
         random_crop=True,
         color_aug=True,
     )
-    alone = batches_of(sets, 0)
-    for one, other in zip(alone, batches_of(sets, workers), strict=True):
+    alone = batches_of(datasets, 0)
+    for one, other in zip(alone, batches_of(datasets, workers), strict=True):
         assert (one.samples, one.captions, one.names) == (other.samples, other.captions, other.names)
         assert torch.equal(one.pixels, other.pixels)
     assert len({batch.captions for batch in alone}) > 3
 
 
 def test_a_run_can_begin_at_any_request(folder):
-    sets = training_sets(folder, flip_aug=True, shuffle_caption=True, random_crop=True)
-    maker = BatchMaker(sets, 5, 100, 1.0, None)
-    requests = list(RunPlan(sets, 5, 12, 2))
-    whole = batches_of(sets, 0)
+    datasets = datasets_of(folder, flip_aug=True, shuffle_caption=True, random_crop=True)
+    maker = BatchMaker(datasets, 5, 100, 1.0, None)
+    requests = list(RunPlan(datasets, 5, 12, 2))
+    whole = batches_of(datasets, 0)
     for index in (1, 6, len(requests) - 1):
-        assert torch.equal(maker[requests[index]].pixels, whole[index].pixels)
-        assert maker[requests[index]].captions == whole[index].captions
+        batch = maker[requests[index]]
+        assert batch.pixels is not None
+        assert torch.equal(batch.pixels, whole[index].pixels)
+        assert batch.captions == whole[index].captions
 
 
-def test_flips_are_mirrors_in_half_of_the_draws(folder):
-    plain, flipped = training_sets(folder, num_repeats=40), training_sets(folder, num_repeats=40, flip_aug=True)
+def test_flips_are_mirrors_in_half_of_the_samples(folder):
+    plain, flipped = datasets_of(folder, num_repeats=40), datasets_of(folder, num_repeats=40, flip_aug=True)
     mirrored = total = 0
     for one, other in zip(batches_of(plain, 0), batches_of(flipped, 0), strict=True):
         for a, b in zip(one.pixels, other.pixels, strict=True):
@@ -176,13 +180,13 @@ def test_prior_loss_weight_goes_to_regularisation_pictures(folder, tmp_path):
         SubsetOptions(image_dir=folder, caption_extension=".txt"),
         SubsetOptions(image_dir=reg, is_reg=True, class_tokens="dog"),
     )
-    sets = build_training_sets(
+    datasets = build_datasets(
         [DatasetConfig(options=DatasetOptions(resolution=(64, 64), batch_size=4), subsets=subsets)],
         latents_cached=False,
     )
-    assert sets[0].num_images(is_reg=False) == sets[0].num_images(is_reg=True) == 7
-    maker = BatchMaker(sets, 1, 10, 0.25, None)
-    for request in RunPlan(sets, 1, 4, 1):
+    assert datasets[0].num_images(is_reg=False) == datasets[0].num_images(is_reg=True) == 7
+    maker = BatchMaker(datasets, 1, 10, 0.25, None)
+    for request in RunPlan(datasets, 1, 4, 1):
         batch = maker[request]
         is_reg = [Path(name).parent == reg for name in batch.names]
         assert batch.loss_weights.tolist() == [0.25 if reg_ else 1.0 for reg_ in is_reg]
@@ -193,20 +197,16 @@ def test_prior_loss_weight_goes_to_regularisation_pictures(folder, tmp_path):
     ("num_training", "own", "expected"), [(5, [2, 2, 2], [2, 2, 2]), (10, [1, 1, 1], [4, 3, 3]), (2, [1, 1, 1], [1, 1])]
 )
 def test_regularisation_pictures_are_repeated_until_there_are_enough(num_training, own, expected):
-    class Found:
-        def __init__(self, repeats):
-            self.subset = SubsetOptions(num_repeats=repeats)
-
-    found = [Found(repeats) for repeats in own]
+    found = [Listed(Path("a.png"), SubsetOptions(num_repeats=repeats), ("",), (), None) for repeats in own]
     assert [number for _, number in regularisation_repeats(found, num_training)] == expected
 
 
 def test_without_buckets_a_random_crop_is_a_window_of_the_picture(folder):
-    sets = training_sets(folder, dataset={"enable_bucket": False}, random_crop=True, num_repeats=5)
+    datasets = datasets_of(folder, dataset={"enable_bucket": False}, random_crop=True, num_repeats=5)
     original = images.load_picture(folder / "p3.png")  # 200 x 100
     windows = [
         pixels
-        for batch in batches_of(sets, 0)
+        for batch in batches_of(datasets, 0)
         for name, pixels in zip(batch.names, batch.pixels, strict=True)
         if name.endswith("p3.png")
     ]
@@ -222,17 +222,9 @@ def test_without_buckets_a_random_crop_is_a_window_of_the_picture(folder):
 
 # ---- the latent cache ---------------------------------------------------------------------------------------
 
-CALLS: list[int] = []
 
-
-def encode(pixels):
-    CALLS.append(len(pixels))
-    return torch.nn.functional.avg_pool2d(pixels, 8).repeat(1, 3, 1, 1)[:, :8]
-
-
-def make_cache(sets, folder, *, encoder="vae1", on_disk=True):
-    CALLS.clear()
-    return build_cache(sets, encode, encoder=encoder, batch_size=2, on_disk=on_disk)
+def make_cache(datasets, encoder=None, *, on_disk=True):
+    return build_cache(datasets, encoder or MeanEncoder(), batch_size=2, on_disk=on_disk)
 
 
 def entry_files(folder):
@@ -240,29 +232,30 @@ def entry_files(folder):
 
 
 def test_cached_moments_are_those_of_the_pixels_mirrored_or_not(folder):
-    sets = training_sets(folder, flip_aug=True, latents_cached=True)
-    cached, live = batches_of(sets, 0, cache=make_cache(sets, folder, on_disk=False)), batches_of(sets, 0)
+    datasets = datasets_of(folder, flip_aug=True, latents_cached=True)
+    cached, live = batches_of(datasets, 0, cache=make_cache(datasets, on_disk=False)), batches_of(datasets, 0)
     for one, other in zip(cached, live, strict=True):
-        torch.testing.assert_close(one.moments, encode(other.pixels))
+        torch.testing.assert_close(one.moments, MeanEncoder().moments(other.pixels))
         assert one.captions == other.captions
 
 
 def test_a_second_run_reads_every_entry_and_encodes_none(folder):
-    sets = training_sets(folder, latents_cached=True)
-    first = make_cache(sets, folder)
-    assert sum(CALLS) == 7
+    datasets = datasets_of(folder, latents_cached=True)
+    encoder, none = MeanEncoder(), MeanEncoder()
+    first = make_cache(datasets, encoder)
+    assert sum(encoder.encoded) == 7
     assert len(entry_files(folder)) == 7
-    second = make_cache(sets, folder)
-    assert CALLS == []
-    for record in sets[0].records:
+    second = make_cache(datasets, none)
+    assert none.encoded == []
+    for record in datasets[0].records:
         assert torch.equal(first.moments(record, mirrored=False), second.moments(record, mirrored=False))
     assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("change", ["pixels", "vae", "resolution", "interpolation", "flip"])
 def test_an_entry_is_used_only_for_what_it_was_made_from(folder, change):
-    make_cache(training_sets(folder, latents_cached=True), folder)
-    encoder, expected = "vae1", 7
+    make_cache(datasets_of(folder, latents_cached=True))
+    encoder, expected = MeanEncoder(), 7
     dataset: dict[str, Any] = {}
     subset: dict[str, Any] = {}
     if change == "pixels":
@@ -270,7 +263,7 @@ def test_an_entry_is_used_only_for_what_it_was_made_from(folder, change):
         Image.new("RGB", (64, 64), (1, 2, 3)).save(picture)
         expected = 1
     elif change == "vae":
-        encoder = "vae2"
+        encoder = MeanEncoder("another")
     elif change == "resolution":
         dataset = {"resolution": (128, 128)}
         expected = 2  # of the others neither size nor crop change: they are below both areas
@@ -279,44 +272,45 @@ def test_an_entry_is_used_only_for_what_it_was_made_from(folder, change):
     else:
         subset = {"flip_aug": True}
         expected = 14
-    sets = training_sets(folder, latents_cached=True, dataset=dataset, **subset)
-    cache = make_cache(sets, folder, encoder=encoder)
+    datasets = datasets_of(folder, latents_cached=True, dataset=dataset, **subset)
+    cache = make_cache(datasets, encoder)
     if change == "resolution":
         expected = sum(
             a.placement != b.placement
-            for a, b in zip(sets[0].records, training_sets(folder, latents_cached=True)[0].records, strict=True)
+            for a, b in zip(datasets[0].records, datasets_of(folder, latents_cached=True)[0].records, strict=True)
         )
         assert expected
-    assert sum(CALLS) == expected
+    assert sum(encoder.encoded) == expected
     pixels = images.to_tensor(images.load_picture(folder / "p2.png"))[None]
-    record = next(record for record in sets[0].records if record.path.name == "p2.png")
-    torch.testing.assert_close(cache.moments(record, mirrored=False), encode(pixels)[0])
+    record = next(record for record in datasets[0].records if record.path.name == "p2.png")
+    torch.testing.assert_close(cache.moments(record, mirrored=False), MeanEncoder().moments(pixels)[0])
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
 def test_a_damaged_entry_is_made_again(folder, damage):
-    sets = training_sets(folder, latents_cached=True)
-    good = make_cache(sets, folder)
+    datasets = datasets_of(folder, latents_cached=True)
+    encoder = MeanEncoder()
+    good = make_cache(datasets)
     victim = entry_files(folder)[3]
     content = victim.read_bytes()
     victim.write_bytes(content[:-10] if damage is None else damage)
-    again = make_cache(sets, folder)
-    assert sum(CALLS) == 1
+    again = make_cache(datasets, encoder)
+    assert encoder.encoded == [1]
     assert victim.read_bytes() == content
-    for record in sets[0].records:
+    for record in datasets[0].records:
         assert torch.equal(good.moments(record, mirrored=False), again.moments(record, mirrored=False))
 
 
 def test_latents_that_are_not_finite_are_refused_and_not_kept(folder):
-    sets = training_sets(folder, latents_cached=True)
+    datasets = datasets_of(folder, latents_cached=True)
     with pytest.raises(UserError, match="NaN for .*p0.png.*name another with --vae"):
-        build_cache(sets, lambda pixels: encode(pixels) / 0 * 0, encoder="x", batch_size=2, on_disk=True)
+        make_cache(datasets, MeanEncoder(scale=float("nan")))
     assert entry_files(folder) == []
 
 
 def test_cached_latents_with_a_random_crop_are_refused(folder):
     with pytest.raises(UserError, match="random_crop of .* needs pixels"):
-        training_sets(folder, latents_cached=True, random_crop=True)
+        datasets_of(folder, latents_cached=True, random_crop=True)
 
 
 def test_keys_make_streams_that_repeat_and_differ():

@@ -61,7 +61,7 @@ def read(path):
 def as_trained(folder, metadata=None, **options):
     """Return picture -> caption, as training reads them."""
     subset = SubsetOptions(image_dir=folder, metadata_file=metadata, **options)
-    return {entry.path.name: entry.caption for entry in list_subset(subset)}
+    return {listed.path.name: "\n".join(listed.caption) for listed in list_subset(subset)}
 
 
 # ---- merging ------------------------------------------------------------------------------------------------

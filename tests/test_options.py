@@ -14,7 +14,7 @@ from library.config import toml_text
 from library.config.command_line import build_parser, given_options, parse
 from library.config.config_file import to_toml
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
-from library.config.dataset_file import load_datasets
+from library.config.dataset_file import read_datasets
 from library.config.options import format_default, root_options
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig, parse_train_config
@@ -225,7 +225,7 @@ EXAMPLE = {
 def datasets(tmp_path, content, *, suffix="json", dataset=None, subset=None):
     path = tmp_path / f"d.{suffix}"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return load_datasets(DataConfig(dataset_config=path), dataset or DatasetOptions(), subset or SubsetOptions())
+    return read_datasets(DataConfig(dataset_config=path), dataset or DatasetOptions(), subset or SubsetOptions())
 
 
 def test_values_are_looked_up_from_the_subset_outwards(tmp_path):
@@ -331,7 +331,7 @@ def test_folders_give_repeats_and_class_tokens_in_order_of_their_names(tmp_path,
     for name in ("train/20_sks dog_v2", "train/3_cat", "train/nope", "train/0_off", "reg/1_dog"):
         (tmp_path / name).mkdir(parents=True)
     data = DataConfig(train_data_dir=tmp_path / "train", reg_data_dir=tmp_path / "reg")
-    (found,) = load_datasets(data, DatasetOptions(resolution=(512, 512)), SubsetOptions())
+    (found,) = read_datasets(data, DatasetOptions(resolution=(512, 512)), SubsetOptions())
     assert [(entry.num_repeats, entry.class_tokens, entry.is_reg) for entry in found.subsets] == [
         (20, "sks dog_v2", False),
         (3, "cat", False),

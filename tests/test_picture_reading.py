@@ -85,7 +85,7 @@ def test_a_mask_is_one_channel_of_a_file_even_where_the_file_is_the_picture(tmp_
 )
 def test_fingerprints_of_entries_on_disk_stay_as_they_are(mask, own):
     placement = Placement(bucket=(64, 48), resized=(64, 51))
-    record = ImageRecord(Path("a.png"), (640, 510), "", 1, SubsetOptions(), placement, mask=mask)
+    record = ImageRecord(Path("a.png"), (640, 510), ("",), 1, SubsetOptions(), placement, mask=mask)
     parts = ("1", "1a", (64, 51), (0, 1), (64, 48), None, "vae float32", *own)
     expected = hashlib.sha256(repr(parts).encode()).hexdigest()
     assert fingerprint(record, {Path("a.png"): "1a", Path("m.png"): "2m"}, "vae float32") == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from collections import Counter
@@ -16,6 +15,7 @@ from library.config.dataset import SubsetOptions
 from library.data import buckets, captions, images
 from library.data.buckets import Placement
 from library.data.captions import Moment
+from library.data.sources import caption_of
 from library.errors import UserError
 
 MOMENT = Moment(epoch=1, step=0, num_steps=100)
@@ -170,25 +170,25 @@ def options(**values):
     return SubsetOptions(image_dir=Path("x"), **values)
 
 
-def draw(caption, *, key=0, moment=MOMENT, **values):
-    return captions.draw_caption(caption, options(**values), moment, random.Random(key))
+def sample(*texts, key=0, moment=MOMENT, **values):
+    return captions.sample_caption(texts, options(**values), moment, random.Random(key))
 
 
 def test_a_caption_without_rules_stays_as_it_is():
-    assert draw("a,  b , c") == "a,  b , c"
-    assert draw("first\nsecond") == "first"
+    assert sample("a,  b , c") == "a,  b , c"
+    assert sample("first", "second") == "first"
 
 
 def test_prefix_and_suffix_go_to_every_line():
-    assert draw("cat", caption_prefix="photo of", caption_suffix="in 4k") == "photo of cat in 4k"
-    drawn = {draw("a\nb", key=k, caption_prefix="p", enable_wildcard=True) for k in range(30)}
-    assert drawn == {"p a", "p b"}
+    assert sample("cat", caption_prefix="photo of", caption_suffix="in 4k") == "photo of cat in 4k"
+    samples = {sample("a", "b", key=k, caption_prefix="p", enable_wildcard=True) for k in range(30)}
+    assert samples == {"p a", "p b"}
 
 
 def test_shuffling_keeps_the_first_tags_and_all_of_them():
     seen = set()
     for key in range(200):
-        tags = draw("one, two, a, b, c", key=key, shuffle_caption=True, keep_tokens=2).split(", ")
+        tags = sample("one, two, a, b, c", key=key, shuffle_caption=True, keep_tokens=2).split(", ")
         assert tags[:2] == ["one", "two"]
         assert sorted(tags[2:]) == ["a", "b", "c"]
         seen.add(tuple(tags))
@@ -198,58 +198,72 @@ def test_shuffling_keeps_the_first_tags_and_all_of_them():
 def test_the_separator_for_kept_tags_fixes_both_ends_and_never_shows():
     values = {"keep_tokens_separator": "|||", "shuffle_caption": True}
     for key in range(50):
-        tags = draw("one, two ||| a, b, c ||| end", key=key, **values).split(", ")
+        tags = sample("one, two ||| a, b, c ||| end", key=key, **values).split(", ")
         assert (tags[:2], sorted(tags[2:5]), tags[5:]) == (["one", "two"], ["a", "b", "c"], ["end"])
-    assert draw("one ||| a", keep_tokens_separator="|||") == "one, a"
+    assert sample("one ||| a", keep_tokens_separator="|||") == "one, a"
 
 
 def test_dropping_is_at_the_rate_and_spares_kept_tags():
-    drawn: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
     for key in range(4000):
-        tags = draw("keep, a, b, c", key=key, caption_tag_dropout_rate=0.25, keep_tokens=1).split(", ")
+        tags = sample("keep, a, b, c", key=key, caption_tag_dropout_rate=0.25, keep_tokens=1).split(", ")
         assert tags[0] == "keep"
-        drawn.update(tags)
-    assert all(abs(drawn[tag] / 4000 - 0.75) < 0.03 for tag in "abc")
-    empty = sum(draw("cat", key=key, caption_dropout_rate=0.2) == "" for key in range(4000))
+        samples.update(tags)
+    assert all(abs(samples[tag] / 4000 - 0.75) < 0.03 for tag in "abc")
+    empty = sum(sample("cat", key=key, caption_dropout_rate=0.2) == "" for key in range(4000))
     assert abs(empty / 4000 - 0.2) < 0.03
 
 
 def test_every_nth_epoch_drops_all_captions():
-    drawn = [draw("cat", moment=Moment(epoch, 0, 1), caption_dropout_every_n_epochs=3) for epoch in range(1, 7)]
-    assert drawn == ["cat", "cat", "", "cat", "cat", ""]
+    samples = [sample("cat", moment=Moment(epoch, 0, 1), caption_dropout_every_n_epochs=3) for epoch in range(1, 7)]
+    assert samples == ["cat", "cat", "", "cat", "cat", ""]
 
 
-def test_wildcards_draw_one_part_and_double_braces_are_literal():
-    seen = Counter(draw("a {red|blue|green} {{x}}", key=key, enable_wildcard=True) for key in range(3000))
+def test_wildcards_take_one_part_and_double_braces_are_literal():
+    seen = Counter(sample("a {red|blue|green} {{x}}", key=key, enable_wildcard=True) for key in range(3000))
     assert set(seen) == {"a red {x}", "a blue {x}", "a green {x}"}
     assert min(seen.values()) > 800
-    assert draw("a {red|blue}") == "a {red|blue}"
+    assert sample("a {red|blue}") == "a {red|blue}"
 
 
 def test_secondary_separator_moves_a_group_as_one():
     for key in range(30):
-        drawn = draw("x;;;y, a, b", key=key, shuffle_caption=True, secondary_separator=";;;")
-        assert "x,y" in drawn
+        text = sample("x;;;y, a, b", key=key, shuffle_caption=True, secondary_separator=";;;")
+        assert "x,y" in text
 
 
 def test_token_warmup_shows_more_tags_with_time():
     values = {"token_warmup_min": 1, "token_warmup_step": 10}
-    counts = [len(draw("a, b, c, d, e", moment=Moment(1, step, 100), **values).split(", ")) for step in (0, 5, 9, 10)]
+    counts = [len(sample("a, b, c, d, e", moment=Moment(1, step, 100), **values).split(", ")) for step in (0, 5, 9, 10)]
     assert counts == [1, 3, 4, 5]
     half = {"token_warmup_step": 0.5}
-    assert draw("a, b", moment=Moment(1, 49, 100), **half) == "a"
-    assert draw("a, b", moment=Moment(1, 50, 100), **half) == "a, b"
+    assert sample("a, b", moment=Moment(1, 49, 100), **half) == "a"
+    assert sample("a, b", moment=Moment(1, 50, 100), **half) == "a, b"
 
 
-def test_caption_files_class_tokens_and_face_crops(tmp_path):
+def test_caption_files_and_those_of_face_crops(tmp_path):
     picture = tmp_path / "photo_10_20_30_40.png"
-    values = options(caption_extension=".txt", class_tokens="sks dog")
-    assert captions.read_caption(picture, values) == "sks dog"
-    (tmp_path / "photo.txt").write_text("\ufeff a photo \nsecond", encoding="utf-8")
-    assert captions.read_caption(picture, values) == "a photo"
-    (tmp_path / "photo_10_20_30_40.txt").write_text("own\nlines", encoding="utf-8")
-    assert captions.read_caption(picture, values) == "own"
-    assert captions.read_caption(picture, dataclasses.replace(values, enable_wildcard=True)) == "own\nlines"
+    assert captions.read_caption(picture, ".txt") is None
+    (tmp_path / "photo.txt").write_text("\ufeff a photo \n\nsecond", encoding="utf-8")
+    assert captions.read_caption(picture, ".txt") == ["a photo", "second"]
+    (tmp_path / "photo_10_20_30_40.txt").write_text(" \n", encoding="utf-8")
+    assert captions.read_caption(picture, ".txt") == []
     (tmp_path / "photo_10_20_30_40.txt").write_bytes("日本語".encode("cp932"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        captions.read_caption(picture, values)
+        captions.read_caption(picture, ".txt")
+
+
+def test_a_caption_is_the_first_line_or_with_wildcards_all_or_the_class_token(tmp_path):
+    def caption(stem, **values):
+        return caption_of(tmp_path / f"{stem}.png", options(caption_extension=".txt", **values))
+
+    (tmp_path / "a.txt").write_text("own\nlines", encoding="utf-8")
+    (tmp_path / "empty.txt").touch()
+    assert caption("a", class_tokens="dog") == ("own",)
+    assert caption("a", enable_wildcard=True) == ("own", "lines")
+    assert caption("b", class_tokens="dog") == ("dog",)
+    assert caption("b") == caption("empty", class_tokens="dog") == ("",)
+
+
+def test_the_tag_counts_are_those_of_all_texts():
+    assert captions.tag_counts(["Cat, red", "", "red,cat ,,red"]) == {"cat": 2, "red": 3}

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoders import MeanEncoder
 from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data import images
-from library.data.dataset import BatchMaker, BatchRequest, RunPlan, plan_epoch
+from library.data.batches import BatchMaker, BatchRequest, RunPlan, plan_epoch
 from library.data.latent_cache import build_cache
-from library.data.records import TrainingSet, build_training_sets
+from library.data.records import build_datasets
 from library.errors import UserError
 
 
@@ -35,7 +36,7 @@ def folder(tmp_path):
     return root
 
 
-def sets_of(*subsets, masked_loss=False, latents_cached=False, seed=0, **dataset):
+def datasets_of(*subsets, masked_loss=False, latents_cached=False, seed=0, **dataset):
     values: dict[str, Any] = {
         "resolution": (64, 64),
         "batch_size": 2,
@@ -43,21 +44,21 @@ def sets_of(*subsets, masked_loss=False, latents_cached=False, seed=0, **dataset
         "bucket_no_upscale": True,
     } | dataset
     config = DatasetConfig(options=DatasetOptions(**values), subsets=subsets)
-    return build_training_sets([config], latents_cached=latents_cached, masked_loss=masked_loss, seed=seed)
+    return build_datasets([config], latents_cached=latents_cached, masked_loss=masked_loss, seed=seed)
 
 
 def subset_of(folder, **values):
     return SubsetOptions(image_dir=folder, caption_extension=".txt", **values)
 
 
-def encode(pixels):
-    """Stand in for the VAE: eight channels at an eighth of the size."""
-    return torch.nn.functional.avg_pool2d(pixels, 8).repeat(1, 3, 1, 1)[:, :8]
+def batches(datasets, cache=None, seed=3):
+    maker = BatchMaker(datasets, seed, 10, 1.0, cache)
+    return [maker[request] for request in RunPlan(datasets, seed, 6, 1)]
 
 
-def batches(sets, cache=None, seed=3):
-    maker = BatchMaker(sets, seed, 10, 1.0, cache)
-    return [maker[request] for request in RunPlan(sets, seed, 6, 1)]
+def pixels_of(batch):
+    assert batch.pixels is not None
+    return batch.pixels
 
 
 # ---- metadata files -----------------------------------------------------------------------------------------
@@ -74,23 +75,23 @@ def test_a_metadata_file_lists_pictures_with_caption_and_tags(folder, kind):
     lines = [json.dumps({"image_path": name} | values, ensure_ascii=False) for name, values in entries.items()]
     text = json.dumps(entries, ensure_ascii=False) if kind == "json" else "\n".join(lines)
     path.write_text(text, encoding="utf-8-sig")
-    (entry,) = sets_of(subset_of(folder, metadata_file=path, num_repeats=2))
-    found = {record.path.name: record for record in entry.records}
+    (dataset,) = datasets_of(subset_of(folder, metadata_file=path, num_repeats=2))
+    found = {record.path.name: record for record in dataset.records}
     assert {name: record.caption for name, record in found.items()} == {
-        "p0.png": "a picture,red, blue",
-        "p1.png": "green",
-        "p2.png": "日本語の説明",
+        "p0.png": ("a picture,red, blue",),
+        "p1.png": ("green",),
+        "p2.png": ("日本語の説明",),
     }
-    assert {record.repeats for record in entry.records} == {2}
-    assert found["p0.png"].tags == "red, blue"
+    assert {record.repeats for record in dataset.records} == {2}
+    assert found["p0.png"].tags == ("red, blue",)
     assert found["p0.png"].size == (190, 160)  # the header's, not the file's
 
 
 def test_with_wildcards_the_tags_follow_every_line_of_the_caption(folder):
     path = folder.parent / "meta.json"
     path.write_text(json.dumps({"p0": {"caption": "one\ntwo", "tags": "x\ny"}, "p1": {"tags": "z"}}), encoding="utf-8")
-    (entry,) = sets_of(subset_of(folder, metadata_file=path, enable_wildcard=True))
-    assert [record.caption for record in entry.records] == ["one,x,y\ntwo,x,y", "z"]
+    (dataset,) = datasets_of(subset_of(folder, metadata_file=path, enable_wildcard=True))
+    assert [record.caption for record in dataset.records] == [("one,x,y", "two,x,y"), ("z",)]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_damaged_metadata_file_is_told(folder, content, message):
     path = folder.parent / "meta.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        sets_of(subset_of(folder, metadata_file=path))
+        datasets_of(subset_of(folder, metadata_file=path))
 
 
 # ---- masks --------------------------------------------------------------------------------------------------
@@ -127,8 +128,8 @@ def save_masks(folder, target, scale=1):
 def test_a_mask_shares_resize_crop_and_flip_of_its_picture(folder, how):
     masks = save_masks(folder, folder.parent / "masks")
     subset = subset_of(folder, conditioning_data_dir=masks, flip_aug=True, random_crop=how != "centre")
-    sets = sets_of(subset, masked_loss=True, enable_bucket=how != "no buckets")
-    seen = batches(sets)
+    datasets = datasets_of(subset, masked_loss=True, enable_bucket=how != "no buckets")
+    seen = batches(datasets)
     assert len(seen) == 6
     for batch in seen:
         red = torch.nn.functional.avg_pool2d((batch.pixels[:, :1] + 1) / 2, 8)
@@ -138,8 +139,8 @@ def test_a_mask_shares_resize_crop_and_flip_of_its_picture(folder, how):
 
 def test_a_mask_of_another_resolution_is_scaled_to_its_picture(folder):
     masks = save_masks(folder, folder.parent / "masks", scale=2)
-    sets = sets_of(subset_of(folder, conditioning_data_dir=masks), masked_loss=True)
-    for batch in batches(sets):
+    datasets = datasets_of(subset_of(folder, conditioning_data_dir=masks), masked_loss=True)
+    for batch in batches(datasets):
         red = torch.nn.functional.avg_pool2d((batch.pixels[:, :1] + 1) / 2, 8)
         torch.testing.assert_close(batch.masks, red, atol=0.02, rtol=0)
 
@@ -147,24 +148,24 @@ def test_a_mask_of_another_resolution_is_scaled_to_its_picture(folder):
 def test_cached_masks_are_those_of_the_pixels_and_stay_on_disk(folder):
     masks = save_masks(folder, folder.parent / "masks")
     subset = subset_of(folder, conditioning_data_dir=masks, flip_aug=True)
-    sets = sets_of(subset, masked_loss=True, latents_cached=True)
+    datasets = datasets_of(subset, masked_loss=True, latents_cached=True)
     for _ in range(2):
-        cache = build_cache(sets, encode, encoder="v", batch_size=2, on_disk=True)
-        for cached, drawn in zip(batches(sets, cache), batches(sets), strict=True):
+        cache = build_cache(datasets, MeanEncoder(), batch_size=2, on_disk=True)
+        for cached, drawn in zip(batches(datasets, cache), batches(datasets), strict=True):
             assert torch.equal(cached.masks, drawn.masks)
-    encoded = []
     Image.new("RGB", (190, 160)).save(masks / "p0.png")  # another mask: its entry, and no other, is made again
-    build_cache(sets, lambda p: encoded.append(len(p)) or encode(p), encoder="v", batch_size=1, on_disk=True)
-    assert encoded == [1, 1]  # the picture and its mirror
+    encoder = MeanEncoder()
+    build_cache(datasets, encoder, batch_size=1, on_disk=True)
+    assert encoder.encoded == [1, 1]  # the picture and its mirror
 
 
 def test_transparency_masks_the_loss_and_opaque_pictures_have_full_weight(folder):
-    sets = sets_of(subset_of(folder, alpha_mask=True))
+    datasets = datasets_of(subset_of(folder, alpha_mask=True))
     names: dict[str, torch.Tensor] = {}
-    for batch in batches(sets):
+    for batch in batches(datasets):
         names |= dict(zip([Path(name).name for name in batch.names], batch.masks, strict=True))
     assert float(names["p0.png"].min()) == 1.0
-    record = next(record for record in sets[0].records if record.path.name == "p1.png")
+    record = next(record for record in datasets[0].records if record.path.name == "p1.png")
     with Image.open(record.path) as picture:
         alpha = np.asarray(picture.getchannel("A").resize(record.placement.resized, Image.Resampling.BOX))
     frame = images.centre_frame(record.placement)
@@ -173,22 +174,22 @@ def test_transparency_masks_the_loss_and_opaque_pictures_have_full_weight(folder
 
 
 def test_a_batch_without_any_mask_has_none(folder):
-    assert all(batch.masks is None for batch in batches(sets_of(subset_of(folder))))
+    assert all(batch.masks is None for batch in batches(datasets_of(subset_of(folder))))
 
 
 def test_masks_that_are_missing_or_of_another_shape_are_told(folder):
     masks = save_masks(folder, folder.parent / "masks")
     subset = subset_of(folder, conditioning_data_dir=masks)
     with pytest.raises(UserError, match="holds masks for the loss: add --masked_loss"):
-        sets_of(subset)
+        datasets_of(subset)
     with pytest.raises(UserError, match="--masked_loss needs masks"):
-        sets_of(subset_of(folder), masked_loss=True)
+        datasets_of(subset_of(folder), masked_loss=True)
     Image.new("RGB", (64, 128)).save(masks / "p0.png")
     with pytest.raises(UserError, match=r"1 masks have another aspect ratio.*\n.*p0.png: 64x128, the picture is 190"):
-        sets_of(subset, masked_loss=True)
+        datasets_of(subset, masked_loss=True)
     (masks / "p1.png").unlink()
     with pytest.raises(UserError, match=r"1 of 5 pictures have no mask of their name: p1.png"):
-        sets_of(subset, masked_loss=True)
+        datasets_of(subset, masked_loss=True)
 
 
 # ---- face crops ---------------------------------------------------------------------------------------------
@@ -229,13 +230,13 @@ def test_only_pictures_named_after_a_face_are_cropped_round_it(tmp_path):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)).save(
             tmp_path / f"{name}.png"
         )
-    plain = sets_of(subset_of(tmp_path, class_tokens="x"), enable_bucket=False)
-    cropped = sets_of(subset_of(tmp_path, class_tokens="x", face_crop_aug_range=(1.5, 3.0)), enable_bucket=False)
-    one, other = (BatchMaker(sets, 1, 1, 1.0, None) for sets in (plain, cropped))
+    plain = datasets_of(subset_of(tmp_path, class_tokens="x"), enable_bucket=False)
+    cropped = datasets_of(subset_of(tmp_path, class_tokens="x", face_crop_aug_range=(1.5, 3.0)), enable_bucket=False)
+    one, other = (BatchMaker(datasets, 1, 1, 1.0, None) for datasets in (plain, cropped))
     request = BatchRequest(1, 0, plan_epoch(plain, 1, 1)[0])
     equal = {
         Path(name).stem: torch.equal(a, b)
-        for name, a, b in zip(one[request].names, one[request].pixels, other[request].pixels, strict=True)
+        for name, a, b in zip(one[request].names, pixels_of(one[request]), pixels_of(other[request]), strict=True)
     }
     assert equal == {"a_100_60_40_40": False, "plain": True}
 
@@ -253,16 +254,16 @@ def test_what_is_held_out_is_never_trained_on(folder):
     )
     other = DatasetConfig(options=DatasetOptions(resolution=(128, 128), batch_size=1), subsets=(subset_of(folder),))
     for seed in range(5):
-        sets = build_training_sets([one, other], latents_cached=False, seed=seed)
-        assert len(sets[0].held_out) == 2
-        assert not names_of(sets[0].held_out) & (names_of(sets[0].records) | names_of(sets[1].records))
-        assert len(sets[0].records) == len(sets[1].records) == 3
-        assert not sets[1].held_out
+        datasets = build_datasets([one, other], latents_cached=False, seed=seed)
+        assert len(datasets[0].held_out) == 2
+        assert not names_of(datasets[0].held_out) & (names_of(datasets[0].records) | names_of(datasets[1].records))
+        assert len(datasets[0].records) == len(datasets[1].records) == 3
+        assert not datasets[1].held_out
 
 
 def test_the_split_follows_its_seed(folder):
     def held_out(**values):
-        return names_of(sets_of(subset_of(folder, validation_split=0.4), **values)[0].held_out)
+        return names_of(datasets_of(subset_of(folder, validation_split=0.4), **values)[0].held_out)
 
     assert held_out(seed=1) == held_out(seed=1)
     assert len({frozenset(held_out(seed=seed)) for seed in range(8)}) > 1
@@ -276,12 +277,12 @@ def test_what_is_held_out_is_not_varied_and_regularisation_is_never_held_out(fol
     subset = subset_of(
         folder, validation_split=0.4, flip_aug=True, random_crop=True, caption_dropout_rate=0.9, shuffle_caption=True
     )
-    (entry,) = sets_of(subset, subset_of(reg, is_reg=True, class_tokens="x", validation_split=0.4))
-    assert all(record.subset.source == folder for record in entry.held_out)
-    sets = [TrainingSet(entry.options, entry.held_out)]
-    maker = BatchMaker(sets, 0, 1, 1.0, None)
-    for samples in plan_epoch(sets, 0, 0):
+    (dataset,) = datasets_of(subset, subset_of(reg, is_reg=True, class_tokens="x", validation_split=0.4))
+    assert all(record.subset.source == folder for record in dataset.held_out)
+    datasets = [dataset.validation]
+    maker = BatchMaker(datasets, 0, 1, 1.0, None)
+    for samples in plan_epoch(datasets, 0, 0):
         first, second = (maker[BatchRequest(epoch, 0, samples)] for epoch in (1, 2))
         assert first.captions == second.captions
         assert all(caption.startswith("tag") for caption in first.captions)
-        assert torch.equal(first.pixels, second.pixels)
+        assert torch.equal(pixels_of(first), pixels_of(second))

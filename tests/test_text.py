@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.config.dataset import SubsetOptions
-from library.data.captions import Moment, draw_caption, possible_captions
+from library.data.captions import Moment, possible_captions, sample_caption
 from library.models.base import BaseFiles, TextEncoder, load_base
 from library.models.checkpoint import open_checkpoint
 from library.models.conditioning import LiveConditioner, TextOptions, remember
@@ -132,10 +132,11 @@ def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(mo
 )
 def test_possible_captions_are_all_that_are_drawn(caption, options, expected):
     options = SubsetOptions(**options)
-    assert possible_captions(caption, options) == expected
+    texts = tuple(caption.split("\n"))
+    assert possible_captions(texts, options) == expected
     if expected is not None:
         drawn = {
-            draw_caption(caption, options, Moment(epoch, 0, 10), random_for(epoch, index))
+            sample_caption(texts, options, Moment(epoch, 0, 10), random_for(epoch, index))
             for epoch in (1, 2)
             for index in range(30)
         }

@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = Problems()
     config = parse_train_config(argv, problems, description=__doc__, fixed=CACHING)
     check(config, problems)
-    from library.data.records import load_sets  # reads pictures; --help does not
+    from library.data.records import load_datasets  # reads pictures; --help does not
 
-    sets = problems.run(load_sets, config) or []
+    datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
 
     # Torch takes seconds to import; up to here every mistake has been answered at once.
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = find_base(config.model)
     runtime = start_runtime(config.precision, config.logs)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
-    cache_latents(config.precision, sets, encoder, runtime)
+    cache_latents(config.precision, datasets, encoder, runtime)
     return 0
 
 

@@ -23,14 +23,14 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.adapters.dylora import file_sizes, ranks_of
 from library.config.command_line import parse
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
-from library.config.dataset_file import load_datasets
+from library.config.dataset_file import read_datasets
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.options import REQUIRED, build, option, repeated
 from library.config.preview import PreviewConfig, SamplerName
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
-from library.data.records import TrainingSet, build_training_sets
+from library.data.records import Dataset, build_datasets
 from library.errors import Problems, UserError, shortened
 from library.logs import run_script
 from library.sampling.prompts import Prompt, read_prompts
@@ -137,7 +137,7 @@ class Job:
     seed: int
     file: WeightFile
     ranks: list[int]
-    sets: list[TrainingSet]
+    datasets: list[Dataset]
     prompts: list[Prompt]
 
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.training.measure.picture_losses import to_measure
 
     files = check_further(job)
-    job = dataclasses.replace(job, sets=to_measure(job.sets))
+    job = dataclasses.replace(job, datasets=to_measure(job.datasets))
     tell(job)
     report(job, files)
     return 0
@@ -175,9 +175,9 @@ def plan(config: ReportConfig) -> Job:
     training = with_network(training, config.files.model, unit=ranks[0])
     problems = Problems()
     prompts = problems.run(read_prompts, config.measure.sample_prompts) if config.measure.sample_prompts else None
-    sets = problems.run(load_sets, training, file.metadata)
+    datasets = problems.run(load_datasets, training, file.metadata)
     problems.raise_if_any()
-    return Job(config, training, seed, file, ranks, sets or [], prompts or [])
+    return Job(config, training, seed, file, ranks, datasets or [], prompts or [])
 
 
 def read_model(files: FilesConfig) -> tuple[WeightFile, list[int]]:
@@ -202,15 +202,15 @@ def with_network(training: TrainConfig, model: Path, *, unit: int) -> TrainConfi
     return dataclasses.replace(training, network=network)
 
 
-def load_sets(training: TrainConfig, metadata: Mapping[str, str]) -> list[TrainingSet]:
+def load_datasets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Dataset]:
     """Return the datasets; warn where something else is held out than in the training."""
-    sets = build_training_sets(
-        load_datasets(training.data, training.dataset, training.subset),
+    datasets = build_datasets(
+        read_datasets(training.data, training.dataset, training.subset),
         latents_cached=False,  # nothing is varied here, so nothing contradicts it
         masked_loss=training.loss.masked_loss,
         seed=training.run.seed,
     )
-    number, then = sum(len(entry.held_out) for entry in sets), metadata.get("ss_num_validation_images")
+    number, then = sum(len(dataset.held_out) for dataset in datasets), metadata.get("ss_num_validation_images")
     if then not in (None, str(number)):
         logger.warning("%d pictures are held out; in the training there were %s", number, then)
     if not number:
@@ -218,7 +218,7 @@ def load_sets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Traini
             "nothing is held out: pictures that were trained on make higher ranks look better than they are; "
             "--validation_split in the training and here holds some out"
         )
-    return sets
+    return datasets
 
 
 def check_further(job: Job) -> BaseFiles:
@@ -238,9 +238,9 @@ def tell(job: Job) -> None:
     from library.training.measure.picture_losses import pictures_of
     from library.training.measure.rank_report import MOST_COLUMNS
 
-    pictures = pictures_of(job.training, job.sets, job.seed, None)
+    pictures = pictures_of(job.training, job.datasets, job.seed, None)
     samples = [sample for request in pictures.requests for sample in request.samples]
-    number = len({job.sets[sample.dataset].held_out[sample.record].path for sample in samples})
+    number = len({job.datasets[sample.dataset].held_out[sample.record].path for sample in samples})
     if number < 2:
         raise UserError(f"at least 2 pictures are needed to tell what is noise, got {number}")
     if number < FEW_PICTURES:
@@ -272,7 +272,7 @@ def report(job: Job, files: BaseFiles) -> None:
 
     config, training = job.config, job.training
     measurement = load_measurement(
-        training, job.sets, files, seed=job.seed, num_timesteps=config.measure.timesteps, draws=config.measure.draws
+        training, job.datasets, files, seed=job.seed, num_timesteps=config.measure.timesteps, draws=config.measure.draws
     )
     base, device = measurement.base, measurement.runtime.device
     network = build_network(training.network, training.optimizer, base, checkpointing=False, device=device)

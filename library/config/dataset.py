@@ -59,6 +59,12 @@ class DatasetOptions:
         1.0, "strength of the adapter for this dataset; accepted, no effect", file_only=True, levels=DATASET
     )
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The resolution as (width, height); `library.config.dataset_file` requires one of each dataset."""
+        assert self.resolution is not None
+        return self.resolution
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SubsetOptions:
@@ -147,9 +153,14 @@ class SubsetOptions:
     @property
     def source(self) -> Path:
         """Where the pictures come from: the metadata file that lists them, or their folder."""
-        path = self.metadata_file or self.image_dir
-        assert path is not None, "a subset without a place is refused as it is read"
-        return path
+        return self.metadata_file or self.folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the pictures are: image_dir, else beside the metadata file."""
+        folder = self.image_dir or (self.metadata_file and self.metadata_file.parent)
+        assert folder is not None  # library.config.dataset_file requires one of the two of each subset
+        return folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 # Keys that change nothing here.
 IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}
 
-DATASET_KEYS = {entry.field: entry for entry in section_options(DatasetOptions)}
-SUBSET_KEYS = {entry.field: entry for entry in section_options(SubsetOptions)}
+DATASET_KEYS = {key.field: key for key in section_options(DatasetOptions)}
+SUBSET_KEYS = {key.field: key for key in section_options(SubsetOptions)}
 ALL_KEYS = DATASET_KEYS | SUBSET_KEYS
 
 
-def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
+def read_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
     """Return the datasets of a run, every value looked up; dataset and subset hold the command line's values.
 
     Raises UserError where there is nothing to train on.
@@ -39,14 +39,14 @@ def load_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
         datasets = read_dataset_file(data.dataset_config, dataset, subset)
     else:
         datasets = [DatasetConfig(options=dataset, subsets=tuple(folder_subsets(data, subset)))]
-    datasets = [dataclasses.replace(entry, subsets=_usable_subsets(entry.subsets)) for entry in datasets]
-    datasets = [entry for entry in datasets if entry.subsets]
-    if not any(not entry.is_reg for found in datasets for entry in found.subsets):
+    datasets = [dataclasses.replace(found, subsets=_usable_subsets(found.subsets)) for found in datasets]
+    datasets = [found for found in datasets if found.subsets]
+    if all(used.is_reg for found in datasets for used in found.subsets):
         source = data.dataset_config or f"{data.train_data_dir} (sub-folders are named like 10_name)"
         raise UserError(f"no subset to train on in {source}: one is needed with num_repeats of 1 or more, not is_reg")
     problems = Problems()
-    for entry in datasets:
-        check_dataset(entry.options, problems)
+    for found in datasets:
+        check_dataset(found.options, problems)
     problems.raise_if_any()
     return datasets
 
@@ -62,14 +62,11 @@ def read_dataset_file(path: Path, dataset: DatasetOptions, subset: SubsetOptions
     _check_keys(table, {"general", "datasets"}, str(path))
     general = _expect_table(table.get("general", {}), f"{path}: general")
     _read_keys(general, "general", f"{path}: general")
-    entries = table.get("datasets", [])
-    if not isinstance(entries, list) or not entries:
+    tables = table.get("datasets", [])
+    if not isinstance(tables, list) or not tables:
         raise UserError(f"{path}: no [[datasets]] table, so there is nothing to train on")
     return [
-        _read_dataset(
-            _expect_table(entry, f"{path}: datasets[{index}]"), general, dataset, subset, f"{path}: datasets[{index}]"
-        )
-        for index, entry in enumerate(entries)
+        _read_dataset(each, general, dataset, subset, f"{path}: datasets[{index}]") for index, each in enumerate(tables)
     ]
 
 
@@ -83,8 +80,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _read_dataset(
-    table: dict[str, Any], general: dict[str, Any], dataset: DatasetOptions, subset: SubsetOptions, place: str
+    value: Any, general: dict[str, Any], dataset: DatasetOptions, subset: SubsetOptions, place: str
 ) -> DatasetConfig:
+    table = _expect_table(value, place)
     subset_tables = table.get("subsets", [])
     if not isinstance(subset_tables, list):
         raise UserError(f"{place}.subsets must be an array of tables, got {shown(subset_tables)}")
@@ -93,9 +91,9 @@ def _read_dataset(
     options = dataclasses.replace(dataset, **{key: value for key, value in shared.items() if key in DATASET_KEYS})
     inherited = {key: value for key, value in shared.items() if key in SUBSET_KEYS}
     subsets = []
-    for index, entry in enumerate(subset_tables):
+    for index, each in enumerate(subset_tables):
         where = f"{place}.subsets[{index}]"
-        values = inherited | _read_keys(_expect_table(entry, where), "subsets", where)
+        values = inherited | _read_keys(_expect_table(each, where), "subsets", where)
         if values.get("image_dir") is None and values.get("metadata_file") is None:
             raise UserError(f"{where}.image_dir is missing: the folder of the pictures")
         subsets.append(dataclasses.replace(subset, **values))
@@ -114,14 +112,14 @@ def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, An
 
 
 def _known_key(key: str, level: str, place: str) -> Option:
-    entry = ALL_KEYS.get(key)
-    if entry is None:
-        known = [name for name, option in ALL_KEYS.items() if level in option.spec.levels]
+    option = ALL_KEYS.get(key)
+    if option is None:
+        known = [name for name, other in ALL_KEYS.items() if level in other.spec.levels]
         raise UserError(f"{place}.{key} is not known{nearest(key, known)}")
-    if level not in entry.spec.levels:
-        levels = ", ".join(f"[{name}]" for name in entry.spec.levels)
+    if level not in option.spec.levels:
+        levels = ", ".join(f"[{name}]" for name in option.spec.levels)
         raise UserError(f"{place}.{key} does not belong here: it is set in {levels}")
-    return entry
+    return option
 
 
 def _check_keys(table: Mapping[str, Any], known: set[str], place: str) -> None:
@@ -205,7 +203,7 @@ def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, 
 
 
 def check_dataset(options: DatasetOptions, problems: Problems) -> None:
-    """Add to problems what is wrong with the resolution and the bucket sizes of a dataset."""
+    """Add what is wrong with the resolution and the bucket sizes of a dataset to the problems."""
     if options.network_multiplier != 1.0:
         logger.warning(
             "network_multiplier %g has no effect, as in sd-scripts: the loss is that at full strength",
@@ -214,13 +212,13 @@ def check_dataset(options: DatasetOptions, problems: Problems) -> None:
     if options.resolution is None:
         problems.add("resolution is missing: give it in [general], [[datasets]] or as --resolution")
     elif options.enable_bucket:
-        _check_buckets(options, options.resolution, problems)
+        _check_buckets(options, problems)
     elif options.resolution[0] % 8 or options.resolution[1] % 8:
         problems.add(f"resolution must be a multiple of 8 without buckets, got {options.resolution}")
 
 
-def _check_buckets(options: DatasetOptions, resolution: tuple[int, int], problems: Problems) -> None:
-    shortest, longest = min(resolution), max(resolution)
+def _check_buckets(options: DatasetOptions, problems: Problems) -> None:
+    shortest, longest = min(options.size), max(options.size)
     if options.bucket_reso_steps % 64:
         problems.add(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
     if options.bucket_no_upscale:

@@ -1,117 +1,133 @@
-"""Caption rules: from the text in the file to the text of one draw. Each rule is a small function.
+"""Caption rules: from the texts in a caption file to the text of one sample. Each rule is a small function.
 
 The order is that of sd-scripts: prefix and suffix, dropout, wildcards, tags (kept, warmed up, shuffled,
 dropped), secondary separator. All randomness comes from the generator that is passed in.
+
+A caption is a tuple of texts, at least one. With wildcards each sample takes one of them, without them the first.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import random
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from library.config.dataset import SubsetOptions
+from library.data.images import face_in_name
 from library.errors import UserError
 
+Caption = tuple[str, ...]
 
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """When a caption is drawn: epoch (from 1), optimizer step (from 0), steps of the whole run."""
+
+class Moment(NamedTuple):
+    """When a caption is sampled: epoch (from 1), optimizer step (from 0), steps of the whole run."""
 
     epoch: int
     step: int
     num_steps: int
 
 
-def read_caption(picture: Path, options: SubsetOptions) -> str:
-    """Return the caption of a picture: its caption file, else the class token, else nothing.
+def read_caption(picture: Path, extension: str) -> list[str] | None:
+    """Return the lines of a picture's caption file that are not blank, stripped; None where there is no such file.
 
-    The first line counts, or with wildcards every line that is not blank. Raises UserError for a file that
-    is not UTF-8.
+    A face crop `name_x_y_w_h` without a file of its own has that of `name`. Raises UserError for a file that is
+    not UTF-8.
     """
-    for path in caption_files(picture, options.caption_extension):
-        if not path.is_file():
-            continue
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return "\n".join(lines) if options.enable_wildcard else "".join(lines[:1])
-    return options.class_tokens or ""
-
-
-def caption_files(picture: Path, extension: str) -> list[Path]:
-    """Return the files that may hold a picture's caption; a face crop `name_x_y_w_h` may use that of `name`."""
-    stems = [picture.stem]
-    parts = picture.stem.split("_")
-    if len(parts) >= 5 and all(part.isdecimal() for part in parts[-4:]):
-        stems.append("_".join(parts[:-4]))
-    return [picture.with_name(stem + extension) for stem in stems]
-
-
-def draw_caption(caption: str, options: SubsetOptions, moment: Moment, rng: random.Random) -> str:
-    """Return the caption of one draw of a picture."""
-    if is_dropped(options, moment, rng):
-        return ""
-    caption = with_affixes(caption, options)
-    caption = draw_wildcards(caption, rng) if options.enable_wildcard else caption.split("\n")[0]
-    if options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0:
-        caption = draw_tags(caption, options, moment, rng)
-    elif options.keep_tokens_separator:
-        caption = without_markers(caption, options)
-    if options.secondary_separator:
-        caption = caption.replace(options.secondary_separator, options.caption_separator)
-    return caption
-
-
-def possible_captions(caption: str, options: SubsetOptions) -> set[str] | None:
-    """Return all texts that a caption can be in a run, or None where rules make many of it."""
-    varies = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
-    affixed = with_affixes(caption, options)
-    has_choices = "\n" in affixed or WILDCARD.search(affixed) is not None
-    if varies or (options.enable_wildcard and has_choices):
+    crop = face_in_name(picture.stem)
+    stems = [picture.stem] if crop is None else [picture.stem, crop[0]]
+    path = next((path for stem in stems if (path := picture.with_name(stem + extension)).is_file()), None)
+    if path is None:
         return None
-    undropped = dataclasses.replace(options, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
-    text = draw_caption(caption, undropped, Moment(1, 0, 1), random.Random(0))
-    is_droppable = options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0
-    return {text, ""} if is_droppable else {text}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def with_affixes(caption: str, options: SubsetOptions) -> str:
-    """Return the caption with prefix and suffix on each of its lines."""
+# --------------------------------------------------------------------------------------------------------------
+# The rules in order
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """One rule as it applies to a caption: (text, moment, generator) -> text."""
+
+    apply: Callable[[str, Moment, random.Random], str]
+    varies: bool  # whether the result depends on the moment or on chance
+
+
+def caption_rules(caption: Caption, options: SubsetOptions) -> list[Rule]:
+    """Return the rules that make the text of a sample, in order; the first one takes it from the caption."""
+    texts = with_affixes(caption, options)
+    rules = [Rule(lambda *_: texts[0], False)]
+    if options.enable_wildcard:
+        has_choices = len(texts) > 1 or WILDCARD.search(texts[0]) is not None
+        rules = [Rule(lambda _, moment, rng: sample_wildcards(texts, rng), has_choices)]
+    if options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0:
+        rules.append(Rule(lambda text, moment, rng: sample_tags(text, options, moment, rng), True))
+    elif options.keep_tokens_separator:
+        rules.append(Rule(lambda text, *_: without_markers(text, options), False))
+    if options.secondary_separator:
+        secondary, separator = options.secondary_separator, options.caption_separator
+        rules.append(Rule(lambda text, *_: text.replace(secondary, separator), False))
+    return rules
+
+
+def sample_caption(caption: Caption, options: SubsetOptions, moment: Moment, rng: random.Random) -> str:
+    """Return the text of one sample of a picture."""
+    if rng.random() < dropout_rate(options, moment.epoch):
+        return ""
+    return _apply(caption_rules(caption, options), moment, rng)
+
+
+def possible_captions(caption: Caption, options: SubsetOptions) -> set[str] | None:
+    """Return all texts that samples of a caption can have in a run, or None where rules make many of it."""
+    rules = caption_rules(caption, options)
+    if any(rule.varies for rule in rules):
+        return None
+    text = _apply(rules, Moment(1, 0, 1), random.Random(0))
+    epochs = (1, options.caption_dropout_every_n_epochs)
+    return {text, ""} if any(dropout_rate(options, epoch) > 0 for epoch in epochs) else {text}
+
+
+def _apply(rules: Sequence[Rule], moment: Moment, rng: random.Random) -> str:
+    return functools.reduce(lambda text, rule: rule.apply(text, moment, rng), rules, "")
+
+
+def dropout_rate(options: SubsetOptions, epoch: int) -> float:
+    """Return the probability with which the whole caption is left out in an epoch (from 1)."""
+    every = options.caption_dropout_every_n_epochs
+    return 1.0 if every > 0 and epoch % every == 0 else options.caption_dropout_rate
+
+
+def with_affixes(caption: Caption, options: SubsetOptions) -> Caption:
+    """Return the caption with prefix and suffix on each of its texts."""
     before = f"{options.caption_prefix} " if options.caption_prefix else ""
     after = f" {options.caption_suffix}" if options.caption_suffix else ""
-    return "\n".join(f"{before}{line}{after}" for line in caption.split("\n"))
-
-
-def is_dropped(options: SubsetOptions, moment: Moment, rng: random.Random) -> bool:
-    """Return whether the whole caption is left out in this draw."""
-    by_chance = rng.random() < options.caption_dropout_rate
-    every = options.caption_dropout_every_n_epochs
-    return by_chance or (every > 0 and moment.epoch % every == 0)
+    return tuple(f"{before}{text}{after}" for text in caption)
 
 
 WILDCARD = re.compile(r"\{([^{}]+)\}")
 OPEN_BRACE, CLOSED_BRACE = "\ue000", "\ue001"  # private-use characters stand for {{ and }} meanwhile
 
 
-def draw_wildcards(caption: str, rng: random.Random) -> str:
-    """Return one line of the caption with each {a|b|c} replaced by one of its parts; {{ and }} are literal."""
-    line = rng.choice(caption.split("\n"))
-    line = line.replace("{{", OPEN_BRACE).replace("}}", CLOSED_BRACE)
-    line = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), line)
-    return line.replace(OPEN_BRACE, "{").replace(CLOSED_BRACE, "}")
+def sample_wildcards(caption: Caption, rng: random.Random) -> str:
+    """Return one text of the caption with each {a|b|c} replaced by one of its parts; {{ and }} are literal."""
+    text = rng.choice(caption).replace("{{", OPEN_BRACE).replace("}}", CLOSED_BRACE)
+    text = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), text)
+    return text.replace(OPEN_BRACE, "{").replace(CLOSED_BRACE, "}")
 
 
-def draw_tags(caption: str, options: SubsetOptions, moment: Moment, rng: random.Random) -> str:
-    """Return the caption with its flexible tags warmed up, shuffled and dropped, joined by comma and space."""
-    fixed, flexible, ending = split_tags(caption, options)
+def sample_tags(text: str, options: SubsetOptions, moment: Moment, rng: random.Random) -> str:
+    """Return the text with its flexible tags warmed up, shuffled and dropped, joined by comma and space."""
+    fixed, flexible, ending = split_tags(text, options)
     flexible = flexible[: num_warm_tags(len(flexible), options, moment)]
     if options.shuffle_caption:
         rng.shuffle(flexible)
@@ -120,14 +136,14 @@ def draw_tags(caption: str, options: SubsetOptions, moment: Moment, rng: random.
     return ", ".join(fixed + flexible + ending)
 
 
-def split_tags(caption: str, options: SubsetOptions) -> tuple[list[str], list[str], list[str]]:
+def split_tags(text: str, options: SubsetOptions) -> tuple[list[str], list[str], list[str]]:
     """Return (fixed, flexible, fixed ending) tags, by the separator for kept tags or by their number."""
     separator, marker = options.caption_separator, options.keep_tokens_separator
-    if marker and marker in caption:
-        parts = [[tag.strip() for tag in part.split(separator)] for part in caption.split(marker, 2)]
+    if marker and marker in text:
+        parts = [[tag.strip() for tag in part.split(separator)] for part in text.split(marker, 2)]
         fixed, flexible, *ending = [[tag for tag in part if tag] for part in parts]
         return fixed, flexible, ending[0] if ending else []
-    tags = [tag.strip() for tag in caption.strip().split(separator)]
+    tags = [tag.strip() for tag in text.strip().split(separator)]
     return tags[: options.keep_tokens], tags[options.keep_tokens :], []
 
 
@@ -142,19 +158,14 @@ def num_warm_tags(num_tags: int, options: SubsetOptions, moment: Moment) -> int:
     return int(moment.step * (num_tags - least) / steps) + least
 
 
-def without_markers(caption: str, options: SubsetOptions) -> str:
-    """Return the caption with the text that marks kept tags taken out; the marker is never part of a prompt."""
-    if options.keep_tokens_separator not in caption:
-        return caption
-    return ", ".join(tag for part in split_tags(caption, options) for tag in part)
+def without_markers(text: str, options: SubsetOptions) -> str:
+    """Return the text without the separator that marks kept tags, which is never part of a prompt."""
+    if options.keep_tokens_separator not in text:
+        return text
+    return ", ".join(tag for part in split_tags(text, options) for tag in part)
 
 
-def tag_counts(captions: list[str]) -> dict[str, int]:
+def tag_counts(texts: Iterable[str]) -> dict[str, int]:
     """Return how often each lower-cased, comma-separated tag occurs."""
-    counts: dict[str, int] = {}
-    for caption in captions:
-        for tag in caption.replace("\n", ",").split(","):
-            name = tag.strip().lower()
-            if name:
-                counts[name] = counts.get(name, 0) + 1
-    return counts
+    names = (tag.strip().lower() for text in texts for tag in text.split(","))
+    return dict(Counter(name for name in names if name))

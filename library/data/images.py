@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,9 @@ from library.files import PICTURE_SUFFIXES
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
+NUM_THREADS = 8  # for reading headers and files: mostly waiting for the disk
 ORIENTATION_TAG = 0x0112  # EXIF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,6 +62,42 @@ def read_size(path: Path) -> Size:
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
     return (height, width) if turned else (width, height)
+
+
+def read_all(paths: Collection[Path], read: Callable[[Path], T], progress: str | None = None) -> dict[Path, T]:
+    """Return path -> what read returns of it, in threads; progress is the title of a bar.
+
+    Raises UserError that lists all paths for which read raises UnreadablePictureError.
+    """
+    from tqdm import tqdm
+
+    def read_or_error(path: Path) -> T | UnreadablePictureError:
+        try:
+            return read(path)
+        except UnreadablePictureError as error:
+            return error
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        bar = tqdm(
+            pool.map(read_or_error, ordered),
+            total=len(ordered),
+            desc=progress,
+            unit="picture",
+            disable=progress is None,
+        )
+        results = dict(zip(ordered, bar, strict=True))
+    raise_for_unreadable(results.items())
+    return {path: result for path, result in results.items() if not isinstance(result, UnreadablePictureError)}
+
+
+def raise_for_unreadable(results: Collection[tuple[Path, object]]) -> None:
+    """Raise UserError that lists the pictures whose result is an UnreadablePictureError."""
+    failed = [f"  {path}: {result}" for path, result in results if isinstance(result, UnreadablePictureError)]
+    if failed:
+        raise UserError(
+            "\n".join([f"{len(failed)} of {len(results)} pictures cannot be read; mend or remove them:", *failed])
+        )
 
 
 def load_picture(path: Path, transparency: Literal["drop", "white"] = "drop") -> np.ndarray:
@@ -195,25 +235,21 @@ def random_frame(placement: Placement, rng: random.Random) -> Frame:
 
 
 class Face(NamedTuple):
-    """A face as the name of a cropped picture tells it: centre and size in pixels."""
+    """A face in a picture: centre and size in pixels."""
 
-    x: int
+    x: int  # 0 where no face was found
     y: int
     width: int
     height: int
 
-    @property
-    def side(self) -> int:
-        """The longer side."""
-        return max(self.width, self.height)
 
-
-def face_in_name(path: Path) -> Face | None:
-    """Return the face that a file name tells at its end, NAME_x_y_w_h; None without one."""
-    parts = path.stem.split("_")
-    if len(parts) < 5 or not all(part.isdecimal() for part in parts[-4:]) or int(parts[-4]) == 0:
+def face_in_name(stem: str) -> tuple[str, Face] | None:
+    """Return (NAME, face) of a file name without extension, NAME_x_y_w_h, of a face crop; None for another name."""
+    name, *numbers = stem.rsplit("_", 4)
+    if len(numbers) < 4 or not all(number.isdecimal() for number in numbers):
         return None
-    return Face(*map(int, parts[-4:]))
+    x, y, width, height = map(int, numbers)
+    return name, Face(x, y, width, height)
 
 
 SMALLEST_SHIFTED_FACE = 40  # pixels; a smaller one stays in the middle of its crop
@@ -229,12 +265,13 @@ def face_frame(
     window stays within the picture.
     """
     cover = max(target[0] / size[0], target[1] / size[1])
+    face_side = max(face.width, face.height)
     low, high = times
-    smallest = max(cover, min(1.0, min(target) / (face.side * high)))
-    largest = max(smallest, min(1.0, min(target) / (face.side * low)))
+    smallest = max(cover, min(1.0, min(target) / (face_side * high)))
+    largest = max(smallest, min(1.0, min(target) / (face_side * low)))
     scale = rng.uniform(smallest, largest)
     resized = max(target[0], int(size[0] * scale + 0.5)), max(target[1], int(size[1] * scale + 0.5))
-    side = int(face.side * scale + 0.5)
+    side = int(face_side * scale + 0.5)
     corner = []
     for position, length, window in zip((face.x, face.y), resized, target, strict=True):
         centre = int(position * scale + 0.5)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from library.data import images
-from library.data.records import NUM_THREADS, ImageRecord, TrainingSet, raise_for_unreadable
+from library.data.buckets import Placement
+from library.data.records import Dataset, ImageRecord, all_records
 from library.errors import UserError
 from library.files import file_sha256
 from library.safetensors_io import read_header, read_tensors
@@ -30,10 +32,21 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, 3, H, W) in [-1, 1] -> moments (B, 8, H/8, W/8)
 Entry = dict[str, torch.Tensor]
-RecordKey = tuple[Path, tuple[int | str, ...]]
+PixelsKey = tuple[Path, Placement, str | None, images.Mask | None]
 Loaded = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3) and mask (H/8, W/8) of a bucket's size
+
+
+class Encoder(Protocol):
+    """What makes latents of pictures: `library.models.latent_encoder.LatentEncoder`."""
+
+    def identity(self) -> str:
+        """Return what the moments of a picture depend on: the weights and their type."""
+        ...
+
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return mean and log-variance of the posterior, (B, 8, H/8, W/8), for pixels (B, 3, H, W) in [-1, 1]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +74,7 @@ class LatentCache:
     """Moments of all pictures, by fingerprint."""
 
     entries: dict[str, Entry]
-    fingerprints: dict[RecordKey, str]
+    fingerprints: dict[PixelsKey, str]
 
     def moments(self, record: ImageRecord, *, mirrored: bool) -> torch.Tensor:
         """Return the moments (8, H/8, W/8) of a record."""
@@ -73,17 +86,16 @@ class LatentCache:
         return mask.flip(-1) if mirrored else mask
 
     def _entry(self, record: ImageRecord) -> Entry:
-        return self.entries[self.fingerprints[record_key(record)]]
+        return self.entries[self.fingerprints[pixels_key(record)]]
 
 
-def record_key(record: ImageRecord) -> RecordKey:
-    """Return what tells records with different pixels apart within a run."""
-    placement, mask = record.placement, record.mask.describe() if record.mask else ""
-    return record.path, (*placement.resized, *placement.bucket, record.subset.resize_interpolation or "", mask)
+def pixels_key(record: ImageRecord) -> PixelsKey:
+    """Return what tells records with different pixels or masks apart within a run."""
+    return record.path, record.placement, record.subset.resize_interpolation, record.mask
 
 
 def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -> str:
-    """Return the hash of everything that an entry depends on; encoder names VAE weights and precision.
+    """Return the hash of everything that an entry depends on; encoder is the identity of one.
 
     hashes holds those of the files of picture and mask.
     """
@@ -103,59 +115,66 @@ def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -
 
 
 def build_cache(
-    sets: list[TrainingSet],
-    encode: Encode,
+    datasets: Sequence[Dataset],
+    encoder: Encoder,
     *,
-    encoder: str,
     batch_size: int,
     on_disk: bool,
     share: tuple[int, int] = (0, 1),
 ) -> LatentCache:
     """Return the cache of all records, encoding what is not valid on disk.
 
-    encoder identifies VAE weights and precision. share is (rank, processes): with entries on disk each
-    process encodes its share and the caller calls again after a barrier to read the others'. Raises
-    UserError that lists all pictures that cannot be read, or that the VAE turns into NaN.
+    share is (rank, processes): with entries on disk each process encodes its share and the caller calls again
+    after a barrier to read the others'. Raises UserError that lists all pictures that cannot be read, or that
+    the VAE turns into NaN.
     """
-    sources, fingerprints = _sources(sets, encoder)
+    records = all_records(datasets)
+    if on_disk:
+        fingerprints = fingerprints_of(records, encoder)
+    else:  # within a run the path tells what is in a file, so that none is read for its hash
+        fingerprints = {key: repr(key) for key in map(pixels_key, records)}
+    sources = sources_of(records, fingerprints)
     entries: dict[str, Entry] = {}
     if on_disk:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            entries = {
-                source.fingerprint: entry
-                for source, entry in zip(sources, pool.map(read_entry, sources), strict=True)
-                if entry is not None
-            }
+        entries = read_entries(sources)
         logger.info("latents: %d of %d pictures are valid on disk", len(entries), len(sources))
     missing = [source for source in sources if source.fingerprint not in entries]
-    for source, entry in _encode(missing[share[0] :: share[1]], encode, batch_size):
+    for source, entry in _encode(missing[share[0] :: share[1]], encoder, batch_size):
         entries[source.fingerprint] = entry
         if on_disk:
             write_weights(source.file, entry, {"fingerprint": source.fingerprint})
     return LatentCache(entries, fingerprints)
 
 
-def count_valid(sets: list[TrainingSet], encoder: str) -> tuple[int, int]:
+def count_valid(datasets: Sequence[Dataset], encoder: Encoder) -> tuple[int, int]:
     """Return (entries that are valid on disk, entries that a run uses)."""
-    sources, _ = _sources(sets, encoder)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        return sum(entry is not None for entry in pool.map(read_entry, sources)), len(sources)
+    records = all_records(datasets)
+    sources = sources_of(records, fingerprints_of(records, encoder))
+    return len(read_entries(sources)), len(sources)
 
 
-def _sources(sets: list[TrainingSet], encoder: str) -> tuple[list[Source], dict[RecordKey, str]]:
-    """Return one source for each distinct entry, sorted by bucket so that batches fill, and record -> fingerprint."""
-    records = [record for entry in sets for record in entry.all_records]
-    paths = sorted({path for record in records for path in record.files})
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        hashes = dict(zip(paths, pool.map(file_sha256, paths), strict=True))
-    fingerprints = {record_key(record): fingerprint(record, hashes, encoder) for record in records}
+def fingerprints_of(records: Sequence[ImageRecord], encoder: Encoder) -> dict[PixelsKey, str]:
+    """Return the fingerprints of all records; reads all files of pictures and masks."""
+    hashes = images.read_all({path for record in records for path in record.files}, file_sha256)
+    identity = encoder.identity()
+    return {pixels_key(record): fingerprint(record, hashes, identity) for record in records}
+
+
+def sources_of(records: Sequence[ImageRecord], fingerprints: Mapping[PixelsKey, str]) -> list[Source]:
+    """Return one source for each distinct entry, sorted by bucket so that batches fill."""
     sources: dict[str, Source] = {}
     for record in records:
-        key = fingerprints[record_key(record)]
+        key = fingerprints[pixels_key(record)]
         mirrored = record.subset.flip_aug or (key in sources and sources[key].mirrored)
         sources[key] = Source(record, key, mirrored)
-    ordered = sorted(sources.values(), key=lambda source: (source.record.placement.bucket, source.record.path))
-    return ordered, fingerprints
+    return sorted(sources.values(), key=lambda source: (source.record.placement.bucket, source.record.path))
+
+
+def read_entries(sources: Sequence[Source]) -> dict[str, Entry]:
+    """Return fingerprint -> entry for those that are valid on disk."""
+    with ThreadPoolExecutor(images.NUM_THREADS) as pool:
+        entries = zip(sources, pool.map(read_entry, sources), strict=True)
+        return {source.fingerprint: entry for source, entry in entries if entry is not None}
 
 
 def read_entry(source: Source) -> Entry | None:
@@ -171,16 +190,16 @@ def read_entry(source: Source) -> Entry | None:
         return None
 
 
-def _encode(sources: list[Source], encode: Encode, batch_size: int) -> Iterator[tuple[Source, Entry]]:
+def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterator[tuple[Source, Entry]]:
     """Yield (source, entry) for each source; pictures are decoded ahead in threads while the VAE works."""
     if not sources:
         return
     from tqdm import tqdm
 
-    results: list[Loaded | images.UnreadablePictureError] = []
+    results: list[tuple[Path, Loaded | images.UnreadablePictureError]] = []
     not_finite: list[Path] = []
     with (
-        ThreadPoolExecutor(NUM_THREADS) as pool,
+        ThreadPoolExecutor(images.NUM_THREADS) as pool,
         tqdm(total=len(sources), desc="caching latents", unit="picture") as bar,
     ):
         batches = list(_batches(sources, batch_size))
@@ -188,20 +207,18 @@ def _encode(sources: list[Source], encode: Encode, batch_size: int) -> Iterator[
         for index, batch in enumerate(batches):
             if index + 2 < len(batches):
                 ahead.append(pool.map(_load, batches[index + 2]))
-            loaded = list(ahead.pop(0))
-            results += loaded
+            loaded = list(zip(batch, ahead.pop(0), strict=True))
+            results += [(source.record.path, layers) for source, layers in loaded]
             readable = [
-                (source, *layers)
-                for source, layers in zip(batch, loaded, strict=True)
-                if not isinstance(layers, images.UnreadablePictureError)
+                (source, *layers) for source, layers in loaded if not isinstance(layers, images.UnreadablePictureError)
             ]
-            for source, entry in _encode_batch(readable, encode):
+            for source, entry in _encode_batch(readable, encoder):
                 if all(bool(torch.isfinite(tensor).all()) for tensor in entry.values()):
                     yield source, entry
                 else:
                     not_finite.append(source.record.path)
             bar.update(len(batch))
-    raise_for_unreadable([source.record.path for source in sources], results)
+    images.raise_for_unreadable(results)
     if not_finite:
         names = ", ".join(str(path) for path in not_finite)
         raise UserError(f"the VAE gives NaN for {names}, in float32, too: its file is damaged; name another with --vae")
@@ -218,24 +235,22 @@ def _batches(sources: list[Source], batch_size: int) -> Iterator[list[Source]]:
 
 def _load(source: Source) -> Loaded | images.UnreadablePictureError:
     """Return pixels and mask of a source in its bucket, or why its picture or mask cannot be read."""
-    record = source.record
     try:
-        frame = images.centre_frame(record.placement)
-        pixels = images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation)
-        return pixels, None if record.mask is None else images.fit_mask(record.mask.load(), frame)
+        return source.record.read(images.centre_frame(source.record.placement))
     except images.UnreadablePictureError as error:
         return error
 
 
 def _encode_batch(
-    loaded: list[tuple[Source, np.ndarray, np.ndarray | None]], encode: Encode
+    loaded: list[tuple[Source, np.ndarray, np.ndarray | None]], encoder: Encoder
 ) -> Iterator[tuple[Source, Entry]]:
     if not loaded:
         return
-    plain = encode(torch.stack([images.to_tensor(pixels) for _, pixels, _ in loaded]))
+    plain = encoder.moments(torch.stack([images.to_tensor(pixels) for _, pixels, _ in loaded])).cpu()
     wanted = [index for index, (source, _, _) in enumerate(loaded) if source.mirrored]
     if wanted:
-        flipped = encode(torch.stack([images.to_tensor(loaded[index][1][:, ::-1]) for index in wanted]))
+        mirrored = [images.to_tensor(loaded[index][1][:, ::-1]) for index in wanted]
+        flipped = encoder.moments(torch.stack(mirrored)).cpu()
     for index, (source, _, mask) in enumerate(loaded):
         entry = {PLAIN: plain[index].clone()}
         if source.mirrored:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+
+import numpy as np
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
-from library.config.dataset_file import load_datasets
+from library.config.dataset_file import read_datasets
 from library.config.train import TrainConfig
 from library.data import buckets
 from library.data.buckets import Placement, Size
-from library.data.images import Mask, UnreadablePictureError, load_picture, read_size
-from library.data.sources import MOST_NAMED, Listed, find_masks, list_subset
-from library.errors import UserError
+from library.data.captions import Caption
+from library.data.images import Frame, Mask, fit, fit_mask, load_picture, read_all, read_size
+from library.data.sources import MOST_NAMED, Listed, list_subset
+from library.errors import Problems, UserError
 from library.files import PICTURE_SUFFIXES
 from library.randomness import random_for
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-NUM_THREADS = 8  # for reading headers and files: mostly waiting for the disk
 LEAST_SIDE = 8  # pixels of a picture: one latent
 MOST_TIMES_BUCKET = 32  # a resized picture's area, in areas of its bucket
 SAME_RATIO = 0.01  # by which the aspect ratios of a picture and its mask may differ
@@ -36,11 +36,11 @@ class ImageRecord:
 
     path: Path
     size: Size
-    caption: str
+    caption: Caption
     repeats: int
     subset: SubsetOptions
     placement: Placement
-    tags: str = ""  # what tag statistics count
+    tags: tuple[str, ...] = ()  # texts of which tag statistics count the tags
     mask: Mask | None = None
 
     @property
@@ -48,10 +48,35 @@ class ImageRecord:
         """The files that the pixels and the mask are read from."""
         return (self.path,) if self.mask is None else (self.path, self.mask.path)
 
+    def read(self, frame: Frame) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return what a frame shows: pixels, uint8 (H, W, 3), and loss mask, float32 (H/8, W/8), or None.
+
+        Raises UnreadablePictureError.
+        """
+        pixels = fit(load_picture(self.path), frame, self.subset.resize_interpolation)
+        return pixels, None if self.mask is None else fit_mask(self.mask.load(), frame)
+
+    def unvaried(self) -> ImageRecord:
+        """Return the record for validation: it is seen once, and neither picture nor caption is varied."""
+        subset = dataclasses.replace(
+            self.subset,
+            num_repeats=1,
+            flip_aug=False,
+            color_aug=False,
+            random_crop=False,
+            face_crop_aug_range=None,
+            shuffle_caption=False,
+            caption_dropout_rate=0.0,
+            caption_dropout_every_n_epochs=0,
+            caption_tag_dropout_rate=0.0,
+            token_warmup_step=0.0,
+        )
+        return dataclasses.replace(self, repeats=1, subset=subset)
+
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSet:
-    """One dataset, ready to be drawn from: its options, its records, and those held out for validation."""
+class Dataset:
+    """One dataset, ready to be sampled: its options, its records, and those held out for validation."""
 
     options: DatasetOptions
     records: tuple[ImageRecord, ...]
@@ -62,12 +87,22 @@ class TrainingSet:
         """All pictures, trained on or held out."""
         return self.records + self.held_out
 
+    @property
+    def validation(self) -> Dataset:
+        """The pictures that are held out, as a dataset of their own."""
+        return Dataset(self.options, self.held_out)
+
     def num_images(self, *, is_reg: bool) -> int:
-        """Return the number of draws in an epoch, repeats included."""
+        """Return the number of samples in an epoch, repeats included."""
         return sum(record.repeats for record in self.records if record.subset.is_reg == is_reg)
 
 
-def load_sets(config: TrainConfig) -> list[TrainingSet]:
+def all_records(datasets: Sequence[Dataset]) -> list[ImageRecord]:
+    """Return all pictures of all datasets, trained on or held out."""
+    return [record for dataset in datasets for record in dataset.all_records]
+
+
+def load_datasets(config: TrainConfig) -> list[Dataset]:
     """Return the pictures to train on; none where it is open which, as `check` tells."""
     data = config.data
     if data.dataset_config is not None:
@@ -77,185 +112,127 @@ def load_sets(config: TrainConfig) -> list[TrainingSet]:
         is_told = folder is not None and folder.is_dir() and config.dataset.resolution is not None
     if not is_told:
         return []
-    return build_training_sets(
-        load_datasets(data, config.dataset, config.subset),
+    return build_datasets(
+        read_datasets(data, config.dataset, config.subset),
         latents_cached=config.precision.cache_latents,
         masked_loss=config.loss.masked_loss,
         seed=config.run.seed,
     )
 
 
-def build_training_sets(
-    datasets: list[DatasetConfig], *, latents_cached: bool, masked_loss: bool = False, seed: int | None = None
-) -> list[TrainingSet]:
+def build_datasets(
+    configs: Sequence[DatasetConfig], *, latents_cached: bool, masked_loss: bool = False, seed: int | None = None
+) -> list[Dataset]:
     """Return the datasets with their records; reads headers and captions, no pixels.
 
     seed serves datasets that hold pictures out and have no validation_seed. Raises UserError that lists folders
     that are not there, pictures whose header cannot be read, and options that contradict each other.
     """
-    subsets = [subset for dataset in datasets for subset in dataset.subsets]
-    problems = [problem for subset in subsets for problem in subset_problems(subset, latents_cached, masked_loss)]
-    if masked_loss and not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
-        problems.append("--masked_loss needs masks: conditioning_data_dir of a subset, or --alpha_mask")
-    if problems:
-        raise UserError("\n".join(problems))
-    listed = [[list_subset(subset) for subset in dataset.subsets] for dataset in datasets]
-    masks = [[find_masks(entries) for entries in found] for found in listed]
-    pictures = {entry.path for found in listed for entries in found for entry in entries}
-    sizes = read_sizes(pictures | {mask.path for found in masks for of_subset in found for mask in of_subset.values()})
-    held_out = split_validation(datasets, listed, seed)
-    sets = [
-        _build(dataset, found, masks=found_masks, sizes=sizes, held_out=held_out)
-        for dataset, found, found_masks in zip(datasets, listed, masks, strict=True)
-    ]
-    sets = [entry for entry in sets if entry.all_records]
-    if not any(entry.num_images(is_reg=False) for entry in sets):
+    subsets = [subset for config in configs for subset in config.subsets]
+    check_subsets(subsets, latents_cached=latents_cached, masked_loss=masked_loss)
+    found = [[list_subset(subset) for subset in config.subsets] for config in configs]
+    pictures = [listed for of_dataset in found for of_subset in of_dataset for listed in of_subset]
+    sizes = read_all({path for listed in pictures for path in listed.files}, read_size)
+    held_out = split_validation(configs, found, seed)
+    built = (build_dataset(config, of, sizes, held_out) for config, of in zip(configs, found, strict=True))
+    datasets = [dataset for dataset in built if dataset.all_records]
+    if not any(dataset.num_images(is_reg=False) for dataset in datasets):
         sources = ", ".join(str(subset.source) for subset in subsets)
         if held_out:
             raise UserError(f"validation_split holds out all {len(held_out)} pictures in {sources}: lower it")
         raise UserError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) in {sources}")
-    return sets
+    return datasets
 
 
-def subset_problems(subset: SubsetOptions, latents_cached: bool, masked_loss: bool) -> list[str]:
-    """Return what is wrong with the options of a subset; warn of what goes unused."""
-    problems = []
+def check_subsets(subsets: Sequence[SubsetOptions], *, latents_cached: bool, masked_loss: bool) -> None:
+    """Raise UserError that lists what is wrong with the options of the subsets."""
+    problems = Problems()
+    for subset in subsets:
+        check_subset(subset, problems, latents_cached=latents_cached, masked_loss=masked_loss)
+    if masked_loss and not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
+        problems.add("--masked_loss needs masks: conditioning_data_dir of a subset, or --alpha_mask")
+    problems.raise_if_any()
+
+
+def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: bool, masked_loss: bool) -> None:
+    """Add what is wrong with the options of a subset to the problems; warn of what goes unused."""
     if subset.image_dir is not None and not subset.image_dir.is_dir():
-        problems.append(f"image_dir {subset.image_dir} is not a folder")
+        problems.add(f"image_dir {subset.image_dir} is not a folder")
     if subset.metadata_file is not None and not subset.metadata_file.is_file():
-        problems.append(f"metadata_file {subset.metadata_file} is not a file")
+        problems.add(f"metadata_file {subset.metadata_file} is not a file")
     for name in ("color_aug", "random_crop"):
         if latents_cached and getattr(subset, name):
-            problems.append(f"{name} of {subset.source} needs pixels in every step: leave out it or --cache_latents")
+            problems.add(f"{name} of {subset.source} needs pixels in every step: leave out it or --cache_latents")
     if latents_cached and subset.face_crop_aug_range:
         logger.warning("face_crop_aug_range of %s goes unused: the latents are cached", subset.source)
     folder = subset.conditioning_data_dir
     if folder is not None and not masked_loss:
-        problems.append(f"conditioning_data_dir {folder} holds masks for the loss: add --masked_loss")
+        problems.add(f"conditioning_data_dir {folder} holds masks for the loss: add --masked_loss")
     if folder is not None and not folder.is_dir():
-        problems.append(f"conditioning_data_dir {folder} is not a folder")
-    return problems
+        problems.add(f"conditioning_data_dir {folder} is not a folder")
 
 
-def split_validation(datasets: list[DatasetConfig], listed: list[list[list[Listed]]], seed: int | None) -> set[Path]:
+def split_validation(
+    configs: Sequence[DatasetConfig], found: Sequence[Sequence[Sequence[Listed]]], seed: int | None
+) -> set[Path]:
     """Return the pictures that are held out, as whole paths: of each subset its share, chosen by a shuffle of its own.
 
-    A picture that one subset holds out is trained on in none. Regularisation pictures are never held out.
+    found holds the pictures by dataset and subset. A picture that one subset holds out is trained on in none.
+    Regularisation pictures are never held out.
     """
     held_out: set[Path] = set()
-    for dataset, found in zip(datasets, listed, strict=True):
-        chosen = dataset.options.validation_seed if dataset.options.validation_seed is not None else seed or 0
-        for entries in found:
-            paths = sorted({entry.path.resolve() for entry in entries if not entry.subset.is_reg})
-            share = entries[0].subset.validation_split if paths else 0
-            number = round(len(paths) * share)
-            if share and not number:
-                logger.warning("validation_split %g of %d pictures is none: nothing is held out", share, len(paths))
-            random_for(chosen, "validation").shuffle(paths)
-            held_out.update(paths[len(paths) - number :])
+    for config, of_dataset in zip(configs, found, strict=True):
+        chosen = config.options.validation_seed if config.options.validation_seed is not None else seed or 0
+        for subset, listed in zip(config.subsets, of_dataset, strict=True):
+            if not subset.is_reg:
+                held_out |= share_of({picture.path.resolve() for picture in listed}, subset.validation_split, chosen)
     return held_out
 
 
-def read_sizes(paths: set[Path]) -> dict[Path, Size]:
-    """Return path -> (width, height) from the headers; raises UserError that lists all that fail."""
-    ordered = sorted(paths)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        results = list(pool.map(lambda path: _or_error(read_size, path), ordered))
-    return dict(zip(ordered, raise_for_unreadable(ordered, results), strict=True))
+def share_of(paths: set[Path], share: float, seed: int) -> set[Path]:
+    """Return a share (0 to 1) of the paths; which ones depends on the seed only. Warns where that is none."""
+    number = round(len(paths) * share)
+    if paths and share and not number:
+        logger.warning("validation_split %g of %d pictures is none: nothing is held out", share, len(paths))
+    shuffled = sorted(paths)
+    random_for(seed, "validation").shuffle(shuffled)
+    return set(shuffled[len(paths) - number :])
 
 
-def verify_pictures(sets: list[TrainingSet]) -> None:
+def verify_pictures(datasets: Sequence[Dataset]) -> None:
     """Decode every picture and mask once, so that one that cannot be read is reported before training starts."""
-    from tqdm import tqdm
-
-    records = [record for entry in sets for record in entry.all_records]
-    paths = sorted({path for record in records for path in record.files})
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        checks = pool.map(lambda path: _or_error(lambda p: load_picture(p).shape, path), paths)
-        results = list(tqdm(checks, total=len(paths), desc="checking pictures", unit="picture"))
-    raise_for_unreadable(paths, results)
+    files = {path for record in all_records(datasets) for path in record.files}
+    read_all(files, lambda path: load_picture(path).shape, "checking pictures")
 
 
-def _or_error(read: Callable[[Path], T], path: Path) -> T | UnreadablePictureError:
-    try:
-        return read(path)
-    except UnreadablePictureError as error:
-        return error
-
-
-def raise_for_unreadable(paths: Sequence[Path], results: Sequence[T | UnreadablePictureError]) -> list[T]:
-    """Return results, or raise one UserError that lists every path whose result is an UnreadablePictureError."""
-    read, failed = [], []
-    for path, result in zip(paths, results, strict=True):
-        if isinstance(result, UnreadablePictureError):
-            failed.append(f"  {path}: {result}")
-        else:
-            read.append(result)
-    if failed:
-        raise UserError(
-            "\n".join([f"{len(failed)} of {len(paths)} pictures cannot be read; mend or remove them:", *failed])
-        )
-    return read
-
-
-def _build(
-    dataset: DatasetConfig,
-    found: list[list[Listed]],
-    *,
-    masks: list[dict[Path, Mask]],
-    sizes: dict[Path, Size],
-    held_out: set[Path],
-) -> TrainingSet:
-    for subset, entries in zip(dataset.subsets, found, strict=True):
-        if not entries:
+def build_dataset(
+    config: DatasetConfig, found: Sequence[Sequence[Listed]], sizes: Mapping[Path, Size], held_out: set[Path]
+) -> Dataset:
+    """Return a dataset of the pictures found in each subset; sizes are (width, height) of pictures and masks."""
+    for subset, of_subset in zip(config.subsets, found, strict=True):
+        if not of_subset:
             logger.warning("%s has no pictures; it is skipped", subset.source)
-    listed = [entry for entries in found for entry in entries]
-    mask_of = {
-        (subset.source, path): mask
-        for subset, of_subset in zip(dataset.subsets, masks, strict=True)
-        for path, mask in of_subset.items()
-    }
-    training = [entry for entry in listed if not entry.subset.is_reg and entry.path.resolve() not in held_out]
-    num_training = sum(entry.subset.num_repeats for entry in training)
-    regularisation = regularisation_repeats([entry for entry in listed if entry.subset.is_reg], num_training)
-
-    def record(entry: Listed, repeats: int, subset: SubsetOptions) -> ImageRecord:
-        size = sizes[entry.path]
-        placement = place_picture(size, dataset.options)
-        mask = mask_of.get((entry.subset.source, entry.path))
-        return ImageRecord(entry.path, size, entry.caption, repeats, subset, placement, entry.tags, mask)
-
-    repeated = [(entry, entry.subset.num_repeats) for entry in training] + regularisation
-    records = [record(entry, repeats, entry.subset) for entry, repeats in repeated]
-    validation = [
-        record(entry, 1, as_they_are(entry.subset))
-        for entry in listed
-        if entry.path.resolve() in held_out and entry.subset.validation_split and not entry.subset.is_reg
-    ]
-    _check_shapes(records + validation)
-    _check_masks(records + validation, sizes)
-    _warn_without_caption([entry for entry in records if not entry.caption])
-    return TrainingSet(dataset.options, tuple(records), tuple(validation))
+    pictures = [listed for listed in chain.from_iterable(found) if not listed.subset.is_reg]
+    regularisation = [listed for listed in chain.from_iterable(found) if listed.subset.is_reg]
+    trained = [(listed, listed.subset.num_repeats) for listed in pictures if listed.path.resolve() not in held_out]
+    trained += regularisation_repeats(regularisation, sum(repeats for _, repeats in trained))
+    split = [listed for listed in pictures if listed.subset.validation_split and listed.path.resolve() in held_out]
+    records = tuple(record_of(listed, repeats, sizes, config.options) for listed, repeats in trained)
+    validation = tuple(record_of(listed, 1, sizes, config.options).unvaried() for listed in split)
+    check_shapes(records + validation)
+    check_masks(records + validation, sizes)
+    _warn_without_caption([record for record in records if not any(record.caption)])
+    return Dataset(config.options, records, validation)
 
 
-def as_they_are(subset: SubsetOptions) -> SubsetOptions:
-    """Return the options for validation: pictures and captions are not varied."""
-    return dataclasses.replace(
-        subset,
-        num_repeats=1,
-        flip_aug=False,
-        color_aug=False,
-        random_crop=False,
-        face_crop_aug_range=None,
-        shuffle_caption=False,
-        caption_dropout_rate=0.0,
-        caption_dropout_every_n_epochs=0,
-        caption_tag_dropout_rate=0.0,
-        token_warmup_step=0.0,
-    )
+def record_of(listed: Listed, repeats: int, sizes: Mapping[Path, Size], options: DatasetOptions) -> ImageRecord:
+    """Return the record of a listed picture, placed in its bucket."""
+    path, subset, caption, tags, mask = listed
+    placement = place_picture(sizes[path], options)
+    return ImageRecord(path, sizes[path], caption, repeats, subset, placement, tags, mask)
 
 
-def _check_masks(records: list[ImageRecord], sizes: dict[Path, Size]) -> None:
+def check_masks(records: Sequence[ImageRecord], sizes: Mapping[Path, Size]) -> None:
     """Raise UserError for masks of another shape than their picture."""
     others = []
     for record in records:
@@ -263,29 +240,31 @@ def _check_masks(records: list[ImageRecord], sizes: dict[Path, Size]) -> None:
             (width, height), mask = record.size, sizes[record.mask.path]
             if abs(mask[0] / mask[1] * height / width - 1) > SAME_RATIO:
                 others.append(f"  {record.mask.path}: {mask[0]}x{mask[1]}, the picture is {width}x{height}")
-    if others:
-        raise UserError("\n".join([f"{len(others)} masks have another aspect ratio than their picture:", *others]))
+    _refuse(others, "masks have another aspect ratio than their picture")
 
 
-def _check_shapes(records: list[ImageRecord]) -> None:
+def check_shapes(records: Sequence[ImageRecord]) -> None:
     """Raise UserError for pictures so small or so long that covering a bucket would blow them up beyond measure."""
-    small = [
-        f"  {record.path}: {record.size[0]}x{record.size[1]}" for record in records if min(record.size) < LEAST_SIDE
-    ]
-    if small:
-        raise UserError(
-            "\n".join([f"{len(small)} pictures have a side of less than {LEAST_SIDE} pixels; remove them:", *small])
-        )
+    small = [record for record in records if min(record.size) < LEAST_SIDE]
+    _refuse(map(_with_size, small), f"pictures have a side of less than {LEAST_SIDE} pixels; remove them")
     extreme = [
-        f"  {record.path}: {record.size[0]}x{record.size[1]}"
+        record
         for record in records
         if math.prod(record.placement.resized) > MOST_TIMES_BUCKET * math.prod(record.placement.bucket)
     ]
-    if extreme:
-        raise UserError("\n".join([f"{len(extreme)} pictures are too long and narrow; crop or remove them:", *extreme]))
+    _refuse(map(_with_size, extreme), "pictures are too long and narrow; crop or remove them")
 
 
-def regularisation_repeats(found: list[Listed], num_training: int) -> list[tuple[Listed, int]]:
+def _with_size(record: ImageRecord) -> str:
+    return "  {}: {}x{}".format(record.path, *record.size)
+
+
+def _refuse(lines: Iterable[str], reason: str) -> None:
+    if found := list(lines):
+        raise UserError("\n".join([f"{len(found)} {reason}:", *found]))
+
+
+def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[tuple[Listed, int]]:
     """Return the regularisation pictures in use with their repeats.
 
     Each is taken with its own repeats, in order, until there are as many as training pictures; if they are
@@ -293,25 +272,23 @@ def regularisation_repeats(found: list[Listed], num_training: int) -> list[tuple
     """
     repeats = [0] * len(found)
     count = 0
-    for index, entry in enumerate(found):
+    for index, listed in enumerate(found):
         if count >= num_training:
             logger.warning("%d regularisation pictures go unused: there are enough", len(found) - index)
             break
-        repeats[index] = entry.subset.num_repeats
+        repeats[index] = listed.subset.num_repeats
         count += repeats[index]
-    position = 0
-    while found and count < num_training:
-        repeats[position % len(found)] += 1
-        count, position = count + 1, position + 1
-    return [(entry, number) for entry, number in zip(found, repeats, strict=True) if number]
+    for index in range(num_training - count if found else 0):
+        repeats[index % len(found)] += 1
+    return [(listed, number) for listed, number in zip(found, repeats, strict=True) if number]
 
 
 def place_picture(size: Size, options: DatasetOptions) -> Placement:
     """Return where a picture of a size goes under the options of its dataset."""
     if not options.enable_bucket:
-        return buckets.place(size, [options.resolution])
+        return buckets.place(size, [options.size])
     if options.bucket_no_upscale:
-        return buckets.place_without_upscale(size, options.resolution, options.bucket_reso_steps)
+        return buckets.place_without_upscale(size, options.size, options.bucket_reso_steps)
     return buckets.place(size, candidates(options))
 
 
@@ -319,7 +296,7 @@ def candidates(options: DatasetOptions) -> list[Size]:
     """Return the bucket resolutions of a dataset."""
     step = options.bucket_reso_steps
     shortest, longest = buckets.adjusted_range(options.min_bucket_reso, options.max_bucket_reso, step)
-    return buckets.bucket_resolutions(options.resolution, shortest=shortest, longest=longest, step=step)
+    return buckets.bucket_resolutions(options.size, shortest=shortest, longest=longest, step=step)
 
 
 def _warn_without_caption(records: list[ImageRecord]) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from library.config.config_file import to_toml
 from library.config.train import TrainConfig, with_seed
-from library.data.dataset import BatchMaker, RunPlan, make_loader
+from library.data.batches import BatchMaker, RunPlan, make_loader
 from library.data.latent_cache import LatentCache
-from library.data.records import TrainingSet, verify_pictures
+from library.data.records import Dataset, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.models.base import BaseModel
 from library.models.latent_encoder import LatentEncoder
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: TrainConfig, sets: list[TrainingSet], prompts: list[Prompt], *, further_events: Sequence[Event] = ()
+    config: TrainConfig, datasets: list[Dataset], prompts: list[Prompt], *, further_events: Sequence[Event] = ()
 ) -> Path:
     """Train a network as config says and return the path of its file; raises UserError for a user's mistake.
 
@@ -63,11 +63,11 @@ def train(
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
     files = check_before_loading(config, prompts, choice)
-    report.describe_data(sets)
+    report.describe_data(datasets)
     if config.run.dry_run or not config.precision.cache_latents:
-        verify_pictures(sets)
+        verify_pictures(datasets)
     if config.run.dry_run:
-        return dry_run(config, sets, choice=choice, files=files)
+        return dry_run(config, datasets, choice=choice, files=files)
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
@@ -79,19 +79,21 @@ def train(
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     del files  # with what it holds of a pickle
     text = caption_options(config.text)
-    warn_of_cut_captions(sets, base, text)
+    warn_of_cut_captions(datasets, base, text)
 
     # Build the network over the models; first, because a network module may refuse.
     network = make_network(config, seed, base, runtime)
 
     # Encode pictures, and captions that cannot change.
     encoder = LatentEncoder(base.vae, runtime.types.vae)
-    cache = cache_latents(config.precision, sets, encoder, runtime) if config.precision.cache_latents else None
+    cache = cache_latents(config.precision, datasets, encoder, runtime) if config.precision.cache_latents else None
     move(base.vae, "cpu" if cache is not None else runtime.device)
-    conditioner = build_conditioner(sets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder)
+    conditioner = build_conditioner(
+        datasets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder
+    )
 
     # Plan the steps.
-    plan = plan_steps(config.run, sets, seed, rank=runtime.rank, num_processes=runtime.num_processes)
+    plan = plan_steps(config.run, datasets, seed, rank=runtime.rank, num_processes=runtime.num_processes)
     plan = resume_plan(plan, config.state, config.saving, resumed)
     state = make_state(config, network, choice, plan, runtime.scaler)
     objective = Objective(
@@ -122,7 +124,7 @@ def train(
         state.restore(read_tensors(resumed))
 
     # Train and save.
-    maker = BatchMaker(sets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
+    maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     loader = make_loader(maker, plan, num_workers(config.run.max_data_loader_n_workers, is_cached=cache is not None))
     with Uploads(config.hub, is_main=runtime.is_main) as uploads:
         checkpoints = make_checkpoints(config, plan, base, state, optimizer=choice.record, uploads=uploads)
@@ -186,7 +188,7 @@ def make_checkpoints(
             config=config,
             family=base.family,
             predicts_v=predicts_v,
-            resolution=plan.sets[0].options.resolution,
+            resolution=plan.datasets[0].options.size,
             started=training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer),
             hashes=BackgroundHashes(hashed if is_main else {}),
         ),
@@ -226,7 +228,7 @@ def make_events(
         Event("uploads", Every(once=(At.STOP,)), lambda moment: checkpoints.uploads.wait()),
     ]
     measured, seed = config.validation, validation_seed(config.dataset, plan.seed)
-    pictures = held_out(plan.sets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
+    pictures = held_out(plan.datasets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
     if pictures is not None:
         due = Every(measured.validate_every_n_steps, measured.validate_every_n_epochs or 1)
         # Before the network's file, which holds the lowest loss so far.

@@ -19,7 +19,7 @@ import torch
 from library.config.loss import LossConfig
 from library.config.train import TrainConfig
 from library.data.latent_cache import LatentCache
-from library.data.records import TrainingSet, as_they_are
+from library.data.records import Dataset
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.base import BaseFiles, BaseModel
@@ -80,48 +80,40 @@ class Measurement:
 
 
 def load_measurement(
-    config: TrainConfig, sets: list[TrainingSet], files: BaseFiles, *, seed: int, num_timesteps: int, draws: int
+    config: TrainConfig, datasets: list[Dataset], files: BaseFiles, *, seed: int, num_timesteps: int, draws: int
 ) -> Measurement:
-    """Load the models and encode the pictures; return the measurement of sets that come from `to_measure`."""
+    """Load the models and encode the pictures; return the measurement of datasets that come from `to_measure`."""
     runtime = start_runtime(config.precision, config.logs)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
-    cache = cache_latents(config.precision, sets, LatentEncoder(base.vae, runtime.types.vae), runtime)
+    cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
     move(base.vae, "cpu")
     return Measurement(
         runtime=runtime,
         base=base,
         loss=config.loss,
         text=caption_options(config.text),
-        pictures=pictures_of(config, sets, seed, cache),
+        pictures=pictures_of(config, datasets, seed, cache),
         timesteps=spread_timesteps(config.loss.timestep_range, num_timesteps),
         draws=draws,
     )
 
 
-def pictures_of(config: TrainConfig, sets: list[TrainingSet], seed: int, cache: LatentCache | None) -> HeldOut:
-    """Return what is measured of sets that come from `to_measure`; raises UserError where that is nothing."""
+def pictures_of(config: TrainConfig, datasets: list[Dataset], seed: int, cache: LatentCache | None) -> HeldOut:
+    """Return what is measured of datasets that come from `to_measure`; raises UserError where that is nothing."""
     seed, most = validation_seed(config.dataset, seed), config.validation.max_validation_steps
-    pictures = held_out(sets, seed, cache, config.data.prior_loss_weight, most)
+    pictures = held_out(datasets, seed, cache, config.data.prior_loss_weight, most)
     if pictures is None:
         raise UserError("there is no picture to measure: all of them are for regularisation")
     return pictures
 
 
-def to_measure(sets: list[TrainingSet]) -> list[TrainingSet]:
-    """Return the sets with what is measured held out: what is held out already, else every picture, as it is."""
-    if any(entry.held_out for entry in sets):
-        return [TrainingSet(entry.options, (), entry.held_out) for entry in sets]
+def to_measure(datasets: list[Dataset]) -> list[Dataset]:
+    """Return the datasets with what is measured held out: what is held out already, else every picture, as it is."""
+    if any(dataset.held_out for dataset in datasets):
+        return [Dataset(dataset.options, (), dataset.held_out) for dataset in datasets]
     return [
-        TrainingSet(
-            entry.options,
-            (),
-            tuple(
-                dataclasses.replace(record, repeats=1, subset=as_they_are(record.subset))
-                for record in entry.records
-                if not record.subset.is_reg
-            ),
-        )
-        for entry in sets
+        Dataset(dataset.options, (), tuple(record.unvaried() for record in dataset.records if not record.subset.is_reg))
+        for dataset in datasets
     ]
 
 

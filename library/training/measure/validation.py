@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from library.config.dataset import DatasetOptions
-from library.data.dataset import Batch, BatchMaker, BatchRequest, plan_epoch
+from library.data.batches import Batch, BatchMaker, BatchRequest, plan_epoch
 from library.data.latent_cache import LatentCache
-from library.data.records import TrainingSet
+from library.data.records import Dataset
 from library.training.record.metrics import Metrics
 from library.training.run.events import At, Moment
 from library.training.run.objective import Objective
@@ -46,11 +46,11 @@ class HeldOut:
 
 
 def held_out(
-    sets: list[TrainingSet], seed: int, cache: LatentCache | None, prior_loss_weight: float, most: int | None
+    datasets: list[Dataset], seed: int, cache: LatentCache | None, prior_loss_weight: float, most: int | None
 ) -> HeldOut | None:
     """Return the pictures that the datasets hold out, in at most a number of batches; None if there are none."""
-    measured = [TrainingSet(entry.options, entry.held_out) for entry in sets]
-    if not any(entry.records for entry in measured):
+    measured = [dataset.validation for dataset in datasets]
+    if not any(dataset.records for dataset in measured):
         return None
     requests = [BatchRequest(0, 0, samples) for samples in plan_epoch(measured, seed, 0)][:most]
     # The number of steps serves the token warm-up only, which is off here.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from library.config.training import PrecisionConfig
 from library.data.captions import possible_captions
 from library.data.latent_cache import LatentCache, build_cache
-from library.data.records import TrainingSet
+from library.data.records import Dataset, all_records
 from library.models.base import BaseModel
 from library.models.conditioning import Conditioner, LiveConditioner, TextOptions, remember
 from library.models.latent_encoder import LatentEncoder
@@ -18,22 +18,14 @@ LARGEST_MEMORY = 2 * 2**30  # bytes of text conditioning that are kept rather th
 
 
 def cache_latents(
-    precision: PrecisionConfig, sets: list[TrainingSet], encoder: LatentEncoder, runtime: Runtime
+    precision: PrecisionConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime
 ) -> LatentCache:
     """Return the cache of all pictures; entries on disk are made by all processes together."""
     on_disk = precision.cache_latents_to_disk
-    identity = encoder.identity() if on_disk else "in memory"
     move(encoder.vae, runtime.device)
 
     def build(share: tuple[int, int]) -> LatentCache:
-        return build_cache(
-            sets,
-            lambda pixels: encoder.moments(pixels).cpu(),
-            encoder=identity,
-            batch_size=precision.vae_batch_size,
-            on_disk=on_disk,
-            share=share,
-        )
+        return build_cache(datasets, encoder, batch_size=precision.vae_batch_size, on_disk=on_disk, share=share)
 
     if on_disk and runtime.num_processes > 1:
         build((runtime.rank, runtime.num_processes))
@@ -42,7 +34,7 @@ def cache_latents(
 
 
 def build_conditioner(
-    sets: list[TrainingSet],
+    datasets: list[Dataset],
     prompts: list[Prompt],
     base: BaseModel,
     options: TextOptions,
@@ -55,7 +47,7 @@ def build_conditioner(
     Where no text can change, all are encoded now, and the text encoders' memory is released.
     """
     live = LiveConditioner(base.texts)
-    captions = None if trains_text_encoder else all_captions(sets)
+    captions = None if trains_text_encoder else all_captions(datasets)
     if captions is None:
         return live
     width = base.unet.config["cross_attention_dim"]
@@ -72,10 +64,10 @@ def build_conditioner(
     return remembered
 
 
-def all_captions(sets: list[TrainingSet]) -> set[str] | None:
+def all_captions(datasets: list[Dataset]) -> set[str] | None:
     """Return every text that a caption can be in the run, or None where captions change as they are drawn."""
     captions: set[str] = set()
-    for record in (record for entry in sets for record in entry.all_records):
+    for record in all_records(datasets):
         possible = possible_captions(record.caption, record.subset)
         if possible is None:
             return None

@@ -9,7 +9,7 @@ from torch import nn
 
 from library.config.network import NetworkConfig
 from library.config.training import PrecisionConfig, TextConfig
-from library.data.records import TrainingSet
+from library.data.records import Dataset, all_records
 from library.errors import UserError
 from library.models.attention import use_xformers
 from library.models.base import BaseFiles, BaseModel, load_base, text_body
@@ -63,9 +63,9 @@ def check_clip_skip(clip_skip: int | None, base: BaseModel) -> None:
         raise UserError(f"--clip_skip must be at most {layers}, the layers of this text encoder, got {clip_skip}")
 
 
-def warn_of_cut_captions(sets: list[TrainingSet], base: BaseModel, options: TextOptions) -> None:
+def warn_of_cut_captions(datasets: list[Dataset], base: BaseModel, options: TextOptions) -> None:
     """Warn of captions longer than what the text encoder is given."""
-    captions = sorted({line for entry in sets for record in entry.all_records for line in record.caption.split("\n")})
+    captions = sorted({text for record in all_records(datasets) for text in record.caption})
     number = sum(tokens.windows > options.windows for tokens in tokenize(base.texts[0], captions, options))
     if number:
         logger.warning(

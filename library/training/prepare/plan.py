@@ -11,8 +11,8 @@ from pathlib import Path
 from library.config.hub import HubConfig, parse_hub_state
 from library.config.saving import SavingConfig, StateConfig
 from library.config.training import RunConfig
-from library.data.dataset import RunPlan
-from library.data.records import TrainingSet
+from library.data.batches import RunPlan
+from library.data.records import Dataset
 from library.errors import UserError
 from library.training.record.run_files import RunFiles
 from library.training.record.upload import fetch_state
@@ -57,10 +57,10 @@ def start_step(state: StateConfig, saving: SavingConfig, resumed: Path | None, s
     return 0 if resumed is None else read_progress(resumed).step
 
 
-def plan_steps(run: RunConfig, sets: list[TrainingSet], seed: int, *, rank: int = 0, num_processes: int = 1) -> RunPlan:
+def plan_steps(run: RunConfig, datasets: list[Dataset], seed: int, *, rank: int = 0, num_processes: int = 1) -> RunPlan:
     """Return the plan of a whole run for one process; --max_train_epochs takes the place of --max_train_steps."""
     plan = RunPlan(
-        sets=sets,
+        datasets=datasets,
         seed=seed,
         num_steps=run.max_train_steps,
         accumulation=run.gradient_accumulation_steps,

@@ -19,10 +19,10 @@ from typing import Any
 from library import NAME, VERSION
 from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
+from library.data.batches import RunPlan, samples_by_bucket
 from library.data.buckets import Size, mean_aspect_error
 from library.data.captions import tag_counts
-from library.data.dataset import RunPlan, samples_by_bucket
-from library.data.records import ImageRecord, TrainingSet
+from library.data.records import Dataset, ImageRecord
 from library.errors import UserError
 from library.models.family import ModelFamily
 from library.training.record.hashes import BackgroundHashes
@@ -112,16 +112,16 @@ def training_metadata(
     config: TrainConfig, plan: RunPlan, *, family: ModelFamily, predicts_v: bool, optimizer: str
 ) -> dict[str, Any]:
     """Return the ss_* values known when training starts; optimizer is its class with its arguments."""
-    sets = plan.sets
+    datasets = plan.datasets
     values: dict[str, Any] = {
         "ss_session_id": random.SystemRandom().randrange(2**32),
         "ss_training_started_at": time.time(),
         "ss_v2": family.name == "sd2",
         "ss_base_model_version": family.base_version(predicts_v=predicts_v),
         "ss_optimizer": optimizer,
-        "ss_num_train_images": sum(entry.num_images(is_reg=False) for entry in sets),
-        "ss_num_validation_images": sum(len(entry.held_out) for entry in sets),
-        "ss_num_reg_images": sum(entry.num_images(is_reg=True) for entry in sets),
+        "ss_num_train_images": sum(dataset.num_images(is_reg=False) for dataset in datasets),
+        "ss_num_validation_images": sum(len(dataset.held_out) for dataset in datasets),
+        "ss_num_reg_images": sum(dataset.num_images(is_reg=True) for dataset in datasets),
         "ss_text_encoder_lr": _single(config.optimizer.text_encoder_lr),
         "ss_sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
     }
@@ -136,7 +136,9 @@ def training_metadata(
     if config.model.vae is not None:
         values["ss_vae_name"] = config.model.vae.name
     described = (
-        describe_datasets(sets) if config.data.dataset_config else describe_folders(config, sets, plan.num_processes)
+        describe_datasets(datasets)
+        if config.data.dataset_config
+        else describe_folders(config, datasets, plan.num_processes)
     )
     return values | described
 
@@ -150,36 +152,36 @@ def _single(values: tuple[float, ...] | None) -> Any:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def describe_datasets(sets: list[TrainingSet]) -> dict[str, Any]:
+def describe_datasets(datasets: list[Dataset]) -> dict[str, Any]:
     """Return the dataset values of a run with --dataset_config."""
     return {
-        "ss_datasets": json.dumps([_describe_set(entry, index) for index, entry in enumerate(sets)]),
-        "ss_tag_frequency": json.dumps(tag_frequency([record for entry in sets for record in entry.records])),
-        "ss_dataset_dirs": json.dumps(dataset_dirs(sets, is_reg=False)),
+        "ss_datasets": json.dumps([_describe_dataset(dataset, index) for index, dataset in enumerate(datasets)]),
+        "ss_tag_frequency": json.dumps(tag_frequency([record for dataset in datasets for record in dataset.records])),
+        "ss_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=False)),
     }
 
 
-def _describe_set(entry: TrainingSet, index: int) -> dict[str, Any]:
-    sources: list[Path] = list(dict.fromkeys(record.subset.source for record in entry.records))
-    options = entry.options
+def _describe_dataset(dataset: Dataset, index: int) -> dict[str, Any]:
+    sources: list[Path] = list(dict.fromkeys(record.subset.source for record in dataset.records))
+    options = dataset.options
     return {
-        "is_dreambooth": not any(record.subset.metadata_file for record in entry.records),
+        "is_dreambooth": not any(record.subset.metadata_file for record in dataset.records),
         "batch_size_per_device": options.batch_size,
-        "num_train_images": entry.num_images(is_reg=False),
-        "num_reg_images": entry.num_images(is_reg=True),
-        "resolution": list(options.resolution),
+        "num_train_images": dataset.num_images(is_reg=False),
+        "num_reg_images": dataset.num_images(is_reg=True),
+        "resolution": list(options.size),
         "enable_bucket": options.enable_bucket,
         "min_bucket_reso": options.min_bucket_reso,
         "max_bucket_reso": options.max_bucket_reso,
-        "tag_frequency": tag_frequency(list(entry.records)),
-        "bucket_info": bucket_info(entry, index),
+        "tag_frequency": tag_frequency(list(dataset.records)),
+        "bucket_info": bucket_info(dataset, index),
         "resize_interpolation": None,
-        "subsets": [_describe_subset(entry, source) for source in sources],
+        "subsets": [_describe_subset(dataset, source) for source in sources],
     }
 
 
-def _describe_subset(entry: TrainingSet, source: Path) -> dict[str, Any]:
-    records = [record for record in entry.records if record.subset.source == source]
+def _describe_subset(dataset: Dataset, source: Path) -> dict[str, Any]:
+    records = [record for record in dataset.records if record.subset.source == source]
     subset = records[0].subset
     kind = {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
     if subset.metadata_file is not None:
@@ -192,10 +194,10 @@ def _describe_subset(entry: TrainingSet, source: Path) -> dict[str, Any]:
     }
 
 
-def describe_folders(config: TrainConfig, sets: list[TrainingSet], num_processes: int) -> dict[str, Any]:
+def describe_folders(config: TrainConfig, datasets: list[Dataset], num_processes: int) -> dict[str, Any]:
     """Return the dataset values of a run with --train_data_dir."""
     options, subset = config.dataset, config.subset
-    records = [record for entry in sets for record in entry.records]
+    records = [record for dataset in datasets for record in dataset.records]
     return {
         "ss_batch_size_per_device": options.batch_size,
         "ss_total_batch_size": options.batch_size * num_processes * config.run.gradient_accumulation_steps,
@@ -209,10 +211,10 @@ def describe_folders(config: TrainConfig, sets: list[TrainingSet], num_processes
         "ss_min_bucket_reso": options.min_bucket_reso,
         "ss_max_bucket_reso": options.max_bucket_reso,
         "ss_keep_tokens": subset.keep_tokens,
-        "ss_dataset_dirs": json.dumps(dataset_dirs(sets, is_reg=False)),
-        "ss_reg_dataset_dirs": json.dumps(dataset_dirs(sets, is_reg=True)),
+        "ss_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=False)),
+        "ss_reg_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=True)),
         "ss_tag_frequency": json.dumps(tag_frequency(records)),
-        "ss_bucket_info": json.dumps(bucket_info(sets[0], 0)),
+        "ss_bucket_info": json.dumps(bucket_info(datasets[0], 0)),
     }
 
 
@@ -220,30 +222,30 @@ def tag_frequency(records: list[ImageRecord]) -> dict[str, dict[str, int]]:
     """Return name of the source -> tag -> count over captions, or over the tags of a metadata file."""
     texts: dict[str, list[str]] = {}
     for record in records:
-        texts.setdefault(record.subset.source.name, []).append(record.tags)
+        texts.setdefault(record.subset.source.name, []).extend(record.tags)
     return {name: tag_counts(tags) for name, tags in texts.items()}
 
 
-def bucket_info(entry: TrainingSet, index: int) -> dict[str, Any] | None:
+def bucket_info(dataset: Dataset, index: int) -> dict[str, Any] | None:
     """Return resolutions and draws of the buckets, and the mean error of the aspect ratio; None without buckets."""
-    if not entry.options.enable_bucket:
+    if not dataset.options.enable_bucket:
         return None
-    grouped = sorted(samples_by_bucket(entry, index).items())
+    grouped = sorted(samples_by_bucket(dataset, index).items())
     return {
         "buckets": {
             str(number): {"resolution": list(bucket), "count": len(samples)}
             for number, (bucket, samples) in enumerate(grouped)
         },
-        "mean_img_ar_error": mean_aspect_error([(record.size, record.placement) for record in entry.records]),
+        "mean_img_ar_error": mean_aspect_error([(record.size, record.placement) for record in dataset.records]),
     }
 
 
-def dataset_dirs(sets: list[TrainingSet], *, is_reg: bool) -> dict[str, dict[str, int]]:
+def dataset_dirs(datasets: list[Dataset], *, is_reg: bool) -> dict[str, dict[str, int]]:
     """Return name of the source -> repeats and pictures; equal names get " (2)" and so on."""
     found: dict[str, dict[str, int]] = {}
-    for entry in sets:
+    for dataset in datasets:
         folders: dict[Path, list[ImageRecord]] = {}
-        for record in entry.records:
+        for record in dataset.records:
             if record.subset.is_reg == is_reg:
                 folders.setdefault(record.subset.source, []).append(record)
         for folder, records in folders.items():

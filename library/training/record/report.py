@@ -7,8 +7,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.data.dataset import RunPlan, samples_by_bucket
-from library.data.records import TrainingSet
+from library.data.batches import RunPlan, samples_by_bucket
+from library.data.records import Dataset
 from library.networks.trainable import TrainableNetwork
 from library.training.charts.loss_curve import draw_loss_curve
 from library.training.record.run_files import RunFiles, state_folder
@@ -19,24 +19,24 @@ logger = logging.getLogger(__name__)
 MOST_BUCKETS = 12  # listed one by one
 
 
-def describe_data(sets: list[TrainingSet]) -> None:
+def describe_data(datasets: list[Dataset]) -> None:
     """Log pictures, repeats and buckets of each dataset."""
-    for index, entry in enumerate(sets):
-        training = [record for record in entry.records if not record.subset.is_reg]
-        regularisation = len(entry.records) - len(training)
-        width, height = entry.options.resolution
+    for index, dataset in enumerate(datasets):
+        training = [record for record in dataset.records if not record.subset.is_reg]
+        regularisation = len(dataset.records) - len(training)
+        width, height = dataset.options.size
         logger.info(
             "dataset %d: %d pictures (%d with repeats)%s at %dx%d, batches of %d",
             index + 1,
             len(training),
-            entry.num_images(is_reg=False),
-            f" and {regularisation} for regularisation ({entry.num_images(is_reg=True)})" if regularisation else "",
+            dataset.num_images(is_reg=False),
+            f" and {regularisation} for regularisation ({dataset.num_images(is_reg=True)})" if regularisation else "",
             width,
             height,
-            entry.options.batch_size,
+            dataset.options.batch_size,
         )
-        buckets = sorted(samples_by_bucket(entry, index).items())
-        if entry.options.enable_bucket:
+        buckets = sorted(samples_by_bucket(dataset, index).items())
+        if dataset.options.enable_bucket:
             listed = ", ".join(f"{w}x{h}: {len(samples)}" for (w, h), samples in buckets[:MOST_BUCKETS])
             more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
             logger.info("  buckets: %s%s", listed, more)

@@ -14,10 +14,10 @@ from library.config.dataset import DataConfig
 from library.config.train import TrainConfig
 from library.config.training import RunConfig
 from library.data import images
+from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
 from library.data.buckets import Size
-from library.data.dataset import BatchMaker, RunPlan, num_batches, samples_by_bucket
 from library.data.latent_cache import count_valid
-from library.data.records import ImageRecord, TrainingSet
+from library.data.records import Dataset, ImageRecord, all_records
 from library.files import replacing
 from library.models.base import BaseFiles, BaseModel, TextEncoder, load_base
 from library.models.checkpoint import VAE
@@ -63,13 +63,13 @@ class Report:
             logger.info("  ... and %d more", len(lines) - most)
 
 
-def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerChoice, files: BaseFiles) -> Path:
+def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerChoice, files: BaseFiles) -> Path:
     """Tell what the run would do; return the path of the whole report, beside which the pictures' sheet lies."""
     report, names = Report(), RunFiles(config.saving)
     is_here = not config.hub.resume_from_huggingface  # nothing is downloaded for a rehearsal
     resumed = find_state(config.state.resume, config.saving) if config.state.resume and is_here else None
     seed = choose_seed(config.run.seed, resumed)
-    plan = plan_steps(config.run, sets, seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_steps(config.run, datasets, seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     plan = resume_plan(plan, config.state, config.saving, resumed)
     types = types_of_run(config.precision)
     on_disk = config.precision.cache_latents_to_disk
@@ -78,10 +78,10 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
     check_clip_skip(text.clip_skip, base)
 
     tell_steps(report, config.run, plan)
-    tell_pictures(report, sets)
+    tell_pictures(report, datasets)
     tell_captions(report, config.data, plan, base.texts[0], text)
     if on_disk:
-        valid, total = count_valid(sets, LatentEncoder(base.vae, types.vae).identity())
+        valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae))
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
     network = tell_network(report, config, base)
     blocks = count_blocks(network.describe_unet())
@@ -89,8 +89,8 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
         save_sheet(draw_blocks(blocks, rate), names.block_chart)
         report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
-    tell_memory(report, estimate_memory(config, sets, base, network, choice=choice, types=types))
-    save_sheet(draw_pictures(sets), names.dry_run_pictures)
+    tell_memory(report, estimate_memory(config, datasets, base, network, choice=choice, types=types))
+    save_sheet(draw_pictures(datasets), names.dry_run_pictures)
     path = names.dry_run_report
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in report.lines), encoding="utf-8")
@@ -105,8 +105,8 @@ def dry_run(config: TrainConfig, sets: list[TrainingSet], *, choice: OptimizerCh
 
 def tell_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
     """Tell how pictures become steps, with the arithmetic."""
-    total = num_batches(plan.sets)
-    draws = sum(record.repeats for entry in plan.sets for record in entry.records)
+    total = num_batches(plan.datasets)
+    draws = sum(record.repeats for dataset in plan.datasets for record in dataset.records)
     divisors = f" / {plan.num_processes} processes" if plan.num_processes > 1 else ""
     divisors += f" / {plan.accumulation} to a step" if plan.accumulation > 1 else ""
     report.say(f"an epoch: {draws} draws -> {total} batches{divisors} = {plan.steps_per_epoch} steps")
@@ -118,23 +118,23 @@ def tell_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
     )
 
 
-def tell_pictures(report: Report, sets: list[TrainingSet]) -> None:
+def tell_pictures(report: Report, datasets: list[Dataset]) -> None:
     """Tell each dataset's buckets with the pictures in them, how each is fitted, and which regularisation is used."""
-    for index, entry in enumerate(sets):
-        width, height = entry.options.resolution
-        report.say(f"dataset {index + 1}, {width}x{height}, batches of {entry.options.batch_size}:")
-        for bucket, samples in sorted(samples_by_bucket(entry, index).items()):
-            batches = -(-len(samples) // entry.options.batch_size)
-            records = [record for record in entry.records if record.placement.bucket == bucket]
+    for index, dataset in enumerate(datasets):
+        width, height = dataset.options.size
+        report.say(f"dataset {index + 1}, {width}x{height}, batches of {dataset.options.batch_size}:")
+        for bucket, samples in sorted(samples_by_bucket(dataset, index).items()):
+            batches = -(-len(samples) // dataset.options.batch_size)
+            records = [record for record in dataset.records if record.placement.bucket == bucket]
             name = "x".join(map(str, bucket))
             report.say(f"  {name}: {len(records)} pictures, {len(samples)} draws, {batches} batches")
             report.say_some([f"    {describe_picture(record)}" for record in records], MOST_PICTURES)
-        regularisation = [record for record in entry.records if record.subset.is_reg]
+        regularisation = [record for record in dataset.records if record.subset.is_reg]
         if regularisation:
             report.say(f"  {len(regularisation)} of them for regularisation, loss times --prior_loss_weight")
-        if entry.held_out:
-            report.say(f"  {len(entry.held_out)} further pictures are held out for validation:")
-            report.say_some([f"    {describe_picture(record)}" for record in entry.held_out], MOST_PICTURES)
+        if dataset.held_out:
+            report.say(f"  {len(dataset.held_out)} further pictures are held out for validation:")
+            report.say_some([f"    {describe_picture(record)}" for record in dataset.held_out], MOST_PICTURES)
 
 
 def describe_picture(record: ImageRecord) -> str:
@@ -152,18 +152,18 @@ def describe_picture(record: ImageRecord) -> str:
 
 def tell_captions(report: Report, data: DataConfig, plan: RunPlan, encoder: TextEncoder, options: TextOptions) -> None:
     """Tell the first captions as they will be fed, with their numbers of tokens, and those that are cut."""
-    maker = BatchMaker(plan.sets, plan.seed, plan.num_steps, data.prior_loss_weight, None)
+    maker = BatchMaker(plan.datasets, plan.seed, plan.num_steps, data.prior_loss_weight, None)
     epoch = plan.start_step // plan.steps_per_epoch + 1
     fed = []
     for request in plan.requests(epoch):
         for sample, caption in zip(request.samples, maker.captions(request), strict=True):
-            name = plan.sets[sample.dataset].records[sample.record].path.name
+            name = plan.datasets[sample.dataset].records[sample.record].path.name
             (tokens,) = tokenize(encoder, [caption], options)
             fed.append(f"  {len(tokens.ids):4d} tokens  {name}: {caption!r}")
     report.say(f"captions of epoch {epoch} in the order of training:")
     report.say_some(fed, MOST_CAPTIONS)
     cut = []
-    lines = sorted({line for entry in plan.sets for record in entry.all_records for line in record.caption.split("\n")})
+    lines = sorted({text for record in all_records(plan.datasets) for text in record.caption})
     limit = options.num_tokens
     for caption, tokens in zip(lines, tokenize(encoder, lines, options), strict=True):
         if len(tokens.ids) > limit:
@@ -201,7 +201,7 @@ def tell_memory(report: Report, estimate: MemoryEstimate) -> None:
 
 def estimate_memory(
     config: TrainConfig,
-    sets: list[TrainingSet],
+    datasets: list[Dataset],
     base: BaseModel,
     network: TrainableNetwork,
     *,
@@ -211,13 +211,13 @@ def estimate_memory(
     """Return what the training will hold; models and network are on the meta device, and of no use afterwards."""
     precision = config.precision
     trained = sum(parameter.numel() for parameter in network.parameters())
-    keeps_text = network.trains_text_encoder or all_captions(sets) is None
+    keeps_text = network.trains_text_encoder or all_captions(datasets) is None
     fp8_text = precision.fp8_base and not precision.fp8_base_unet
     # Taken before the step below makes the models fake.
     unet = weight_bytes(base.unet, types.unet, in_eight_bits=precision.fp8_base or precision.fp8_base_unet)
     text = sum(weight_bytes(encoder, types.unet, in_eight_bits=fp8_text) for encoder in base.text_modules)
     vae = 0 if precision.cache_latents else weight_bytes(base.vae, types.vae)
-    size, batch = largest_batch(sets)
+    size, batch = largest_batch(datasets)
     windows = caption_options(config.text).windows
     return MemoryEstimate(
         unet=unet,
@@ -230,22 +230,22 @@ def estimate_memory(
     )
 
 
-def largest_batch(sets: list[TrainingSet]) -> tuple[Size, int]:
+def largest_batch(datasets: list[Dataset]) -> tuple[Size, int]:
     """Return (size, pictures) of the batch with most pixels."""
     found = [
-        (bucket, min(len(samples), entry.options.batch_size))
-        for index, entry in enumerate(sets)
-        for bucket, samples in samples_by_bucket(entry, index).items()
+        (bucket, min(len(samples), dataset.options.batch_size))
+        for index, dataset in enumerate(datasets)
+        for bucket, samples in samples_by_bucket(dataset, index).items()
     ]
     return max(found, key=lambda pair: pair[0][0] * pair[0][1] * pair[1])
 
 
-def draw_pictures(sets: list[TrainingSet]) -> Image.Image:
+def draw_pictures(datasets: list[Dataset]) -> Image.Image:
     """Return a sheet with the first pictures of each bucket, as training sees them."""
     rows = [
-        (f"{'x'.join(map(str, bucket))}\ndataset {index + 1}", [entry.records[n] for n in numbers])
-        for index, entry in enumerate(sets)
-        for bucket, numbers in sorted(_records_by_bucket(entry, index).items())
+        (f"{'x'.join(map(str, bucket))}\ndataset {index + 1}", [dataset.records[n] for n in numbers])
+        for index, dataset in enumerate(datasets)
+        for bucket, numbers in sorted(_records_by_bucket(dataset, index).items())
     ][:MOST_SHEET_ROWS]
     shown = [[_as_seen(record) for record in records[:SHEET_COLUMNS]] for _, records in rows]
     width = max(len(row) for row in shown)
@@ -253,10 +253,10 @@ def draw_pictures(sets: list[TrainingSet]) -> Image.Image:
     return draw_sheet(cells, [label for label, _ in rows], [""] * width)
 
 
-def _records_by_bucket(entry: TrainingSet, index: int) -> dict[Size, list[int]]:
+def _records_by_bucket(dataset: Dataset, index: int) -> dict[Size, list[int]]:
     return {
         bucket: sorted({sample.record for sample in samples})
-        for bucket, samples in samples_by_bucket(entry, index).items()
+        for bucket, samples in samples_by_bucket(dataset, index).items()
     }
 
 

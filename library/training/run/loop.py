@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from library.data.dataset import Batch, RunPlan
+from library.data.batches import Batch, RunPlan
 from library.networks.trainable import TrainableNetwork
 from library.training.run.events import At, Event, Moment, happen
 from library.training.run.interruption import StopRequest

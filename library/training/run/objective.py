@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.config.loss import LossConfig
-from library.data.dataset import Batch
+from library.data.batches import Batch
 from library.diffusion.losses import per_sample_loss, target_for, timestep_weights
 from library.diffusion.noise import Key, draw_noise, draw_timesteps, perturbed_noise, sample_latents
 from library.diffusion.schedule import NoiseSchedule

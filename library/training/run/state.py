@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.config.saving import SavingConfig
-from library.data.dataset import RunPlan
+from library.data.batches import RunPlan
 from library.errors import UserError, shown, told
 from library.files import new_folder
 from library.optim.optimizers import averaged_weights

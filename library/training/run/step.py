@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from library.data.dataset import Batch
+from library.data.batches import Batch
 from library.errors import UserError
 from library.optim.optimizers import adapted_rates, current_rates
 from library.randomness import seed_for

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from library.data import images
 from library.data.buckets import Size
-from library.data.captions import Moment, draw_caption
+from library.data.captions import Moment, sample_caption
 from library.data.latent_cache import LatentCache
-from library.data.records import ImageRecord, TrainingSet
+from library.data.records import Dataset, ImageRecord
 from library.randomness import random_for
 
 
 class Sample(NamedTuple):
-    """One draw of one picture in an epoch."""
+    """One picture as it is seen once in an epoch."""
 
     dataset: int
     record: int
@@ -61,33 +61,33 @@ class Batch:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def plan_epoch(sets: list[TrainingSet], seed: int, epoch: int) -> list[tuple[Sample, ...]]:
+def plan_epoch(datasets: Sequence[Dataset], seed: int, epoch: int) -> list[tuple[Sample, ...]]:
     """Return the batches of an epoch (from 1) in order; no batch mixes buckets or datasets."""
     batches = []
-    for index, entry in enumerate(sets):
-        for bucket, samples in sorted(samples_by_bucket(entry, index).items()):
+    for index, dataset in enumerate(datasets):
+        for bucket, samples in sorted(samples_by_bucket(dataset, index).items()):
             random_for(seed, "bucket", epoch, index, *bucket).shuffle(samples)
-            size = entry.options.batch_size
+            size = dataset.options.batch_size
             batches += [tuple(samples[start : start + size]) for start in range(0, len(samples), size)]
     random_for(seed, "batches", epoch).shuffle(batches)
     return batches
 
 
-def samples_by_bucket(entry: TrainingSet, index: int) -> dict[tuple[int, int], list[Sample]]:
+def samples_by_bucket(dataset: Dataset, index: int) -> dict[tuple[int, int], list[Sample]]:
     """Return bucket resolution -> all samples of an epoch in it."""
     grouped: dict[tuple[int, int], list[Sample]] = {}
-    for number, record in enumerate(entry.records):
+    for number, record in enumerate(dataset.records):
         samples = [Sample(index, number, repeat) for repeat in range(record.repeats)]
         grouped.setdefault(record.placement.bucket, []).extend(samples)
     return grouped
 
 
-def num_batches(sets: list[TrainingSet]) -> int:
+def num_batches(datasets: Sequence[Dataset]) -> int:
     """Return the number of batches in an epoch, over all processes."""
     return sum(
-        math.ceil(len(samples) / entry.options.batch_size)
-        for index, entry in enumerate(sets)
-        for samples in samples_by_bucket(entry, index).values()
+        math.ceil(len(samples) / dataset.options.batch_size)
+        for index, dataset in enumerate(datasets)
+        for samples in samples_by_bucket(dataset, index).values()
     )
 
 
@@ -99,7 +99,7 @@ class RunPlan:
     fill up, so that every process makes the same number of steps.
     """
 
-    sets: list[TrainingSet]
+    datasets: list[Dataset]
     seed: int
     num_steps: int
     accumulation: int
@@ -110,7 +110,7 @@ class RunPlan:
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches that each process sees in an epoch."""
-        return math.ceil(num_batches(self.sets) / self.num_processes)
+        return math.ceil(num_batches(self.datasets) / self.num_processes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,7 +124,7 @@ class RunPlan:
 
     def requests(self, epoch: int) -> list[BatchRequest]:
         """Return this process's requests of an epoch (from 1), cut where the run begins and ends."""
-        batches = plan_epoch(self.sets, self.seed, epoch)
+        batches = plan_epoch(self.datasets, self.seed, epoch)
         first_step = (epoch - 1) * self.steps_per_epoch
         wanted = self.batches_per_epoch * self.num_processes
         filled = [batches[index % len(batches)] for index in range(wanted)]
@@ -148,15 +148,15 @@ class RunPlan:
 class BatchMaker(torch.utils.data.Dataset):
     """Makes the batch that a request describes; indexed by requests, so that torch's loader can carry it."""
 
-    sets: list[TrainingSet]
+    datasets: list[Dataset]
     seed: int
     num_steps: int
     prior_loss_weight: float
     cache: LatentCache | None
 
     def __getitem__(self, request: BatchRequest) -> Batch:
-        records = [self.sets[sample.dataset].records[sample.record] for sample in request.samples]
-        draws = [self._draw(sample, request.epoch) for sample in request.samples]
+        records = self._records(request)
+        tensors = [self._sample(sample, request.epoch) for sample in request.samples]
         return Batch(
             epoch=request.epoch,
             samples=request.samples,
@@ -164,50 +164,46 @@ class BatchMaker(torch.utils.data.Dataset):
             captions=self.captions(request),
             loss_weights=torch.tensor([self.prior_loss_weight if record.subset.is_reg else 1.0 for record in records]),
             preserved=torch.tensor([record.subset.preserves_output for record in records]),
-            moments=torch.stack([drawn.values for drawn in draws]) if self.cache is not None else None,
-            pixels=torch.stack([drawn.values for drawn in draws]) if self.cache is None else None,
-            masks=stack_masks([drawn.mask for drawn in draws], [record.placement.bucket for record in records]),
+            moments=torch.stack([values for values, _ in tensors]) if self.cache is not None else None,
+            pixels=torch.stack([values for values, _ in tensors]) if self.cache is None else None,
+            masks=stack_masks([mask for _, mask in tensors], [record.placement.bucket for record in records]),
         )
 
     def captions(self, request: BatchRequest) -> tuple[str, ...]:
         """Return the captions of a batch as they are fed to the text encoder."""
         moment = Moment(request.epoch, request.step, self.num_steps)
-        records = [self.sets[sample.dataset].records[sample.record] for sample in request.samples]
         return tuple(
-            draw_caption(
+            sample_caption(
                 record.caption, record.subset, moment, random_for(self.seed, "caption", request.epoch, *sample)
             )
-            for record, sample in zip(records, request.samples, strict=True)
+            for record, sample in zip(self._records(request), request.samples, strict=True)
         )
 
-    def _draw(self, sample: Sample, epoch: int) -> Draw:
-        entry = self.sets[sample.dataset]
-        record = entry.records[sample.record]
+    def _records(self, request: BatchRequest) -> list[ImageRecord]:
+        return [self.datasets[sample.dataset].records[sample.record] for sample in request.samples]
+
+    def _sample(self, sample: Sample, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return pixels (3, H, W) in [-1, 1] or cached moments (8, H/8, W/8), and the mask (H/8, W/8) if any."""
+        dataset = self.datasets[sample.dataset]
+        record = dataset.records[sample.record]
         rng = random_for(self.seed, "picture", epoch, *sample)
         mirrored = record.subset.flip_aug and rng.random() < 0.5
         if self.cache is None:
-            return draw_picture(record, draw_frame(record, entry.options.enable_bucket, rng), mirrored, rng)
+            return sample_picture(record, sample_frame(record, dataset.options.enable_bucket, rng), mirrored, rng)
         mask = None if record.mask is None else self.cache.mask(record, mirrored=mirrored)
-        return Draw(self.cache.moments(record, mirrored=mirrored), mask)
+        return self.cache.moments(record, mirrored=mirrored), mask
 
 
-class Draw(NamedTuple):
-    """One draw of a picture."""
-
-    values: Tensor  # pixels (3, H, W) in [-1, 1], or moments (8, H/8, W/8)
-    mask: Tensor | None  # (H/8, W/8)
-
-
-def draw_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
-    """Return what of a picture is seen in one draw.
+def sample_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
+    """Return what of a picture is seen in one sample.
 
     Without buckets a random crop is a window of the picture as it is, unless it is too small for one.
     """
     subset, placement = record.subset, record.placement
     if subset.face_crop_aug_range and not bucketed:
-        face = images.face_in_name(record.path)
-        if face is not None:
-            target, times = placement.bucket, subset.face_crop_aug_range
+        crop = images.face_in_name(record.path.stem)
+        if crop is not None and crop[1].x > 0:
+            face, target, times = crop[1], placement.bucket, subset.face_crop_aug_range
             return images.face_frame(record.size, face, target, times, anywhere=subset.random_crop, rng=rng)
     if not subset.random_crop:
         return images.centre_frame(placement)
@@ -217,16 +213,18 @@ def draw_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> image
     return images.random_frame(placement, rng)
 
 
-def draw_picture(record: ImageRecord, frame: images.Frame, mirrored: bool, rng: random.Random) -> Draw:
-    """Return the pixels of one draw, varied in colour and mirrored, and the mask that went the same way."""
-    pixels = images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation)
+def sample_picture(
+    record: ImageRecord, frame: images.Frame, mirrored: bool, rng: random.Random
+) -> tuple[Tensor, Tensor | None]:
+    """Return the pixels (3, H, W) in [-1, 1] of a frame, varied in colour and mirrored, and its mask (H/8, W/8)."""
+    pixels, weights = record.read(frame)
     if record.subset.color_aug:
         pixels = images.vary_colour(pixels, rng)
-    mask = None if record.mask is None else torch.from_numpy(images.fit_mask(record.mask.load(), frame))
+    mask = None if weights is None else torch.from_numpy(weights)
     if mirrored:
         pixels = pixels[:, ::-1]
         mask = None if mask is None else mask.flip(-1)
-    return Draw(images.to_tensor(pixels), mask)
+    return images.to_tensor(pixels), mask
 
 
 def stack_masks(masks: list[Tensor | None], sizes: list[Size]) -> Tensor | None:
