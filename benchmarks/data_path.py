@@ -176,7 +176,8 @@ def step_times(metrics: Path) -> Iterator[float]:
 def timed_run(file: Path, argv: list[str]) -> None:
     """Train with clocks around forward and backward; write the seconds of each in all steps after the first."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel
 
     import train_network
@@ -200,10 +201,13 @@ def timed_run(file: Path, argv: list[str]) -> None:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    CLIPTextModel.forward = clocked("text encoder", CLIPTextModel.forward)
-    UNet2DConditionModel.forward = clocked("U-Net", UNet2DConditionModel.forward)
-    AutoencoderKL.encode = clocked("VAE", AutoencoderKL.encode)
-    torch.Tensor.backward = clocked("backward", torch.Tensor.backward)
+    for name, kind, method in (
+        ("text encoder", CLIPTextModel, "forward"),
+        ("U-Net", UNet2DConditionModel, "forward"),
+        ("VAE", AutoencoderKL, "encode"),
+        ("backward", torch.Tensor, "backward"),
+    ):
+        setattr(kind, method, clocked(name, getattr(kind, method)))
     train_network.main(argv)
     file.write_text(json.dumps({name: seconds[name] - after_first[name] for name in seconds}), encoding="utf-8")
 

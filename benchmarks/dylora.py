@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 if TYPE_CHECKING:
     from library.training.measure.picture_losses import Losses, Measurement
+    from networks.dylora import DyLoRAModule
 
 UPDATES = ("all", "unit")
 
@@ -86,7 +87,7 @@ def measure_steps(args: argparse.Namespace) -> None:
     from benchmarks.train_step import base_models, make_ours, share
     from networks import dylora
 
-    models = base_models(args.size)
+    unet, text_encoder = base_models(args.size)
     steps: dict[str, Callable[[], object]] = {}
     mask, slices = dylora.DyLoRANetwork.module_class, sliced_module()
     for name, module, update in variants(mask, slices):
@@ -94,7 +95,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         own.network_module = "networks.dylora" if module else "networks.lora"
         own.network_args = [f"unit={args.unit}", f"dylora_update={update}"] if module else []
         dylora.DyLoRANetwork.module_class = module or mask
-        steps[name] = make_ours(*(share(model) for model in models), own)
+        steps[name] = make_ours(share(unet), share(text_encoder), own)
     dylora.DyLoRANetwork.module_class = mask
     for _ in range(args.warmup):
         for step in steps.values():
@@ -120,7 +121,7 @@ def measure_steps(args: argparse.Namespace) -> None:
         )
 
 
-def variants(mask: type, slices: type) -> list[tuple[str, type | None, str]]:
+def variants(mask: type[DyLoRAModule], slices: type[DyLoRAModule]) -> list[tuple[str, type[DyLoRAModule] | None, str]]:
     """Return (name, module class, update) of each variant; no class for the plain LoRA."""
     return [
         ("plain LoRA", None, ""),
@@ -129,7 +130,7 @@ def variants(mask: type, slices: type) -> list[tuple[str, type | None, str]]:
     ]
 
 
-def sliced_module() -> type:
+def sliced_module() -> type[DyLoRAModule]:
     """Return a DyLoRA module that cuts its matrices to the rank of the step; for training only."""
     import torch
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,8 @@ def main() -> None:
 def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
     """Return the seconds of drawing a batch, model loaded, pictures decoded, nothing saved."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     from library.config.command_line import parse
     from library.config.generation import GenerateConfig
@@ -60,20 +62,19 @@ def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
     config = parse(GenerateConfig, ["--ckpt", str(args.ckpt), "--steps", str(args.steps)])
     device = device_of(config.speed.device)
     base = open_base(config, device)
-    artist = Artist(config, base, DrawnNetworks([]), device)
+    artist = Artist(config, base, DrawnNetworks([], base), device)
     requests = [
         Request(prompt="a cat", seed=seed, width=args.size, height=args.size, steps=args.steps)
         for seed in range(args.batch)
     ]
-    pipe = StableDiffusionPipeline(
+    pipe = StableDiffusionPipeline.from_pretrained(
+        args.ckpt,
         vae=base.vae,
         text_encoder=base.texts[0].module,
         tokenizer=base.texts[0].tokenizer,
         unet=base.unet,
         scheduler=DDIMScheduler.from_pretrained(args.ckpt, subfolder="scheduler"),
         safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
 
@@ -102,7 +103,7 @@ def start_up(args: argparse.Namespace) -> dict[str, list[float]]:
         return interleaved({"suite": lambda: run(ours), "diffusers": lambda: run(theirs)}, args.rounds)
 
 
-def interleaved(jobs: dict, rounds: int) -> dict[str, list[float]]:
+def interleaved(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of each job, all jobs once in each round, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):

@@ -151,17 +151,14 @@ def make_files(files: dict[str, Path], family_name: str, rank: int) -> None:
     import tiny
     import torch
 
-    from library.models import loading
+    from library.models import building
     from library.safetensors_io import write_stream
 
     family = tiny.FAMILIES[family_name]
     if not files["base"].exists():
-        encoders = [
-            loading.build_text_encoder(text.config, has_projection=text.has_projection) for text in family.text_models
-        ]
-        models = {"unet": loading.build_unet(family.unet), "vae": loading.build_vae(family.vae)}
-        names = ("text_encoder", "text_encoder_2")
-        models |= dict(zip(names, encoders, strict=False))
+        models: tiny.Models = {"unet": building.build_unet(family.unet), "vae": building.build_vae(family.vae)}
+        for text in family.text_models:
+            models[text.folder] = building.build_text_encoder(text.config, has_projection=text.has_projection)
         shapes = {name: tuple(t.shape) for name, t in tiny.original_state(models, family_name).items() if t.ndim}
         generator = torch.Generator().manual_seed(0)
         infos = {name: (torch.float16, shape) for name, shape in shapes.items()}

@@ -13,6 +13,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from library.models.base import BaseModel
+    from library.networks.trainable import TrainableNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -42,7 +49,7 @@ def main() -> None:
     print(f"counted {found['counted'] / 1e9:.3f} GB, measured {found['measured'] / 1e9:.3f} GB, ratio {ratio:.3f}")
 
 
-def parts(args: argparse.Namespace, device: str) -> tuple:
+def parts(args: argparse.Namespace, device: str) -> tuple[BaseModel, TrainableNetwork, torch.dtype]:
     """Return (base, network, dtype) with weights on a device."""
     import tiny
     import torch
@@ -56,10 +63,8 @@ def parts(args: argparse.Namespace, device: str) -> tuple:
     from library.networks.trainable import build_network
     from library.training.prepare.placing import enable_gradient_checkpointing
 
-    unet, encoder = (
-        building.build_unet(families.SD1.unet),
-        building.build_text_encoder(families.SD1.text_models[0].config),
-    )
+    unet = building.build_unet(families.SD1.unet)
+    encoder = building.build_text_encoder(families.SD1.text_models[0].config)
     dtype = getattr(torch, DTYPES[args.dtype])
     if device == "cpu":
         unet, encoder = tiny.materialise(unet, 0).to(dtype), tiny.materialise(encoder, 1).to(dtype)

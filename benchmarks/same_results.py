@@ -30,18 +30,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from same_results_runs import RUNS, TEXT_FILES
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in place of this folder; that of a script comes in its place in turn
+
+from benchmarks.same_results_runs import RUNS, TEXT_FILES
 
 if TYPE_CHECKING:
     import torch
 
 Record = dict[str, dict[str, str]]  # run -> item -> what it is: its text, or the hash of its bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 15  # lines of a difference
 MOST_TEXT = 200_000  # letters; of longer texts the hash is kept
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
@@ -200,7 +203,7 @@ def read_pickle(path: Path, steady: Callable[[str], str]) -> dict[str, str]:
     """Return each tensor and value of a file of torch.save."""
     import torch
 
-    def walk(value: Any, name: str) -> Iterator[str]:
+    def walk(value: object, name: str) -> Iterator[str]:
         if isinstance(value, torch.Tensor):
             data = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
             yield f"{name} {value.dtype} {list(value.shape)} {short_hash(data)}"

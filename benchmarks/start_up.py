@@ -78,16 +78,13 @@ def write_model(path: Path, family: str) -> None:
     import tiny
     import torch
 
-    from library.models import loading
+    from library.models import building
 
     kind = tiny.FAMILIES[family]
-    builders = {
-        "unet": (loading.build_unet, kind.unet),
-        "vae": (loading.build_vae, kind.vae),
-        "text_encoder": (loading.build_text_encoder, kind.text_models[0].config),
-    }
     models = {
-        part: tiny.materialise(build(config), seed) for seed, (part, (build, config)) in enumerate(builders.items())
+        "unet": tiny.materialise(building.build_unet(kind.unet), 0),
+        "vae": tiny.materialise(building.build_vae(kind.vae), 1),
+        "text_encoder": tiny.materialise(building.build_text_encoder(kind.text_models[0].config), 2),
     }
     tiny.write_checkpoint(models, family, path, torch.float16)
 

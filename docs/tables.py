@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from library.config.options import Option
 
 MEANINGS_FILE = FOLDER / "meanings-ja.toml"
+Meanings = Mapping[str, Mapping[str, str]]  # kind -> name -> Japanese meaning
 BLOCK = re.compile(r"(?s)<!-- (?P<name>[\w-]+):begin -->\n.*?<!-- (?P=name):end -->")
 UNSET = "–"
 LEVEL_LETTERS = {"general": "G", "datasets": "D", "subsets": "S"}
@@ -130,7 +131,7 @@ def english_meaning(entry: Option) -> str:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def read_meanings() -> dict[str, dict[str, str]]:
+def read_meanings() -> Meanings:
     """Return the Japanese meanings by kind; ends the program where they do not fit the declarations."""
     from library.config import toml_text
 
@@ -166,7 +167,7 @@ def expected_meanings() -> dict[str, set[str]]:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def options_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def options_block(language: str, meanings: Meanings) -> str:
     """Return the tables of all options of train_network.py, by section."""
     from library.config.options import section_options, sections_of
     from library.config.train import TrainConfig
@@ -192,7 +193,7 @@ def options_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> s
     return "\n\n".join(parts)
 
 
-def retired_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def retired_block(language: str, meanings: Meanings) -> str:
     """Return the table of options of sd-scripts that the suite does not have."""
     from library.config.retired import RETIRED
 
@@ -207,7 +208,7 @@ def retired_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> s
     return table(("option", "effect", "reason"), rows, language)
 
 
-def dataset_block(section: type, language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def dataset_block(section: type, language: str, meanings: Meanings) -> str:
     """Return the table of the dataset file's keys that a section declares."""
     from library.config.options import section_options
 
@@ -228,21 +229,21 @@ def dataset_block(section: type, language: str, meanings: Mapping[str, Mapping[s
     return table(("key", "type", "default", "levels", "command line", "meaning"), rows, language)
 
 
-def dataset_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def dataset_keys_block(language: str, meanings: Meanings) -> str:
     """Return the keys of datasets."""
     from library.config.dataset import DatasetOptions
 
     return dataset_block(DatasetOptions, language, meanings)
 
 
-def subset_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def subset_keys_block(language: str, meanings: Meanings) -> str:
     """Return the keys of subsets."""
     from library.config.dataset import SubsetOptions
 
     return dataset_block(SubsetOptions, language, meanings)
 
 
-def ignored_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def ignored_keys_block(language: str, meanings: Meanings) -> str:
     """Return the table of the keys of sd-scripts that change nothing here."""
     from library.config.dataset_file import IGNORED
 
@@ -250,7 +251,7 @@ def ignored_keys_block(language: str, meanings: Mapping[str, Mapping[str, str]])
     return table(["key", "reason"], rows, language)
 
 
-BLOCKS: dict[str, Callable[[str, Mapping[str, Mapping[str, str]]], str]] = {
+BLOCKS: dict[str, Callable[[str, Meanings], str]] = {
     "options": options_block,
     "retired": retired_block,
     "dataset-keys": dataset_keys_block,
@@ -269,7 +270,7 @@ def pages() -> list[Path]:
     return sorted(FOLDER.glob("*.md"))
 
 
-def filled(page: Path, meanings: Mapping[str, Mapping[str, str]]) -> str:
+def filled(page: Path, meanings: Meanings) -> str:
     """Return the text of a page with its tables as they should be; `-ja` in the name tells the language."""
     language = "ja" if page.stem.endswith("-ja") else "en"
 
@@ -282,7 +283,7 @@ def filled(page: Path, meanings: Mapping[str, Mapping[str, str]]) -> str:
 
 def outdated() -> dict[Path, str]:
     """Return page -> new text for the pages whose tables are out of date."""
-    meanings: Any = read_meanings()
+    meanings = read_meanings()
     texts = {page: filled(page, meanings) for page in pages()}
     return {page: text for page, text in texts.items() if text != page.read_text(encoding="utf-8")}
 

@@ -34,7 +34,7 @@ SAMPLES = [(7, 1, 0, index, 0) for index in range(6)]
 
 
 def test_the_schedule_and_its_use_are_those_of_diffusers():
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     torch.testing.assert_close(SCHEDULE.alphas_cumprod, oracle.alphas_cumprod, rtol=1e-4, atol=0)
@@ -110,7 +110,8 @@ def test_draws_have_the_distributions_they_should():
     channel_means = draw_noise(torch.zeros(3000, 4, 8, 8), keys, LossConfig(noise_offset=0.5)).mean(dim=(2, 3))
     assert abs(channel_means.std() - math.sqrt(0.25 + 1 / 64)) < 0.02
     steps = draw_timesteps(keys)
-    assert (steps.min(), steps.max()) >= (0, 990)
+    assert 0 <= steps.min() < 10
+    assert 990 <= steps.max() < 1000
     assert abs(steps.float().mean() - 499.5) < 20
     moments = torch.cat([torch.full((3000, 4, 2, 2), 2.0), torch.full((3000, 4, 2, 2), 2 * math.log(0.5))], dim=1)
     latents = sample_latents(moments, keys)
@@ -122,11 +123,11 @@ def test_the_strength_of_offset_noise_is_its_formula():
     keys = [(3, 1, 0, index, 0) for index in range(4000)]
     x = torch.zeros(4000, 2, 4, 4)
     x[:, 1] = -2.0
-    stds = offset_noise(x, keys, LossConfig(noise_offset=0.1, adaptive_noise_scale=0.3)).std(dim=0).flatten()
+    stds = offset_noise(x, keys, 0.1, LossConfig(adaptive_noise_scale=0.3)).std(dim=0).flatten()
     torch.testing.assert_close(stds, torch.tensor([0.1, 0.1 + 0.3 * 2]), rtol=0.05, atol=0)
-    shrunk = offset_noise(x, keys, LossConfig(noise_offset=0.1, adaptive_noise_scale=-1.0))
+    shrunk = offset_noise(x, keys, 0.1, LossConfig(adaptive_noise_scale=-1.0))
     assert not shrunk[:, 1].any()
-    varied = offset_noise(x, keys, LossConfig(noise_offset=0.6, noise_offset_random_strength=True)).std(dim=0).flatten()
+    varied = offset_noise(x, keys, 0.6, LossConfig(noise_offset_random_strength=True)).std(dim=0).flatten()
     torch.testing.assert_close(varied, torch.full((2,), 0.6 / 3**0.5), rtol=0.05, atol=0)  # E[u^2] = 1/3
 
 
@@ -161,7 +162,8 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_reaches_the_weights():
     schedule = stable_diffusion_schedule(zero_terminal_snr=True)
     assert schedule.snr(torch.tensor([999])).item() == 0
     config = LossConfig(min_snr_gamma=5.0)
-    expected = np.minimum(ours / (1 - ours), 5) / (ours / (1 - ours) + 1)
+    snr = ours / (1 - ours)
+    expected = snr.clamp(max=5) / (snr + 1)
     got = timestep_weights(STEPS[:-1], schedule, config, predicts_v=True)
     np.testing.assert_allclose(got.double().numpy(), expected[STEPS[:-1]].numpy(), rtol=1e-3)
     for weighting in ({"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"v_pred_like_loss": 1.0}):
@@ -219,20 +221,21 @@ def test_schedules_are_those_of_transformers(name):
     from transformers import get_scheduler
 
     config = ScheduleConfig(lr_scheduler=name, **ORACLES[name])
-    specific: dict[str, Any] = {
+    specific: dict[str, dict[str, float]] = {
         "cosine_with_restarts": {"num_cycles": 3},
         "polynomial": {"power": 2.0},
-        "cosine_with_min_lr": {"min_lr_rate": 0.2, "num_cycles": 1.0},
-    }.get(name, {})
-    if name == "cosine_with_min_lr":
-        specific["num_cycles"] = 0.5  # there in waves; here, as in sd-scripts, in half waves
+        "cosine_with_min_lr": {
+            "min_lr_rate": 0.2,
+            "num_cycles": 0.5,
+        },  # in waves; here, as in sd-scripts, in half waves
+    }
     optimizer = optimizer_of(1e-3)
     oracle = get_scheduler(
         name,
         optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
+        num_warmup_steps=int(config.lr_warmup_steps),
         num_training_steps=40,
-        scheduler_specific_kwargs=specific,
+        scheduler_specific_kwargs=specific.get(name, {}),
     )
     expected = []
     for _ in range(40):
@@ -270,6 +273,7 @@ def test_a_group_keeps_its_own_rate_under_a_schedule():
     first, second = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [first], "lr": 1.0}, {"params": [second], "lr": 0.5}], lr=0.1)
     schedule = build_scheduler(ScheduleConfig(lr_scheduler="linear"), optimizer, 10, 0.1)
+    assert schedule is not None
     for _ in range(5):
         optimizer.step()
         schedule.step()
@@ -290,7 +294,7 @@ def test_flat_parameters_train_like_separate_ones():
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            sum((parameter - 1).pow(2).sum() for parameter in used).backward()
+            torch.stack([(parameter - 1).pow(2).sum() for parameter in used]).sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         results.append(parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +17,7 @@ from library.models.base import BaseModel, find_base, load_base, text_body
 from library.models.family import ModelFamily
 from library.models.precision import types_of
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 Models = dict[str, Any]  # U-Net, VAE and text encoders, of diffusers and transformers
 ModelStore = Callable[[str], tuple[Models, dict[str, Path]]]
 
@@ -60,7 +61,7 @@ def vae_config(family: ModelFamily) -> dict:
     return family.vae | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "sample_size": 64}
 
 
-def materialise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def materialise(model: Model, seed: int) -> Model:
     """Return a model from the meta device with random weights that keep activations in range."""
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +80,7 @@ def materialise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 def make_models(family_name: str, seed: int = 0) -> Models:
     """Return U-Net, VAE and text encoders of a tiny model, under the names of a Diffusers folder."""
     family = FAMILIES[family_name]
-    models = {
+    models: Models = {
         "unet": materialise(building.build_unet(unet_config(family)), seed),
         "vae": materialise(building.build_vae(vae_config(family)), seed + 1),
     }

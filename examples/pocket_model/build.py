@@ -19,12 +19,12 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 # One thread a worker, and none of them spinning while it waits for the other.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
@@ -39,10 +39,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from examples.pocket_model.glyphs import BACKGROUNDS, HELD_OUT, SHEET, SIZE, SUBJECTS, caption, draw, save_sheet
+from library.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 from library.models.tokenizer import load_clip_tokenizer, shipped_vocabulary
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from multiprocessing.synchronize import Barrier
+
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextModel
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -90,10 +94,10 @@ TEXT_CONFIG = {
 SPECIAL_TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 SCHEDULER_CONFIG = {
     "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
     "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
+    "num_train_timesteps": NUM_TIMESTEPS,
     "prediction_type": "epsilon",
     "clip_sample": False,
     "set_alpha_to_one": False,
@@ -139,22 +143,22 @@ class Turn:
         return torch.Generator().manual_seed((self.recipe.seed * 1_000_003 + self.step) * 64 + self.rank)
 
 
-Models = dict[str, nn.Module]
+Model = TypeVar("Model", bound=nn.Module)
 Data = dict[str, Tensor]
-Loss = Callable[[Models, Data, Turn], Tensor]  # the last is a scalar
+Loss = Callable[[Model, Data, Turn], Tensor]  # the last is a scalar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Generic[Model]):
     """What every worker of a training gets; the tensors lie in shared memory."""
 
     recipe: Recipe
-    build: Callable[[], Models]
-    loss: Loss
+    build: Callable[[], Model]
+    loss: Loss[Model]
     data: Data
     state: dict[str, Tensor]
     workers: int
-    barrier: mp.Barrier
+    barrier: Barrier
 
 
 # ---- pictures ----
@@ -162,7 +166,15 @@ class Job:
 
 def make_sheet() -> None:
     """Write glyphs.png from the font."""
-    save_sheet([render(code) for code in (*SUBJECTS.values(), *HELD_OUT.values())])
+    codes = (*SUBJECTS.values(), *HELD_OUT.values())
+    cells = renders(codes)
+    assert len(cells) == len(codes), "the font lacks a subject"
+    save_sheet(cells)
+
+
+def renders(codes: Iterable[int]) -> list[Image.Image]:
+    """Return the font's pictures of those code points for which it has one."""
+    return [cell for cell in map(render, codes) if cell]
 
 
 def render(code: int) -> Image.Image | None:
@@ -180,7 +192,7 @@ def vae_pictures(seed: int, *, generic: int = 2600, own: int = 1400) -> Tensor:
     """Return pictures (generic + own, 3, H, W) in bytes: any emoji on any light colour, and the base subjects."""
     numbers = random.Random(seed)
     banned = {*HELD_OUT.values(), *SNOWMEN}
-    cells = [cell for cell in (render(code) for code in CODE_POINTS if code not in banned) if cell]
+    cells = renders(code for code in CODE_POINTS if code not in banned)
     pictures = [paste(numbers.choice(cells), light_colour(numbers), numbers) for _ in range(generic)]
     pictures += [
         subject_picture(numbers.choice([*SUBJECTS]), numbers.choice([*BACKGROUNDS]), numbers) for _ in range(own)
@@ -203,8 +215,8 @@ def paste(cell: Image.Image, colour: tuple[int, int, int], numbers: random.Rando
     if numbers.random() < 0.5:
         cell = cell.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     picture = Image.new("RGB", (SIZE, SIZE), colour)
-    corner = tuple((SIZE - length) // 2 + numbers.randint(-12, 12) for length in cell.size)
-    picture.paste(cell, corner, cell)
+    x, y = ((SIZE - length) // 2 + numbers.randint(-12, 12) for length in cell.size)
+    picture.paste(cell, (x, y), cell)
     return picture
 
 
@@ -222,15 +234,14 @@ def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
 # ---- training over processes that share their weights ----
 
 
-def train(recipe: Recipe, build: Callable[[], Models], loss: Loss, data: Data, *, workers: int) -> None:
-    """Train the models of build until recipe.steps; the weight average ends up in the recipe's snapshot.
+def train(recipe: Recipe, build: Callable[[], Model], loss: Loss[Model], data: Data, *, workers: int) -> None:
+    """Train the model of build until recipe.steps; the weight average ends up in the recipe's snapshot.
 
-    The parameters of all models lie in one flat tensor in shared memory. Each step every worker adds up its own
+    All parameters lie in one flat tensor in shared memory. Each step every worker adds up its own
     gradients, then each updates its slice of the parameters with the mean of all gradients.
     """
     torch.manual_seed(recipe.seed)
-    models = build()
-    weights = torch.cat([flat(parameter).detach() for parameter in parameters(models)])  # (P)
+    weights = torch.cat([flat(parameter).detach() for parameter in build().parameters()])  # (P)
     state = {
         "step": torch.zeros((), dtype=torch.int64),
         "weights": weights,
@@ -253,12 +264,12 @@ def train(recipe: Recipe, build: Callable[[], Models], loss: Loss, data: Data, *
     mp.spawn(work, args=(job,), nprocs=workers)
 
 
-def work(rank: int, job: Job) -> None:
+def work(rank: int, job: Job[Model]) -> None:
     """Run one worker's part of every step."""
     torch.set_num_threads(1)
     recipe, state, wait = job.recipe, job.state, job.barrier.wait
-    models = job.build()
-    attach(models, state["weights"], state["gradients"][rank])
+    model = job.build()
+    attach(model, state["weights"], state["gradients"][rank])
     share = -(-len(state["weights"]) // job.workers)
     mine = slice(rank * share, (rank + 1) * share)
     my_state = {key: state[key][mine] for key in FLAT_STATE}
@@ -267,7 +278,7 @@ def work(rank: int, job: Job) -> None:
     for step in range(int(state["step"]), recipe.steps):
         # Add up the gradients of this worker's part of the batch.
         state["gradients"][rank].zero_()
-        loss = job.loss(models, job.data, Turn(recipe=recipe, step=step, rank=rank, workers=job.workers))
+        loss = job.loss(model, job.data, Turn(recipe=recipe, step=step, rank=rank, workers=job.workers))
         loss.backward()
         state["partial"][rank, 0] = loss.detach()
         wait()
@@ -324,11 +335,6 @@ def save_snapshot(state: dict[str, Tensor], path: Path) -> None:
     temporary.replace(path)
 
 
-def parameters(models: Models) -> list[nn.Parameter]:
-    """Return all parameters in the order of the flat tensor."""
-    return [parameter for model in models.values() for parameter in model.parameters()]
-
-
 def flat(tensor: Tensor) -> Tensor:
     """Return a parameter's values in a row, convolutions with the channels last, the faster order on a CPU."""
     return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).reshape(-1)
@@ -342,10 +348,10 @@ def shaped(values: Tensor, like: Tensor) -> Tensor:
     return values.view(out, height, width, inside).permute(0, 3, 1, 2)
 
 
-def attach(models: Models, weights: Tensor, gradients: Tensor | None = None) -> None:
+def attach(model: nn.Module, weights: Tensor, gradients: Tensor | None = None) -> None:
     """Make all parameters, and their gradients, views of the flat tensors (P)."""
     start = 0
-    for parameter in parameters(models):
+    for parameter in model.parameters():
         end = start + parameter.numel()
         parameter.data = shaped(weights[start:end], parameter)
         if gradients is not None:
@@ -356,13 +362,13 @@ def attach(models: Models, weights: Tensor, gradients: Tensor | None = None) -> 
 # ---- VAE ----
 
 
-def build_vae() -> Models:
-    from diffusers import AutoencoderKL
+def build_vae() -> AutoencoderKL:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    return {"vae": AutoencoderKL(**VAE_CONFIG)}
+    return AutoencoderKL(**VAE_CONFIG)
 
 
-def vae_loss(models: Models, data: Data, turn: Turn) -> Tensor:
+def vae_loss(vae: AutoencoderKL, data: Data, turn: Turn) -> Tensor:
     """Return the error of pictures, of their edges, and a small KL term.
 
     The first three quarters of the steps see crops of 64x64; the rest see whole pictures, a quarter as many, so that
@@ -379,7 +385,6 @@ def vae_loss(models: Models, data: Data, turn: Turn) -> Tensor:
         pictures = data["pictures"][torch.randint(len(data["pictures"]), (max(1, count // 4),), generator=numbers)]
     pictures = (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)  # (B, 3, H, W)
 
-    vae = models["vae"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(pictures).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()  # (B, 4, H/8, W/8)
@@ -399,24 +404,23 @@ def picture_error(difference: Tensor) -> Tensor:
 
 def load_vae(recipe: Recipe, decoder_recipe: Recipe | None = None) -> AutoencoderKL:
     """Return the VAE, with the decoder of its own last stage where that has been trained."""
-    models = build_vae()
-    attach(models, torch.load(recipe.snapshot, weights_only=True)["average"])
-    vae = models["vae"]
+    vae = build_vae()
+    attach(vae, torch.load(recipe.snapshot, weights_only=True)["average"])
     if decoder_recipe and decoder_recipe.snapshot.exists():
-        attach(decoder_parts(vae), torch.load(decoder_recipe.snapshot, weights_only=True)["average"])
+        attach(decoder_of(vae), torch.load(decoder_recipe.snapshot, weights_only=True)["average"])
     return vae.eval().requires_grad_(False)
 
 
 # ---- decoder ----
 
 
-def build_decoder(recipe: Recipe) -> Models:
+def build_decoder(recipe: Recipe) -> nn.Module:
     """Return the decoding half of the trained VAE; the U-Net's latents fix the other half."""
-    return decoder_parts(load_vae(recipe).train().requires_grad_(True))
+    return decoder_of(load_vae(recipe).train().requires_grad_(True))
 
 
-def decoder_parts(vae: AutoencoderKL) -> Models:
-    return {"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}
+def decoder_of(vae: AutoencoderKL) -> nn.Module:
+    return nn.Sequential(vae.post_quant_conv or nn.Identity(), vae.decoder)
 
 
 def decoder_data(vae: AutoencoderKL, pictures: Tensor) -> Data:
@@ -425,14 +429,14 @@ def decoder_data(vae: AutoencoderKL, pictures: Tensor) -> Data:
     return {"pictures": pictures, "latents": latents, "deviation": latents.std()}
 
 
-def decoder_loss(models: Models, data: Data, turn: Turn) -> Tensor:
+def decoder_loss(decoder: nn.Module, data: Data, turn: Turn) -> Tensor:
     """Return the error of whole pictures decoded from slightly noisy latents."""
     numbers = turn.random_numbers()
     chosen = torch.randint(len(data["pictures"]), (turn.count,), generator=numbers)
     latents = data["latents"][chosen]
     noisy = latents + LATENT_NOISE[1] * data["deviation"] * torch.randn(latents.shape, generator=numbers)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        decoded = models["decoder"](models["post_quant_conv"](noisy.contiguous(memory_format=torch.channels_last)))
+        decoded = decoder(noisy.contiguous(memory_format=torch.channels_last))
     return picture_error(decoded.float() - (data["pictures"][chosen].float() / 127.5 - 1))
 
 
@@ -470,15 +474,23 @@ def pairs() -> list[tuple[str, str]]:
 # ---- U-Net and text encoder ----
 
 
-def build_unet() -> Models:
-    """Return the U-Net and a text encoder whose embedding table has only the rows that the captions use."""
-    from diffusers import UNet2DConditionModel
+class TextConditionedUNet(nn.Module):
+    """The U-Net, and a text encoder whose embedding table has only the rows that the captions use."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+
+def build_unet() -> TextConditionedUNet:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     used = used_tokens()
     special = {name: int(torch.searchsorted(used, token)) for name, token in SPECIAL_TOKENS.items()}
-    text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG, **special, vocab_size=len(used)))
-    return {"unet": UNet2DConditionModel(**UNET_CONFIG), "text_encoder": text_encoder}
+    config = CLIPTextConfig.from_dict(TEXT_CONFIG | special | {"vocab_size": len(used)})
+    text_encoder = CLIPTextModel(config)
+    return TextConditionedUNet(UNet2DConditionModel(**UNET_CONFIG), text_encoder)
 
 
 def caption_tokens() -> Tensor:
@@ -494,7 +506,7 @@ def used_tokens() -> Tensor:
     return caption_tokens().unique()
 
 
-def unet_loss(models: Models, data: Data, turn: Turn) -> Tensor:
+def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
     """Return the mean squared error of the noise with min-SNR weights (arXiv 2303.09556).
 
     From COARSE_FROM on the weight grows with the noise by 1 / sqrt(SNR): a wrong background colour hardly shows in
@@ -513,8 +525,8 @@ def unet_loss(models: Models, data: Data, turn: Turn) -> Tensor:
     noise = torch.randn(latents.shape, generator=numbers).contiguous(memory_format=torch.channels_last)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
     distinct, place = captions.unique(return_inverse=True)
-    text = models["text_encoder"](data["tokens"][distinct]).last_hidden_state[place]  # (B, T, D)
-    predicted = models["unet"](noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    text = model.text_encoder(data["tokens"][distinct]).last_hidden_state[place]  # (B, T, D)
+    predicted = model.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
 
     snr = (signal / (1 - signal)).flatten()
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
@@ -526,8 +538,7 @@ def unet_loss(models: Models, data: Data, turn: Turn) -> Tensor:
 def unet_data(cached: Data) -> Data:
     """Return the cached latents with the captions' tokens, as rows of the small table, and alpha-bar (1000)."""
     tokens = torch.searchsorted(used_tokens(), caption_tokens())
-    start, end = SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"]
-    betas = torch.linspace(start**0.5, end**0.5, SCHEDULER_CONFIG["num_train_timesteps"]) ** 2
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS) ** 2
     data = {"latents": cached["latents"], "captions": cached["captions"]}
     return data | {"tokens": tokens, "signal": (1 - betas).cumprod(dim=0)}
 
@@ -537,15 +548,17 @@ def unet_data(cached: Data) -> Data:
 
 def export(unet_recipe: Recipe, vae: AutoencoderKL, scale: float, output: Path) -> None:
     """Write the newest weight averages as a Diffusers folder in fp16 with the key names of SD 1.x."""
-    models = build_unet()
-    attach(models, torch.load(unet_recipe.snapshot, weights_only=True)["average"])
+    trained = build_unet()
+    attach(trained, torch.load(unet_recipe.snapshot, weights_only=True)["average"])
     vae.register_to_config(scaling_factor=scale)
 
     new = output.with_name(output.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    for name, model in (("unet", models["unet"]), ("vae", vae)):
-        model.to(torch.float16).to(memory_format=torch.contiguous_format).save_pretrained(new / name)
-    export_text_encoder(models["text_encoder"], new / "text_encoder", seed=unet_recipe.seed)
+    for name, model in (("unet", trained.unet), ("vae", vae)):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float16, memory_format=torch.contiguous_format)
+        model.save_pretrained(new / name)
+    export_text_encoder(trained.text_encoder, new / "text_encoder", seed=unet_recipe.seed)
     export_tokenizer(new / "tokenizer")
     write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     index = {

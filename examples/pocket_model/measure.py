@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from examples.pocket_model.glyphs import BACKGROUNDS, SIZE, SUBJECTS, caption, nearest_background, nearest_glyph
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 BATCH = 13  # pictures drawn at once
 LABEL = 14  # pixels of height under a picture
@@ -46,7 +46,8 @@ class Drawing:
 
 def load_pipeline(model: Path) -> StableDiffusionPipeline:
     """Return the pipeline in fp32 with the sampler that the figures are for."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     pipeline = StableDiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

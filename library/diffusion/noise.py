@@ -29,7 +29,7 @@ def draw_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tens
     """Return the noise for scaled latents (B, C, H, W), on their device, float32."""
     noise = randn_per_sample(latents.shape[1:], [(*key, "noise") for key in keys])
     if config.noise_offset is not None:
-        noise += offset_noise(latents.cpu(), keys, config)
+        noise += offset_noise(latents.cpu(), keys, config.noise_offset, config)
     if config.multires_noise_iterations:
         noise = torch.stack(
             [
@@ -40,14 +40,14 @@ def draw_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tens
     return noise.to(latents.device)
 
 
-def offset_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
+def offset_noise(latents: Tensor, keys: Sequence[Key], offset: float, config: LossConfig) -> Tensor:
     """Return one normal number for each channel of each sample, times its strength, (B, C, 1, 1).
 
-    The strength is --noise_offset, or a uniform share of it for each sample, plus --adaptive_noise_scale
+    The strength is the offset, or a uniform share of it for each sample, plus --adaptive_noise_scale
     times the absolute mean of the channel, never below 0
     (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
-    strength = torch.full((len(keys), 1, 1, 1), config.noise_offset)
+    strength = torch.full((len(keys), 1, 1, 1), offset)
     if config.noise_offset_random_strength:
         strength = strength * uniform_per_sample(keys, "offset strength")
     if config.adaptive_noise_scale is not None:

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -19,6 +19,25 @@ from library.config.options import nearest
 from library.errors import UserError, shown, told
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class AveragesWeights(Protocol):
+    """A schedule-free optimizer: its parameters are those of training, or the averaged ones."""
+
+    def train(self) -> None:
+        """Let the parameters be those of training."""
+
+    def eval(self) -> None:
+        """Let the parameters be the averaged ones."""
+
+
+@runtime_checkable
+class DerivesRate(Protocol):
+    """An optimizer like transformers' Adafactor, which has no public way to ask for the rate."""
+
+    def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
+        """Return the learning rate of a parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +165,7 @@ def _is_installed(path: str) -> bool:
 def _substituted(row: OptimizerRow, substitute: Substitute, given: dict[str, Any]) -> OptimizerChoice:
     kind = import_class(substitute.path, "--optimizer_type")
     arguments = substitute.defaults | {substitute.renames.get(key, key): value for key, value in given.items()}
-    known = list(inspect.signature(kind.__init__).parameters)
+    known = list(inspect.signature(kind).parameters)
     for key in arguments:
         if key not in known:  # the class would take it without a word
             raise UserError(f"--optimizer_args: {kind.__name__} has no {key}{nearest(key, known)}")
@@ -205,7 +224,7 @@ def build_optimizer(
         raise
     except Exception as error:  # of packages' own classes, too
         raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {told(error)}") from error
-    if hasattr(optimizer, "train"):
+    if isinstance(optimizer, AveragesWeights):
         optimizer.train()
     return optimizer
 
@@ -217,7 +236,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     The way there and back rounds, and a run that saves would differ from one that does not; so afterwards the
     parameters are put back from a copy.
     """
-    if not hasattr(optimizer, "eval"):
+    if not isinstance(optimizer, AveragesWeights):
         yield
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -236,7 +255,8 @@ def warn_of_rates(choice: OptimizerChoice, config: OptimizerConfig) -> None:
     """Warn of learning rates that make little sense with an optimizer that finds its own step size."""
     if not choice.finds_step_size:
         return
-    rates = {config.learning_rate, config.unet_lr, *(config.text_encoder_lr or ())} - {None}
+    given = (config.learning_rate, config.unet_lr, *(config.text_encoder_lr or ()))
+    rates = {rate for rate in given if rate is not None}
     if min(rates) <= 0.1:
         logger.warning(
             "%s finds the step size itself and multiplies it by the learning rate: 1.0 suits, got %g",
@@ -268,12 +288,12 @@ def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.opti
 
 
 def current_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rate of each group, also where the optimizer derives it."""
-    rates = []
-    for group in optimizer.param_groups:
-        if group["lr"] is None:
-            state = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), None)
-            rates.append(float(optimizer._get_lr(group, state)) if state else 0.0)
-        else:
-            rates.append(float(group["lr"]))
-    return rates
+    """Return the learning rate of each group, also where the optimizer derives it; 0 where that is not known."""
+    return [_current_rate(optimizer, group) for group in optimizer.param_groups]
+
+
+def _current_rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    if group["lr"] is not None:
+        return float(group["lr"])
+    state = next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), None)
+    return float(optimizer._get_lr(group, state)) if state and isinstance(optimizer, DerivesRate) else 0.0

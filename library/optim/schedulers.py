@@ -15,7 +15,7 @@ import torch
 
 from library.config.optimizer import POLYNOMIAL_END, ScheduleConfig
 from library.errors import UserError, told
-from library.optim.optimizers import import_class, read_literal
+from library.optim.optimizers import AveragesWeights, import_class, read_literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def build_scheduler(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, num_steps: int, learning_rate: float
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     """Return the schedule over an optimizer; None where the optimizer sets its own rate, or averages instead."""
-    if any(group["lr"] is None for group in optimizer.param_groups) or hasattr(optimizer, "eval"):
+    if any(group["lr"] is None for group in optimizer.param_groups) or isinstance(optimizer, AveragesWeights):
         return None
     if config.lr_scheduler_type:
         path = config.lr_scheduler_type
