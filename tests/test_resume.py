@@ -215,7 +215,8 @@ def server():
         stderr=subprocess.PIPE,
         text=True,
     )
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    errors = threading.Thread(target=process.stderr.read, daemon=True)
+    errors.start()
     assert process.stdout.readline() == "ready\n"
 
     def run_for(argv, seconds):
@@ -231,7 +232,9 @@ def server():
     yield run_for
     process.stdin.close()
     process.wait(timeout=60)
+    errors.join()
     process.stdout.close()
+    process.stderr.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

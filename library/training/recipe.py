@@ -35,8 +35,7 @@ from library.training.prepare.placing import (
 from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
-from library.training.record.hashes import BackgroundHashes
-from library.training.record.metadata import FileMetadata, training_metadata
+from library.training.record.metadata import BackgroundHashes, FileMetadata, training_metadata
 from library.training.record.metrics import Metrics
 from library.training.record.preview import Preview
 from library.training.record.run_files import RunFiles, epoch_interval
@@ -214,26 +213,25 @@ def make_events(
     metrics = Metrics(files.metrics, config, runtime.accelerator)
     preview = Preview(given.sample_sampler, prompts, files, objective, state, runtime)
     outcome = report.Outcome(state.network, files, is_main=runtime.is_main)
+    validation: list[Event] = []
+    measured, seed = config.validation, validation_seed(config.dataset, plan.seed)
+    pictures = held_out(plan.datasets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
+    if pictures is not None:
+        due = Every(measured.validate_every_n_steps, measured.validate_every_n_epochs or 1)
+        validation = [Event("validation", due, Validation(pictures, objective, state, metrics, runtime).log)]
+    elif measured.validate_every_n_steps or measured.validate_every_n_epochs:
+        logger.warning("nothing is held out to validate on: give --validation_split")
     by_steps = None if given.sample_every_n_epochs else given.sample_every_n_steps
     first = (At.START,) if given.sample_at_first and not plan.start_step else ()
     last = (At.END,) if config.state.save_state_on_train_end else ()
     states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *last))
-    events = [
+    return [
         Event("options", Every(once=(At.START,)), checkpoints.write_options),
         Event("metrics", Every(1, 1, (At.START, At.END)), metrics.log),
+        *validation,  # before the network's file, which holds the lowest loss so far
         Event("network", checkpoints.due, checkpoints.write_network),
         Event("preview", Every(by_steps, given.sample_every_n_epochs, first), preview.generate),
         Event("state", states, checkpoints.write_state),
         Event("outcome", Every(once=(At.STOP, At.END)), outcome.tell),
         Event("uploads", Every(once=(At.STOP,)), lambda moment: checkpoints.uploads.wait()),
     ]
-    measured, seed = config.validation, validation_seed(config.dataset, plan.seed)
-    pictures = held_out(plan.datasets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
-    if pictures is not None:
-        due = Every(measured.validate_every_n_steps, measured.validate_every_n_epochs or 1)
-        # Before the network's file, which holds the lowest loss so far.
-        validation = Validation(pictures, objective, state, metrics, runtime)
-        events.insert(2, Event("validation", due, validation.log))
-    elif measured.validate_every_n_steps or measured.validate_every_n_epochs:
-        logger.warning("nothing is held out to validate on: give --validation_split")
-    return events

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import mimetypes
 import random
+import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -24,9 +25,10 @@ from library.data.buckets import Size, mean_aspect_error
 from library.data.captions import tag_counts
 from library.data.records import Dataset, ImageRecord
 from library.errors import UserError
+from library.files import file_sha256
 from library.models.family import ModelFamily
-from library.training.record.hashes import BackgroundHashes
 from library.training.run.progress import Progress
+from library.weight_file import file_legacy_hash
 
 # Kept under --no_metadata: what readers need.
 MINIMUM = (
@@ -259,6 +261,28 @@ def dataset_dirs(datasets: list[Dataset], *, is_reg: bool) -> dict[str, dict[str
 # --------------------------------------------------------------------------------------------------------------
 # At saving
 # --------------------------------------------------------------------------------------------------------------
+
+
+class BackgroundHashes:
+    """Hashes of files, computed while training goes on; the first save waits for them."""
+
+    def __init__(self, files: Mapping[str, Path | None]) -> None:
+        """Begin to hash the files, given by the part of their names in the metadata; folders are left out."""
+        self._files = files
+        self._values: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._compute, daemon=True)
+        self._thread.start()
+
+    def _compute(self) -> None:
+        for name, path in self._files.items():
+            if path is not None and path.is_file():
+                self._values[f"ss_{name}_hash"] = file_legacy_hash(path)
+                self._values[f"ss_new_{name}_hash"] = file_sha256(path)
+
+    def values(self) -> dict[str, str]:
+        """Return the ss_*_hash values."""
+        self._thread.join()
+        return self._values
 
 
 @dataclasses.dataclass(frozen=True)

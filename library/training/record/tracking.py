@@ -49,7 +49,9 @@ def check_trackers(logs: LoggingConfig) -> None:
 def tracker_arguments(logs: LoggingConfig) -> dict[str, dict[str, Any]]:
     """Return name of a tracker -> arguments from --log_tracker_config, checked."""
     path = logs.log_tracker_config
-    given = toml_text.load(path) if path is not None else {}
+    if path is None:
+        return {}
+    given = toml_text.load(path)
     for name, table in given.items():
         if name not in OURS or not isinstance(table, dict):
             raise UserError(f"{path}: {name} is not known: the tables are [{'], ['.join(sorted(OURS))}]")
