@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -32,3 +33,10 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def opened(path: Path) -> Image.Image:
+    """Return a picture whose file is closed again."""
+    with Image.open(path) as file:
+        file.load()
+    return file

@@ -16,6 +16,7 @@ from PIL import Image
 from runs import options
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, python
+from tensors import opened
 
 import train_network
 from library.errors import UserError
@@ -117,7 +118,7 @@ def oracle(models, weights, files, timesteps, draws):
     signal = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)
     rows = []
     for index, path in enumerate(files):
-        pixels = torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.asarray(opened(path)).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         mean, log_variance = models["vae"].encode(pixels).latent_dist.parameters.chunk(2, dim=1)
         caption = path.with_suffix(".txt").read_text(encoding="utf-8")
         tokens = load_clip_tokenizer()(caption, padding="max_length", max_length=77, return_tensors="pt").input_ids

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensors
 import torch
 from drawing import HIGHRES, SAMPLERS, SETTINGS, differ, opened, pipe_of, pixels_of, same_pixels, slow
 from PIL import Image
@@ -46,7 +47,7 @@ def test_inpainting_is_that_of_diffusers_and_keeps_the_rest(draw, model_store, s
     pipe = pipe_of(model_store("sd1")[0], "Inpaint", sampler=sampler)
     values: dict[str, Any] = {
         "image": opened(source),
-        "mask_image": Image.open(mask),
+        "mask_image": tensors.opened(mask),
         "strength": strength,
         "num_inference_steps": 4,
     }
@@ -243,7 +244,7 @@ def test_control_nets_go_with_pictures_to_begin_with(draw, model_store, nets, gu
         "num_inference_steps": 4,
     }
     values["controlnet_conditioning_scale"] = 1.0  # theirs differ from pipeline to pipeline
-    expected = pixels_of(pipe, **values, **({"mask_image": Image.open(mask)} if kind == "Inpaint" else {}))
+    expected = pixels_of(pipe, **values, **({"mask_image": tensors.opened(mask)} if kind == "Inpaint" else {}))
     same_pixels(found.pixels[:, 32:], expected[:, 32:])
 
 

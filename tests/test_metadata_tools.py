@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from scripts import ROOT, help_of, python
+from tensors import opened
 
 from library.errors import UserError
 from tools import canny, show_metadata
@@ -130,7 +131,7 @@ def drawing(tmp_path):
 def test_edges_are_those_of_opencv(drawing, tmp_path):
     done = run("canny.py", "--input", drawing.name, "--output", "出力/線.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    edges = np.asarray(Image.open(tmp_path / "出力" / "線.png"))
+    edges = np.asarray(opened(tmp_path / "出力" / "線.png"))
     gray = cv2.imdecode(np.fromfile(drawing, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert (edges == cv2.Canny(gray, 32, 224)).all()
     assert set(np.unique(edges)) == {0, 255}
@@ -141,7 +142,7 @@ def test_lower_thresholds_give_more_edges(drawing, tmp_path):
     for high in (50, 224, 900):
         out = tmp_path / f"{high}.png"
         assert canny.main(["--input", str(drawing), "--output", str(out), "--thres1", "20", "--thres2", str(high)]) == 0
-        counts.append(int((np.asarray(Image.open(out)) > 0).sum()))
+        counts.append(int((np.asarray(opened(out)) > 0).sum()))
     assert counts[0] > counts[1] > counts[2]
 
 

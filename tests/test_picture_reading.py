@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
+from tensors import opened
 
 from library.config.dataset import SubsetOptions
 from library.data import images
@@ -29,7 +30,7 @@ KINDS = [(suffix, mode) for suffix, modes in MODES.items() for mode in modes]
 
 
 def as_pillow_shows(path, mode):
-    picture = ImageOps.exif_transpose(Image.open(path))
+    picture = ImageOps.exif_transpose(opened(path))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return np.asarray(picture.convert(mode))

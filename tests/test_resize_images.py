@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from resizing import names, noise, run, smooth
+from tensors import opened
 
 from library.data import images
 from library.data.resizing import reduce
@@ -22,7 +24,7 @@ SIDES = st.integers(1, 3000)
 
 
 def pixels(path):
-    return np.asarray(Image.open(path))
+    return np.asarray(opened(path))
 
 
 def cover(large, small):
@@ -90,7 +92,7 @@ def test_three_sizes_make_four_files_and_the_picture_is_kept_byte_for_byte(folde
     assert (destination / "photo.png").read_bytes() == (source / "photo.png").read_bytes()
     for side in (128, 96, 64):
         scale = math.sqrt(side * side / (300 * 200))
-        assert Image.open(destination / f"photo+{side}x{side}.jpg").size == (int(300 * scale), int(200 * scale))
+        assert opened(destination / f"photo+{side}x{side}.jpg").size == (int(300 * scale), int(200 * scale))
     assert names(source) == ["photo.png"]
 
 
@@ -154,8 +156,8 @@ def test_pictures_are_never_enlarged(folders, caplog):
     Image.fromarray(noise(60, 40)).save(folders[0] / "small.png")
     Image.fromarray(smooth(60, 40)).save(folders[0] / "other.jpg", quality=80)
     assert run(folders, "--max_resolution", "64x64,32x32") == 0
-    assert Image.open(folders[1] / "small+64x64.jpg").size == (60, 40)
-    assert Image.open(folders[1] / "small+32x32.jpg").size == (39, 26)
+    assert opened(folders[1] / "small+64x64.jpg").size == (60, 40)
+    assert opened(folders[1] / "small+32x32.jpg").size == (39, 26)
     # The same pixels are not compressed a second time.
     assert (folders[1] / "other+64x64.jpg").read_bytes() == (folders[0] / "other.jpg").read_bytes()
     assert "2 of these copies no smaller" in caplog.text
@@ -179,7 +181,8 @@ def test_jpeg_is_of_quality_100_and_half_chroma_unless_asked(folders):
     Image.fromarray(smooth(100, 80)).save(folders[0] / "a.png")
     for words, factors in ((), (2, 2)), (["--full_chroma"], (1, 1)):
         assert run(folders, "--max_resolution=32x32", "--overwrite", *words) == 0
-        file = Image.open(folders[1] / "a+32x32.jpg")
+        file = opened(folders[1] / "a+32x32.jpg")
+        assert isinstance(file, JpegImageFile)
         assert {value for table in file.quantization.values() for value in table} == {1}
         assert file.layer[0][1:3] == factors
 
@@ -219,11 +222,11 @@ def test_copies_are_upright(folders, orientation, suffix):
     exif[images.ORIENTATION_TAG] = orientation
     Image.fromarray(smooth(120, 80)).save(folders[0] / f"a{suffix}", exif=exif)
     assert run(folders, "--max_resolution", "40x40,512x512", "--save_as_png") == 0
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(folders[0] / f"a{suffix}"))).astype(float)
+    upright = np.asarray(ImageOps.exif_transpose(opened(folders[0] / f"a{suffix}"))).astype(float)
     small = pixels(folders[1] / "a+40x40.png")
     assert small.shape[:2] == ((48, 32) if orientation >= 5 else (32, 48))
     assert np.abs(small - block_mean(upright, small.shape[1::-1])).max() <= 1
-    large = Image.open(folders[1] / "a+512x512.png")
+    large = opened(folders[1] / "a+512x512.png")
     assert (np.asarray(ImageOps.exif_transpose(large)) == upright).all()
 
 
@@ -261,7 +264,7 @@ def test_colour_profiles_go_along(folders, suffix):
         Image.fromarray(smooth(80, 60)).convert(mode).save(folders[0] / f"{mode}{suffix}", icc_profile=SRGB)
     assert run(folders, "--max_resolution", "32x32", *(["--save_as_png"] if suffix == ".png" else [])) == 0
     for mode in ("RGB", "L"):
-        copy = Image.open(folders[1] / f"{mode}+32x32{suffix}")
+        copy = opened(folders[1] / f"{mode}+32x32{suffix}")
         assert copy.info["icc_profile"] == SRGB
         assert copy.mode == "RGB"
 
@@ -270,7 +273,7 @@ def test_a_profile_of_another_kind_of_pixels_is_left_out_and_told(folders, caplo
     gray = SRGB[:16] + b"GRAY" + SRGB[20:]
     Image.fromarray(smooth(80, 60)).save(folders[0] / "a.png", icc_profile=gray)
     assert run(folders, "--max_resolution", "32x32") == 0
-    assert "icc_profile" not in Image.open(folders[1] / "a+32x32.jpg").info
+    assert "icc_profile" not in opened(folders[1] / "a+32x32.jpg").info
     assert "copies are without the colour profile, which is not for their picture's kind of pixels: 1 (" in caplog.text
 
 
@@ -293,7 +296,7 @@ def test_pictures_of_every_mode_are_written(folders, mode, words):
     deep = Image.fromarray(smooth(50, 40)[..., 0].astype(np.uint16) * 257)
     (deep if mode == "I;16" else picture.convert(mode)).save(folders[0] / f"a{suffix}")
     assert run(folders, "--max_resolution", "20x20", *words) == 0
-    assert Image.open(next(folders[1].glob("a+*"))).size == (22, 17)
+    assert opened(next(folders[1].glob("a+*"))).size == (22, 17)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])

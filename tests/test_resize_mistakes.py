@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from resizing import names, noise, run, smooth
 from scripts import ROOT, python
+from tensors import opened
 
 from library.data import images
 from library.data.resizing import work
@@ -90,7 +91,7 @@ def test_existing_files_are_refused_left_or_replaced_as_asked(folders):
     assert (destination / "a+32x32.jpg").read_bytes() == b"mine"
     assert (destination / "a+64x64.jpg").exists()
     assert run(folders, "--max_resolution", "32x32,64x64", "--overwrite") == 0
-    assert Image.open(destination / "a+32x32.jpg").size == (35, 28)
+    assert opened(destination / "a+32x32.jpg").size == (35, 28)
     assert "leave one out" in refused(folders, "--skip_existing", "--overwrite")
 
 
@@ -99,7 +100,7 @@ def test_skip_existing_makes_anew_what_a_power_cut_emptied(folders):
     folders[1].mkdir()
     (folders[1] / "a+32x32.jpg").touch()
     assert run(folders, "--max_resolution", "32x32", "--skip_existing") == 0
-    assert Image.open(folders[1] / "a+32x32.jpg").size == (35, 28)
+    assert opened(folders[1] / "a+32x32.jpg").size == (35, 28)
 
 
 def test_two_sources_of_one_name_are_refused(folders):
@@ -221,7 +222,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(folders):
     written = [path for path in destination.iterdir() if path.suffix in PICTURE_SUFFIXES]
     assert 0 < len(written) < 12 * 5
     for path in written:
-        Image.open(path).load()
+        opened(path)
     assert run(folders, "--save_as_png", "--skip_existing") == 0
     assert len(names(destination)) == 12 * 5
 
