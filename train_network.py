@@ -13,10 +13,10 @@ import logging
 from collections.abc import Sequence
 
 from library.config.preview import PreviewConfig
+from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check, parse_train_config, write_config_file
 from library.errors import Problems
 from library.logs import choose_log_lines, run_script
-from library.sampling.prompts import Prompt, read_prompts
 
 logger = logging.getLogger(__name__)
 

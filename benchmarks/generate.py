@@ -54,15 +54,18 @@ def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
 
     from library.config.command_line import parse
     from library.config.generation import GenerateConfig
-    from library.generation.artist import Artist
-    from library.generation.networks import DrawnNetworks
+    from library.generation.image_generator import ImageGenerator
+    from library.generation.jobs import ImageLists, JobMaker
+    from library.generation.networks import LoadedNetworks
     from library.generation.recipe import device_of, open_base
-    from library.sampling.requests import Request
+    from library.generation.requests import Request
 
     config = parse(GenerateConfig, ["--ckpt", str(args.ckpt), "--steps", str(args.steps)])
     device = device_of(config.speed.device)
     base = open_base(config, device)
-    artist = Artist(config, base, DrawnNetworks([], base), device)
+    networks = LoadedNetworks([], base)
+    generator = ImageGenerator(config.images, config.control, config.speed, base, networks, device)
+    maker = JobMaker(config.prompts, config.drawing, config.images, ImageLists(), networks, base.texts[0])
     requests = [
         Request(prompt="a cat", seed=seed, width=args.size, height=args.size, steps=args.steps)
         for seed in range(args.batch)
@@ -79,7 +82,7 @@ def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
     pipe.set_progress_bar_config(disable=True)
 
     def suite() -> None:
-        list(artist.draw([artist.job_of(request, index) for index, request in enumerate(requests)]))
+        list(generator.generate(map(maker.job_of, requests, range(args.batch)), args.batch))
 
     def diffusers() -> None:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(args.batch)]

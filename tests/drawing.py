@@ -18,11 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
+from library.config.preview import SAMPLER_NAMES
 from library.generation import infotext, recipe
 from library.models.base import BaseFiles, BaseModel
 from library.models.precision import Types
 from library.models.tokenizer import load_clip_tokenizer
-from library.sampling.prompts import SAMPLER_NAMES
 from library.sampling.samplers import build_sampler
 
 SAMPLERS = [name for name in SAMPLER_NAMES if not name.startswith("k_")]

@@ -15,9 +15,9 @@ from library.config.config_file import read_config_file
 from library.config.dataset import DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_dataset_file
 from library.config.options import root_options
+from library.config.prompts import parse_preview, read_prompts
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig
-from library.sampling.prompts import parse_line, read_prompts
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -215,7 +215,7 @@ def test_prompt_lines_are_read(caplog):
     lines = [line for page in PAGES for text in blocks(page, "text prompts") for line in text.splitlines()]
     assert lines
     for line in lines:
-        prompt = parse_line(line, "documentation")
+        prompt = parse_preview(line, "documentation")
         assert prompt.prompt
         assert "--" not in prompt.prompt
     assert not caplog.records

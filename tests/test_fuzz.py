@@ -20,12 +20,13 @@ from runs import NEEDED
 from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import ALL_KEYS, read_datasets
 from library.config.options import root_options, sections_of
+from library.config.preview import SAMPLER_NAMES
+from library.config.prompts import PREVIEW_OPTIONS, RETIRED_OPTIONS, Prompt, parse_preview, preview_of
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig, parse_train_config
 from library.data.captions import Moment, possible_captions, sample_caption, split_tags
 from library.errors import Problems, UserError
 from library.models.prompt_weights import parse_weights
-from library.sampling.prompts import LINE_OPTIONS, SAMPLER_NAMES, UNUSED, Prompt, parse_line
 
 quickly = settings(
     derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -203,7 +204,7 @@ def test_the_random_dataset_files_are_read_often_enough(tmp_path):
 
 # ---- prompts ------------------------------------------------------------------------------------------------
 
-LINE_WORDS = st.sampled_from([*LINE_OPTIONS, *sorted(UNUSED), "q", "W"]).map("--{}".format)
+LINE_WORDS = st.sampled_from([*PREVIEW_OPTIONS, *RETIRED_OPTIONS, "q", "W"]).map("--{}".format)
 LINES = st.lists(LINE_WORDS | PLAIN.map(str) | st.sampled_from(SAMPLER_NAMES), max_size=8).map(" ".join)
 BRACKETED = st.text(alphabet="ab ,日:.0123456789+-()[]\\", max_size=60) | st.text(max_size=20)
 
@@ -212,7 +213,7 @@ BRACKETED = st.text(alphabet="ab ,日:.0123456789+-()[]\\", max_size=60) | st.te
 @given(LINES | st.text(max_size=40))
 def test_a_line_of_a_prompt_file_is_read_or_refused(line):
     try:
-        prompt = parse_line(line, "p.txt:1")
+        prompt = preview_of(parse_preview(line, "p.txt:1"))
     except UserError as error:
         assert str(error).startswith("p.txt:1: ")
         return
@@ -220,7 +221,7 @@ def test_a_line_of_a_prompt_file_is_read_or_refused(line):
         assert has_type(getattr(prompt, name), annotation), name
     assert prompt.width % 8 == prompt.height % 8 == 0
     assert 64 <= min(prompt.width, prompt.height) <= max(prompt.width, prompt.height) <= 16384
-    assert 1 <= prompt.sample_steps <= 1000
+    assert 1 <= prompt.steps <= 1000
     assert math.isfinite(prompt.scale)
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 import gen_img_diffusers
 from library.config.command_line import parse
 from library.config.generation import GenerateConfig
+from library.config.preview import SAMPLER_NAMES
 from library.config.retired import GENERATION
-from library.generation import artist, checks, recipe
-from library.sampling.prompts import SAMPLER_NAMES
-from library.sampling.requests import MOST_SEED
+from library.generation import checks, image_generator
+from library.generation.requests import MOST_DRAWN_SEED, all_requests
 from library.sampling.samplers import ROWS
 
 
@@ -123,10 +123,13 @@ def test_a_batch_of_four_is_four_batches_of_one(draw, tmp_path, sampler):
 
 def test_what_is_drawn_together_has_one_size_and_one_length(monkeypatch, draw, tmp_path):
     sizes = []
-    plain = artist.draw_latents
-    monkeypatch.setattr(
-        artist, "draw_latents", lambda models, batch, step: sizes.append(len(batch.seeds)) or plain(models, batch, step)
-    )
+    plain = image_generator.sample_latents
+
+    def counted(base, inputs, on_step):
+        sizes.append(len(inputs.seeds))
+        return plain(base, inputs, on_step)
+
+    monkeypatch.setattr(image_generator, "sample_latents", counted)
     (tmp_path / "p.txt").write_text("a\nb\nc --w 72\nd\ne --s 1\nf --l 2\ng --l 2\n" + LONG, encoding="utf-8")
     draw("--from_file", tmp_path / "p.txt", "--batch_size", 8, "--max_embeddings_multiples", 3)
     assert sizes == [2, 1, 1, 1, 2, 1]
@@ -135,7 +138,7 @@ def test_what_is_drawn_together_has_one_size_and_one_length(monkeypatch, draw, t
 def requests_of(*words):
     """Return what a command line asks for, without drawing it."""
     config = parse(GenerateConfig, ["--ckpt", "x", *map(str, words)], retired=GENERATION)
-    return list(recipe.all_requests(config, checks.load_lines(config.prompts)))
+    return list(all_requests(config, checks.load_lines(config.prompts)))
 
 
 def test_the_seed_of_one_picture_is_the_seed_and_of_several_their_seed():
@@ -158,7 +161,7 @@ def test_without_a_seed_pictures_differ(draw, model_store, tmp_path):
         assert gen_img_diffusers.main([*map(str, argv), "--images_per_prompt", "2"]) == 0
     seeds = {shot(path).texts["seed"] for path in (tmp_path / "o").iterdir()}
     assert len(seeds) == 4
-    assert all(0 <= int(seed) <= MOST_SEED for seed in seeds)
+    assert all(0 <= int(seed) <= MOST_DRAWN_SEED for seed in seeds)
 
 
 def test_shuffled_prompts_are_all_drawn_in_each_repeat(tmp_path):

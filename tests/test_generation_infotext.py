@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image, PngImagePlugin
 
 from library.errors import UserError
 from library.generation import infotext
-from library.sampling.requests import Request
+from library.generation.jobs import Job, Settings
+from library.generation.requests import Request
+from library.models.conditioning import TextOptions
 
 # ---- drawn again from its own file --------------------------------------------------------------------------
 
@@ -168,18 +171,22 @@ def test_keys_of_sd_scripts_are_read_with_the_size_of_the_picture(draw, tmp_path
 )
 @settings(max_examples=60, deadline=None)
 def test_what_is_written_is_read_again(prompt, seed):
-    request = Request(
-        prompt=prompt.strip(), seed=seed, negative_prompt="n: m", width=64, height=72, strength=0.5, clip_skip=2
-    )
+    request = Request(prompt=prompt.strip(), seed=seed, negative_prompt="n: m")
+    text = TextOptions(clip_skip=2, weights="original")
+    job_settings = Settings(64, 72, 20, 7.5, "euler_a", text, (), strength=0.5)
+    job = Job(0, request, job_settings, max_windows=1, init_image=Path("x.png"))
     facts = infotext.RunFacts(
         "a, b: c.safetensors", "ab" * 32, None, (("networks.lora", "x, y.pt", "cd" * 32, 1.0),), "float32", "v"
     )
-    texts = infotext.texts_for(request, facts, (), begins_with=None)
+    texts = infotext.texts_for(job, facts)
+    values: dict[str, Any] = {"width": 64, "height": 72, "steps": 20, "scale": 7.5, "sampler": "euler_a"}
+    values |= {"strength": 0.5, "clip_skip": 2, "multipliers": (1.0,)}
+    expected = dataclasses.replace(request, **values)
     read = infotext.from_json(json.loads(texts["generation"]))
-    assert read.request.prompt == request.prompt
-    assert read.request.seed == seed
+    assert read.request == expected
+    assert read.begins_with == "x.png"
     if "Negative prompt:" not in prompt and prompt.strip():
         read = infotext.from_parameters(texts["parameters"], Path("x"))
-        assert read.request == Request(**vars(request) | {"multipliers": (1.0,)})
+        assert read.request == expected
         assert read.networks == (("x, y", "cd" * 6),)
         assert read.model_sha256 == "ab" * 5

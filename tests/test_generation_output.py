@@ -16,7 +16,7 @@ from scripts import call
 
 import gen_img_diffusers
 from library import logs
-from library.generation import artist
+from library.generation import image_generator
 
 # ---- files --------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def test_a_grid_of_three_axes_over_networks(draw, two, tmp_path):
 
 def stop_at(monkeypatch, number):
     """Have Ctrl-C come while the number-th picture is drawn."""
-    plain, calls = artist.draw_latents, []
+    plain, calls = image_generator.sample_latents, []
 
     def stopped(*args):
         calls.append(args)
@@ -124,7 +124,7 @@ def stop_at(monkeypatch, number):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(artist, "draw_latents", stopped)
+    monkeypatch.setattr(image_generator, "sample_latents", stopped)
 
 
 def test_ctrl_c_keeps_what_is_finished(draw, tmp_path, monkeypatch):

@@ -30,7 +30,12 @@ MAY_IMPORT = {
 }
 # Heavy library -> the only places that may import it.
 ONLY_IN = {
-    "diffusers": ("library/models", "library/sampling", "library/generation/controls.py"),
+    "diffusers": (
+        "library/models",
+        "library/sampling",
+        "library/generation/control_nets.py",
+        "library/generation/embeddings.py",
+    ),
     "transformers": ("library/models",),
     "accelerate": ("library/training",),
     "xformers": ("library/models",),
@@ -43,7 +48,7 @@ NO_TORCH_AT_THE_TOP = [
     "gen_img_diffusers.py",
     "library/config",
     "library/generation/checks.py",
-    "library/sampling/prompts.py",
+    "library/generation/requests.py",
     "library/data/records.py",
     "tools/show_metadata.py",
     "finetune",

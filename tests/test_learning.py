@@ -9,9 +9,9 @@ import tiny
 from scripts import ROOT
 
 import train_network
+from library.config.prompts import Prompt
 from library.models.conditioning import LiveConditioner
-from library.sampling.generate import generate
-from library.sampling.prompts import Prompt
+from library.sampling.previews import generate_previews
 from networks.lora import create_network_from_weights
 
 NUM_UNICORNS = 24
@@ -25,14 +25,15 @@ def draw(models, subjects, glyphs, seed):
             f"a {subject} on a {backgrounds[index % len(backgrounds)]} background",
             width=128,
             height=128,
-            sample_steps=20,
+            steps=20,
             scale=3.0,
         )
         for index, subject in enumerate(subjects)
     ]
     seeds = [seed + index for index in range(len(prompts))]
     return [
-        picture.image for picture in generate(models, LiveConditioner(models.texts), prompts, seeds, sampler="ddim")
+        picture.image
+        for picture in generate_previews(models, LiveConditioner(models.texts), prompts, seeds, sampler="ddim")
     ]
 
 

@@ -17,7 +17,7 @@ from library.data.images import Mask
 from library.data.latent_cache import fingerprint
 from library.data.records import ImageRecord
 from library.errors import UserError
-from library.generation.starts import check_pictures, list_of, load_picture
+from library.generation.init_images import check_images, list_images, load_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8))
 MODES = {
@@ -45,14 +45,14 @@ def test_pictures_of_8_bits_are_turned_and_laid_on_white_as_by_pillow(tmp_path, 
     options |= {"transparency": 3} if mode in ("P", "L") and suffix == ".png" else {}
     NOISE.convert(mode).save(path, **options)
     for wanted in ("RGB", "L"):
-        assert np.array_equal(np.asarray(load_picture(path, wanted)), as_pillow_shows(path, wanted))
+        assert np.array_equal(np.asarray(load_image(path, wanted)), as_pillow_shows(path, wanted))
 
 
 def test_a_depth_guide_of_16_bits_keeps_its_gradient(tmp_path):
     depth = np.arange(256, dtype=np.uint8)[None].repeat(8, axis=0)
     Image.fromarray(depth.astype(np.uint16) * 257).save(tmp_path / "depth.png")
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "depth.png", "L")), depth)
-    assert np.array_equal(np.asarray(load_picture(tmp_path / "depth.png")), images.load_picture(tmp_path / "depth.png"))
+    assert np.array_equal(np.asarray(load_image(tmp_path / "depth.png", "L")), depth)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "depth.png")), images.load_picture(tmp_path / "depth.png"))
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
@@ -60,18 +60,18 @@ def test_generation_reads_the_formats_of_training(tmp_path):
     NOISE.convert("RGB").save(tmp_path / "a.avif")
     NOISE.convert("RGB").save(tmp_path / "b.png")
     (tmp_path / "c.txt").touch()
-    pictures = list_of("--image_path", tmp_path)
+    pictures = list_images("--image_path", tmp_path)
     assert [path.name for path in pictures.files] == ["a.avif", "b.png"]
-    check_pictures(pictures)
-    assert load_picture(pictures.files[0]).size == NOISE.size
+    check_images("--image_path", tmp_path)
+    assert load_image(pictures.files[0]).size == NOISE.size
 
 
 def test_what_is_no_picture_is_told_with_the_option(tmp_path):
     (tmp_path / "empty.png").touch()
     with pytest.raises(UserError, match=r"^--mask_path: .*empty.png cannot be read: the file is empty$"):
-        check_pictures(list_of("--mask_path", tmp_path))
+        check_images("--mask_path", tmp_path)
     with pytest.raises(UserError, match=r"empty.png cannot be read: the file is empty$"):
-        load_picture(tmp_path / "empty.png")
+        load_image(tmp_path / "empty.png")
 
 
 def test_a_mask_is_one_channel_of_a_file_even_where_the_file_is_the_picture(tmp_path):

@@ -12,11 +12,11 @@ from drawing import LONG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from library.generation import dynamic_prompts
 from library.models.base import TextEncoder, text_body
 from library.models.conditioning import LiveConditioner, TextOptions, tokenize
 from library.models.prompt_weights import parse_weights
 from library.models.tokenizer import load_clip_tokenizer
-from library.sampling import dynamic_prompts
 
 # ---- attention weights and windows --------------------------------------------------------------------------
 

@@ -10,13 +10,14 @@ import pytest
 import tiny
 import torch
 
+from library.config.preview import SAMPLER_NAMES
+from library.config.prompts import Prompt, parse_preview, preview_of, read_prompts
 from library.errors import UserError
 from library.models.base import TextEncoder, text_body
 from library.models.conditioning import LiveConditioner, TextOptions, tokenize, windows_of
 from library.models.tokenizer import EOS_TOKEN, load_clip_tokenizer, shipped_vocabulary
 from library.sampling.contact_sheet import draw_sheet
-from library.sampling.generate import generate
-from library.sampling.prompts import SAMPLER_NAMES, Prompt, parse_line, read_prompts
+from library.sampling.previews import generate_previews
 from library.sampling.samplers import ROWS, build_sampler
 
 EOS = 49407
@@ -126,13 +127,13 @@ def test_long_captions_are_encoded_window_by_window(model_store):
 
 
 def test_a_line_carries_its_options():
-    prompt = parse_line("a cat, --n blurry --W 515 --h 20 --d 7 --s 5000 --l 3.5 --ss euler_a --g 1", "x:1")
-    assert prompt == Prompt("a cat,", "blurry", 512, 64, 7, 1000, 3.5, "euler_a")
-    assert parse_line("semi-real--istic cat", "x:1") == Prompt("semi-real--istic cat")
+    line = "a cat, --n blurry --W 515 --h 20 --d 7 --s 5000 --l 3.5 --ss euler_a --g 1"
+    assert preview_of(parse_preview(line, "x:1")) == Prompt("a cat,", "blurry", 512, 64, 7, 1000, 3.5, "euler_a")
+    assert preview_of(parse_preview("semi-real--istic cat", "x:1")) == Prompt("semi-real--istic cat")
 
 
 def test_files_of_three_kinds_give_the_same_prompts(tmp_path):
-    (tmp_path / "p.txt").write_text("# no\n\n猫 --w 64 --d 3\ndog --w 64 --d 4\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("# no\n  # no\n\n猫 --w 64 --d 3\ndog --w 64 --d 4\n", encoding="utf-8")
     (tmp_path / "p.toml").write_text(
         '[prompt]\nwidth = 64\nseed = 3\n[[prompt.subset]]\nprompt = "猫"\n[[prompt.subset]]\nprompt = "dog"\nseed = 4\n',
         encoding="utf-8",
@@ -148,8 +149,14 @@ def test_files_of_three_kinds_give_the_same_prompts(tmp_path):
     ("line", "message"),
     [
         ("cat --x 3", "p.txt:1: --x is not known"),
-        ("cat --w wide", "width must be a whole number of pixels, at most 16384, got 'wide'"),
-        ("cat --ss eule", "sampler 'eule' is not known; did you mean euler"),
+        ("cat --w wide", "p.txt:1: --w must be a whole number, got 'wide'"),
+        ("cat --w 0", "p.txt:1: --w must be at least 1, got 0"),
+        ("cat --h 16385", "p.txt:1: --h must be at most 16384, got 16385"),
+        ("cat --ss eule", "p.txt:1: --ss must be one of ddim, pndm, lms, euler,"),
+        ("cat --d -1", "p.txt:1: --d must be at least 0, got -1"),
+        ("cat --d 1,2", "p.txt:1: a preview is one image and has one seed, got (1, 2)"),
+        ("cat --t 0.5", "p.txt:1: --t is not known (known: --n --w --h --s --d --l --ss)"),
+        ("cat --nl 3", "p.txt:1: --nl is not available: three-way guidance"),
         ("", "has no prompts"),
     ],
 )
@@ -157,6 +164,26 @@ def test_mistakes_in_a_prompt_file_name_their_line(tmp_path, line, message):
     (tmp_path / "p.txt").write_text(line, encoding="utf-8")
     with pytest.raises(UserError) as caught:
         read_prompts(tmp_path / "p.txt")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"width": 64}, "p.json[0]: prompt is missing"),
+        ({"prompt": 3}, "p.json[0]: prompt must be a text, got 3"),
+        ({"prompt": "a", "seed": [1, 2]}, "p.json[0]: a preview is one image"),
+        (
+            {"prompt": "a", "sample_step": 3},
+            "p.json[0]: sample_step is not known; did you mean sample_steps? (known: prompt",
+        ),
+        ({"prompt": "a", "scale": None, "width": "x"}, "p.json[0]: width must be a whole number, got 'x'"),
+    ],
+)
+def test_mistakes_in_a_table_of_prompts_name_their_key(tmp_path, table, message):
+    (tmp_path / "p.json").write_text(json.dumps([table]), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_prompts(tmp_path / "p.json")
     assert message in str(caught.value)
 
 
@@ -171,7 +198,7 @@ def models(model_store):
 def draw(models, prompts, seeds, sampler="ddim"):
     return [
         np.asarray(picture.image)
-        for picture in generate(models, LiveConditioner(models.texts), prompts, seeds, sampler=sampler)
+        for picture in generate_previews(models, LiveConditioner(models.texts), prompts, seeds, sampler=sampler)
     ]
 
 
@@ -199,7 +226,7 @@ def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(models, sample
 
 
 def test_a_prompt_is_drawn_alike_alone_and_among_others(models):
-    prompts = [Prompt(text, width=64, height=64, sample_steps=2, sample_sampler="euler_a") for text in ("a", "b", "c")]
+    prompts = [Prompt(text, width=64, height=64, steps=2, sampler="euler_a") for text in ("a", "b", "c")]
     together = draw(models, prompts, [1, 2, 3])
     for index in range(3):
         assert np.array_equal(draw(models, prompts[index : index + 1], [index + 1])[0], together[index])

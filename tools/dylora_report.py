@@ -28,12 +28,12 @@ from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.options import REQUIRED, build, option, repeated
 from library.config.preview import PreviewConfig, SamplerName
+from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import Dataset, build_datasets
 from library.errors import Problems, UserError, shortened
 from library.logs import run_script
-from library.sampling.prompts import Prompt, read_prompts
 from library.weight_file import WeightFile, open_weights
 
 if TYPE_CHECKING:

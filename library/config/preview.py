@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from library.config.options import option
 
@@ -26,6 +26,7 @@ SamplerName = Literal[
     "k_dpm_2",
     "k_dpm_2_a",
 ]
+SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,13 @@ import math
 from typing import Any
 
 MOST_PIXELS = 16384  # of a side; far beyond what these models draw, and a picture that still fits into memory
+LEAST_PIXELS = 64  # of a side
+MOST_SEED = 2**63 - 1  # that torch takes
+
+
+def latent_side(pixels: int) -> int:
+    """Return a side cut to a multiple of 8, which latents need, and at least 64."""
+    return max(LEAST_PIXELS, pixels // 8 * 8)
 
 
 def parse_text(value: Any) -> str | None:

@@ -16,12 +16,13 @@ from library.config.generation import (
     NetworksConfig,
     PromptConfig,
 )
+from library.config.prompts import PromptLine
 from library.config.tool_files import check_place
 from library.errors import Problems, UserError
 from library.generation.grid import read_axes
 from library.generation.infotext import Recorded, read_recorded
-from library.generation.starts import check_pictures, list_of, read_preparation
-from library.sampling.requests import Line, parse_line, read_lines
+from library.generation.init_images import check_images, list_images, read_preparation
+from library.generation.requests import check_side, read_line, read_lines
 from library.sampling.samplers import check_sampler
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def check(config: GenerateConfig, problems: Problems) -> None:
     """Add to problems what does not fit, before anything is loaded."""
     check_model(config, problems)
     check_prompts(config, problems)
-    check_images(config.images, problems)
+    check_init_images(config.images, problems)
     check_control(config.control, problems)
     check_networks(config.networks, problems)
 
@@ -59,10 +60,8 @@ def check_model(config: GenerateConfig, problems: Problems) -> None:
     if vae is not None and not vae.exists():
         problems.add(f"--vae: {vae} does not exist, and nothing is downloaded")
     for flag, side in (("--W", drawing.W), ("--H", drawing.H)):
-        if side is not None and side % 8:
-            problems.add(
-                f"{flag} must be a multiple of 8, got {side}; the next are {side // 8 * 8} and {side // 8 * 8 + 8}"
-            )
+        if side is not None:
+            problems.run(check_side, side, flag)
     if config.output.outdir.exists() and not config.output.outdir.is_dir():
         problems.add(f"--outdir: {config.output.outdir} is not a folder")
     else:
@@ -93,18 +92,13 @@ def check_grid(config: GenerateConfig, problems: Problems) -> None:
         problems.add("--grid: strength is for pictures that begin with one: give --image_path or --highres_fix_scale")
 
 
-def check_images(images: ImageConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with pictures to begin with."""
+def check_init_images(images: ImageConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with images to begin with."""
     if images.mask_path is not None and images.image_path is None:
         problems.add("--mask_path needs --image_path: the picture of which a part is drawn anew")
     for flag, path in (("--image_path", images.image_path), ("--mask_path", images.mask_path)):
         if path is not None:
-            problems.run(check_readable, flag, path)
-
-
-def check_readable(flag: str, path: Path) -> None:
-    """Raise UserError for a picture, or a folder of them, that cannot be read."""
-    check_pictures(list_of(flag, path))
+            problems.run(check_images, flag, path)
 
 
 def check_control(control: ControlConfig, problems: Problems) -> None:
@@ -115,7 +109,7 @@ def check_control(control: ControlConfig, problems: Problems) -> None:
     elif len(nets) != len(guides):
         problems.add(f"--guide_image_path must name a picture for each of {len(nets)} ControlNets, got {len(guides)}")
     for path in guides:
-        problems.run(check_readable, "--guide_image_path", path)
+        problems.run(check_images, "--guide_image_path", path)
     for flag, paths in (
         ("--control_net_models", nets),
         ("--textual_inversion_embeddings", control.textual_inversion_embeddings or ()),
@@ -157,19 +151,19 @@ def warn_of_idle(config: GenerateConfig) -> None:
         logger.warning("--strength is for pictures that begin with one: --image_path or --highres_fix_scale")
 
 
-def load_lines(prompts: PromptConfig) -> list[Line]:
+def load_lines(prompts: PromptConfig) -> list[PromptLine]:
     """Return the prompt lines of the options."""
     if prompts.from_file is not None:
         return read_lines(prompts.from_file)
-    return [] if prompts.prompt is None else [parse_line(prompts.prompt, "--prompt")]
+    return [] if prompts.prompt is None else [read_line(prompts.prompt, "--prompt")]
 
 
-def warn_of_strengths(networks: NetworksConfig, lines: Sequence[Line]) -> None:
+def warn_of_strengths(networks: NetworksConfig, lines: Sequence[PromptLine]) -> None:
     """Warn of strengths in prompts that no network has."""
     number = len(networks.network_weights or ())
     number = 0 if networks.network_merge else max(0, number - (networks.network_merge_n_models or 0))
     for line in lines:
-        strengths = line.options.get("multipliers", ())
+        strengths = line.multipliers or ()
         if len(strengths) > number:
             logger.warning("%s: --am has %d values, networks that can change: %d", line.place, len(strengths), number)
 
@@ -179,8 +173,7 @@ def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
     given = prompts.from_picture or ()
     has_prompts = prompts.prompt is not None or prompts.from_file is not None or prompts.interactive or given
     if not has_prompts and images.image_path is not None and images.image_path.exists():
-        pictures = list_of("--image_path", images.image_path)
-        given = pictures.files if pictures is not None else ()
+        given = list_images("--image_path", images.image_path).files
     recorded = [read_recorded(path) for path in given]
     for record in recorded:
         for name, flag, path in (

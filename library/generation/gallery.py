@@ -1,4 +1,4 @@
-"""A page with all pictures of a run and what they were drawn with, in one file."""
+"""A page with all images of a run and what they were generated with, in one file."""
 
 from __future__ import annotations
 

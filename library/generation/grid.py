@@ -1,4 +1,4 @@
-"""Grids: all combinations of some settings, drawn and laid on sheets with labelled axes."""
+"""Grids: all combinations of some settings, generated and laid on sheets with labelled axes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from PIL import Image
 
 from library.config.options import nearest
+from library.config.prompts import OPTIONS
 from library.errors import UserError
+from library.generation.requests import CHECKS, Request
 from library.sampling.contact_sheet import draw_sheet
-from library.sampling.requests import OPTIONS, Request
 
-# Name of an axis -> the option of a prompt line that reads its values. `replace` changes words of the prompt.
+# Axis -> the option of a prompt line that it changes. `replace` changes words of the prompt.
 AXES = {
-    "seed": "d",
-    "steps": "s",
-    "scale": "l",
-    "strength": "t",
-    "am": "am",
-    "sampler": "ss",
-    "width": "w",
-    "height": "h",
-    "negative": "n",
+    "seed": "seeds",
+    "steps": "steps",
+    "scale": "scale",
+    "strength": "strength",
+    "am": "multipliers",
+    "sampler": "sampler",
+    "width": "width",
+    "height": "height",
+    "negative": "negative_prompt",
 }
-FIELDS = {"d": "seed"}
 REPLACE = "replace"
 MOST_AXES = 3
 CELL = 512
@@ -41,11 +41,13 @@ class Axis:
 
     def applied(self, request: Request, value: Any) -> Request:
         """Return a request with a value of this axis."""
-        if self.name != REPLACE:
-            field = OPTIONS[AXES[self.name]][0]
-            return dataclasses.replace(request, **{"seed" if field == "seeds" else field: value})
-        first = self.values[0][1]
-        return dataclasses.replace(request, prompt=request.prompt.replace(first, value))
+        if self.name == REPLACE:
+            first = self.values[0][1]
+            return dataclasses.replace(request, prompt=request.prompt.replace(first, value))
+        if self.name == "seed":
+            return dataclasses.replace(request, seed=value[0])
+        changed: dict[str, Any] = {AXES[self.name]: value}
+        return dataclasses.replace(request, **changed)
 
 
 def read_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
@@ -55,7 +57,7 @@ def read_axes(texts: Sequence[str]) -> tuple[Axis, ...]:
     """
     if len(texts) > MOST_AXES:
         raise UserError(f"--grid has columns, rows and sheets: at most {MOST_AXES} axes, got {len(texts)}")
-    axes = []
+    axes: list[Axis] = []
     for text in texts:
         name, sign, rest = text.partition("=")
         if not sign or not rest:
@@ -73,14 +75,11 @@ def read_value(name: str, word: str) -> Any:
     """Return a value of an axis; raises UserError for one that cannot be read."""
     if name == REPLACE:
         return word
-    _, reading, form = OPTIONS[AXES[name]]
-    try:
-        value = reading(word.replace(":", ",") if name == "am" else word)
-    except UserError as error:
-        raise UserError(f"--grid: {error}") from None
-    except ValueError:
-        raise UserError(f"--grid: {name} must be {form}, got {word!r}") from None
-    return value[0] if name == "seed" else value
+    field, label = AXES[name], f"--grid: {name}"
+    value = OPTIONS[field].read(word.replace(":", ",") if name == "am" else word, label)
+    if field in CHECKS:
+        CHECKS[field](value, label)
+    return value
 
 
 def check_words(axes: Sequence[Axis], requests: Sequence[Request]) -> None:
@@ -100,16 +99,16 @@ def combinations(axes: Sequence[Axis], request: Request) -> Iterator[Request]:
 
 
 def sheets(
-    axes: Sequence[Axis], requests: Sequence[Request], pictures: Mapping[int, Image.Image]
+    axes: Sequence[Axis], requests: Sequence[Request], images: Mapping[int, Image.Image]
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Yield (label, sheet) of a grid; pictures are by number, in the order of `combinations` for each request.
+    """Yield (label, sheet) of a grid; images are by number, in the order of `combinations` for each request.
 
     With one axis the requests are the rows of one sheet; with more, each request has its own sheets.
     """
     columns = [f"{axes[0].name} {text}" for text, _ in axes[0].values]
     width = len(columns)
     if len(axes) == 1:
-        cells = [[pictures.get(row * width + at) for at in range(width)] for row in range(len(requests))]
+        cells = [[images.get(row * width + at) for at in range(width)] for row in range(len(requests))]
         yield "", draw_sheet(cells, [request.prompt for request in requests], columns, cell=CELL)
         return
     rows = [f"{axes[1].name} {text}" for text, _ in axes[1].values]
@@ -117,7 +116,7 @@ def sheets(
     start = 0
     for request in requests:
         for label in labels:
-            cells = [[pictures.get(start + row * width + at) for at in range(width)] for row in range(len(rows))]
+            cells = [[images.get(start + row * width + at) for at in range(width)] for row in range(len(rows))]
             start += width * len(rows)
             title = ", ".join(part for part in (request.prompt, label) if part)
             yield label, draw_sheet(cells, rows, columns, cell=CELL, title=title)

@@ -1,7 +1,7 @@
-"""What a picture's file says of how it was drawn, written and read.
+"""What an image's file says of how it was generated, written and read.
 
 Three texts: `parameters` as AUTOMATIC1111 writes and reads it, the short keys of sd-scripts, and `generation`, JSON
-with all that is needed to draw the picture again.
+with all that is needed to generate the image again.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from library.config.preview import SAMPLER_NAMES, SamplerName
 from library.errors import UserError
-from library.generation.starts import floored
-from library.sampling.requests import Request
+from library.generation.init_images import floored
+from library.generation.requests import Request
+
+if TYPE_CHECKING:
+    from library.generation.jobs import Job
 
 logger = logging.getLogger(__name__)
 
 KEY = "generation"
 # Samplers in AUTOMATIC1111's words; names that it has not are written as they are.
-SAMPLER_WORDS = {
+SAMPLER_WORDS: dict[str, str] = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "lms": "LMS",
@@ -34,13 +38,13 @@ SAMPLER_WORDS = {
     "dpmsolver++": "DPM++ 2M",
 }
 SAMPLERS = {word: name for name, word in SAMPLER_WORDS.items()}
-# Fields of a request that are written only where they are set.
-OPTIONAL = ("strength", "multipliers", "clip_skip", "max_windows", "normalize", "highres", "latents_upscaling")
+# Values with which a key of `generation` is left out; of any other key it is None.
+DEFAULTS = {"max_windows": 1, "normalize": "original", "latents_upscaling": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What all pictures of a run have in common."""
+    """What all images of a run have in common."""
 
     model: str  # name of the file or folder
     model_sha256: str
@@ -50,47 +54,55 @@ class RunFacts:
     version: str
 
 
-def texts_for(
-    request: Request,
-    facts: RunFacts,
-    multipliers: tuple[float, ...],
-    *,
-    begins_with: str | None,
-    mask: str | None = None,
-) -> dict[str, str]:
-    """Return key -> text for a picture; multipliers are those of the networks that are not merged."""
-    networks = networks_of(facts, multipliers)
+def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:
+    """Return key -> text for an image."""
+    request, settings = job.request, job.settings
+    networks = networks_of(facts, settings.multipliers)
     table = {
-        name: value
-        for name, value in dataclasses.asdict(request).items()
-        if name not in ("raw", "file_name") and (name not in OPTIONAL or value is not None)
-    }
-    table |= {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "negative_prompt": request.negative_prompt,
+        "width": settings.width,
+        "height": settings.height,
+        "steps": settings.steps,
+        "scale": settings.scale,
+        "sampler": settings.sampler,
+        "strength": settings.strength if job.begins_with_image else None,
+        "multipliers": request.multipliers,
+        "clip_skip": settings.text.clip_skip,
+        "max_windows": job.max_windows,
+        "normalize": settings.text.weights,
+        "highres": settings.highres,
+        "latents_upscaling": settings.latents_upscaling,
         "model": facts.model,
         "model_sha256": facts.model_sha256,
         "vae": facts.vae,
         "networks": networks,
         "dtype": facts.dtype,
-        "begins_with": begins_with,
-        "mask": mask,
+        "begins_with": job.init_image.name if job.init_image else None,
+        "mask": job.mask.name if job.mask else None,
         "version": facts.version,
     }
     short = {
         "prompt": request.prompt,
         "negative-prompt": request.negative_prompt,
         "seed": str(request.seed),
-        "sampler": request.sampler,
-        "steps": str(request.steps),
-        "scale": str(request.scale),
+        "sampler": settings.sampler,
+        "steps": str(settings.steps),
+        "scale": str(settings.scale),
     }
     if request.raw and request.raw != request.prompt:
         short["raw-prompt"] = request.raw
-    generation = json.dumps({key: value for key, value in table.items() if value is not None}, ensure_ascii=False)
-    return {"parameters": parameters_text(request, facts, networks), **short, KEY: generation}
+    said = {key: value for key, value in table.items() if value != DEFAULTS.get(key)}
+    return {
+        "parameters": parameters_text(job, facts, networks),
+        **short,
+        KEY: json.dumps(said, ensure_ascii=False),
+    }
 
 
 def networks_of(facts: RunFacts, multipliers: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Return the networks of a picture with their strengths."""
+    """Return the networks of an image with their strengths; multipliers are of those that are not merged."""
     left = iter(multipliers)
     return [
         {"module": module, "file": name, "sha256": digest, "strength": next(left) if merged is None else merged}
@@ -98,21 +110,22 @@ def networks_of(facts: RunFacts, multipliers: tuple[float, ...]) -> list[dict[st
     ]
 
 
-def parameters_text(request: Request, facts: RunFacts, networks: list[dict[str, Any]]) -> str:
+def parameters_text(job: Job, facts: RunFacts, networks: list[dict[str, Any]]) -> str:
     """Return the text that AUTOMATIC1111 writes under `parameters`."""
+    request, used = job.request, job.settings
     settings: dict[str, Any] = {
-        "Steps": request.steps,
-        "Sampler": SAMPLER_WORDS.get(request.sampler.removeprefix("k_"), request.sampler),
-        "CFG scale": f"{request.scale:g}",
+        "Steps": used.steps,
+        "Sampler": SAMPLER_WORDS.get(used.sampler.removeprefix("k_"), used.sampler),
+        "CFG scale": f"{used.scale:g}",
         "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
+        "Size": f"{used.width}x{used.height}",
         "Model hash": facts.model_sha256[:10],
         "Model": Path(facts.model).stem,
     }
-    if request.strength is not None:
-        settings["Denoising strength"] = f"{request.strength:g}"
-    if request.clip_skip is not None:
-        settings["Clip skip"] = request.clip_skip
+    if job.begins_with_image:
+        settings["Denoising strength"] = f"{used.strength:g}"
+    if used.text.clip_skip is not None:
+        settings["Clip skip"] = used.text.clip_skip
     if networks:
         pairs = ", ".join(f"{Path(network['file']).stem}: {network['sha256'][:12]}" for network in networks)
         settings["Lora hashes"] = pairs
@@ -146,12 +159,12 @@ def unquoted(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a file says: the request, and which model, networks and picture it was drawn with, where it says that."""
+    """What a file says: the request, and with which model, networks and images it was generated, where it says that."""
 
     request: Request
     model_sha256: str | None = None
     networks: tuple[tuple[str, str], ...] = ()  # name of the file and SHA-256, which may be its beginning
-    strengths: tuple[float, ...] = ()  # of these networks, where they are told
+    strengths: tuple[float, ...] = ()  # of these networks, where the file has them
     begins_with: str | None = None
     mask: str | None = None
 
@@ -190,7 +203,9 @@ def read_texts(path: Path) -> tuple[Mapping[str, str], tuple[int, int]]:
 def from_json(table: Mapping[str, Any]) -> Recorded:
     """Return what the text `generation` says."""
     fields = {field.name for field in dataclasses.fields(Request)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in fields}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in fields
+    }
     networks = tuple((network["file"], network["sha256"]) for network in table.get("networks", ()))
     strengths = tuple(float(network["strength"]) for network in table.get("networks", ()))
     values["multipliers"] = strengths or None
@@ -247,22 +262,25 @@ def from_short(texts: Mapping[str, str], size: tuple[int, int], path: Path) -> R
             height=floored(size)[1],
             steps=int(texts["steps"]),
             scale=float(texts["scale"]),
-            sampler=texts["sampler"],
+            sampler=known_sampler(texts["sampler"], path),
         )
     except (KeyError, ValueError):
         raise UserError(f"{path}: what it says of itself cannot be read; give the prompt by --prompt") from None
     return Recorded(request)
 
 
-def sampler_named(word: str, schedule: str, path: Path) -> str:
+def sampler_named(word: str, schedule: str, path: Path) -> SamplerName:
     """Return our name for a sampler in AUTOMATIC1111's words; older ones have the schedule in the sampler's name."""
-    from library.sampling.prompts import SAMPLER_NAMES
-
     if word.endswith(" Karras"):
         word, schedule = word.removesuffix(" Karras"), "Karras"
     if schedule not in ("", "Automatic"):
         logger.warning("%s: the schedule %s is not here; that of the sampler %s is taken", path, schedule, word)
-    name = SAMPLERS.get(word, word)
-    if name not in SAMPLER_NAMES:
-        raise UserError(f"{path} was drawn with the sampler {word!r}, which is not here; give the prompt by --prompt")
-    return name
+    return known_sampler(SAMPLERS.get(word, word), path)
+
+
+def known_sampler(name: str, path: Path) -> SamplerName:
+    """Return the name of a sampler; raises UserError for one that the suite does not have."""
+    for known in SAMPLER_NAMES:
+        if known == name:
+            return known
+    raise UserError(f"{path} was drawn with the sampler {name!r}, which is not here; give the prompt by --prompt")

@@ -1,4 +1,4 @@
-"""Networks for drawing: loaded from files of any trainer, in the forward pass or merged, at any strength."""
+"""Networks for generation: loaded from files of any trainer, in the forward pass or merged, at any strength."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class DrawnNetwork:
+class LoadedNetwork:
     """A network of the run."""
 
     options: NetworkConfig
@@ -36,16 +36,16 @@ class DrawnNetwork:
 
 
 @dataclasses.dataclass
-class DrawnNetworks:
+class LoadedNetworks:
     """The networks of a run, in order."""
 
-    all: list[DrawnNetwork]
+    all: list[LoadedNetwork]
     models: BaseModel
     base: dict[torch.nn.Parameter, torch.Tensor] | None = None  # weights without networks, with --network_pre_calc
     added: tuple[float, ...] | None = None  # strengths with which they are in the weights now
 
     @property
-    def changeable(self) -> list[DrawnNetwork]:
+    def changeable(self) -> list[LoadedNetwork]:
         """Those whose strength a prompt can change."""
         return [network for network in self.all if not network.is_merged]
 
@@ -93,7 +93,7 @@ def show_metadata(config: NetworksConfig) -> None:
         logger.info("%s: %s", path, text)
 
 
-def load_networks(config: GenerateConfig, models: BaseModel, device: torch.device) -> DrawnNetworks:
+def load_networks(config: GenerateConfig, models: BaseModel, device: torch.device) -> LoadedNetworks:
     """Return the networks of a run, merged or applied to the models; raises UserError for files of other models.
 
     Foreign networks are always applied: lycoris merges a LoHa or LoKr with its alpha / rank taken twice.
@@ -105,8 +105,8 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
         if is_foreign(settings) and (wanted or options.network_pre_calc):
             logger.warning("%s is not merged but applied: merging is safe with networks of this suite only", path)
         is_merged = wanted and not is_foreign(settings)
-        networks.append(DrawnNetwork(settings, path, multiplier, is_merged, data_sha256(path)))
-    found = DrawnNetworks(networks, models)
+        networks.append(LoadedNetwork(settings, path, multiplier, is_merged, data_sha256(path)))
+    found = LoadedNetworks(networks, models)
     for network in networks:
         if network.is_merged:
             merge_one(network, network.multiplier, models)
@@ -120,7 +120,7 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
     return found
 
 
-def weights_of(network: DrawnNetwork, models: BaseModel) -> dict[str, torch.Tensor] | None:
+def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Tensor] | None:
     """Return the tensors of a file as our modules read them, whoever wrote it; None for a foreign module."""
     if is_foreign(network.options):
         return None
@@ -130,7 +130,7 @@ def weights_of(network: DrawnNetwork, models: BaseModel) -> dict[str, torch.Tens
     return to_state_dict(file.changes, torch.float32)
 
 
-def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) -> None:
+def apply_one(network: LoadedNetwork, models: BaseModel, device: torch.device) -> None:
     """Make a network act in the forward pass of the models, on the device where they will work."""
     module, encoder = find_module(network.options), text_encoder_for_networks(models)
     with module_errors(network.options, "create_network_from_weights", network.path):
@@ -154,7 +154,7 @@ def apply_one(network: DrawnNetwork, models: BaseModel, device: torch.device) ->
         network.applied = made
 
 
-def merge_one(network: DrawnNetwork, multiplier: float, models: BaseModel) -> None:
+def merge_one(network: LoadedNetwork, multiplier: float, models: BaseModel) -> None:
     """Add a network to the weights of the models."""
     with module_errors(network.options, "merge_to", network.path):
         module = find_module(network.options)

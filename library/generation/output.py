@@ -1,8 +1,10 @@
-"""Where pictures go: names that never meet a file, formats, and what the files say."""
+"""Where images go: names that never meet a file, formats, the texts in the files, and the page of a run."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import logging
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,40 +14,56 @@ from PIL import Image, PngImagePlugin
 
 from library.config.generation import OutputConfig
 from library.files import WRITTEN_FORMATS, replacing
-from library.generation.artist import Drawn
+from library.generation.gallery import write_gallery
+from library.generation.image_generator import GeneratedImage
+from library.generation.infotext import RunFacts, texts_for
+
+logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"im_(?:[01])?(\d{6})\.png")
 
 
 @dataclasses.dataclass
 class Writer:
-    """Writes the pictures of a run."""
+    """Writes the images of a run, and at its end the page of --html."""
 
     options: OutputConfig
-    taken: int = 0  # the last number that the folder had
+    facts: concurrent.futures.Future[RunFacts]
+    last_number: int = 0  # that the folder had
+    entries: list[tuple[Path, Image.Image, str]] = dataclasses.field(default_factory=list)  # of the page
 
     def __post_init__(self) -> None:
         """Go on after the numbers that the folder has."""
         names = [path.name for path in self.options.outdir.iterdir()] if self.options.outdir.is_dir() else []
-        self.taken = max((int(match[1]) for match in map(NUMBERED.fullmatch, names) if match), default=0)
+        self.last_number = max((int(match[1]) for match in map(NUMBERED.fullmatch, names) if match), default=0)
 
-    def write(self, drawn: Drawn, index: int, texts: Mapping[str, str]) -> Path:
-        """Write a picture, the index-th of its batch; return where."""
-        path = unused(self.options.outdir / self.name_of(drawn, index))
-        save(drawn.image, path, texts)
+    def write(self, generated: GeneratedImage) -> Path:
+        """Write an image with its texts; return where."""
+        texts = texts_for(generated.job, self.facts.result())
+        path = unused(self.options.outdir / self.name_of(generated))
+        save(generated.image, path, texts)
+        if self.options.html:
+            self.entries.append((path, generated.image, texts["parameters"]))
         return path
 
-    def name_of(self, drawn: Drawn, index: int) -> str:
-        """Return the name of a picture's file, as sd-scripts has it."""
-        stage = "" if drawn.stage is None else str(drawn.stage)
-        request = drawn.job.request
-        if request.file_name:
-            return request.file_name
-        if self.options.use_original_file_name and drawn.job.start is not None:
-            return f"{drawn.job.start.stem}.png"
+    def name_of(self, generated: GeneratedImage) -> str:
+        """Return the name of an image's file, as sd-scripts has it."""
+        job = generated.job
+        stage = "" if generated.stage is None else str(generated.stage)
+        if job.request.file_name:
+            return job.request.file_name
+        if self.options.use_original_file_name and job.init_image is not None:
+            return f"{job.init_image.stem}.png"
         if self.options.sequential_file_name:
-            return f"im_{stage}{self.taken + drawn.job.number + 1:06d}.png"  # both stages have one number
-        return f"im_{datetime.now().strftime('%Y%m%d%H%M%S')}_{stage}{index:03d}_{request.seed}.png"
+            return f"im_{stage}{self.last_number + job.number + 1:06d}.png"  # both stages have one number
+        return f"im_{datetime.now().strftime('%Y%m%d%H%M%S')}_{stage}{generated.index:03d}_{job.request.seed}.png"
+
+    def close(self) -> None:
+        """Write the page of the run."""
+        if self.entries:
+            path = unused(self.options.outdir / f"gallery-{datetime.now().strftime('%Y%m%d%H%M%S')}.html")
+            write_gallery(path, self.entries, f"{len(self.entries)} pictures, {self.facts.result().model}")
+            logger.info("gallery: %s", path)
 
 
 def unused(path: Path) -> Path:

@@ -6,9 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,55 +14,62 @@ from PIL import Image
 from tqdm import tqdm
 
 from library import NAME, VERSION
-from library.config.generation import GenerateConfig
+from library.config.generation import DrawingConfig, GenerateConfig, PromptConfig
 from library.config.model import ModelConfig
+from library.config.prompts import PromptLine
 from library.errors import UserError, told
 from library.files import file_sha256
 from library.generation import grid as grids
-from library.generation.artist import Artist, Drawn, Job, batches
-from library.generation.controls import load_control_nets, with_embeddings
-from library.generation.gallery import write_gallery
-from library.generation.infotext import Recorded, RunFacts, texts_for
-from library.generation.networks import DrawnNetworks, load_networks, show_metadata
+from library.generation.control_nets import load_control_nets
+from library.generation.embeddings import with_embeddings
+from library.generation.image_generator import GeneratedImage, ImageGenerator
+from library.generation.infotext import Recorded, RunFacts
+from library.generation.init_images import list_images
+from library.generation.jobs import ImageLists, Job, JobMaker, in_batch_order
+from library.generation.networks import LoadedNetworks, load_networks, show_metadata
 from library.generation.output import Writer, save, unused
-from library.generation.starts import list_of
+from library.generation.requests import Request, Seeds, all_requests, read_line, requests_of
 from library.models.attention import use_xformers
 from library.models.base import BaseModel, find_base, load_base
 from library.models.precision import types_of
-from library.sampling.requests import Line, Request, Seeds, num_pictures, parse_line, requests_of
 
 logger = logging.getLogger(__name__)
 
 
-def generate(config: GenerateConfig, lines: Sequence[Line], recorded: Sequence[Recorded]) -> None:
-    """Draw the lines, or pictures again that were recorded, or what is typed."""
+def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequence[Recorded]) -> None:
+    """Generate the images of lines, of those that were recorded, or of what is typed, and write them."""
     if config.networks.network_show_meta:
         show_metadata(config.networks)
     axes = grids.read_axes(config.output.grid or ())
     device = device_of(config.speed.device)
     base = open_base(config, device)
     networks = load_networks(config, base, device)
-    artist = Artist(
-        config=config,
-        base=base,
-        networks=networks,
-        device=device,
-        starts=list_of("--image_path", config.images.image_path),
-        masks=list_of("--mask_path", config.images.mask_path),
-        guides=tuple(list_of("--guide_image_path", path) for path in config.control.guide_image_path or ()),
-        nets=load_control_nets(config.control, base, device),
+    generator = ImageGenerator(
+        config.images,
+        config.control,
+        config.speed,
+        base,
+        networks,
+        device,
+        load_control_nets(config.control.control_net_models or (), base, device),
     )
+    maker = JobMaker(config.prompts, config.drawing, config.images, image_lists(config), networks, base.texts[0])
     with run_facts(config, base, networks) as facts:
-        session = Session(config, artist, facts, Writer(config.output))
-        tell_differences(recorded, networks, session)
+        writer = Writer(config.output, facts)
+        session = Session(generator, writer, config.prompts.batch_size)
+        tell_differences(recorded, networks, facts)
         try:
             if config.prompts.interactive:
-                session.draw_typed()
-            else:
-                requests = [again(record, networks) for record in recorded]
-                session.draw_all(requests + list(all_requests(config, lines)), axes)
+                generate_typed(session, maker, config.prompts, config.drawing)
+                return
+            requests = [again(record, networks) for record in recorded] + list(all_requests(config, lines))
+            if axes:
+                generate_grid(session, maker, requests, axes)
+                return
+            for _ in session.generate(map(maker.job_of, requests, range(len(requests))), len(requests)):
+                pass
         finally:  # also what was finished before Ctrl-C
-            session.close()
+            writer.close()
 
 
 def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
@@ -82,8 +87,8 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
     precision = "fp16" if speed.fp16 else "bf16" if speed.bf16 else "no"
     base = load_base(files, types_of(precision, half_vae=not speed.no_half_vae))
     if speed.opt_channels_last:
-        base.unet.to(memory_format=torch.channels_last)
-        base.vae.to(memory_format=torch.channels_last)
+        for module in (base.unet, base.vae):
+            torch.nn.utils.convert_conv2d_weight_memory_format(module, torch.channels_last)
     if speed.xformers:
         use_xformers(device, base.unet, base.vae)
     if speed.vae_tiling or speed.vae_slices:
@@ -91,7 +96,8 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
     if not speed.offload:
         for part in (base.unet, base.vae, *base.text_modules):
             part.to(device)
-    return dataclasses.replace(base, texts=tuple(with_embeddings(config.control, text) for text in base.texts))
+    embeddings = config.control.textual_inversion_embeddings or ()
+    return dataclasses.replace(base, texts=tuple(with_embeddings(text, embeddings) for text in base.texts))
 
 
 def device_of(name: str | None) -> torch.device:
@@ -104,20 +110,21 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def all_requests(config: GenerateConfig, lines: Sequence[Line]) -> Iterator[Request]:
-    """Yield the requests of all repeats of the lines."""
-    seeds = Seeds(config.drawing.seed, num_pictures(lines, config.prompts))
-    order = random.Random(config.drawing.seed)
-    for _ in range(config.prompts.n_iter):
-        shuffled = order.sample(lines, len(lines)) if config.prompts.shuffle_prompts else lines
-        yield from requests_of(config, shuffled, seeds)
+def image_lists(config: GenerateConfig) -> ImageLists:
+    """Return the images of the options, to begin with and to be guided by."""
+    images, guides = config.images, config.control.guide_image_path or ()
+    return ImageLists(
+        init_images=list_images("--image_path", images.image_path) if images.image_path else None,
+        masks=list_images("--mask_path", images.mask_path) if images.mask_path else None,
+        control_images=tuple(list_images("--guide_image_path", path) for path in guides),
+    )
 
 
 @contextlib.contextmanager
 def run_facts(
-    config: GenerateConfig, base: BaseModel, networks: DrawnNetworks
+    config: GenerateConfig, base: BaseModel, networks: LoadedNetworks
 ) -> Iterator[concurrent.futures.Future[RunFacts]]:
-    """Yield what all pictures have in common; the hash of the model is made while the first is drawn."""
+    """Yield what all images have in common; the model is hashed while the first is generated."""
 
     def facts() -> RunFacts:
         return RunFacts(
@@ -144,8 +151,10 @@ def model_hash(path: Path) -> str:
     return file_sha256(files[0])
 
 
-def tell_differences(recorded: Sequence[Recorded], networks: DrawnNetworks, session: Session) -> None:
-    """Warn of pictures that were drawn with another model or other networks than this run has."""
+def tell_differences(
+    recorded: Sequence[Recorded], networks: LoadedNetworks, facts: concurrent.futures.Future[RunFacts]
+) -> None:
+    """Warn of images that were generated with another model or other networks than this run has."""
     given = [network.sha256 for network in networks.all]
     for record in recorded:
         said = [digest for _, digest in record.networks]
@@ -154,7 +163,7 @@ def tell_differences(recorded: Sequence[Recorded], networks: DrawnNetworks, sess
             names = ", ".join(name for name, _ in record.networks) or "none"
             logger.warning("a picture was drawn with other networks (%s) than --network_weights has", names)
         model = record.model_sha256
-        if model and not session.facts.result().model_sha256.startswith(model):
+        if model and not facts.result().model_sha256.startswith(model):
             logger.warning("a picture was drawn with another model (SHA-256 %s...) than --ckpt", model[:10])
         if same and len(record.strengths) == len(networks.all):
             for strength, network in zip(record.strengths, networks.all, strict=True):
@@ -162,8 +171,8 @@ def tell_differences(recorded: Sequence[Recorded], networks: DrawnNetworks, sess
                     logger.warning("a picture was drawn with %s at %g, which is merged now", network.path, strength)
 
 
-def again(record: Recorded, networks: DrawnNetworks) -> Request:
-    """Return the request of a recorded picture, with strengths for the networks that are not merged in this run."""
+def again(record: Recorded, networks: LoadedNetworks) -> Request:
+    """Return the request of a recorded image, with strengths for the networks that are not merged in this run."""
     if len(record.strengths) != len(networks.all):
         return record.request
     pairs = zip(record.strengths, networks.all, strict=True)
@@ -171,97 +180,67 @@ def again(record: Recorded, networks: DrawnNetworks) -> Request:
     return dataclasses.replace(record.request, multipliers=left or None)
 
 
-@dataclasses.dataclass
+# --------------------------------------------------------------------------------------------------------------
+# What consumes images
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
 class Session:
-    """Drawing and saving."""
+    """Generates images and writes each as soon as it is finished."""
 
-    config: GenerateConfig
-    artist: Artist
-    facts: concurrent.futures.Future[RunFacts]
+    generator: ImageGenerator
     writer: Writer
-    entries: list[tuple[Path, Image.Image, str]] = dataclasses.field(default_factory=list)  # for --html
+    batch_size: int
 
-    def draw_all(self, requests: Sequence[Request], axes: Sequence[grids.Axis]) -> None:
-        """Draw requests, or all combinations of the axes for each."""
-        requests = list(requests)
-        if not axes:
-            self.draw(requests)
-            return
-        grids.check_words(axes, requests)
-        pictures: dict[int, Image.Image] = {}
-        try:
-            self.draw([changed for request in requests for changed in grids.combinations(axes, request)], pictures)
-        finally:  # with holes, after Ctrl-C
-            self._write_sheets(axes, requests, pictures)
+    def generate(self, jobs: Iterable[Job], total: int) -> Iterator[GeneratedImage]:
+        """Yield the images of jobs, written, with a bar for all of them and one for the steps of a batch."""
+        logger.info("%d pictures to %s, %d at a time", total, self.writer.options.outdir, self.batch_size)
+        with (
+            tqdm(total=total, desc="drawing", unit="picture") as bar,
+            tqdm(total=None, desc="steps", unit="step", leave=False, disable=None) as steps,
+        ):
+            for generated in self.generator.generate(jobs, self.batch_size, steps.update):
+                self.writer.write(generated)
+                bar.update(generated.is_final)
+                steps.reset()
+                yield generated
 
-    def _write_sheets(
-        self, axes: Sequence[grids.Axis], requests: Sequence[Request], pictures: dict[int, Image.Image]
-    ) -> None:
-        for label, sheet in grids.sheets(axes, requests, pictures) if pictures else ():
-            path = unused(self.config.output.outdir / "grid.png")
+
+def generate_grid(session: Session, maker: JobMaker, requests: Sequence[Request], axes: Sequence[grids.Axis]) -> None:
+    """Generate all combinations of the axes for each request, and write their sheets."""
+    grids.check_words(axes, requests)
+    changed = [combination for request in requests for combination in grids.combinations(axes, request)]
+    jobs = in_batch_order(map(maker.job_of, changed, range(len(changed))))
+    images: dict[int, Image.Image] = {}
+    try:
+        for generated in session.generate(jobs, len(changed)):
+            if generated.is_final:
+                images[generated.job.number] = generated.image
+    finally:  # with holes, after Ctrl-C
+        for label, sheet in grids.sheets(axes, requests, images) if images else ():
+            path = unused(session.writer.options.outdir / "grid.png")
             save(sheet, path, {"parameters": label})
             logger.info("grid: %s", path)
 
-    def draw(self, requests: Sequence[Request], pictures: dict[int, Image.Image] | None = None) -> None:
-        """Draw and save requests; pictures takes them by number, for a grid."""
-        size = self.config.prompts.batch_size
-        logger.info("%d pictures to %s, %d at a time", len(requests), self.config.output.outdir, size)
-        jobs = (self.artist.job_of(request, number) for number, request in enumerate(requests))
-        if pictures is not None:  # of a grid, neighbours are not alike: what can be drawn together comes together
-            by_key: dict[object, list[Job]] = {}
-            for job in jobs:
-                by_key.setdefault(job.key, []).append(job)
-            jobs = (job for group in by_key.values() for job in group)
-        with tqdm(total=len(requests), desc="drawing", unit="picture") as bar:
-            for group in batches(jobs, self.config.prompts.batch_size):
-                with tqdm(total=None, desc="steps", unit="step", leave=False, disable=None) as steps:
-                    for index, drawn in enumerate(self.artist.draw(group, steps.update)):
-                        self._save(drawn, index % len(group))
-                        if pictures is not None and drawn.stage != 0:
-                            pictures[drawn.job.number] = drawn.image
-                        bar.update(drawn.stage != 0)
 
-    def draw_typed(self) -> None:
-        """Draw what is typed, line by line, until the end of the input."""
-        seeds = Seeds(self.config.drawing.seed, None)
-        number = 0
-        while True:
-            try:
-                text = input("prompt> ").encode(errors="replace").decode()  # half a character may have come
-            except EOFError:
-                return
-            if not text.strip():
-                continue
-            try:
-                line = parse_line(text, "prompt")
-                jobs = []
-                for request in requests_of(self.config, [line], seeds):
-                    jobs.append(self.artist.job_of(request, number))
-                    number += 1
-                for group in batches(iter(jobs), self.config.prompts.batch_size):
-                    for index, drawn in enumerate(self.artist.draw(group)):
-                        logger.info("%s", self._save(drawn, index % len(group)))
-            except UserError as error:
-                logger.error("%s", error)
-
-    def _save(self, drawn: Drawn, index: int) -> Path:
-        job: Job = drawn.job
-        texts = texts_for(
-            job.request,
-            self.facts.result(),
-            job.multipliers,
-            begins_with=job.start.name if job.start else None,
-            mask=job.mask.name if job.mask else None,
-        )
-        path = self.writer.write(drawn, index, texts)
-        if self.config.output.html:
-            self.entries.append((path, drawn.image, texts["parameters"]))
-        return path
-
-    def close(self) -> None:
-        """Write the page of the run, and tell what it made."""
-        if self.entries:
-            stamp = datetime.now().strftime("%Y%m%d%H%M%S")
-            path = unused(self.config.output.outdir / f"gallery-{stamp}.html")
-            write_gallery(path, self.entries, f"{len(self.entries)} pictures, {self.facts.result().model}")
-            logger.info("gallery: %s", path)
+def generate_typed(session: Session, maker: JobMaker, prompts: PromptConfig, drawing: DrawingConfig) -> None:
+    """Generate the images of what is typed, line by line, until the end of the input."""
+    seeds = Seeds(drawing.seed, None)
+    number = 0
+    while True:
+        try:
+            text = input("prompt> ").encode(errors="replace").decode()  # half a character may have come
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        try:
+            jobs = []
+            for request in requests_of(prompts, drawing, [read_line(text, "prompt")], seeds):
+                jobs.append(maker.job_of(request, number))
+                number += 1
+            for generated in session.generator.generate(jobs, session.batch_size):
+                logger.info("%s", session.writer.write(generated))
+        except UserError as error:
+            logger.error("%s", error)

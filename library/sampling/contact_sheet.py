@@ -62,7 +62,7 @@ def label_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: int) -> list[str]:
+def wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, *, max_lines: int) -> list[str]:
     """Return text in lines of at most width pixels, broken at spaces where there are some."""
     lines = [""]
     for word in text.replace("\n", " ").split(" "):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from library.config.config_file import to_toml
+from library.config.prompts import Prompt
 from library.config.train import TrainConfig, with_seed
 from library.data.batches import BatchMaker, RunPlan, make_loader
 from library.data.latent_cache import LatentCache
@@ -22,7 +23,6 @@ from library.optim.flat import flatten_groups
 from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
-from library.sampling.prompts import Prompt
 from library.training.measure.validation import Validation, held_out, validation_seed
 from library.training.prepare.caches import build_conditioner, cache_latents
 from library.training.prepare.checks import check_before_loading

@@ -12,13 +12,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from library.config.prompts import Prompt
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.sampling.contact_sheet import draw_sheet
-from library.sampling.generate import generate
-from library.sampling.prompts import Prompt
+from library.sampling.previews import generate_previews
 from library.training.measure.picture_losses import Losses, Measurement
 from library.training.measure.rank_results import BASE, RankResults, name_of
 from library.training.record.preview import preview_seeds, spread
@@ -105,7 +105,9 @@ def draw_ranks(
     with tqdm(total=len(ranks) * len(prompts), desc="drawing", unit="picture") as bar:
         for rank in ranks:
             with at_rank(network, rank), runtime.types.autocast(runtime.device):
-                for picture in generate(base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip):
+                for picture in generate_previews(
+                    base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip
+                ):
                     cells[picture.index].append(picture.image)
                     bar.update()
     return draw_sheet(cells, [prompt.prompt for prompt in prompts], [name_of(rank) for rank in ranks])

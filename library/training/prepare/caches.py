@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from library.config.prompts import Prompt
 from library.config.training import PrecisionConfig
 from library.data.captions import possible_captions
 from library.data.latent_cache import LatentCache, build_cache
@@ -10,8 +11,7 @@ from library.models.base import BaseModel
 from library.models.conditioning import Conditioner, LiveConditioner, TextOptions, remember
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
-from library.sampling.generate import text_options
-from library.sampling.prompts import Prompt
+from library.sampling.previews import text_options
 from library.training.run.runtime import Runtime
 
 LARGEST_MEMORY = 2 * 2**30  # bytes of text conditioning that are kept rather than computed in every step

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
+from library.config.prompts import Prompt
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
 from library.errors import Problems, UserError, shown
@@ -17,7 +18,6 @@ from library.networks.modules import check_network
 from library.networks.trainable import trained_parts
 from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
-from library.sampling.prompts import Prompt
 from library.sampling.samplers import check_sampler
 from library.training.record.metadata import thumbnail
 from library.training.record.run_files import RunFiles
@@ -62,7 +62,7 @@ def check_base(
 
     sampler serves prompts that name none.
     """
-    for name in {prompt.sample_sampler or sampler for prompt in prompts}:
+    for name in {prompt.sampler or sampler for prompt in prompts}:
         problems.run(check_sampler, name)
     files = problems.run(checked_base, model, loss)
     problems.raise_if_any()

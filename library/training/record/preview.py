@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch
 from PIL import Image
 
+from library.config.prompts import Prompt
 from library.files import replacing
 from library.models.precision import move
 from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
-from library.sampling.generate import Picture, generate
-from library.sampling.prompts import Prompt
+from library.sampling.previews import PreviewImage, generate_previews
 from library.training.record.run_files import RunFiles
 from library.training.record.tracking import log_pictures
 from library.training.run.events import At, Moment
@@ -62,7 +62,7 @@ class Preview:
         move(base.vae, runtime.device)
         with runtime.types.autocast(runtime.device):
             seeds = preview_seeds(self.prompts, moment.progress.seed)
-            pictures = generate(
+            pictures = generate_previews(
                 base, self.objective.conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip
             )
             paths = [
@@ -76,7 +76,7 @@ class Preview:
             torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them
         return paths
 
-    def _save(self, picture: Picture, moment: Moment) -> Path:
+    def _save(self, picture: PreviewImage, moment: Moment) -> Path:
         progress = moment.progress
         count = f"{progress.step:06d}" if moment.at is At.STEP else f"e{progress.epoch:06d}"
         path = self.files.preview(count, picture.index, datetime.now().strftime("%Y%m%d%H%M%S"), picture.seed)

@@ -1,7 +1,4 @@
-"""Previews of prompts, as an iterator that training drains.
-
-The text conditioning is exactly the encoding that training uses; `draw.py` does the sampling.
-"""
+"""Previews of a training, as an iterator; the text conditioning is exactly the encoding that training uses."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from library.config.prompts import Prompt
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import Conditioner, TextOptions, windows_needed
-from library.sampling.draw import Batch, decode, draw_latents
-from library.sampling.prompts import Prompt
+from library.sampling.pipelines import PipelineInputs, decode_latents, sample_latents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +20,8 @@ MOST_WINDOWS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One drawn picture."""
+class PreviewImage:
+    """One preview."""
 
     index: int  # of the prompt
     prompt: Prompt
@@ -33,7 +30,7 @@ class Picture:
 
 
 @torch.no_grad()
-def generate(
+def generate_previews(
     base: BaseModel,
     conditioner: Conditioner,
     prompts: Sequence[Prompt],
@@ -41,25 +38,25 @@ def generate(
     *,
     sampler: str,
     clip_skip: int | None = None,
-) -> Iterator[Picture]:
-    """Yield one picture for each prompt, drawn with its seed; sampler serves prompts that name none.
+) -> Iterator[PreviewImage]:
+    """Yield one preview for each prompt, generated with its seed; sampler serves prompts that name none.
 
     The models are used where and as they are; the caller sets autocast and evaluation mode.
     """
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         options = text_options(base.texts[0], prompt, clip_skip)
         both = conditioner.encode([prompt.prompt, prompt.negative_prompt], options)
-        batch = Batch(
+        inputs = PipelineInputs(
             text=both.part(0, 1),
             negative=both.part(1, 2),
             seeds=[seed],
             width=prompt.width,
             height=prompt.height,
-            steps=prompt.sample_steps,
+            steps=prompt.steps,
             scale=prompt.scale,
-            sampler=prompt.sample_sampler or sampler,
+            sampler=prompt.sampler or sampler,
         )
-        yield Picture(index, prompt, seed, decode(base, draw_latents(base, batch))[0])
+        yield PreviewImage(index, prompt, seed, decode_latents(base, sample_latents(base, inputs))[0])
 
 
 def text_options(encoder: TextEncoder, prompt: Prompt, clip_skip: int | None) -> TextOptions:

@@ -1,4 +1,4 @@
-"""Pictures that drawing begins with: sources, masks and guides, read when their turn comes."""
+"""Images that generation begins with or is guided by: init images, masks and control images, read when needed."""
 
 from __future__ import annotations
 
@@ -8,49 +8,46 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from library.config.values import latent_side
 from library.data import images
 from library.errors import UserError
 from library.files import PICTURE_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureList:
+class ImageList:
     """The files of an option, taken one after the other and again from the first."""
 
-    option: str
     files: tuple[Path, ...]
 
     def path_of(self, index: int) -> Path:
-        """Return the file for a picture by its number in the run."""
+        """Return the file for an image by its number in the run."""
         return self.files[index % len(self.files)]
 
 
-def list_of(option: str, path: Path | None) -> PictureList | None:
+def list_images(option: str, path: Path) -> ImageList:
     """Return the files that an option names: one, or those of a folder in order of their names."""
-    if path is None:
-        return None
     if path.is_dir():
         files = tuple(images.list_pictures(path))
         if not files:
             raise UserError(f"{option}: {path} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
-        return PictureList(option, files)
+        return ImageList(files)
     if not path.is_file():
         raise UserError(f"{option}: {path} is not a file or a folder")
-    return PictureList(option, (path,))
+    return ImageList((path,))
 
 
-def check_pictures(pictures: PictureList | None) -> None:
-    """Raise UserError for a file that is no picture, by the beginnings of the files."""
-    if pictures is not None:
-        for path in pictures.files:
-            try:
-                images.read_size(path)
-            except images.UnreadablePictureError as error:
-                raise UserError(f"{pictures.option}: {path} cannot be read: {error}") from None
+def check_images(option: str, path: Path) -> None:
+    """Raise UserError for a file, or one of a folder, that is no picture, by the beginnings of the files."""
+    for file in list_images(option, path).files:
+        try:
+            images.read_size(file)
+        except images.UnreadablePictureError as error:
+            raise UserError(f"{option}: {file} cannot be read: {error}") from None
 
 
-def load_picture(path: Path, mode: str = "RGB") -> Image.Image:
-    """Return a picture in a mode, transparency laid on white; raises UserError for one that cannot be read."""
+def load_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Return an image in a mode, transparency laid on white; raises UserError for one that cannot be read."""
     try:
         return Image.fromarray(images.load_picture(path, transparency="white")).convert(mode)
     except images.UnreadablePictureError as error:
@@ -59,20 +56,20 @@ def load_picture(path: Path, mode: str = "RGB") -> Image.Image:
 
 def floored(size: tuple[int, int]) -> tuple[int, int]:
     """Return a size with both sides cut to multiples of 8, which latents need."""
-    return max(64, size[0] // 8 * 8), max(64, size[1] // 8 * 8)
+    return latent_side(size[0]), latent_side(size[1])
 
 
-def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return a picture of a size."""
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return an image in a size."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def canny(picture: Image.Image, low: int, high: int) -> Image.Image:
-    """Return the edges of an RGB picture, white on black."""
-    return Image.fromarray(images.canny(np.asarray(picture), low, high)).convert("RGB")
+def canny(image: Image.Image, low: int, high: int) -> Image.Image:
+    """Return the edges of an RGB image, white on black."""
+    return Image.fromarray(images.canny(np.asarray(image), low, high)).convert("RGB")
 
 
-CANNY_THRESHOLDS = (63, 191)
+CANNY_THRESHOLDS = ("63", "191")
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
@@ -82,5 +79,5 @@ def read_preparation(text: str) -> tuple[int, int] | None:
         return None
     if name != "canny" or len(numbers) > 2 or not all(number.isdigit() for number in numbers):
         raise UserError(f"--control_net_preps must be none, canny or canny_T1_T2, got {text!r}")
-    given = [int(number) for number in numbers]
-    return (*given, *CANNY_THRESHOLDS[len(given) :])  # type: ignore[return-value]
+    low, high = (*numbers, *CANNY_THRESHOLDS[len(numbers) :])
+    return int(low), int(high)

@@ -106,7 +106,7 @@ def _group_at(text: str, start: int) -> tuple[Group, int] | None:
 
 def _settings(text: str, start: int) -> tuple[list[str], int]:
     """Return what stands before `$$` at the beginning of a group, and where the variants begin."""
-    settings = []
+    settings: list[str] = []
     while True:
         match = re.compile(r"([^{}|]*?)\$\$").match(text, start)
         if match is None:
