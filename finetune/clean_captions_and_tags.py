@@ -81,17 +81,11 @@ MOST_ROUNDS, MOST_LETTERS = 50, 100_000  # replacements beyond these are taken a
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CleanFiles:
-    """Files."""
+class CleanOptions:
+    """Options."""
 
     in_json: Path = option(REQUIRED, "metadata file to read", positional=True)
     out_json: Path = option(REQUIRED, "metadata file to write; may be in_json", positional=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CleaningConfig:
-    """Cleaning."""
-
     replacements: Path | None = option(
         None, "JSON object of words -> words for captions, instead of the built-in one; {} leaves captions unchanged"
     )
@@ -102,30 +96,25 @@ class CleaningConfig:
 class CleanConfig:
     """All options."""
 
-    files: CleanFiles
-    cleaning: CleaningConfig
+    clean: CleanOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CleanConfig, argv, description=__doc__, rules=(check_in_json, check_out_json))
-    replacements = config.cleaning.replacements
+    config = parse(CleanConfig, argv, description=__doc__, rules=(check_files,))
+    replacements = config.clean.replacements
     table = CAPTION_REPLACEMENTS if replacements is None else read_replacements(replacements)
-    entries = read_metadata(config.files.in_json)
+    entries = read_metadata(config.clean.in_json)
     cleaned = {name: clean_entry(values, table) for name, values in entries.items()}
-    log_changes(entries, cleaned, debug=config.cleaning.debug)
-    write_metadata(config.files.out_json, cleaned)
+    log_changes(entries, cleaned, debug=config.clean.debug)
+    write_metadata(config.clean.out_json, cleaned)
     return 0
 
 
-def check_in_json(config: CleanConfig, problems: Problems) -> None:
-    """Raise UserError for an in_json that does not exist or does not end in .json."""
-    check_json_path(config.files.in_json, "in_json", exists=True)
-
-
-def check_out_json(config: CleanConfig, problems: Problems) -> None:
-    """Raise UserError for an out_json that does not end in .json."""
-    check_json_path(config.files.out_json, "out_json", exists=False)
+def check_files(config: CleanConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with in_json and out_json."""
+    problems.run(check_json_path, config.clean.in_json, "in_json", exists=True)
+    problems.run(check_json_path, config.clean.out_json, "out_json", exists=False)
 
 
 def read_replacements(path: Path) -> dict[str, str]:
@@ -164,11 +153,6 @@ def log_changes(before: Entries, after: Entries, *, debug: bool) -> None:
     logger.info("%d texts of %d pictures changed", len(changed), len(before))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Tags
-# --------------------------------------------------------------------------------------------------------------
-
-
 def clean_tags(text: str) -> str:
     """Return a line of tags after all rules, in their order."""
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
@@ -190,11 +174,6 @@ def without_contradictions(tags: Sequence[str]) -> list[str]:
         if len(of_kind) > 1:
             kept = [tag for tag in kept if tag not in of_kind]
     return kept
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Captions
-# --------------------------------------------------------------------------------------------------------------
 
 
 def clean_caption(text: str, replacements: Mapping[str, str]) -> str:

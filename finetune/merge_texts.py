@@ -62,8 +62,7 @@ class MergeConfig:
 
 def merge_texts(argv: Sequence[str] | None, *, description: str | None, key: str, default_extension: str) -> int:
     """Put the texts of all pictures into the metadata file under a key; return the exit code."""
-    rules = (check_out_json, check_in_json, check_names)
-    config = parse(MergeConfig, argv, description=description, rules=rules)
+    config = parse(MergeConfig, argv, description=description, rules=(check_options,))
     files, names, extension = config.files, config.names, config.texts.caption_extension or default_extension
     base = files.in_json or (files.out_json if files.out_json.is_file() else None)
     entries = {} if base is None else read_metadata(base)
@@ -86,21 +85,13 @@ def merge_texts(argv: Sequence[str] | None, *, description: str | None, key: str
     return FAILURE if damaged else 0
 
 
-def check_out_json(config: MergeConfig, problems: Problems) -> None:
-    """Raise UserError for an out_json that does not end in .json."""
-    check_json_path(config.files.out_json, "out_json", exists=False)
-
-
-def check_in_json(config: MergeConfig, problems: Problems) -> None:
-    """Raise UserError for an --in_json that does not exist or does not end in .json."""
+def check_options(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems bad names of metadata files, and options under which pictures could have the same name."""
+    problems.run(check_json_path, config.files.out_json, "out_json", exists=False)
     if config.files.in_json is not None:
-        check_json_path(config.files.in_json, "--in_json", exists=True)
-
-
-def check_names(config: MergeConfig, problems: Problems) -> None:
-    """Raise UserError for options under which several pictures could have the same name."""
+        problems.run(check_json_path, config.files.in_json, "--in_json", exists=True)
     if config.names.recursive and not config.names.full_path:
-        raise UserError("--recursive needs --full_path: pictures of several folders can have the same name")
+        problems.add("--recursive needs --full_path: pictures of several folders can have the same name")
 
 
 def list_all(folder: Path, *, recursive: bool) -> list[Path]:

@@ -81,11 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return FAILURE if report["damage"] else 0
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The report
-# --------------------------------------------------------------------------------------------------------------
-
-
 def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     """Return the report on a file, as an object for JSON."""
     from library.adapters import readers
@@ -182,11 +177,6 @@ def statistics_of(name: str, tensor: Tensor) -> dict[str, Any]:
     values = tensor.double().abs()
     mean, least = (float(values.mean()), float(values.min())) if values.numel() else (None, None)
     return {"name": name, "shape": list(tensor.shape), "mean": mean, "least": least}
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The report as text
-# --------------------------------------------------------------------------------------------------------------
 
 
 def lines_of(report: Mapping[str, Any]) -> Iterator[str]:

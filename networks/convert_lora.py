@@ -110,11 +110,6 @@ def written_type(options: ConvertOptions) -> torch.dtype | None:
     return None if options.save_precision is None else tool_files.dtype_named(options.save_precision)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# To the names of sd-scripts
-# --------------------------------------------------------------------------------------------------------------
-
-
 def for_kohya(
     file: LoraFile, layers: Mapping[str, Layer], options: ConvertOptions
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -135,11 +130,6 @@ def for_kohya(
     if common({change.rank for change in changes}) == "Dynamic":
         logger.info("modules have different ranks; readers take each module's own")
     return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | without_hashes(kept)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# To the names of diffusers
-# --------------------------------------------------------------------------------------------------------------
 
 
 def for_diffusers(

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SplitFiles:
-    """Files."""
+class SplitOptions:
+    """Options."""
 
     model: Path = option(
         REQUIRED, "DyLoRA file (.safetensors, .ckpt or .pt)", missing="the DyLoRA file", reads="a file"
@@ -37,12 +37,6 @@ class SplitFiles:
         "name of the files to write; the rank is inserted before the extension",
         missing="the name of the files to write, such as out/split.safetensors",
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RanksConfig:
-    """Ranks."""
-
     unit: int | None = option(None, "smallest rank, and step to the next; unset: the unit of the training", minimum=1)
     sd_scripts_alpha: bool = option(
         False, "for files trained by sd-scripts: write the alpha with which each rank was trained there"
@@ -53,8 +47,7 @@ class RanksConfig:
 class ExtractConfig:
     """All options."""
 
-    files: SplitFiles
-    ranks: RanksConfig
+    split: SplitOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,15 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.weight_file import open_weights
     from networks.lora import write_weights
 
-    file = open_weights(config.files.model)
-    ranks = ranks_of(file, config.ranks.unit)
+    file = open_weights(config.split.model)
+    ranks = ranks_of(file, config.split.unit)
     weights, full = dict(file.tensors(file.shapes)), ranks[-1]
-    warn_of_scale(file.metadata, config.ranks)
+    warn_of_scale(file.metadata, config.split)
     for rank in tqdm(ranks, desc="ranks", unit="file"):
         part = truncated_to(rank, weights)
-        if config.ranks.sd_scripts_alpha:
+        if config.split.sd_scripts_alpha:
             part = with_alphas_of_sd_scripts(part, rank, full)
-        path = config.files.save_to.with_stem(f"{config.files.save_to.stem}-{rank:04d}")  # as sd-scripts names it
+        path = config.split.save_to.with_stem(f"{config.split.save_to.stem}-{rank:04d}")  # as sd-scripts names it
         write_weights(path, part, metadata_of(file.metadata, rank, full))
         logger.info("rank %d: %s", rank, path)
     return 0
@@ -83,19 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_save_to(config: ExtractConfig, problems: Problems) -> None:
     """Raise UserError for a --save_to of another format."""
-    if config.files.save_to.suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
-        raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {config.files.save_to}")
+    if config.split.save_to.suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
+        raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {config.split.save_to}")
 
 
-def warn_of_scale(metadata: Mapping[str, str], ranks: RanksConfig) -> None:
+def warn_of_scale(metadata: Mapping[str, str], options: SplitOptions) -> None:
     """Warn of a file trained by sd-scripts, which uses another scale, if the options do not correct it."""
     by_sd_scripts = metadata.get("modelspec.implementation_version", "").startswith("sd-scripts/")
-    if by_sd_scripts and not ranks.sd_scripts_alpha:
+    if by_sd_scripts and not options.sd_scripts_alpha:
         logger.warning(
             "this file was trained by sd-scripts, which trains rank b with alpha / sqrt(R b): with its alpha a reader "
             "applies lower ranks more strongly than they were trained; --sd_scripts_alpha writes the matching one"
         )
-    if ranks.sd_scripts_alpha and metadata and not by_sd_scripts:
+    if options.sd_scripts_alpha and metadata and not by_sd_scripts:
         logger.warning("--sd_scripts_alpha: the metadata do not say that sd-scripts trained this file")
 
 

@@ -407,7 +407,7 @@ class LoRANetwork(nn.Module):
             args.loraplus_lr_ratio, args.loraplus_unet_lr_ratio, args.loraplus_text_encoder_lr_ratio
         )
         dropouts = Dropouts(neuron_dropout or 0.0, args.rank_dropout, args.module_dropout)
-        encoders = as_list(text_encoder)
+        encoders = [text_encoder] if isinstance(text_encoder, Module) else list(text_encoder or [])
         numbered = [f"{PREFIX_TEXT_ENCODER}{number}" for number in range(1, len(encoders) + 1)]
         prefixes = [PREFIX_TEXT_ENCODER] if len(encoders) == 1 else numbered
 
@@ -702,7 +702,13 @@ class LoRANetwork(nn.Module):
         own, given = {name.split(".")[0] for name in self.state_dict()}, {name.split(".")[0] for name in weights}
         if not own & given:
             raise ValueError(f"{file}: none of its {len(given)} modules belongs to this network{_example(given)}")
-        self._check_ranks(weights, file)
+        for module in self.modules_in_order():
+            down = weights.get(f"{module.lora_name}.lora_down.weight")
+            if down is not None and down.shape[0] != module.lora_dim:
+                raise ValueError(
+                    f"{file}: {module.lora_name} has rank {down.shape[0]}, this network {module.lora_dim}: "
+                    "give the same dimensions, or take them from the file (--dim_from_weights)"
+                )
         self.load_state_dict(weights, strict=False)
         notes = [f"{len(own & given)} modules loaded"]
         if given - own:
@@ -711,26 +717,10 @@ class LoRANetwork(nn.Module):
             notes.append(f"{len(own - given)} modules of the network start fresh{_example(own - given)}")
         return "; ".join(notes)
 
-    def _check_ranks(self, weights: Weights, file: str | Path) -> None:
-        for module in self.modules_in_order():
-            down = weights.get(f"{module.lora_name}.lora_down.weight")
-            if down is not None and down.shape[0] != module.lora_dim:
-                raise ValueError(
-                    f"{file}: {module.lora_name} has rank {down.shape[0]}, this network {module.lora_dim}: "
-                    "give the same dimensions, or take them from the file (--dim_from_weights)"
-                )
-
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the network to file in dtype (None: unchanged); a .safetensors file also gets the metadata."""
         weights = {name: cast_for_file(name, tensor, dtype) for name, tensor in self.state_dict().items()}
         write_weights(Path(file), weights, metadata)
-
-
-def as_list(text_encoder: TextEncoders) -> list[Module]:
-    """Return the text encoders as a list, whether one, several or none were given."""
-    if text_encoder is None:
-        return []
-    return [text_encoder] if isinstance(text_encoder, Module) else list(text_encoder)
 
 
 def _example(names: Iterable[str]) -> str:

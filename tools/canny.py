@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EdgeFiles:
-    """Files."""
+class CannyOptions:
+    """Options."""
 
     input: Path = option(REQUIRED, "picture to read", missing="the picture to read", reads="a file")
     output: Path = option(
@@ -34,12 +34,6 @@ class EdgeFiles:
         form=", ".join(WRITTEN_FORMATS),
         missing="the picture to write",
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EdgesConfig:
-    """Edges."""
-
     thres1: int = option(32, "contrast at which an edge continues that began at a stronger place", minimum=0)
     thres2: int = option(224, "contrast at which an edge begins", minimum=0)
 
@@ -48,14 +42,13 @@ class EdgesConfig:
 class CannyConfig:
     """All options."""
 
-    files: EdgeFiles
-    edges: EdgesConfig
+    canny: CannyOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(CannyConfig, argv, description=__doc__, rules=(check_output,))
-    source, output = config.files.input, config.files.output
+    source, output = config.canny.input, config.canny.output
 
     from PIL import Image
 
@@ -65,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pixels = load_picture(source)
     except UnreadablePictureError as error:
         raise UserError(f"--input: {source} cannot be read: {error}") from None
-    edges = Image.fromarray(canny(pixels, config.edges.thres1, config.edges.thres2))
+    edges = Image.fromarray(canny(pixels, config.canny.thres1, config.canny.thres2))
     # Pillow writes paths in any script; OpenCV on Windows does not.
     with replacing(output) as temporary:
         edges.save(temporary, WRITTEN_FORMATS[output.suffix.lower()], quality=100)  # where the format has one
@@ -75,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_output(config: CannyConfig, problems: Problems) -> None:
     """Add to problems an --output of another format, or one that would replace the picture to read."""
-    source, output = config.files.input, config.files.output
+    source, output = config.canny.input, config.canny.output
     if output.suffix.lower() not in WRITTEN_FORMATS:
         problems.add(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {output}")
     if source.exists() and output.exists() and output.samefile(source):

@@ -103,8 +103,7 @@ class ConvertConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    rules = (check_source, check_destination, check_options, check_saving)
-    config = parse(ConvertConfig, argv, description=__doc__, rules=rules)
+    config = parse(ConvertConfig, argv, description=__doc__, rules=(check_files, check_options, check_saving))
     from library.models.checkpoint import check_input_channels, open_checkpoint
     from library.models.family import check_flags
 
@@ -125,9 +124,9 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix.lower() in tool_files.WEIGHT_SUFFIXES
 
 
-def check_source(config: ConvertConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with the model to read."""
-    source, variant = config.files.model_to_load, config.files.variant
+def check_files(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the model to read and the destination."""
+    source, destination, variant = config.files.model_to_load, config.files.model_to_save, config.files.variant
     if not is_there(source, "a file or a folder"):
         problems.add(
             f"model_to_load: {source} is not a file or a folder: name a checkpoint or a Diffusers folder on this "
@@ -135,13 +134,8 @@ def check_source(config: ConvertConfig, problems: Problems) -> None:
         )
     if variant and source.is_file():
         problems.add(f"--variant is for Diffusers folders, {source} is a file")
-
-
-def check_destination(config: ConvertConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with the destination."""
-    source, destination = config.files.model_to_load, config.files.model_to_save
-    tool_files.check_output("model_to_save", destination, problems, folder=not is_checkpoint(destination))
     tool_files.check_apart("model_to_save", destination, (source,))
+    tool_files.check_output("model_to_save", destination, problems, folder=not is_checkpoint(destination))
 
 
 def check_options(config: ConvertConfig, problems: Problems) -> None:
@@ -219,7 +213,7 @@ def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
     from library.adapters.merging import copy_others
     from library.files import new_folder
     from library.models import conversion, layout
-    from library.models.checkpoint import EXTRAS_FILE, UNET, split_name
+    from library.models.checkpoint import EXTRAS, EXTRAS_FILE, UNET, file_stems, split_name
 
     plan, left = (layout.copy_plan(model), []) if model.is_folder else conversion.plan_to_folder(model)
     with new_folder(config.files.model_to_save) as folder:
@@ -231,20 +225,14 @@ def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
             start = f"{part}/"
             own = {name.removeprefix(start): piece for name, piece in plan.items() if name.startswith(start)}
             metadata = dict(model.metadata) if part == UNET else {}
-            write_file(config, model, own, folder / file_of(part), metadata | {"format": "pt"})
+            name = EXTRAS_FILE if part == EXTRAS else f"{part}/{file_stems(part)[0]}.safetensors"
+            write_file(config, model, own, folder / name, metadata | {"format": "pt"})
         if left:
             logger.info("%d tensors without a place in Diffusers are kept in %s", len(left), EXTRAS_FILE)
             extras = {name: piece for name, piece in layout.copy_plan(model).items() if name in left}
             write_file(config, model, extras, folder / EXTRAS_FILE, {})
         if config.files.reference_model is not None:
             copy_reference(config.files.reference_model, folder)
-
-
-def file_of(part: str) -> Path:
-    """Return the path of the weight file of a part, within a Diffusers folder."""
-    from library.models.checkpoint import EXTRAS, EXTRAS_FILE, file_stems
-
-    return Path(EXTRAS_FILE) if part == EXTRAS else Path(part) / f"{file_stems(part)[0]}.safetensors"
 
 
 def copy_reference(source: Path, folder: Path) -> None:

@@ -44,11 +44,6 @@ logger = logging.getLogger(__name__)
 FEW_PICTURES = 8
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Options
-# --------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportFiles:
     """Files."""
@@ -123,11 +118,6 @@ def as_training(config: ReportConfig) -> TrainConfig:
     }
     shared = {name: getattr(config, name) for name in ("model", "data", "dataset", "subset", "loss", "text")}
     return dataclasses.replace(build(TrainConfig, given, Problems()), **shared)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The script
-# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

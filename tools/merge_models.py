@@ -94,7 +94,7 @@ class WeightedCheckpoint:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=__doc__, rules=(check_output, check_models, check_device))
+    config = parse(MergeConfig, argv, description=__doc__, rules=(check_output, check_models))
     output = output_path(config.files.output)
     from library.safetensors_io import write_stream
 
@@ -127,7 +127,8 @@ def check_output(config: MergeConfig, problems: Problems) -> None:
 
 
 def check_models(config: MergeConfig, problems: Problems) -> None:
-    """Add to problems a wrong number of ratios, models of other formats, and those that would be replaced."""
+    """Add to problems what is wrong with --device, --ratios and --models."""
+    problems.run(tool_files.check_device, config.merge.device)
     number, ratios = len(config.files.models), config.files.ratios
     if ratios is not None and len(ratios) != number:
         problems.add(f"--ratios must have a number for each of the {number} files of --models, got {len(ratios)}")
@@ -138,11 +139,6 @@ def check_models(config: MergeConfig, problems: Problems) -> None:
     output = output_path(config.files.output)
     if output.exists() and any(path.samefile(output) for path in existing):
         problems.add(f"--output {output} is one of the files to be read: take another name")
-
-
-def check_device(config: MergeConfig, problems: Problems) -> None:
-    """Raise UserError for a --device that torch cannot use."""
-    tool_files.check_device(config.merge.device)
 
 
 def check_family(models: Sequence[WeightedCheckpoint]) -> None:
@@ -211,14 +207,13 @@ def open_models(files: MergeFiles) -> list[WeightedCheckpoint]:
     from library.weight_file import open_weights
 
     ratios = files.ratios or (1 / len(files.models),) * len(files.models)
-    models = []
-    for path, ratio in zip(files.models, ratios, strict=True):
-        file = open_weights(path)
-        names = {current_name(name): name for name in file.shapes}
-        # If a file has a tensor under both names, the current one is used.
-        names |= {name: name for name in file.shapes if name == current_name(name)}
-        models.append(WeightedCheckpoint(file, ratio, names))
-    return models
+    pairs = zip(map(open_weights, files.models), ratios, strict=True)
+    return [WeightedCheckpoint(file, ratio, current_names(file.shapes)) for file, ratio in pairs]
+
+
+def current_names(names: Mapping[str, object]) -> dict[str, str]:
+    """Return current name -> name in the file; of a tensor under both names the current one is used."""
+    return {current_name(name): name for name in names} | {name: name for name in names if name == current_name(name)}
 
 
 def current_name(name: str) -> str:

@@ -87,12 +87,7 @@ class ResizeConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code, 1 if a file had to be skipped."""
-    rules = (check_source, check_destination, check_apart, check_options)
-    return resize_folder(parse(ResizeConfig, argv, description=__doc__, rules=rules))
-
-
-def resize_folder(config: ResizeConfig) -> int:
-    """Write the copies; return 0, or 1 if a file had to be skipped. Raises UserError before anything is written."""
+    config = parse(ResizeConfig, argv, description=__doc__, rules=(check_options,))
     source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
     files, targets = config.files, plan.targets(config.sizes.max_resolution)
     listing = plan.list_files(source)
@@ -122,34 +117,20 @@ def resize_folder(config: ResizeConfig) -> int:
     return report(outcomes, targets, destination, num_kept, time.perf_counter() - start)
 
 
-def check_source(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError for a src_img_folder that is not a folder."""
-    source = config.folders.src_img_folder
-    if not source.is_dir():
-        raise UserError(f"src_img_folder: {source} is no folder; give the folder of the pictures")
-
-
-def check_destination(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError for a dst_img_folder that is a file."""
-    destination = config.folders.dst_img_folder
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"dst_img_folder: {destination} is no folder; give the folder to write")
-
-
-def check_apart(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError if one of the folders is in the other."""
+def check_options(config: ResizeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the two folders, and options that exclude each other."""
     source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
+    if not source.is_dir():
+        problems.add(f"src_img_folder: {source} is no folder; give the folder of the pictures")
+    if destination.exists() and not destination.is_dir():
+        problems.add(f"dst_img_folder: {destination} is no folder; give the folder to write")
     if source.is_dir() and (lies_in(destination, source) or lies_in(source, destination)):
-        raise UserError(
+        problems.add(
             f"dst_img_folder {destination} and src_img_folder {source} must be two folders, neither of them in the "
             "other: copies would mix with pictures"
         )
-
-
-def check_options(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError for options that exclude each other."""
     if config.files.skip_existing and config.files.overwrite:
-        raise UserError("--skip_existing and --overwrite exclude each other: leave one out")
+        problems.add("--skip_existing and --overwrite exclude each other: leave one out")
 
 
 def lies_in(path: Path, folder: Path) -> bool:

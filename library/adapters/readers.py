@@ -12,6 +12,15 @@ from library.models.family import SD1, SDXL, ModelFamily
 
 LORA, OTHER = "LoRA", "other"
 FORGE_LIMIT = 12  # unmatched tensors up to which Forge accepts a file
+# Program that logs and skips tensors that it does not know -> kinds that it does not know.
+UNKNOWN_KINDS = {
+    "AUTOMATIC1111": (OTHER, "BOFT", "Tucker"),
+    "Forge": (OTHER, "BOFT", "IA3"),
+    "ComfyUI": (OTHER, "BOFT", "IA3"),
+}
+UNEVEN = (
+    "but with one alpha for all attention layers; networks/convert_lora.py --to diffusers puts alphas into the matrices"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,45 +144,26 @@ def kind_words(kind: str) -> str:
     return "no part of a LoRA" if kind == OTHER else f"a part of a {kind} network"
 
 
-def web_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what the web UI of AUTOMATIC1111 does: it logs and skips unknown tensors."""
-    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "Tucker")])
-
-
-def comfy_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what ComfyUI does: it logs and skips unknown tensors."""
-    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "IA3")])
-
-
-def forge(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what Forge does: the same as ComfyUI, but it refuses a file with too many unknown tensors."""
-    verdict = comfy_ui(keys, family)
-    if len(verdict.skipped) > FORGE_LIMIT:
-        return Verdict(0, (), f"{len(verdict.skipped)} tensors do not match, more than {FORGE_LIMIT}")
-    return verdict
-
-
 def applied(keys: Sequence[Key], skipped: Sequence[str], remark: str | None = None) -> Verdict:
     """Return the verdict that applies all tensors but the skipped ones."""
     unique = tuple(dict.fromkeys(skipped))
     return Verdict(len(keys) - len(unique), unique, remark=remark)
 
 
-READERS = {"diffusers": diffusers, "AUTOMATIC1111": web_ui, "Forge": forge, "ComfyUI": comfy_ui}
-UNEVEN = (
-    "but with one alpha for all attention layers; networks/convert_lora.py --to diffusers puts alphas into the matrices"
-)
-
-
 def verdicts(
     keys: Sequence[Key], family: ModelFamily | None, alphas: Mapping[str, float]
 ) -> Iterator[tuple[str, Verdict]]:
     """Yield each program with its verdict on a file with such tensors, and alphas by module."""
-    for name, reader in READERS.items():
-        verdict = reader(keys, family)
-        if reader is diffusers and verdict.refusal is None and is_uneven(alphas):
-            verdict = dataclasses.replace(verdict, remark=UNEVEN)
-        yield name, verdict
+    verdict = diffusers(keys, family)
+    if verdict.refusal is None and is_uneven(alphas):
+        verdict = dataclasses.replace(verdict, remark=UNEVEN)
+    yield "diffusers", verdict
+    for program, kinds in UNKNOWN_KINDS.items():
+        skipped = [key.name for key in keys if not key.is_known or key.kind in kinds]
+        if program == "Forge" and len(skipped) > FORGE_LIMIT:
+            yield program, Verdict(0, (), f"{len(skipped)} tensors do not match, more than {FORGE_LIMIT}")
+        else:
+            yield program, applied(keys, skipped)
 
 
 def is_uneven(alphas: Mapping[str, float]) -> bool:
