@@ -92,29 +92,22 @@ class CleanOptions:
     debug: bool = option(False, "log every text that changes")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CleanConfig:
-    """All options."""
-
-    clean: CleanOptions
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CleanConfig, argv, description=__doc__, rules=(check_files,))
-    replacements = config.clean.replacements
+    config = parse(CleanOptions, argv, description=__doc__, rules=(check_files,))
+    replacements = config.replacements
     table = CAPTION_REPLACEMENTS if replacements is None else read_replacements(replacements)
-    entries = read_metadata(config.clean.in_json)
+    entries = read_metadata(config.in_json)
     cleaned = {name: clean_entry(values, table) for name, values in entries.items()}
-    log_changes(entries, cleaned, debug=config.clean.debug)
-    write_metadata(config.clean.out_json, cleaned)
+    log_changes(entries, cleaned, debug=config.debug)
+    write_metadata(config.out_json, cleaned)
     return 0
 
 
-def check_files(config: CleanConfig, problems: Problems) -> None:
+def check_files(config: CleanOptions, problems: Problems) -> None:
     """Add to problems what is wrong with in_json and out_json."""
-    problems.run(check_json_path, config.clean.in_json, "in_json", exists=True)
-    problems.run(check_json_path, config.clean.out_json, "out_json", exists=False)
+    problems.run(check_json_path, config.in_json, "in_json", exists=True)
+    problems.run(check_json_path, config.out_json, "out_json", exists=False)
 
 
 def read_replacements(path: Path) -> dict[str, str]:

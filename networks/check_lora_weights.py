@@ -65,16 +65,9 @@ class CheckOptions:
     json: bool = option(False, "write the report as one JSON object")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """All options."""
-
-    check: CheckOptions
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code: 1 for a damaged file."""
-    config = parse(CheckConfig, argv, description=__doc__).check
+    config = parse(CheckOptions, argv, description=__doc__)
     report = report_of(config.file, with_tensors=config.show_all_keys)
     text = json.dumps(report, ensure_ascii=False, indent=2) if config.json else "\n".join(lines_of(report))
     sys.stdout.write(f"{text}\n")

@@ -43,16 +43,9 @@ class SplitOptions:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """All options."""
-
-    split: SplitOptions
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ExtractConfig, argv, description=__doc__, rules=(check_save_to,))
+    config = parse(SplitOptions, argv, description=__doc__, rules=(check_save_to,))
 
     from tqdm import tqdm
 
@@ -60,24 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.weight_file import open_weights
     from networks.lora import write_weights
 
-    file = open_weights(config.split.model)
-    ranks = ranks_of(file, config.split.unit)
+    file = open_weights(config.model)
+    ranks = ranks_of(file, config.unit)
     weights, full = dict(file.tensors(file.shapes)), ranks[-1]
-    warn_of_scale(file.metadata, config.split)
+    warn_of_scale(file.metadata, config)
     for rank in tqdm(ranks, desc="ranks", unit="file"):
         part = truncated_to(rank, weights)
-        if config.split.sd_scripts_alpha:
+        if config.sd_scripts_alpha:
             part = with_alphas_of_sd_scripts(part, rank, full)
-        path = config.split.save_to.with_stem(f"{config.split.save_to.stem}-{rank:04d}")  # as sd-scripts names it
+        path = config.save_to.with_stem(f"{config.save_to.stem}-{rank:04d}")  # as sd-scripts names it
         write_weights(path, part, metadata_of(file.metadata, rank, full))
         logger.info("rank %d: %s", rank, path)
     return 0
 
 
-def check_save_to(config: ExtractConfig, problems: Problems) -> None:
+def check_save_to(config: SplitOptions, problems: Problems) -> None:
     """Raise UserError for a --save_to of another format."""
-    if config.split.save_to.suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
-        raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {config.split.save_to}")
+    if config.save_to.suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
+        raise UserError(f"--save_to must end in .safetensors, .ckpt or .pt, got {config.save_to}")
 
 
 def warn_of_scale(metadata: Mapping[str, str], options: SplitOptions) -> None:

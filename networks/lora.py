@@ -590,13 +590,10 @@ class LoRANetwork(nn.Module):
         rates: Sequence[float | None] = text_encoder_lrs or [default_lr]
         parts = [part for part in self._text_encoder_parts if part]
         named: list[tuple[str, Sequence[LoRAModule], float | None]]
-        if len(rates) == 1 or len(parts) <= 1:
-            named = [("textencoder", self.text_encoder_loras, rates[0])]
-        else:
-            named = [
-                (f"textencoder {index + 1}", part, rates[min(index, len(rates) - 1)])
-                for index, part in enumerate(parts)
-            ]
+        named = [("textencoder", self.text_encoder_loras, rates[0])]
+        if len(rates) > 1 and len(parts) > 1:
+            last = len(rates) - 1
+            named = [(f"textencoder {index + 1}", part, rates[min(index, last)]) for index, part in enumerate(parts)]
         unet_rate = unet_lr if unet_lr is not None else default_lr
         if unet_rate is None:
             named.append(("unet", self.unet_loras, None))

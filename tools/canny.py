@@ -38,17 +38,10 @@ class CannyOptions:
     thres2: int = option(224, "contrast at which an edge begins", minimum=0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CannyConfig:
-    """All options."""
-
-    canny: CannyOptions
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CannyConfig, argv, description=__doc__, rules=(check_output,))
-    source, output = config.canny.input, config.canny.output
+    config = parse(CannyOptions, argv, description=__doc__, rules=(check_output,))
+    source, output = config.input, config.output
 
     from PIL import Image
 
@@ -58,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pixels = load_picture(source)
     except UnreadablePictureError as error:
         raise UserError(f"--input: {source} cannot be read: {error}") from None
-    edges = Image.fromarray(canny(pixels, config.canny.thres1, config.canny.thres2))
+    edges = Image.fromarray(canny(pixels, config.thres1, config.thres2))
     # Pillow writes paths in any script; OpenCV on Windows does not.
     with replacing(output) as temporary:
         edges.save(temporary, WRITTEN_FORMATS[output.suffix.lower()], quality=100)  # where the format has one
@@ -66,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_output(config: CannyConfig, problems: Problems) -> None:
+def check_output(config: CannyOptions, problems: Problems) -> None:
     """Add to problems an --output of another format, or one that would replace the picture to read."""
-    source, output = config.canny.input, config.canny.output
+    source, output = config.input, config.output
     if output.suffix.lower() not in WRITTEN_FORMATS:
         problems.add(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {output}")
     if source.exists() and output.exists() and output.samefile(source):

@@ -171,11 +171,6 @@ def written_type(saving: WriteOptions) -> torch.dtype | None:
     return None if word == "no" else tool_files.dtype_named(word)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------------
-
-
 def write_checkpoint(config: ConvertConfig, model: Checkpoint) -> None:
     """Write a checkpoint of the original layout."""
     from library.models import layout

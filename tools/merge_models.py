@@ -109,11 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checks
-# --------------------------------------------------------------------------------------------------------------
-
-
 def output_path(output: Path) -> Path:
     """Return the file to write, with .safetensors appended if it is missing."""
     return output if output.suffix.lower() == SUFFIX else Path(f"{output}{SUFFIX}")
@@ -195,11 +190,6 @@ def log_skipped(models: Sequence[WeightedCheckpoint], merge: MergeOptions) -> No
             for kind, names in (("lacks", lacking), ("omitted", surplus)):
                 for name in names:
                     logger.info("%s: %s %s", other.file.path, kind, name)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The sum
-# --------------------------------------------------------------------------------------------------------------
 
 
 def open_models(files: MergeFiles) -> list[WeightedCheckpoint]:

@@ -40,16 +40,9 @@ class ShowOptions:
     nested: bool = option(False, "print values that hold JSON as JSON, not as one line of text")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShowConfig:
-    """All options."""
-
-    show: ShowOptions
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    options = parse(ShowConfig, argv, description=__doc__).show
+    options = parse(ShowOptions, argv, description=__doc__)
     problems = Problems()
     found = {str(path): problems.run(read_one, path) for path in options.model}
     problems.raise_if_any()
