@@ -145,14 +145,14 @@ def sliced_module() -> type[DyLoRAModule]:
 
         def _add(self, base: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
             network = self.network_ref[0]
-            return super()._add(base, hidden, scale * network.rank / network.drawn_rank)
+            return super()._add(base, hidden, scale * network.rank / network.sampled_rank)
 
         def _held(self, weight: torch.Tensor, axis: int) -> torch.Tensor:
             network = self.network_ref[0]
-            cut = weight.narrow(axis, 0, network.drawn_rank)
+            cut = weight.narrow(axis, 0, network.sampled_rank)
             if not network.holds_older:
                 return cut
-            older = network.drawn_rank - network.unit
+            older = network.sampled_rank - network.unit
             parts = (cut.narrow(axis, 0, older).detach(), cut.narrow(axis, older, network.unit))
             return torch.cat(parts, axis) if older else cut
 

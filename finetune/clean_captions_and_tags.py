@@ -1,9 +1,9 @@
-"""Tidy the captions and tags of a metadata file, as taggers and captioners leave them.
+"""Clean the captions and tags that captioners and taggers wrote into a metadata file.
 
 python finetune/clean_captions_and_tags.py metadata.json clean.json --debug
 
-What is done to tags stands in EMOTICON, RATING and CONTRADICTIONS below, what is done to captions in
-CAPTION_REPLACEMENTS, which --replacements replaces by a table of one's own.
+The rules for tags are EMOTICON, RATING and CONTRADICTIONS below, those for captions CAPTION_REPLACEMENTS, which
+--replacements replaces by your own table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 # Faces such as ^_^, ||_|| and (o)_(o): their underscores are mouths.
 EMOTICON = re.compile(r"._.|\W{2,3}_\W{2,3}|\W\w\W_\W\w\W")
-# Taggers put a rating behind the tags; it says nothing that a prompt would say.
+# Taggers append a rating to the tags; no prompt would contain it.
 RATING = re.compile(r"rating\b.*")
-# Kinds of which a person has one: where several people are seen and several tags of a kind, none says whose it is.
+# Kinds of tags of which a person has one: with several people and several tags of a kind, it is open whose they are.
 SEVERAL_PEOPLE = re.compile(r"(?:\d+\+?|multiple )(?:girls|boys|others)")
 CONTRADICTIONS = {
     "length of hair": r"(?:(?:very|absurdly) )?(?:short|medium|long) hair",
@@ -42,9 +42,9 @@ CONTRADICTIONS = {
     "eyes": r"[\w-]+ eyes",
     "sleeves": r"[\w-]+ sleeves|sleeveless",
 }
-# Whole words -> what replaces them; applied until nothing changes.
+# Whole words -> their replacement; applied until nothing changes.
 CAPTION_REPLACEMENTS = {
-    # One word for one thing, so that it is learned as one. Words that fit anybody stay.
+    # One word for one thing, so that it is learned as one. Words that fit any person stay.
     "woman": "girl",
     "women": "girls",
     "lady": "girl",
@@ -53,7 +53,7 @@ CAPTION_REPLACEMENTS = {
     "females": "girls",
     "female character": "girl",
     "female characters": "girls",
-    # What is true of nearly every picture of a set tells none from another.
+    # Words that are true of nearly every picture of a set distinguish none.
     "anime anime": "anime",
     "an anime girl": "a girl",
     "anime girl": "girl",
@@ -67,7 +67,7 @@ CAPTION_REPLACEMENTS = {
     "cute girl": "girl",
     "pretty girl": "girl",
     "beautiful girl": "girl",
-    # Words that the sentence does without.
+    # Words without meaning for the picture.
     "a picture of": "",
     "an image of": "",
     "a drawing of": "",
@@ -77,60 +77,41 @@ CAPTION_REPLACEMENTS = {
     "who is wearing": "wearing",
     "and is wearing": "wearing",
 }
-MOST_ROUNDS, MOST_LETTERS = 50, 100_000  # replacements that go on beyond these never end
+MOST_ROUNDS, MOST_LETTERS = 50, 100_000  # replacements beyond these are taken as endless
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
-    """Files."""
+class CleanOptions:
+    """Options."""
 
     in_json: Path = option(REQUIRED, "metadata file to read", positional=True)
-    out_json: Path = option(REQUIRED, "metadata file to write; may be the one that is read", positional=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CleaningConfig:
-    """Cleaning."""
-
+    out_json: Path = option(REQUIRED, "metadata file to write; may be in_json", positional=True)
     replacements: Path | None = option(
-        None, "JSON object of words -> words for captions, in place of the built-in one; {} leaves captions alone"
+        None, "JSON object of words -> words for captions, instead of the built-in one; {} leaves captions unchanged"
     )
-    debug: bool = option(False, "tell every text that changes")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CleanConfig:
-    """What is cleaned, and how."""
-
-    files: FilesConfig
-    cleaning: CleaningConfig
+    debug: bool = option(False, "log every text that changes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CleanConfig, argv, description=__doc__, rules=(check_in_json, check_out_json))
-    table = CAPTION_REPLACEMENTS
-    if config.cleaning.replacements is not None:
-        table = read_replacements(config.cleaning.replacements)
-    entries = read_metadata(config.files.in_json)
+    config = parse(CleanOptions, argv, description=__doc__, rules=(check_files,))
+    replacements = config.replacements
+    table = CAPTION_REPLACEMENTS if replacements is None else read_replacements(replacements)
+    entries = read_metadata(config.in_json)
     cleaned = {name: clean_entry(values, table) for name, values in entries.items()}
-    log_changes(entries, cleaned, debug=config.cleaning.debug)
-    write_metadata(config.files.out_json, cleaned)
+    log_changes(entries, cleaned, debug=config.debug)
+    write_metadata(config.out_json, cleaned)
     return 0
 
 
-def check_in_json(config: CleanConfig, problems: Problems) -> None:
-    """Raise UserError for an in_json that is no metadata file."""
-    check_json_path(config.files.in_json, "in_json", exists=True)
-
-
-def check_out_json(config: CleanConfig, problems: Problems) -> None:
-    """Raise UserError for an out_json that is no name of a metadata file."""
-    check_json_path(config.files.out_json, "out_json", exists=False)
+def check_files(config: CleanOptions, problems: Problems) -> None:
+    """Add to problems what is wrong with in_json and out_json."""
+    problems.run(check_json_path, config.in_json, "in_json", exists=True)
+    problems.run(check_json_path, config.out_json, "out_json", exists=False)
 
 
 def read_replacements(path: Path) -> dict[str, str]:
-    """Return words -> words of a JSON file; raises UserError for one that is damaged or of another form."""
+    """Return the replacements in a JSON file; raises UserError for a damaged file, or one of another form."""
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -142,22 +123,17 @@ def read_replacements(path: Path) -> dict[str, str]:
 
 
 def clean_entry(values: Mapping[str, Any], replacements: Mapping[str, str]) -> dict[str, Any]:
-    """Return an entry with its caption and tags cleaned; all else in it stays."""
+    """Return an entry with caption and tags cleaned; other values are unchanged."""
     cleaned = dict(values)
     if values.get("tags"):
-        cleaned["tags"] = by_line(values["tags"], clean_tags)
+        cleaned["tags"] = "\n".join(clean_tags(line) for line in values["tags"].split("\n"))
     if values.get("caption"):
-        cleaned["caption"] = by_line(values["caption"], lambda line: clean_caption(line, replacements))
+        cleaned["caption"] = "\n".join(clean_caption(line, replacements) for line in values["caption"].split("\n"))
     return cleaned
 
 
-def by_line(text: str, clean: Callable[[str], str]) -> str:
-    """Return a text with each of its lines cleaned."""
-    return "\n".join(clean(line) for line in text.split("\n"))
-
-
 def log_changes(before: Entries, after: Entries, *, debug: bool) -> None:
-    """Log how many texts changed, and which if asked."""
+    """Log how many texts changed, and each change if debug."""
     changed = [
         (name, values[key], after[name][key])
         for name, values in before.items()
@@ -170,31 +146,19 @@ def log_changes(before: Entries, after: Entries, *, debug: bool) -> None:
     logger.info("%d texts of %d pictures changed", len(changed), len(before))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Tags
-# --------------------------------------------------------------------------------------------------------------
-
-
 def clean_tags(text: str) -> str:
     """Return a line of tags after all rules, in their order."""
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    for rule in (with_spaces, without_ratings, without_contradictions, without_implied):
-        tags = rule(tags)
-    return ", ".join(tags)
-
-
-def with_spaces(tags: Sequence[str]) -> list[str]:
-    """Return the tags with spaces for underscores."""
-    return [tag if EMOTICON.fullmatch(tag) else " ".join(tag.replace("_", " ").split()) or tag for tag in tags]
-
-
-def without_ratings(tags: Sequence[str]) -> list[str]:
-    """Return the tags without those that rate the picture."""
-    return [tag for tag in tags if not RATING.fullmatch(tag)]
+    # Spaces for underscores, except in emoticons.
+    tags = [tag if EMOTICON.fullmatch(tag) else " ".join(tag.replace("_", " ").split()) or tag for tag in tags]
+    tags = without_contradictions([tag for tag in tags if not RATING.fullmatch(tag)])
+    # Without single words that a longer tag ends with: shirt beside white shirt.
+    last_words = {tag.rsplit(" ", 1)[1] for tag in tags if " " in tag}
+    return ", ".join(tag for tag in tags if tag not in last_words)
 
 
 def without_contradictions(tags: Sequence[str]) -> list[str]:
-    """Return the tags; of several people without the kinds of which there are several."""
+    """Return the tags; if there are several people, without kinds of which there are several tags."""
     if not any(SEVERAL_PEOPLE.fullmatch(tag) for tag in tags):
         return list(tags)
     kept = list(tags)
@@ -205,19 +169,8 @@ def without_contradictions(tags: Sequence[str]) -> list[str]:
     return kept
 
 
-def without_implied(tags: Sequence[str]) -> list[str]:
-    """Return the tags without single words that a longer one ends with: shirt beside white shirt."""
-    last_words = {tag.rsplit(" ", 1)[1] for tag in tags if " " in tag}
-    return [tag for tag in tags if tag not in last_words]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Captions
-# --------------------------------------------------------------------------------------------------------------
-
-
 def clean_caption(text: str, replacements: Mapping[str, str]) -> str:
-    """Return a line of a caption with whole words replaced until nothing changes."""
+    """Return a line of a caption with whole words replaced until nothing changes; raises UserError if it never ends."""
     if not replacements:
         return text
     longest_first = sorted(replacements, key=len, reverse=True)
@@ -234,8 +187,8 @@ def clean_caption(text: str, replacements: Mapping[str, str]) -> str:
 
 
 def replacement(found: str, replacements: Mapping[str, str]) -> str:
-    """Return what replaces words that were found, with a capital letter where they have one."""
-    text = replacements.get(found.casefold(), found)  # a few letters match others without being their capitals
+    """Return the replacement of words, with a capital letter if they have one."""
+    text = replacements.get(found.casefold(), found)  # a few letters match others that are not their capitals
     return text[:1].upper() + text[1:] if found[0].isupper() else text
 
 

@@ -1,14 +1,13 @@
-"""Put the tags of pictures into a metadata file, from text files beside them.
+"""Collect the tags of pictures from text files beside them into a metadata file.
 
 python finetune/merge_dd_tags_to_metadata.py pictures metadata.json
 
-reads pictures/a.txt for pictures/a.png, and so on. Entries and texts of other kinds that metadata.json has already
-are kept; a picture without a .txt file is passed over. Training takes the file with --in_json, or as metadata_file.
+reads pictures/a.txt for pictures/a.png, and so on. Existing entries of metadata.json and texts of other kinds are
+kept; a picture without a .txt file is skipped. Training reads the file with --in_json, or as metadata_file.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,29 +15,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetune.merge_texts import RULES, MergeConfig, extension_option, merge_texts
-from library.config.command_line import parse
+from finetune.merge_texts import merge_texts
 from library.logs import run_script
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextsConfig:
-    """Texts."""
-
-    caption_extension: str = extension_option(".txt")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(MergeConfig):
-    """Which texts go where."""
-
-    texts: TextsConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(Config, argv, description=__doc__, rules=RULES)
-    return merge_texts(config.files, config.names, config.texts.caption_extension, key="tags")
+    return merge_texts(argv, description=__doc__, key="tags", default_extension=".txt")
 
 
 if __name__ == "__main__":

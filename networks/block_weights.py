@@ -1,8 +1,7 @@
-"""Rank, alpha and learning rate by block of the U-Net: which block a module is in, and what each block gets.
+"""Rank, alpha and learning rate by block of the U-Net.
 
 The blocks of SD 1.x and 2.x are numbered 0 to 24: 12 on the way down, the middle (12), 12 on the way up. Block 0,
-the first convolution, has no modules. SDXL has 23. Numbers, presets and names of arguments are those of
-sd-scripts.
+the first convolution, has no modules. SDXL has 23. Numbering, presets and names of arguments are those of sd-scripts.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from library.adapters.blocks import SD, BlockTable
-from networks.lora import PREFIX_UNET, UNET_CONV_CONTAINERS, LoRAModule, RateGroup, Shape, ShapeRule, Target
+from networks.lora import PREFIX_UNET, UNET_CONV_CONTAINERS, Blocks, LoRAModule, RateGroup, Shape, ShapeRule, Target
 
 LR_ARGUMENTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 SHAPE_ARGUMENTS = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
@@ -37,7 +36,7 @@ PRESETS: dict[str, Callable[[int, int], float]] = {
 
 
 def read_lr_weights(key: str, text: str, count: int) -> list[float]:
-    """Return the weights that an argument means; raises ValueError that says the expected form."""
+    """Return the weights that an argument gives; raises ValueError with the expected form."""
     is_mid = key == "mid_lr_weight"
     name, _, offset = text.strip().partition("+")
     if name in PRESETS and not is_mid:
@@ -77,12 +76,12 @@ def read_numbers(
 
 
 # --------------------------------------------------------------------------------------------------------------
-# What each block gets
+# The shapes and learning rates of each block
 # --------------------------------------------------------------------------------------------------------------
 
 
 class BlockShape(NamedTuple):
-    """What the modules of a block get: linear layers, and 3x3 convolutions."""
+    """The shapes of the modules of a block, for linear layers and for 3x3 convolutions."""
 
     linear: Shape
     conv: Shape
@@ -92,19 +91,19 @@ NO_MODULES = BlockShape(Shape(0, 0.0), Shape(0, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockPlan:
-    """What the arguments say of every block; None where an argument is left out."""
+class BlockPlan(Blocks):
+    """The numbers for every block; None for an argument that is not given."""
 
     table: BlockTable
     dims: tuple[int, ...] | None
     alphas: tuple[float, ...] | None
     conv_dims: tuple[int, ...] | None
     conv_alphas: tuple[float, ...] | None
-    weights: tuple[float, ...]  # of the learning rate; a block of weight 0 gets no modules
-    has_weights: bool  # whether any was given: then the learning rate goes by block
+    weights: tuple[float, ...]  # of the learning rate; a block of weight 0 has no modules
+    has_weights: bool  # whether any was given: only then does the learning rate depend on the block
 
     def shapes(self, linear: Shape, conv: Shape) -> list[BlockShape]:
-        """Return the shapes of every block; linear and conv are for what is left open."""
+        """Return the shapes of every block; linear and conv are for numbers that are not given."""
         count = self.table.count
         linears = zip(self.dims or [linear.rank] * count, self.alphas or [linear.alpha] * count, strict=True)
         convs = zip(self.conv_dims or [conv.rank] * count, self.conv_alphas or [conv.alpha] * count, strict=True)
@@ -114,7 +113,7 @@ class BlockPlan:
         ]
 
     def rule(self, linear: Shape, conv: Shape) -> ShapeRule:
-        """Return the rule that gives a target of the U-Net the shape of its block; text encoders get linear."""
+        """Return the rule with the shape of its block for a target of the U-Net, and linear for text encoders."""
         shapes = self.shapes(linear, conv)
         has_conv = any(shape.conv.rank for shape in shapes)
 
@@ -142,7 +141,7 @@ class BlockPlan:
         ]
 
     def check_from_file(self) -> None:
-        """Raise ValueError where ranks or alphas are given, for a network that has those of a file."""
+        """Raise ValueError if ranks or alphas are given for a network that has those of a file."""
         given = (self.dims, self.alphas, self.conv_dims, self.conv_alphas)
         for key, numbers in zip(SHAPE_ARGUMENTS, given, strict=True):
             if numbers is not None:
@@ -150,9 +149,9 @@ class BlockPlan:
 
 
 def read_plan(given: Mapping[str, str | None], conv_dim: int | None, table: BlockTable = SD) -> BlockPlan | None:
-    """Return the plan that block arguments ask for, or None where none is given.
+    """Return the plan for the texts of arguments by block, or None if none is given.
 
-    given has texts by the names of ARGUMENTS. Raises ValueError for what cannot be read.
+    Raises ValueError for texts that cannot be read.
     """
     texts = {key: text for key, text in given.items() if text is not None}
     if not texts:
@@ -175,7 +174,7 @@ def read_plan(given: Mapping[str, str | None], conv_dim: int | None, table: Bloc
 
 
 def lr_weights(given: Mapping[str, str], table: BlockTable) -> list[float]:
-    """Return the weight of every block; parts that are left out have 1, weights up to the threshold become 0."""
+    """Return the weight of every block; parts that are not given have 1, weights up to the threshold become 0."""
     threshold = given.get("block_lr_zero_threshold")
     if threshold is not None and all(key not in given for key in LR_ARGUMENTS):
         raise ValueError("network_args: block_lr_zero_threshold needs down_lr_weight, mid_lr_weight or up_lr_weight")

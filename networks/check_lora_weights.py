@@ -1,4 +1,4 @@
-"""Tell what a network's file holds: kind, models, modules, ranks, sizes, damage, and what programs do with it.
+"""Report what a network file holds: kind, models, modules, ranks, sizes, damage, and what programs do with it.
 
 python networks/check_lora_weights.py lora.safetensors
 python networks/check_lora_weights.py lora.safetensors --json > lora.json
@@ -6,6 +6,7 @@ python networks/check_lora_weights.py lora.safetensors --json > lora.json
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -20,7 +21,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
-from library.logs import run_script
+from library.logs import FAILURE, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Metadata that fit on a screen; tools/show_metadata.py shows all.
+# Metadata in the report; tools/show_metadata.py shows all.
 SHOWN = (
     "modelspec.title",
     "modelspec.architecture",
@@ -51,47 +52,30 @@ PARTS = (
     ("text encoder", ("lora_te", "text_encoder.")),
 )
 WIDTH = 90  # characters of a metadata text
-DAMAGED = 1  # exit code of a file with damage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """What is looked at."""
+    """Report."""
 
     file: Path = option(
-        REQUIRED,
-        "network file (.safetensors, .ckpt or .pt)",
-        positional=True,
-        missing="the network",
-        reads="a file",
+        REQUIRED, "network file (.safetensors, .ckpt or .pt)", positional=True, missing="the network", reads="a file"
     )
     show_all_keys: bool = option(False, "list the tensors: shape, mean and least of absolute values", aliases=("s",))
-    json: bool = option(False, "write one JSON object for machines")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """What is looked at."""
-
-    check: CheckOptions
+    json: bool = option(False, "write the report as one JSON object")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script with a command line; return the exit code: 1 for a file with damage."""
-    config = parse(CheckConfig, argv, description=__doc__).check
+    """Run the script with a command line; return the exit code: 1 for a damaged file."""
+    config = parse(CheckOptions, argv, description=__doc__)
     report = report_of(config.file, with_tensors=config.show_all_keys)
     text = json.dumps(report, ensure_ascii=False, indent=2) if config.json else "\n".join(lines_of(report))
     sys.stdout.write(f"{text}\n")
-    return DAMAGED if report["damage"] else 0
-
-
-# --------------------------------------------------------------------------------------------------------------
-# What is found
-# --------------------------------------------------------------------------------------------------------------
+    return FAILURE if report["damage"] else 0
 
 
 def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
-    """Return what a file holds, as a table for JSON."""
+    """Return the report on a file, as an object for JSON."""
     from library.adapters import readers
     from library.adapters.lora_file import refuse_model
     from library.weight_file import data_sha256, open_weights
@@ -125,14 +109,12 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
 
 
 def counted(values: Iterator[str]) -> dict[str, int]:
-    """Return value -> how often it comes, the most frequent first."""
-    import collections
-
+    """Return value -> how often it occurs, the most frequent first."""
     return dict(collections.Counter(values).most_common())
 
 
 def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
-    """Return module -> change for those of which all tensors are there and fit together."""
+    """Return module -> change for the modules whose tensors are complete and fit together."""
     from library.adapters.lora_file import change_of, parts_of
 
     found = {}
@@ -143,27 +125,25 @@ def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
 
 
 def summaries(modules: Mapping[str, Change]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each part of a model with what a file has for it."""
+    """Yield each part of a model with a summary of its modules."""
     left = dict(modules)
     for title, starts in (*PARTS, ("other", ("",))):
         own = {name: left.pop(name) for name in list(left) if name.startswith(starts)}
         norms = {name: change.norm() for name, change in own.items()}
-        yield (
-            title,
-            {
-                "modules": len(own),
-                "ranks": counted(str(change.rank) for change in own.values()),
-                "alphas": counted(f"{change.alpha:g}" for change in own.values()),
-                "mean_norm": sum(norms.values()) / max(1, len(norms)),
-                "largest": max(norms, key=norms.__getitem__) if norms else None,
-                "largest_norm": max(norms.values(), default=0.0),
-                "without_effect": sum(norm == 0 for norm in norms.values()),
-            },
-        )
+        summary = {
+            "modules": len(own),
+            "ranks": counted(str(change.rank) for change in own.values()),
+            "alphas": counted(f"{change.alpha:g}" for change in own.values()),
+            "mean_norm": sum(norms.values()) / max(1, len(norms)),
+            "largest": max(norms, key=norms.__getitem__) if norms else None,
+            "largest_norm": max(norms.values(), default=0.0),
+            "without_effect": sum(norm == 0 for norm in norms.values()),
+        }
+        yield title, summary
 
 
 def damage_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return what is broken: numbers that are not finite, matrices without their partner or of other ranks."""
+    """Return the damage: numbers that are not finite, matrices without their partner or with another rank."""
     from library.adapters.names import roles_of
     from library.adapters.readers import pairs_of
 
@@ -188,22 +168,12 @@ def damage_of(tensors: Mapping[str, Tensor]) -> list[str]:
 def statistics_of(name: str, tensor: Tensor) -> dict[str, Any]:
     """Return name, shape, and mean and least of the absolute values of a tensor."""
     values = tensor.double().abs()
-    is_empty = values.numel() == 0
-    return {
-        "name": name,
-        "shape": list(tensor.shape),
-        "mean": None if is_empty else float(values.mean()),
-        "least": None if is_empty else float(values.min()),
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The report as text
-# --------------------------------------------------------------------------------------------------------------
+    mean, least = (float(values.mean()), float(values.min())) if values.numel() else (None, None)
+    return {"name": name, "shape": list(tensor.shape), "mean": mean, "least": least}
 
 
 def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the report as text, one screen."""
+    """Yield the lines of the report as text."""
     kinds = ", ".join(f"{kind} ({count} tensors)" for kind, count in report["kinds"].items())
     yield f"{report['file']}: {report['bytes'] / 1e6:.1f} MB, {', '.join(report['types'])}"
     yield f"kind     {kinds}"
@@ -235,7 +205,7 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def several(counts: Mapping[str, int]) -> str:
-    """Return values with how often they come, two at most."""
+    """Return the two most frequent values as text."""
     if len(counts) == 1:
         return next(iter(counts))
     shown = ", ".join(list(counts)[:2])

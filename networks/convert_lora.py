@@ -1,9 +1,9 @@
-"""Convert LoRA files between the names of sd-scripts and those of diffusers and PEFT: SD 1.x, SD 2.x and SDXL.
+"""Convert LoRA files between the formats of sd-scripts and of diffusers and PEFT: SD 1.x, SD 2.x and SDXL.
 
 python networks/convert_lora.py --model pytorch_lora_weights.safetensors --save_to lora.safetensors
 python networks/convert_lora.py --model lora.safetensors --save_to pytorch_lora_weights.safetensors --to diffusers
 
-Which names the source has is recognised. Numbers stay as they are, in their types, wherever the format allows.
+The format of the source is detected. Numbers and their types are unchanged wherever the new format allows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +23,8 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config import tool_files
 from library.config.command_line import parse
-from library.config.options import REQUIRED, option
-from library.config.tool_files import Precision
+from library.config.options import option
+from library.config.tool_files import ConvertedLora, Precision
 from library.errors import Problems, UserError
 from library.logs import run_script
 
@@ -37,41 +39,34 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
-    """Files."""
-
-    model: Path = option(REQUIRED, "LoRA file", missing="the LoRA file", reads="a file")
-    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """Conversion."""
 
     to: Literal["kohya", "kohya_diffusers", "diffusers"] = option(
         "kohya",
-        "names to write: kohya as sd-scripts and this suite; kohya_diffusers the same, SDXL's U-Net by diffusers' "
-        "blocks; diffusers for load_lora_weights and PEFT",
+        "names to write: kohya for sd-scripts and this suite; kohya_diffusers the same, but SDXL's U-Net by the blocks "
+        "of diffusers; diffusers for load_lora_weights and PEFT",
     )
     keep_alpha: bool = option(
-        False, "to diffusers: write alphas as PEFT's configuration, which diffusers reads and web UIs do not; "
-        "otherwise they go into the matrices"
-    )  # fmt: skip
-    save_precision: Precision | None = option(None, "type of what is written; unset: as it is")
-    allow_unmatched: bool = option(False, "leave out what has no name in the other format")
+        False,
+        "with --to diffusers: write alphas as PEFT's configuration, which diffusers reads and web UIs do not; "
+        "otherwise the matrices are multiplied by them",
+    )
+    save_precision: Precision | None = option(None, "type of the tensors to write; unset: that of the source")
+    allow_unmatched: bool = option(False, "skip modules that have no name in the other format")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What is converted into what."""
+    """All options."""
 
-    files: FilesConfig
+    files: ConvertedLora
     convert: ConvertOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ConvertConfig, argv, description=__doc__, rules=(check_save_to, check_conversion))
+    config = parse(ConvertConfig, argv, description=__doc__, rules=(check_options,))
     from library.adapters.lora_file import read_lora
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -85,45 +80,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_save_to(config: ConvertConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --save_to."""
-    tool_files.check_output("--save_to", config.files.save_to, problems)
-    tool_files.check_apart("--save_to", config.files.save_to, (config.files.model,))
-
-
-def check_conversion(config: ConvertConfig, problems: Problems) -> None:
-    """Raise UserError for options that do not fit together."""
+def check_options(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to, and options that do not fit together."""
+    problems.run(config.files.check_save_to, problems)
     if config.convert.keep_alpha and config.convert.to != "diffusers":
-        raise UserError("--keep_alpha is for --to diffusers; files of sd-scripts always have their alphas")
+        problems.add("--keep_alpha is for --to diffusers; files of sd-scripts always have their alphas")
 
 
 def known_layers(file: LoraFile, options: ConvertOptions) -> dict[str, Layer]:
-    """Return module -> layer; what is none is left out if that is allowed, or a UserError."""
+    """Return module -> layer; raises UserError for modules that are not known, unless skipping them is allowed."""
     from library.adapters.merging import warn_of_unmatched
 
-    layers = {name: file.layer(name) for name in file.changes}
-    unknown = [name for name, layer in layers.items() if layer is None]
-    where = Path(f"models of {family_title(file)}")
+    layers = {name: layer for name in file.changes if (layer := file.layer(name)) is not None}
+    unknown = [name for name in file.changes if name not in layers]
+    where = f"models of {family_title(file)}"
     warn_of_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
-    found = {name: layer for name, layer in layers.items() if layer is not None}
-    if not found:
+    if not layers:
         raise UserError(f"{file.path} has no module that is known")
-    return found
+    return layers
 
 
 def family_title(file: LoraFile) -> str:
-    """Return the kind of model that a file is for, in words."""
+    """Return the name of the family of models that a file is for."""
     return file.family.title if file.family else "SD 1.x or 2.x"
 
 
 def written_type(options: ConvertOptions) -> torch.dtype | None:
-    """Return the type of what is written, None to keep each tensor's own."""
+    """Return the type of the tensors to write, None to keep the type of each."""
     return None if options.save_precision is None else tool_files.dtype_named(options.save_precision)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# To the names of sd-scripts
-# --------------------------------------------------------------------------------------------------------------
 
 
 def for_kohya(
@@ -148,11 +132,6 @@ def for_kohya(
     return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | without_hashes(kept)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# To the names of diffusers
-# --------------------------------------------------------------------------------------------------------------
-
-
 def for_diffusers(
     file: LoraFile, layers: Mapping[str, Layer], options: ConvertOptions
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -172,13 +151,11 @@ def for_diffusers(
 
 
 def folded(change: Change) -> Change:
-    """Return a change whose factors hold its scale, so that alpha is the rank.
+    """Return a change with its scale multiplied into the factors and the rank as alpha.
 
-    A scale that is a power of two costs no bit: it goes into the upper factor, or half into each where half
-    precision would run out of small numbers; for any other the upper factor becomes float32.
+    A scale that is a power of two loses no bit: the upper factor is multiplied by it, or each factor by a part of it if
+    half precision would underflow. For any other scale the upper factor becomes float32.
     """
-    import math
-
     import torch
 
     scale, rank = change.scale, float(change.rank)
@@ -196,12 +173,11 @@ def folded(change: Change) -> Change:
 
 
 def peft_configuration(file: LoraFile, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """Return the configuration of PEFT for each part: the commonest rank and alpha, and what differs by module.
+    """Return the configuration of PEFT for each part: the commonest rank and alpha, and the modules with others.
 
-    PEFT matches ends of paths, so those of text encoders go without `text_model.`, which not all transformers have.
+    PEFT matches the ends of paths, so those of text encoders are without `text_model.`, which newer versions of
+    transformers do not have.
     """
-    import statistics
-
     configuration: dict[str, Any] = {}
     for part in sorted({layer.part for layer in layers.values()}):
         own = {layer.path: file.changes[module] for module, layer in layers.items() if layer.part == part}

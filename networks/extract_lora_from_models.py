@@ -1,10 +1,10 @@
-"""Extract a LoRA from two models: what training changed, as nearly as a rank can hold it. SD 1.x, SD 2.x and SDXL.
+"""Extract a LoRA from two models: their difference, approximated at a rank. SD 1.x, SD 2.x and SDXL.
 
 python networks/extract_lora_from_models.py --model_org base.safetensors --model_tuned tuned.safetensors
     --save_to difference.safetensors --dim 32 --save_precision fp16
 
-Models are checkpoints or Diffusers folders, also one of each. They are read layer by layer, differences are made in
-float32. A text encoder that did not change is left out.
+Each model is a checkpoint or a Diffusers folder. They are read layer by layer, and differences are computed in float32.
+A text encoder that did not change is omitted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from library.logs import run_script
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from library.adapters.energy import KeptByBlock
+    from library.adapters.energy import EnergyByBlock
     from library.adapters.layers import Layer, Place
     from library.adapters.low_rank import Change
     from library.models.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class ExtractFiles:
     """Files."""
 
     model_org: Path = option(
@@ -57,18 +57,23 @@ class FilesConfig:
         reads="a file or a folder",
     )
     save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
-    save_precision: Precision | None = option(None, "type of what is written; unset: float")
-    no_metadata: bool = option(False, "write no metadata of where the file comes from")
+    save_precision: Precision | None = option(None, "type of the tensors to write; unset: float")
+    no_metadata: bool = option(False, "write no metadata about the two models")
+
+    def check_save_to(self, problems: Problems) -> None:
+        """Add to problems what is wrong with --save_to."""
+        tool_files.check_output("--save_to", self.save_to, problems)
+        tool_files.check_apart("--save_to", self.save_to, (self.model_org, self.model_tuned))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KindConfig:
-    """Kind of model: recognised by itself."""
+    """Kind of model, which is detected."""
 
-    v2: bool = option(False, "the models are SD 2.x: a check")
-    sdxl: bool = option(False, "the models are SDXL: a check")
-    v_parameterization: bool | None = option(None, "written into the metadata; unset: for SD 2.x, as sd-scripts has it")
-    load_precision: Precision | None = option(None, "accepted; differences are always made in float32")
+    v2: bool = option(False, "check that the models are SD 2.x")
+    sdxl: bool = option(False, "check that the models are SDXL")
+    v_parameterization: bool | None = option(None, "for the metadata; unset: true for SD 2.x, as in sd-scripts")
+    load_precision: Precision | None = option(None, "accepted; differences are always computed in float32")
     load_original_model_to: str | None = option(None, "accepted; models are read layer by layer")
     load_tuned_model_to: str | None = option(None, "accepted; models are read layer by layer")
 
@@ -78,29 +83,31 @@ class ExtractOptions:
     """Extraction."""
 
     dim: int = option(4, "rank of linear layers and 1x1 convolutions", minimum=1)
-    conv_dim: int | None = option(None, "rank of larger convolutions; unset: none, and no layers of resnets", minimum=1)
-    min_diff: float = option(0.01, "a text encoder whose numbers all differ by less is left out", minimum=0)
+    conv_dim: int | None = option(
+        None, "rank of larger convolutions; unset: no modules for layers of resnets", minimum=1
+    )
+    min_diff: float = option(0.01, "omit a text encoder in which no number differs by more", minimum=0)
     clamp_quantile: float | None = option(
         None, "cut numbers of the factors above this quantile (sd-scripts: 0.99), which changes the result; unset: none"
     )
-    exact: bool = option(False, "decompose the differences whole; otherwise the energy kept is within 0.1 % of that")
-    seed: int = option(0, "seed of the random start of the decompositions", minimum=0)
-    device: str = option("cpu", "where the decompositions are made, such as cuda")
+    exact: bool = option(False, "decompose the whole differences; otherwise the kept energy is within 0.1 % of that")
+    seed: int = option(0, "seed of the random start of decompositions", minimum=0)
+    device: str = option("cpu", "where the decompositions are computed, such as cuda")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What is extracted from which models."""
+    """All options."""
 
-    files: FilesConfig
+    files: ExtractFiles
     kind: KindConfig
     extract: ExtractOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ExtractConfig, argv, description=__doc__, rules=(check_save_to, check_extraction))
-    from library.adapters.energy import KeptByBlock
+    config = parse(ExtractConfig, argv, description=__doc__, rules=(check_options,))
+    from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict
     from library.files import disk_errors
     from library.models.checkpoint import open_checkpoint
@@ -109,50 +116,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     original, tuned = open_checkpoint(config.files.model_org), open_checkpoint(config.files.model_tuned)
     check_kind(config.kind, original, tuned)
     pairs = paired_layers(original, tuned, with_convolutions=config.extract.conv_dim is not None)
-    kept = KeptByBlock()
-    changes = extracted(config.extract, original, tuned, pairs, kept)
+    energy = EnergyByBlock()
+    changes = extracted(config.extract, original, tuned, pairs, energy)
     if not changes:
         raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
-    for line in kept.lines():
-        logger.info("%s", line)
-    dtype = tool_files.dtype_named(config.files.save_precision or "float")
+    energy.log()
+    tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
-        write_weights(
-            config.files.save_to, to_state_dict(changes, dtype), metadata_of(config, original, tuned, changes)
-        )
+        write_weights(config.files.save_to, tensors, metadata_of(config, original, tuned, changes))
     logger.info("saved %s: %d modules", config.files.save_to, len(changes))
     return 0
 
 
-def check_save_to(config: ExtractConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --save_to."""
-    files = config.files
-    tool_files.check_output("--save_to", files.save_to, problems)
-    tool_files.check_apart("--save_to", files.save_to, (files.model_org, files.model_tuned))
-
-
-def check_extraction(config: ExtractConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with the options of kind, ranks and decompositions."""
+def check_options(config: ExtractConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the options of files, kind, ranks and decompositions."""
+    problems.run(config.files.check_save_to, problems)
     if config.kind.v2 and config.kind.sdxl:
-        problems.add("--v2 and --sdxl were both given: leave out both, the kind of model is recognised")
+        problems.add("--v2 and --sdxl were both given: leave out both, the kind of model is detected")
     problems.run(rank_options.check_quantile, config.extract.clamp_quantile)
     problems.run(tool_files.check_device, config.extract.device)
 
 
 def check_kind(kind: KindConfig, original: Checkpoint, tuned: Checkpoint) -> None:
-    """Raise UserError for models of two kinds, or of another than was said."""
+    """Raise UserError for models of two kinds, or of another kind than the options name."""
     from library.models.family import check_flags
 
     if original.family is not tuned.family:
         raise UserError(
             f"{original.path} is an {original.family.title} model, {tuned.path} an {tuned.family.title} model: "
-            "a LoRA is extracted from two of one kind"
+            "both must be of one kind"
         )
     check_flags(original.family, original.path, v2=kind.v2, sdxl=kind.sdxl)
 
 
 def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions: bool) -> Pairs:
-    """Return the layers that a LoRA acts on, with their places in both models; raises UserError for other shapes."""
+    """Return the layers that a LoRA changes, with their places in both models; raises UserError for unequal shapes."""
     from library.adapters.layers import UNET, is_attention_layer, is_block_layer, places
 
     first, second = places(original), places(tuned)
@@ -162,30 +160,25 @@ def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions:
     if any(name.startswith(UNET) for name in only_one):
         raise UserError(
             f"{len(only_one)} layers are in one of {original.path} and {tuned.path} only, such as {only_one[-1]}: "
-            "one of the models is not whole"
+            "one of the models is incomplete"
         )
     if only_one:
-        logger.warning("%d layers of text encoders are in one of the models only; they are left out", len(only_one))
-    shapes = original.shapes, tuned.shapes
+        logger.warning("%d layers of text encoders are in only one of the models; they are omitted", len(only_one))
     for layer, (one, other) in pairs.items():
-        sizes = [squeezed(shape[place.name]) for shape, place in zip(shapes, (one, other), strict=True)]
-        if sizes[0] != sizes[1]:
+        # Without ones: a linear layer and a 1x1 convolution are the same.
+        first_shape, second_shape = original.shapes[one.name], tuned.shapes[other.name]
+        if [size for size in first_shape if size != 1] != [size for size in second_shape if size != 1]:
             raise UserError(
-                f"{layer.path} has the shape {shapes[0][one.name]} in {original.path} and {shapes[1][other.name]} "
-                f"in {tuned.path}: the models do not belong together"
+                f"{layer.path} has the shape {first_shape} in {original.path} and {second_shape} in {tuned.path}: "
+                "the models do not belong together"
             )
     return pairs
 
 
-def squeezed(shape: Sequence[int]) -> list[int]:
-    """Return a shape without ones: a linear layer and a 1x1 convolution are the same."""
-    return [size for size in shape if size != 1]
-
-
 def extracted(
-    options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs, kept: KeptByBlock
+    options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs, energy: EnergyByBlock
 ) -> dict[str, Change]:
-    """Return the change of each module that changed; those of a text encoder that hardly did are left out."""
+    """Return the change of each module that differs, except in text encoders below --min_diff; add their energy."""
     import torch
     from tqdm import tqdm
 
@@ -194,8 +187,8 @@ def extracted(
 
     generator = torch.Generator().manual_seed(options.seed)
     changes: dict[str, Change] = {}
-    left_out = unchanged_encoders(options, original, tuned, pairs)
-    pairs = {layer: places for layer, places in pairs.items() if layer.part not in left_out}
+    omitted = unchanged_encoders(options, original, tuned, pairs)
+    pairs = {layer: places for layer, places in pairs.items() if layer.part not in omitted}
     for layer, places in tqdm(pairs.items(), desc="extracting", unit="module"):
         difference = difference_of(original, tuned, places)
         if not bool(difference.any()):
@@ -204,17 +197,17 @@ def extracted(
         is_large_conv = difference.ndim == 4 and difference.shape[2:] != (1, 1)
         rank = options.conv_dim if is_large_conv and options.conv_dim is not None else options.dim
         spectrum = exact_spectrum(matrix) if options.exact else nearest_spectrum(matrix, rank, generator)
-        # One alpha for all, whatever ranks a layer can have: diffusers takes one for all attention layers.
+        # The same alpha for all, whatever their ranks: diffusers takes one alpha for all attention layers.
         change = spectrum.truncated(rank, (rank, *difference.shape[1:])).with_alpha(float(rank))
         if options.clamp_quantile is not None:
             change = clamped(change, options.clamp_quantile)
         changes[module_name(layer, original.family)] = change.to("cpu")
-        kept.add(layer, spectrum, change.rank)
+        energy.add(layer, spectrum, change.rank)
     return changes
 
 
 def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> set[str]:
-    """Return the text encoders of which no layer differs by more than --min_diff in any number."""
+    """Return the text encoders in which no number differs by more than --min_diff."""
     from library.adapters.layers import UNET
 
     largest: dict[str, float] = {}
@@ -225,7 +218,7 @@ def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Che
     unchanged = {part for part, found in largest.items() if found <= options.min_diff}
     for part in sorted(unchanged):
         logger.info(
-            "%s is left out: its numbers differ by %.2g at most (--min_diff %g)",
+            "%s is omitted: its numbers differ by %.2g at most (--min_diff %g)",
             part.replace("_", " "),
             largest[part],
             options.min_diff,
@@ -234,7 +227,7 @@ def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Che
 
 
 def difference_of(original: Checkpoint, tuned: Checkpoint, places: tuple[Place, Place]) -> Tensor:
-    """Return tuned less original of a layer, float32, in the shape of the original; raises UserError for NaN."""
+    """Return tuned minus original of a layer, float32, in the shape of the original; raises UserError for NaN."""
     from library.weight_file import check_finite
 
     weights = []

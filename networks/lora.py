@@ -1,4 +1,4 @@
-"""LoRA for Stable Diffusion, in one file that stands alone (standard library, torch, safetensors).
+"""LoRA for Stable Diffusion, in one file that needs nothing else of the suite (standard library, torch, safetensors).
 
 Copy this file into a project that uses diffusers and write:
 
@@ -10,14 +10,14 @@ Copy this file into a project that uses diffusers and write:
     network.load_state_dict(weights)
     network.to(device, dtype=torch.float16)
     network.set_multiplier(0.5)   # at any time
-    network.remove()              # the models are as they were
+    network.remove()              # the models are as before apply_to
 
-Several networks on the same models add up. `network.merge_to(text_encoder, unet, weights)` instead of
-`apply_to` and `load_state_dict` writes the change into the models' own weights.
+The changes of several networks on the same models add up. To write the change into the models' own weights, call
+`network.merge_to(text_encoder, unet, weights)` instead of `apply_to` and `load_state_dict`.
 
 A LoRA (arXiv 2106.09685) adds to a layer's output W x the term m * alpha / R * U D x, where D (down) has R rows
-and U (up) starts at zero; m is the multiplier. LoRA-LierLa acts on linear layers and 1x1 convolutions,
-LoRA-C3Lier also on 3x3 convolutions. Names, shapes and metadata of files are those of sd-scripts.
+and U (up) starts at zero; m is the multiplier. LoRA-LierLa changes linear layers and 1x1 convolutions,
+LoRA-C3Lier also 3x3 convolutions. Names, shapes and metadata of files are those of sd-scripts.
 
 Letters of shapes: B batch, T tokens, R rank, H and W height and width.
 """
@@ -33,7 +33,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 PREFIX_UNET = "lora_unet"
-PREFIX_TEXT_ENCODER = "lora_te"  # one encoder; two are numbered: lora_te1, lora_te2
+PREFIX_TEXT_ENCODER = "lora_te"  # of a single encoder; two are numbered: lora_te1, lora_te2
 
 # Containers by class name: every Linear and Conv2d inside one is a target.
 UNET_CONTAINERS = ("Transformer2DModel",)
@@ -54,21 +54,23 @@ TEXT_ENCODER_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 Module = nn.Module
 Layer = nn.Linear | nn.Conv2d
 Weights = Mapping[str, Tensor]
+TextEncoders = Module | Sequence[Module] | None
+AnyArgs = TypeVar("AnyArgs", bound="LoraArgs")
 AnyNetwork = TypeVar("AnyNetwork", bound="LoRANetwork")
 
 
 class Shape(NamedTuple):
-    """Rank and alpha of one module; rank 0 is no module."""
+    """Rank and alpha of one module; rank 0 means no module."""
 
     rank: int
     alpha: float
 
 
 class Dropouts(NamedTuple):
-    """Probabilities of the three dropouts, which act only in training mode; 0 is off."""
+    """Probabilities of the three dropouts, which apply only in training mode; 0 is off."""
 
     neuron: float = 0.0  # of each entry of the down layer's output
-    rank: float = 0.0  # of each of the R ranks, per picture; the rest is scaled up
+    rank: float = 0.0  # of each of the R ranks, per picture; the other ranks are scaled up
     module: float = 0.0  # of the whole module, per call
 
 
@@ -85,7 +87,7 @@ class Target(NamedTuple):
         return isinstance(self.layer, nn.Conv2d) and self.layer.kernel_size != (1, 1)
 
 
-# A shape rule says what a target gets: rank and alpha, or None for no module there.
+# Returns rank and alpha of the module for a target, or None for no module.
 ShapeRule = Callable[[Target], "Shape | None"]
 
 
@@ -111,7 +113,7 @@ class LoRAModule(nn.Module):
         self.multiplier = multiplier
         self.dropouts = dropouts or Dropouts()
         self.enabled = True
-        # A list hides the layer from torch, so that it is no child and no part of the state dict.
+        # In a list, so that torch does not register the layer as a child of this module.
         self.org_module_ref = [layer]
         self.org_forward: Callable[..., Tensor] = layer.forward
         self.is_applied = False
@@ -119,20 +121,14 @@ class LoRAModule(nn.Module):
         self.lora_down: Layer
         self.lora_up: Layer
         if isinstance(layer, nn.Conv2d):
-            kernel, stride, padding = pair(layer.kernel_size), pair(layer.stride), layer.padding
-            self.is_conv, self.is_pointwise = True, kernel == stride == (1, 1)
-            self.lora_down = nn.Conv2d(
-                layer.in_channels,
-                shape.rank,
-                kernel,
-                stride,
-                padding if isinstance(padding, str) else pair(padding),
-                pair(layer.dilation),
-                bias=False,
-            )
+            geometry: dict[str, Any] = {
+                key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")
+            }
+            self.is_conv, self.is_pointwise = True, layer.kernel_size == layer.stride == (1, 1)
+            self.lora_down = nn.Conv2d(layer.in_channels, shape.rank, **geometry, bias=False)
             self.lora_up = nn.Conv2d(shape.rank, layer.out_channels, 1, bias=False)
         else:
-            # Not weight.shape, which a quantised layer packs.
+            # Not from weight.shape: a quantised layer packs its weight.
             self.lora_down = nn.Linear(layer.in_features, shape.rank, bias=False)
             self.lora_up = nn.Linear(shape.rank, layer.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
@@ -141,7 +137,7 @@ class LoRAModule(nn.Module):
         self._update_scale()
 
     def _update_scale(self) -> None:
-        self.scale = float(self.alpha) / self.lora_dim  # a number: reading alpha in each call would wait for the GPU
+        self.scale = float(self.alpha) / self.lora_dim  # a Python number: reading alpha in each call waits for the GPU
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -155,11 +151,11 @@ class LoRAModule(nn.Module):
     # ---- attach, detach -------------------------------------------------------------------------------------
 
     def apply_to(self) -> None:
-        """Take the place of the layer's forward; networks applied later wrap this one."""
+        """Replace the layer's forward by this module's; networks applied later wrap this one."""
         if self.is_applied:
             raise ValueError(f"{self.lora_name} is applied already")
         self.org_forward, self.is_applied = self.org_module.forward, True
-        self.org_module.__dict__["forward"] = self.forward  # it hides that of the class
+        self.org_module.__dict__["forward"] = self.forward  # hides that of the class
 
     def remove(self) -> None:
         """Undo apply_to, whether or not other networks were applied since."""
@@ -172,7 +168,7 @@ class LoRAModule(nn.Module):
                 outer = owner(outer.org_forward)
             outer.org_forward = self.org_forward
         elif owner(self.org_forward) is layer:
-            del layer.__dict__["forward"]  # the class's own forward shows again
+            del layer.__dict__["forward"]  # uncovers the forward of the class
         else:
             layer.__dict__["forward"] = self.org_forward
         self.is_applied = False
@@ -255,12 +251,6 @@ class LoRAModule(nn.Module):
         layer.weight.data = merged.to(layer.weight.device, dtype or layer.weight.dtype)
 
 
-def pair(values: tuple[int, ...]) -> tuple[int, int]:
-    """Return the (height, width) of a convolution's geometry."""
-    height, width = values
-    return height, width
-
-
 def owner(forward: Callable[..., Tensor]) -> Any:
     """Return the object of a bound method, None for a function."""
     return getattr(forward, "__self__", None)
@@ -285,120 +275,109 @@ def find_targets(model: Module, prefix: str, containers: Sequence[str]) -> Itera
 def text_encoder_targets(text_encoder: Module, prefix: str) -> Iterator[Target]:
     """Yield the targets of a CLIP text encoder under their canonical names.
 
-    Files say `text_model`; from transformers 5.6 on, CLIPTextModel has no such level.
+    Names in files contain `text_model`; since transformers 5.6 CLIPTextModel has no such level.
     """
     if not hasattr(text_encoder, "text_model"):
         prefix = f"{prefix}.text_model"
     yield from find_targets(text_encoder, prefix, TEXT_ENCODER_CONTAINERS)
 
 
-def text_encoder_prefixes(number: int) -> list[str]:
-    """Return the name prefix of each text encoder; only two or more are numbered."""
-    return [PREFIX_TEXT_ENCODER] if number == 1 else [f"{PREFIX_TEXT_ENCODER}{index + 1}" for index in range(number)]
-
-
 # --------------------------------------------------------------------------------------------------------------
-# What the modules get
+# Ranks, alphas and learning rates
 # --------------------------------------------------------------------------------------------------------------
 
 
 class RateGroup(NamedTuple):
-    """Modules over the U-Net that learn at one rate, which is a multiple of the U-Net's."""
+    """Modules of the U-Net with one learning rate: weight times that of the U-Net."""
 
     name: str
     modules: Sequence[LoRAModule]
     weight: float = 1.0
 
 
-class ByBlock(Protocol):
-    """Ranks, alphas and rates that go by block of the U-Net: what networks/block_weights.py reads."""
+class Blocks:
+    """Ranks, alphas and learning rates over the blocks of a U-Net: here the same in all.
+
+    The subclass in networks/block_weights.py has different ones.
+    """
 
     def rule(self, linear: Shape, conv: Shape) -> ShapeRule:
-        """Return the rule by block; linear and conv are for what is left open, conv of 3x3 convolutions."""
+        """Return the rule for all targets; conv is the shape for 3x3 convolutions, whose rank may be 0."""
+
+        def rule(target: Target) -> Shape | None:
+            if target.is_large_conv:
+                return conv
+            return linear if conv.rank or target.container not in UNET_CONV_CONTAINERS else None
+
+        return rule
 
     def groups(self, modules: Sequence[LoRAModule]) -> list[RateGroup]:
-        """Return the modules over the U-Net by rate."""
+        """Return the modules of the U-Net by their learning rate."""
+        return [RateGroup("unet", modules)]
 
     def check_from_file(self) -> None:
-        """Raise ValueError where ranks or alphas are given, for a network that has those of a file."""
+        """Raise ValueError if ranks or alphas are given, because a network from a file has those of the file."""
+
+
+def reading(kind: type[int] | type[float], form: str, least: float, below: float = math.inf) -> dict[str, Any]:
+    """Return how an argument is read, as metadata of its field: a number from least to below, and that in words."""
+
+    def read(text: Any) -> int | float:
+        number = kind(text)
+        if not least <= number < below:
+            raise ValueError
+        return number
+
+    return {"read": read, "form": form}
+
+
+POSITIVE = reading(int, "a whole number of at least 1", 1)
+FINITE = reading(float, "a finite number of at least 0", 0)
+PROBABILITY = reading(float, "a number of at least 0 and below 1", 0, 1)
+UNUSED = {"read": lambda text: None if text in (None, "None") else float(text), "form": "a number"}
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraArgs:
     """The arguments of `--network_args key=value`."""
 
-    conv_dim: int | None = None  # rank of 3x3 convolutions; None is no module there
-    conv_alpha: float = 1.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    loraplus_lr_ratio: float | None = None
-    loraplus_unet_lr_ratio: float | None = None
-    loraplus_text_encoder_lr_ratio: float | None = None
-    dropout: float | None = None  # for other modules: here it is --network_dropout
-    blocks: ByBlock | None = None
-
-    def rule(self, linear: Shape) -> ShapeRule:
-        """Return the rule of a fresh network with rank and alpha of linear layers."""
-        conv = Shape(self.conv_dim or 0, self.conv_alpha)
-        return uniform_rule(linear, conv) if self.blocks is None else self.blocks.rule(linear, conv)
+    conv_dim: int | None = dataclasses.field(default=None, metadata=POSITIVE)  # of 3x3 convolutions; None: no modules
+    conv_alpha: float = dataclasses.field(default=1.0, metadata=FINITE)
+    rank_dropout: float = dataclasses.field(default=0.0, metadata=PROBABILITY)
+    module_dropout: float = dataclasses.field(default=0.0, metadata=PROBABILITY)
+    loraplus_lr_ratio: float | None = dataclasses.field(default=None, metadata=FINITE)
+    loraplus_unet_lr_ratio: float | None = dataclasses.field(default=None, metadata=FINITE)
+    loraplus_text_encoder_lr_ratio: float | None = dataclasses.field(default=None, metadata=FINITE)
+    dropout: float | None = dataclasses.field(default=None, metadata=UNUSED)  # for other modules' --network_dropout
+    blocks: Blocks = dataclasses.field(default_factory=Blocks)
 
 
-# How an argument is read, which values it may have, and the same in words.
-Reading = tuple[Callable[[Any], Any], Callable[[Any], bool], str]
-POSITIVE: Reading = (int, lambda number: number >= 1, "at least 1")
-FINITE: Reading = (float, lambda number: 0 <= number < math.inf, "a finite number of at least 0")
-PROBABILITY: Reading = (float, lambda number: 0 <= number < 1, "at least 0 and below 1")
-UNUSED: Reading = (lambda text: None if text in (None, "None") else float(text), lambda number: True, "a number")
-READINGS = {
-    "conv_dim": POSITIVE,
-    "conv_alpha": FINITE,
-    "rank_dropout": PROBABILITY,
-    "module_dropout": PROBABILITY,
-    "loraplus_lr_ratio": FINITE,
-    "loraplus_unet_lr_ratio": FINITE,
-    "loraplus_text_encoder_lr_ratio": FINITE,
-    "dropout": UNUSED,
-}
-
-
-def read_network_args(given: Mapping[str, Any]) -> LoraArgs:
-    """Return the network_args read; raises ValueError for an unknown key or a bad value."""
+def read_network_args(given: Mapping[str, Any], kind: type[AnyArgs]) -> AnyArgs:
+    """Return the network_args as values of a kind; raises ValueError for an unknown key or a bad value."""
+    known = {field.name: field.metadata for field in dataclasses.fields(kind) if field.metadata}
     values: dict[str, Any] = {}
-    for key, (read, is_valid, form) in READINGS.items():
-        if key not in given:
-            continue
+    for key in (key for key in known if key in given):
         try:
-            values[key] = read(given[key])
+            values[key] = known[key]["read"](given[key])
         except ValueError:
-            raise ValueError(f"network_args: {key} must be a number, got {given[key]!r}") from None
-        if not is_valid(values[key]):
-            raise ValueError(f"network_args: {key} must be {form}, got {values[key]:g}")
-    others = {key: given[key] for key in given if key not in READINGS}
-    return LoraArgs(**values, blocks=read_blocks(others, values.get("conv_dim")) if others else None)
+            raise ValueError(f"network_args: {key} must be {known[key]['form']}, got {given[key]!r}") from None
+    others = {key: given[key] for key in given if key not in known}
+    if others:
+        values["blocks"] = read_blocks(others, values.get("conv_dim"), list(known))
+    return kind(**values)
 
 
-def read_blocks(given: Mapping[str, Any], conv_dim: int | None) -> ByBlock | None:
-    """Return what arguments by block say; raises ValueError for others, and where the file stands alone."""
+def read_blocks(given: Mapping[str, Any], conv_dim: int | None, known: Sequence[str]) -> Blocks:
+    """Return the arguments by block as values; raises ValueError for others, and if this file is used alone."""
     try:
         from networks.block_weights import ARGUMENTS, read_plan
     except ImportError as error:
         raise ValueError(f"network_args: {', '.join(given)}: not known without networks/block_weights.py") from error
     for key in given:
         if key not in ARGUMENTS:
-            near = difflib.get_close_matches(key, [*READINGS, *ARGUMENTS], n=1)
+            near = difflib.get_close_matches(key, [*known, *ARGUMENTS], n=1)
             raise ValueError(f"network_args: {key} is not known{f'; did you mean {near[0]}?' if near else ''}")
-    return read_plan(given, conv_dim)
-
-
-def uniform_rule(linear: Shape, conv: Shape) -> ShapeRule:
-    """Return the rule that gives all targets one shape, and 3x3 convolutions another one, if its rank is not 0."""
-
-    def rule(target: Target) -> Shape | None:
-        if target.is_large_conv:
-            return conv
-        return linear if conv.rank or target.container not in UNET_CONV_CONTAINERS else None
-
-    return rule
+    return read_plan(given, conv_dim) or Blocks()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -407,13 +386,13 @@ def uniform_rule(linear: Shape, conv: Shape) -> ShapeRule:
 
 
 class LoRANetwork(nn.Module):
-    """All LoRA modules over one set of models; its state dict is the content of a file."""
+    """All LoRA modules of one set of models; its state dict is the content of a file."""
 
     module_class: type[LoRAModule] = LoRAModule
 
     def __init__(
         self,
-        text_encoder: Module | Sequence[Module] | None,
+        text_encoder: TextEncoders,
         unet: Module,
         rule: ShapeRule,
         args: LoraArgs,
@@ -428,7 +407,9 @@ class LoRANetwork(nn.Module):
             args.loraplus_lr_ratio, args.loraplus_unet_lr_ratio, args.loraplus_text_encoder_lr_ratio
         )
         dropouts = Dropouts(neuron_dropout or 0.0, args.rank_dropout, args.module_dropout)
-        encoders = as_list(text_encoder)
+        encoders = [text_encoder] if isinstance(text_encoder, Module) else list(text_encoder or [])
+        numbered = [f"{PREFIX_TEXT_ENCODER}{number}" for number in range(1, len(encoders) + 1)]
+        prefixes = [PREFIX_TEXT_ENCODER] if len(encoders) == 1 else numbered
 
         def build(targets: Iterable[Target]) -> list[LoRAModule]:
             shaped = ((target, rule(target)) for target in targets)
@@ -439,23 +420,22 @@ class LoRANetwork(nn.Module):
             ]
 
         self._text_encoder_parts = [
-            build(text_encoder_targets(encoder, prefix))
-            for encoder, prefix in zip(encoders, text_encoder_prefixes(len(encoders)), strict=True)
+            build(text_encoder_targets(encoder, prefix)) for encoder, prefix in zip(encoders, prefixes, strict=True)
         ]
-        self._unet_part = build(find_targets(unet, PREFIX_UNET, UNET_CONTAINERS + UNET_CONV_CONTAINERS))
+        self.unet_loras = build(find_targets(unet, PREFIX_UNET, UNET_CONTAINERS + UNET_CONV_CONTAINERS))
         for module in self.modules_in_order():
             self.add_module(module.lora_name, module)
 
-    # ---- made from arguments or a file ----------------------------------------------------------------------
+    # ---- from arguments or a file ---------------------------------------------------------------------------
 
     @classmethod
     def read_args(cls, network_args: Mapping[str, Any], shapes: Iterable[Shape]) -> LoraArgs:
-        """Return the network_args read; raises ValueError for those that are unknown, bad, or do not go with shapes.
+        """Return the network_args as values; raises ValueError for any that are unknown, bad, or do not fit the shapes.
 
-        Shapes are those of the network's linear layers, as far as they are known.
+        shapes are those of the network's linear layers, as far as they are known.
         """
         del shapes
-        return read_network_args(network_args)
+        return read_network_args(network_args, LoraArgs)
 
     @classmethod
     def check_network_args(
@@ -471,19 +451,20 @@ class LoRANetwork(nn.Module):
         network_dim: int | None,
         network_alpha: float | None,
         vae: Any,
-        text_encoder: Module | Sequence[Module] | None,
+        text_encoder: TextEncoders,
         unet: Module,
         neuron_dropout: float | None = None,
         **network_args: Any,
     ) -> AnyNetwork:
-        """Return a fresh network: LoRA-LierLa, or with conv_dim in network_args LoRA-C3Lier.
+        """Return a new network: LoRA-LierLa, or with conv_dim in network_args LoRA-C3Lier.
 
-        network_args come as texts from `--network_args key=value`. Raises ValueError for unknown or bad ones.
+        network_args are the texts of `--network_args key=value`. Raises ValueError for unknown or bad ones.
         """
         del vae
         linear = Shape(network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha)
         args = cls.read_args(network_args, [linear])
-        return cls(text_encoder, unet, args.rule(linear), args, multiplier=multiplier, neuron_dropout=neuron_dropout)
+        rule = args.blocks.rule(linear, Shape(args.conv_dim or 0, args.conv_alpha))
+        return cls(text_encoder, unet, rule, args, multiplier=multiplier, neuron_dropout=neuron_dropout)
 
     @classmethod
     def create_network_from_weights(
@@ -491,7 +472,7 @@ class LoRANetwork(nn.Module):
         multiplier: float,
         file: str | Path | None,
         vae: Any,
-        text_encoder: Module | Sequence[Module] | None,
+        text_encoder: TextEncoders,
         unet: Module,
         weights_sd: Weights | None = None,
         for_inference: bool = False,
@@ -500,31 +481,26 @@ class LoRANetwork(nn.Module):
     ) -> tuple[AnyNetwork, Weights]:
         """Return (network, weights): a network with the modules, ranks and alphas of a file, values not yet loaded.
 
-        The file is read only if weights_sd is None. Raises ValueError if nothing in it matches the models; what
-        is left over is logged.
+        The file is read only if weights_sd is None. Raises ValueError if nothing in it matches the models; the number
+        of modules that do not match is logged.
         """
         del vae, for_inference
         weights = read_weights(Path(file or "")) if weights_sd is None else weights_sd
         shapes = shapes_in(weights)
         args = cls.read_args(network_args, shapes.values())
-        if args.blocks is not None:
-            args.blocks.check_from_file()
-        network = cls(
-            text_encoder,
-            unet,
-            lambda target: shapes.get(target.name),
-            args,
-            multiplier=multiplier,
-            neuron_dropout=neuron_dropout,
-        )
+        args.blocks.check_from_file()
+
+        def rule(target: Target) -> Shape | None:
+            return shapes.get(target.name)
+
+        network = cls(text_encoder, unet, rule, args, multiplier=multiplier, neuron_dropout=neuron_dropout)
         matched = {module.lora_name for module in network.modules_in_order()}
         unmatched = {name.split(".")[0] for name in weights} - matched
         source = file or "the weights"
+        example = _example(unmatched or {"-"})
         if not matched:
-            example = _example(unmatched or {"-"})
             raise ValueError(f"{source}: none of the {len(unmatched)} modules is in these models{example}")
         if unmatched:
-            example = _example(unmatched)
             logger.warning("%s: %d modules used, %d left out%s", source, len(matched), len(unmatched), example)
         return network, weights
 
@@ -532,13 +508,8 @@ class LoRANetwork(nn.Module):
 
     @property
     def text_encoder_loras(self) -> list[LoRAModule]:
-        """Modules over the text encoders."""
+        """Modules of the text encoders."""
         return [module for part in self._text_encoder_parts for module in part]
-
-    @property
-    def unet_loras(self) -> list[LoRAModule]:
-        """Modules over the U-Net."""
-        return list(self._unet_part)
 
     def modules_in_order(self) -> list[LoRAModule]:
         """Return all modules, text encoders first."""
@@ -548,19 +519,19 @@ class LoRANetwork(nn.Module):
 
     def apply_to(
         self,
-        text_encoder: Module | Sequence[Module] | None,
+        text_encoder: TextEncoders,
         unet: Module,
         apply_text_encoder: bool = True,
         apply_unet: bool = True,
     ) -> None:
-        """Attach to the models the network was made for; modules of a part that is not applied are dropped."""
+        """Attach to the models that the network was created for; modules of a part that is not applied are dropped."""
         del text_encoder, unet  # part of the interface; the modules know their layers
         if not apply_text_encoder:
             self._drop(self.text_encoder_loras)
-            self._text_encoder_parts = [[] for _ in self._text_encoder_parts]
+            self._text_encoder_parts = []
         if not apply_unet:
             self._drop(self.unet_loras)
-            self._unet_part = []
+            self.unet_loras = []
         for module in self.modules_in_order():
             module.apply_to()
 
@@ -575,13 +546,13 @@ class LoRANetwork(nn.Module):
 
     def merge_to(
         self,
-        text_encoder: Module | Sequence[Module] | None,
+        text_encoder: TextEncoders,
         unet: Module,
         weights_sd: Weights | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Load weights_sd, if given, and add the changes to the models' weights; for a network not applied."""
+        """Load weights_sd, if given, and add the changes to the models' weights; the network must not be applied."""
         del text_encoder, unet
         if weights_sd is not None:
             self.load_state_dict(weights_sd, strict=False)
@@ -600,7 +571,7 @@ class LoRANetwork(nn.Module):
             module.enabled = is_enabled
 
     def is_mergeable(self) -> bool:
-        """Return whether merge_to is offered."""
+        """Return whether the network has merge_to; pipelines ask for it."""
         return True
 
     # ---- training -------------------------------------------------------------------------------------------
@@ -608,29 +579,27 @@ class LoRANetwork(nn.Module):
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return (parameter groups, their names); a part whose rate is 0 gets no group."""
+        """Return (parameter groups, their names); a part whose learning rate is 0 has no group."""
         rates = None if text_encoder_lr is None else [text_encoder_lr]
         return self.prepare_optimizer_params_with_multiple_te_lrs(rates, unet_lr, default_lr)
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lrs: Sequence[float] | None, unet_lr: float | None, default_lr: float | None = None
     ) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the same with one rate for each text encoder; the last one given serves the rest."""
+        """Return the same with one learning rate for each text encoder; the last one is used for further encoders."""
         rates: Sequence[float | None] = text_encoder_lrs or [default_lr]
         parts = [part for part in self._text_encoder_parts if part]
         named: list[tuple[str, Sequence[LoRAModule], float | None]]
-        if len(rates) == 1 or len(parts) <= 1:
-            named = [("textencoder", self.text_encoder_loras, rates[0])]
-        else:
-            named = [
-                (f"textencoder {index + 1}", part, rates[min(index, len(rates) - 1)])
-                for index, part in enumerate(parts)
-            ]
+        named = [("textencoder", self.text_encoder_loras, rates[0])]
+        if len(rates) > 1 and len(parts) > 1:
+            last = len(rates) - 1
+            named = [(f"textencoder {index + 1}", part, rates[min(index, last)]) for index, part in enumerate(parts)]
         unet_rate = unet_lr if unet_lr is not None else default_lr
         if unet_rate is None:
             named.append(("unet", self.unet_loras, None))
         else:
-            named += [(group.name, group.modules, unet_rate * group.weight) for group in self.rate_groups()]
+            by_rate = self.blocks.groups(self.unet_loras)
+            named += [(group.name, group.modules, unet_rate * group.weight) for group in by_rate]
         groups: list[dict[str, Any]] = []
         names: list[str] = []
         for name, modules, rate in named:
@@ -648,17 +617,13 @@ class LoRANetwork(nn.Module):
                 names.append(group_name)
         return groups, names
 
-    def rate_groups(self) -> list[RateGroup]:
-        """Return the modules over the U-Net by their rate: all in one group, or as blocks have it."""
-        return [RateGroup("unet", self.unet_loras)] if self.blocks is None else self.blocks.groups(self.unet_loras)
-
     def set_loraplus_lr_ratio(self, common: float | None, unet: float | None, text_encoder: float | None) -> None:
-        """Let the up matrices learn at a multiple of the rate (LoRA+, arXiv 2402.12354); None or 0 is off."""
+        """Multiply the learning rate of the up matrices by a ratio (LoRA+, arXiv 2402.12354); None or 0 is off."""
         self._unet_ratio = unet or common or None
         self._text_encoder_ratio = text_encoder or common or None
 
     def enable_gradient_checkpointing(self) -> None:
-        """Nothing to do: a change is computed again together with its layer."""
+        """Do nothing: a change is recomputed together with its layer."""
 
     def prepare_grad_etc(self, text_encoder: Any, unet: Any) -> None:
         """Make all parameters trainable."""
@@ -666,7 +631,7 @@ class LoRANetwork(nn.Module):
         self.requires_grad_(True)
 
     def on_epoch_start(self, text_encoder: Any, unet: Any) -> None:
-        """Switch dropouts on."""
+        """Switch to training mode, which has dropouts."""
         del text_encoder, unet
         self.train()
 
@@ -678,7 +643,7 @@ class LoRANetwork(nn.Module):
     def apply_max_norm_regularization(self, max_norm: float, device: Any = None) -> tuple[int, float, float]:
         """Scale down each change whose norm exceeds max_norm; return (number scaled, mean norm, largest norm).
 
-        Both factors are scaled by the same root, as in sd-scripts. One transfer from the device in all.
+        Both factors are scaled by the same root, as in sd-scripts. The device is synchronised once.
         """
         del device
         modules = self.modules_in_order()
@@ -692,22 +657,22 @@ class LoRANetwork(nn.Module):
         return int(count), mean, largest
 
     def describe_unet(self) -> list[tuple[str, int, float]]:
-        """Return name, rank and weight of the learning rate of each module over the U-Net."""
-        return [
-            (module.lora_name, module.lora_dim, group.weight)
-            for group in self.rate_groups()
-            for module in group.modules
-        ]
+        """Return name, rank and weight of the learning rate of each module of the U-Net."""
+        groups = self.blocks.groups(self.unet_loras)
+        return [(module.lora_name, module.lora_dim, group.weight) for group in groups for module in group.modules]
 
     @torch.no_grad()
     def delta_norms(self) -> Tensor:
-        """Return the Frobenius norm of each module's change, (modules,), multiplier left out."""
+        """Return the Frobenius norm of each module's change without the multiplier, (modules,)."""
         return torch.stack([module.delta_norm() for module in self.modules_in_order()])
 
     # ---- files ----------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Weights, strict: bool = True, assign: bool = False) -> Any:
-        """Load the content of a file: alphas left out are filled in, linear and 1x1 weights fit either layer."""
+        """Load the tensors of a file; missing alphas are filled in, linear and 1x1 weights fit each other's layers.
+
+        Raises ValueError for a tensor of another size.
+        """
         return super().load_state_dict(self._fitted(state_dict), strict, assign)
 
     def _fitted(self, weights: Weights) -> dict[str, Tensor]:
@@ -726,7 +691,7 @@ class LoRANetwork(nn.Module):
         return fitted
 
     def load_weights(self, file: str | Path) -> str:
-        """Load a file; return what of it and of the network did not find its counterpart.
+        """Load a file; return in words how many modules were loaded and which have no counterpart.
 
         Raises ValueError if nothing matches, or ranks differ.
         """
@@ -734,7 +699,13 @@ class LoRANetwork(nn.Module):
         own, given = {name.split(".")[0] for name in self.state_dict()}, {name.split(".")[0] for name in weights}
         if not own & given:
             raise ValueError(f"{file}: none of its {len(given)} modules belongs to this network{_example(given)}")
-        self._check_ranks(weights, file)
+        for module in self.modules_in_order():
+            down = weights.get(f"{module.lora_name}.lora_down.weight")
+            if down is not None and down.shape[0] != module.lora_dim:
+                raise ValueError(
+                    f"{file}: {module.lora_name} has rank {down.shape[0]}, this network {module.lora_dim}: "
+                    "give the same dimensions, or take them from the file (--dim_from_weights)"
+                )
         self.load_state_dict(weights, strict=False)
         notes = [f"{len(own & given)} modules loaded"]
         if given - own:
@@ -743,26 +714,10 @@ class LoRANetwork(nn.Module):
             notes.append(f"{len(own - given)} modules of the network start fresh{_example(own - given)}")
         return "; ".join(notes)
 
-    def _check_ranks(self, weights: Weights, file: str | Path) -> None:
-        for module in self.modules_in_order():
-            down = weights.get(f"{module.lora_name}.lora_down.weight")
-            if down is not None and down.shape[0] != module.lora_dim:
-                raise ValueError(
-                    f"{file}: {module.lora_name} has rank {down.shape[0]}, this network {module.lora_dim}: "
-                    "give the same dimensions, or take them from the file (--dim_from_weights)"
-                )
-
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write the network to file in dtype (None: as it is), with metadata where the format has it."""
+        """Write the network to file in dtype (None: unchanged); a .safetensors file also gets the metadata."""
         weights = {name: cast_for_file(name, tensor, dtype) for name, tensor in self.state_dict().items()}
         write_weights(Path(file), weights, metadata)
-
-
-def as_list(text_encoder: Module | Sequence[Module] | None) -> list[Module]:
-    """Return the text encoders as a list, whether one, several or none were given."""
-    if text_encoder is None:
-        return []
-    return [text_encoder] if isinstance(text_encoder, Module) else list(text_encoder)
 
 
 def _example(names: Iterable[str]) -> str:
@@ -784,7 +739,7 @@ check_network_args = LoRANetwork.check_network_args
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, or of a pickle, of which only weights are read."""
+    """Return the tensors of a .safetensors file, or of a pickle, of which nothing but tensors is loaded."""
     if file.suffix.lower() == ".safetensors":
         return load_file(file)
     weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -792,14 +747,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def shapes_in(weights: Weights) -> dict[str, Shape]:
-    """Return module name -> rank and alpha in a file; alpha is the rank where it is left out."""
+    """Return module name -> rank and alpha in a file; a missing alpha is the rank."""
     ranks = {name.split(".")[0]: tensor.shape[0] for name, tensor in weights.items() if ".lora_down." in name}
     alphas = {name.split(".")[0]: float(tensor) for name, tensor in weights.items() if name.endswith(".alpha")}
     return {name: Shape(rank, alphas.get(name, rank)) for name, rank in ranks.items()}
 
 
 def cast_for_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor as it is saved: in dtype, but an alpha that dtype would round keeps its float32."""
+    """Return a tensor in the dtype of the file; an alpha that dtype would round stays in float32."""
     tensor = tensor.detach().cpu()
     cast = tensor if dtype is None else tensor.to(dtype)
     if name.endswith(".alpha") and float(cast) != float(tensor):
@@ -808,7 +763,7 @@ def cast_for_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tenso
 
 
 def write_weights(file: Path, weights: Weights, metadata: Mapping[str, str] | None) -> None:
-    """Write weights to file by way of a temporary name; a .safetensors file gets metadata and hashes."""
+    """Write weights to a temporary file that then replaces file; a .safetensors file gets metadata and hashes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -823,12 +778,12 @@ def write_weights(file: Path, weights: Weights, metadata: Mapping[str, str] | No
 
 
 def serialise(weights: Weights, metadata: dict[str, str]) -> tuple[bytes, memoryview]:
-    """Return header and data of a safetensors file with metadata and the two hashes that web UIs know a network by.
+    """Return header and data of a safetensors file with metadata and the two hashes by which web UIs know a network.
 
-    `sshs_model_hash` is a SHA-256 of the data alone; `sshs_legacy_hash` the first 8 digits of one over 64 KiB
-    from the first MiB of the file as it is with the ss_* metadata only.
+    `sshs_model_hash` is the SHA-256 of the data alone; `sshs_legacy_hash` has the first 8 digits of the SHA-256 of
+    64 KiB, from the first MiB on, of the file with no metadata but ss_*.
     """
-    # Copied, for safetensors refuses tensors that share memory.
+    # Cloned, because safetensors refuses tensors that share memory.
     content = memoryview(save({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}))
     start = 8 + int.from_bytes(content[:8], "little")
     tensors, data = json.loads(bytes(content[8:start])), content[start:]
@@ -840,8 +795,8 @@ def serialise(weights: Weights, metadata: dict[str, str]) -> tuple[bytes, memory
 
 
 def file_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """Return the header of a safetensors file with metadata in their order; safetensors shuffles them in each run."""
+    """Return the header of a safetensors file with metadata in their order, which the package safetensors shuffles."""
     table = {"__metadata__": metadata, **tensors} if metadata else tensors
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text

@@ -4,8 +4,8 @@ python networks/merge_lora.py --sd_model model.safetensors --save_to merged.safe
     --models a.safetensors b.safetensors --ratios 0.8 0.5
 python networks/merge_lora.py --save_to both.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5 --concat
 
-Into a model the sum is exact in float32. Into one LoRA it is exact with --concat, for any ranks and ratios;
-without it, factors of equal ranks are added up, as in sd-scripts, which holds for variants of one training only.
+Merged into a model, the sum is exact in float32. Merged into one LoRA, it is exact with --concat, for any ranks and
+ratios; without it factors of equal ranks are added, as in sd-scripts, which is right only for files of one training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
-from library.config.tool_files import Precision
+from library.config.tool_files import MergedLoras, Precision
 from library.errors import Problems, UserError
 from library.logs import run_script
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class MergeFiles(MergedLoras):
     """Files."""
 
     sd_model: Path | None = option(
@@ -47,45 +47,45 @@ class FilesConfig:
     )
     save_to: Path = option(
         REQUIRED,
-        "what to write: a .safetensors or .ckpt file, or a folder where the model is one",
+        "what to write: a .safetensors or .ckpt file, or a folder if the model is one",
         missing="the file or folder to write",
     )
-    models: tuple[Path, ...] = option(REQUIRED, "LoRA files", missing="the LoRA files", reads="a file")
-    ratios: tuple[float, ...] = option((), "strength of each, of any sign")
-    v2: bool = option(False, "the model is SD 2.x; it is recognised by itself, this is a check")
-    no_metadata: bool = option(False, "write no metadata of where the file comes from")
+    v2: bool = option(False, "check that the model is SD 2.x; the kind is detected")
+
+    def check_save_to(self, problems: Problems) -> None:
+        """Add to problems what is wrong with --save_to."""
+        is_folder = self.sd_model is not None and self.sd_model.is_dir()
+        tool_files.check_output("--save_to", self.save_to, problems, folder=is_folder)
+        tool_files.check_apart("--save_to", self.save_to, (self.sd_model, *self.models))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """Merging."""
 
-    precision: Precision = option("float", "accepted; sums are always made in float32")
+    precision: Precision = option("float", "accepted; sums are always computed in float32")
     save_precision: Precision | None = option(None, "type of what is written; unset: --precision")
     concat: bool = option(False, "put the ranks of all LoRA files side by side: exact, for any ranks")
-    shuffle: bool = option(False, "with --concat: mix the ranks by a random rotation, so that the parts are hidden")
-    lbws: tuple[str, ...] | None = option(
-        None, "weights by block for each LoRA file: JSON lists of 12 or 20 (SDXL), 17 or 26 numbers"
-    )
+    shuffle: bool = option(False, "with --concat: mix the ranks by a random rotation, which hides the parts")
     reference_scale: bool = option(False, "the numbers of sd-scripts, which squares ratios and weakens --concat")
-    allow_unmatched: bool = option(False, "go on where modules of a LoRA file are not in the model")
+    allow_unmatched: bool = option(False, "skip modules of a LoRA file that are not in the model")
     seed: int | None = option(None, "seed of --shuffle; unset: a new one", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What is merged into what."""
+    """All options."""
 
-    files: FilesConfig
+    files: MergeFiles
     merge: MergeOptions
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=description, rules=(check_save_to, check_strengths, check_kind))
+    config = parse(MergeConfig, argv, description=description, rules=(check_files, check_kind))
     from library.adapters.merging import read_weighted
 
-    weighted = read_weighted(config.files.models, config.files.ratios, config.merge.lbws)
+    weighted = read_weighted(config.files)
     if config.files.sd_model is not None:
         merge_into_model(config.files.sd_model, config, weighted)
     else:
@@ -94,31 +94,21 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     return 0
 
 
-def check_save_to(config: MergeConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --save_to."""
-    files = config.files
-    is_folder = files.sd_model is not None and files.sd_model.is_dir()
-    tool_files.check_output("--save_to", files.save_to, problems, folder=is_folder)
-    tool_files.check_apart("--save_to", files.save_to, (files.sd_model, *files.models))
+def check_files(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the files and their strengths."""
+    from library.adapters.layer_weights import check_strengths
 
-
-def check_strengths(config: MergeConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --ratios and --lbws."""
-    from library.adapters import layer_weights
-
-    files = config.files
-    tool_files.check_ratios(files.ratios, files.models, problems)
-    if config.merge.lbws is not None:
-        layer_weights.check_lists(config.merge.lbws, len(files.models), problems)
+    problems.run(config.files.check_save_to, problems)
+    problems.run(check_strengths, config.files, problems)
 
 
 def check_kind(config: MergeConfig, problems: Problems) -> None:
-    """Add to problems what does not go with the kind of file that is written."""
+    """Add to problems options that do not fit the kind of file that is written."""
     merge = config.merge
     if config.files.sd_model is not None and (merge.concat or merge.shuffle):
-        problems.add("--concat and --shuffle are for merging into a LoRA file: leave them out, or --sd_model")
+        problems.add("--concat and --shuffle are for merging into a LoRA file: leave out these two, or --sd_model")
     if merge.shuffle and not merge.concat:
-        problems.add("--shuffle goes with --concat")
+        problems.add("--shuffle needs --concat")
 
 
 def merge_into_model(path: Path, config: MergeConfig, files: Sequence[Weighted]) -> None:
@@ -140,7 +130,7 @@ def merge_into_model(path: Path, config: MergeConfig, files: Sequence[Weighted])
 
 
 def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
-    """Write one LoRA file for all."""
+    """Write one LoRA file with the changes of all files."""
     import torch
     from tqdm import tqdm
 
@@ -163,16 +153,17 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     ranks = {change.rank for change in changes.values()}
     logger.info("%d modules of rank %s", len(changes), " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
     first = files[0].file
-    metadata = network_metadata([entry.file for entry in files], ranks, {change.alpha for change in changes.values()})
-    provenance = origin(config, files)
-    if provenance:
+    metadata = network_metadata(
+        [weighted.file for weighted in files], ranks, {change.alpha for change in changes.values()}
+    )
+    if provenance := origin(config, files):
         metadata |= provenance | architecture(first.family, first.metadata, is_network=True)
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, to_state_dict(changes, written_type(config)), metadata)
 
 
 def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeOptions) -> None:
-    """Raise UserError for factors that cannot be joined as asked."""
+    """Raise UserError for factors that the options cannot join."""
     for name, same in parts.items():
         ranks = [change.rank for _, change in same]
         if not merge.concat and len(set(ranks)) > 1:
@@ -185,7 +176,7 @@ def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeO
 
 
 def origin(config: MergeConfig, files: Sequence[Weighted], *, base: str | None = None) -> dict[str, str]:
-    """Return metadata that name the files that went into the written one; none with --no_metadata."""
+    """Return metadata that name the merged files; none with --no_metadata."""
     from library.adapters.metadata import merged_metadata
 
     if config.files.no_metadata:
@@ -193,7 +184,7 @@ def origin(config: MergeConfig, files: Sequence[Weighted], *, base: str | None =
     merge = config.merge
     operation = "merge" if base else "concat" if merge.concat else "sum of factors"
     settings = {
-        "lbws": merge.lbws,
+        "lbws": config.files.lbws,
         "reference_scale": True if merge.reference_scale else None,
         "shuffled": True if merge.shuffle else None,
     }
@@ -201,7 +192,7 @@ def origin(config: MergeConfig, files: Sequence[Weighted], *, base: str | None =
 
 
 def written_type(config: MergeConfig) -> torch.dtype:
-    """Return the type of what is written."""
+    """Return the type of the tensors to write."""
     return tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
 
 

@@ -1,4 +1,4 @@
-"""Give a LoRA file a smaller rank: the nearest network of that rank, or as many ranks as each module needs.
+"""Reduce the rank of a LoRA file: to the nearest LoRA of a rank, or to the rank that each module needs.
 
 python networks/resize_lora.py --model lora.safetensors --save_to small.safetensors --new_rank 8 --save_precision fp16
 python networks/resize_lora.py --model lora.safetensors --save_to small.safetensors --new_rank 32
@@ -8,6 +8,7 @@ python networks/resize_lora.py --model lora.safetensors --save_to small.safetens
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import statistics
 import sys
@@ -20,9 +21,9 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config import rank_options, tool_files
 from library.config.command_line import parse
-from library.config.options import REQUIRED, option
+from library.config.options import option
 from library.config.rank_options import RankOptions
-from library.config.tool_files import Precision
+from library.config.tool_files import ConvertedLora, Precision
 from library.errors import Problems
 from library.logs import run_script
 
@@ -34,27 +35,25 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class ResizeFiles(ConvertedLora):
     """Files."""
 
-    model: Path = option(REQUIRED, "LoRA file", missing="the LoRA file", reads="a file")
-    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
     save_precision: Precision | None = option(None, "type of what is written; unset: float")
-    device: str = option("cpu", "where the decompositions are made, such as cuda")
-    verbose: bool = option(False, "tell of every module what it keeps")
+    device: str = option("cpu", "where the decompositions are computed, such as cuda")
+    verbose: bool = option(False, "log for every module how much is kept")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizeConfig:
-    """What is resized how."""
+    """All options."""
 
-    files: FilesConfig
+    files: ResizeFiles
     ranks: RankOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ResizeConfig, argv, description=__doc__, rules=(check_save_to, check_resizing))
+    config = parse(ResizeConfig, argv, description=__doc__, rules=(check_options,))
     from library.adapters.lora_file import read_lora, to_state_dict
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -63,35 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes = resized(config, file)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, tensors | file.extra, described(config, file, changes))
+        write_weights(config.files.save_to, tensors | file.extra, metadata_of(config, file, changes))
     logger.info("saved %s", config.files.save_to)
     return 0
 
 
-def check_save_to(config: ResizeConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --save_to."""
-    tool_files.check_output("--save_to", config.files.save_to, problems)
-    tool_files.check_apart("--save_to", config.files.save_to, (config.files.model,))
-
-
-def check_resizing(config: ResizeConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with the options of ranks and decompositions."""
+def check_options(config: ResizeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --save_to, and with the options of ranks and decompositions."""
+    problems.run(config.files.check_save_to, problems)
     problems.run(rank_options.check_ranks, config.ranks)
     problems.run(tool_files.check_device, config.files.device)
 
 
 def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
-    """Return the changes of a file cut to their ranks.
+    """Return the changes of a file truncated to their new ranks.
 
-    Alpha is what keeps alpha / rank for a module that has the whole new rank, also where a module has less: readers
-    such as diffusers take one alpha for all attention layers.
+    Alpha is chosen so that alpha / rank stays the same for a module of the whole new rank. Modules of smaller ranks
+    have that alpha too: readers such as diffusers take one alpha for all attention layers.
     """
     from tqdm import tqdm
 
-    from library.adapters.energy import KeptByBlock
+    from library.adapters.energy import EnergyByBlock
     from library.adapters.low_rank import rank_to_keep, spectrum_of
 
-    options, kept = config.ranks, KeptByBlock()
+    options, energy = config.ranks, EnergyByBlock()
     changes, norms = {}, []
     largest: dict[bool, int] = {}
     for change in file.changes.values():
@@ -105,12 +99,11 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
         whole = most if options.dynamic_method is not None else min(most, largest[change.is_large_conv])
         scaled = dataclasses.replace(smaller, alpha=change.scale * smaller.rank)
         changes[name] = scaled.with_alpha(change.scale * whole)
-        kept.add(file.layer(name), spectrum, smaller.rank, scale=change.scale)
+        energy.add(file.layer(name), spectrum, smaller.rank, scale=change.scale)
         norms.append(spectrum.energy(smaller.rank) ** 0.5)
         if config.files.verbose:
-            tqdm.write(f"{name:75} {line_of(spectrum, change.rank, smaller.rank)}")
-    for line in kept.lines():
-        logger.info("%s", line)
+            tqdm.write(f"{name:75} {kept_part(spectrum, change.rank, smaller.rank)}")
+    energy.log()
     if config.files.verbose:
         logger.info(
             "norm kept by a module: %.2f%% ± %.3f%%", 100 * statistics.mean(norms), 100 * statistics.pstdev(norms)
@@ -118,8 +111,8 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     return changes
 
 
-def line_of(spectrum: Spectrum, before: int, after: int) -> str:
-    """Return what a module keeps: share of the sum and of the norm of its values, largest to smallest kept, ranks."""
+def kept_part(spectrum: Spectrum, before: int, after: int) -> str:
+    """Return in one line what a module keeps: shares of sum and norm of its values, largest / smallest, ranks."""
     values = spectrum.values.double()
     total = float(values.sum())
     share = float(values[:after].sum()) / total if total > 0 else 1.0
@@ -128,8 +121,8 @@ def line_of(spectrum: Spectrum, before: int, after: int) -> str:
     return f"sum {share:6.1%}  norm {norm:6.1%}  largest/smallest {ratio:8.1f}  rank {before} -> {after}"
 
 
-def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change]) -> dict[str, str]:
-    """Return the metadata of the source with the new ranks and what was done; hashes are made where it is written."""
+def metadata_of(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change]) -> dict[str, str]:
+    """Return the metadata of the source with the new ranks and a comment; write_weights adds the hashes."""
     from library.adapters.metadata import commented, common
 
     options = config.ranks
@@ -152,9 +145,7 @@ def described(config: ResizeConfig, file: LoraFile, changes: Mapping[str, Change
 
 
 def conv_arguments(metadata: Mapping[str, str], convolutions: Sequence[Change]) -> dict[str, str]:
-    """Return ss_network_args with rank and alpha of the convolutions, where it has them."""
-    import json
-
+    """Return ss_network_args with the new rank and alpha of the convolutions, or nothing if it has none."""
     from library.adapters.metadata import common
 
     try:

@@ -3,13 +3,14 @@
 python networks/svd_merge_lora.py --save_to both.safetensors --models a.safetensors b.safetensors --ratios 0.8 0.5
     --new_rank 16
 
-The result is the nearest one of its rank to the exact weighted sum. The sum is never formed: its factors are, and
-only a core as small as their ranks is decomposed, in float64.
+The result is the LoRA of that rank which is nearest to the exact weighted sum. The sum is not formed as a full matrix:
+its factors are, and only a core as small as their ranks is decomposed, in float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,14 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config import rank_options, tool_files
 from library.config.command_line import parse
-from library.config.options import REQUIRED, option
+from library.config.options import option
 from library.config.rank_options import RankOptions
-from library.config.tool_files import Precision
+from library.config.tool_files import MergedLoras, Precision
 from library.errors import Problems
 from library.logs import run_script
 
 if TYPE_CHECKING:
-    from library.adapters.energy import KeptByBlock
+    from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import LoraFile
     from library.adapters.low_rank import Change
     from library.adapters.merging import Weighted
@@ -37,55 +38,41 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
-    """Files."""
-
-    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
-    models: tuple[Path, ...] = option(REQUIRED, "LoRA files", missing="the LoRA files", reads="a file")
-    ratios: tuple[float, ...] = option((), "strength of each, of any sign")
-    no_metadata: bool = option(False, "write no metadata of where the file comes from")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """Merging."""
 
     precision: Precision = option("float", "accepted; the core is always decomposed in float64")
     save_precision: Precision | None = option(None, "type of what is written; unset: --precision")
-    lbws: tuple[str, ...] | None = option(
-        None, "weights by block for each LoRA file: JSON lists of 12 or 20 (SDXL), 17 or 26 numbers"
-    )
     clamp_quantile: float | None = option(
         None, "cut numbers of the factors above this quantile (sd-scripts: 0.99), which changes the result; unset: none"
     )
-    allow_unmatched: bool = option(False, "leave out tensors that are no part of a LoRA")
-    device: str = option("cpu", "where the decompositions are made, such as cuda")
+    allow_unmatched: bool = option(False, "skip tensors that are not part of a LoRA")
+    device: str = option("cpu", "where the decompositions are computed, such as cuda")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SvdMergeConfig:
-    """What is merged into what."""
+    """All options."""
 
-    files: FilesConfig
+    files: MergedLoras
     merge: MergeOptions
     ranks: RankOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(SvdMergeConfig, argv, description=__doc__, rules=(check_save_to, check_strengths, check_merging))
-    from library.adapters.energy import KeptByBlock
+    config = parse(SvdMergeConfig, argv, description=__doc__, rules=(check_files, check_merging))
+    from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict
     from library.adapters.merging import parts_by_module, read_weighted
     from library.files import disk_errors
     from networks.lora import write_weights
 
-    files = read_weighted(config.files.models, config.files.ratios, config.merge.lbws)
+    files = read_weighted(config.files)
     parts = parts_by_module(files, allow_unmatched=config.merge.allow_unmatched)
-    kept = KeptByBlock()
-    changes = merged_changes(config, parts, files[0].file, kept)
-    for line in kept.lines():
-        logger.info("%s", line)
+    energy = EnergyByBlock()
+    changes = merged_changes(config, parts, files[0].file, energy)
+    energy.log()
     dtype = tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
     metadata = metadata_of(config, files, changes)
     with disk_errors(config.files.save_to):
@@ -94,20 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_save_to(config: SvdMergeConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --save_to."""
-    tool_files.check_output("--save_to", config.files.save_to, problems)
-    tool_files.check_apart("--save_to", config.files.save_to, config.files.models)
+def check_files(config: SvdMergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the files and their strengths."""
+    from library.adapters.layer_weights import check_strengths
 
-
-def check_strengths(config: SvdMergeConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with --ratios and --lbws."""
-    from library.adapters import layer_weights
-
-    files = config.files
-    tool_files.check_ratios(files.ratios, files.models, problems)
-    if config.merge.lbws is not None:
-        layer_weights.check_lists(config.merge.lbws, len(files.models), problems)
+    problems.run(config.files.check_save_to, problems)
+    problems.run(check_strengths, config.files, problems)
 
 
 def check_merging(config: SvdMergeConfig, problems: Problems) -> None:
@@ -118,9 +97,9 @@ def check_merging(config: SvdMergeConfig, problems: Problems) -> None:
 
 
 def merged_changes(
-    config: SvdMergeConfig, parts: dict[str, list[tuple[float, Change]]], file: LoraFile, kept: KeptByBlock
+    config: SvdMergeConfig, parts: dict[str, list[tuple[float, Change]]], file: LoraFile, energy: EnergyByBlock
 ) -> dict[str, Change]:
-    """Return the merged change of each module, cut to its rank."""
+    """Return the merged change of each module, truncated to its rank, and add their energy by block."""
     from tqdm import tqdm
 
     from library.adapters.low_rank import clamped, concatenated, rank_to_keep, spectrum_of
@@ -131,25 +110,23 @@ def merged_changes(
         spectrum = spectrum_of(whole)
         most = config.ranks.rank_of(is_large_conv=whole.is_large_conv)
         rank = rank_to_keep(spectrum.values, most, config.ranks.dynamic_method, config.ranks.dynamic_param)
-        # One alpha for all, whatever ranks are left out: diffusers takes one for all attention layers.
+        # The same alpha for all, whatever their ranks: diffusers takes one alpha for all attention layers.
         change = spectrum.truncated(rank, whole.down_shape).with_alpha(float(most))
         if config.merge.clamp_quantile is not None:
             change = clamped(change, config.merge.clamp_quantile)
         changes[name] = change.to("cpu")
-        kept.add(file.layer(name), spectrum, change.rank)
+        energy.add(file.layer(name), spectrum, change.rank)
     return changes
 
 
 def metadata_of(config: SvdMergeConfig, files: Sequence[Weighted], changes: Mapping[str, Change]) -> dict[str, str]:
     """Return the metadata of the merged file."""
-    import json
-
     from library.adapters.metadata import architecture, common, merged_metadata, network_metadata
 
     ranks = config.ranks
     linear = {change.rank for change in changes.values() if not change.is_large_conv}
     conv = {change.rank for change in changes.values() if change.is_large_conv}
-    metadata = network_metadata([entry.file for entry in files], linear or conv, {float(ranks.new_rank)})
+    metadata = network_metadata([weighted.file for weighted in files], linear or conv, {float(ranks.new_rank)})
     if conv:
         alpha = float(ranks.rank_of(is_large_conv=True))
         metadata["ss_network_args"] = json.dumps({"conv_dim": common(conv), "conv_alpha": str(alpha)})
@@ -157,7 +134,7 @@ def metadata_of(config: SvdMergeConfig, files: Sequence[Weighted], changes: Mapp
         return metadata
     settings = {
         "dynamic_param": ranks.dynamic_param,
-        "lbws": config.merge.lbws,
+        "lbws": config.files.lbws,
         "clamp_quantile": config.merge.clamp_quantile,
         "dynamic_method": ranks.dynamic_method,
     }

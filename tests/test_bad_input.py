@@ -57,8 +57,15 @@ OPTIONS = {
     "layers beyond": ({"clip_skip": 9}, "--clip_skip must be at most 3, the layers of this text encoder, got 9"),
     "empty module": ({"network_module": "."}, "--network_module . failed in import"),
     "absent module": ({"network_module": "networks/lora"}, "No module named 'networks/lora'; networks.lora trains"),
-    "network argument is NaN": ({"network_args": ["conv_alpha=nan"]}, "conv_alpha must be a finite number", "got nan"),
-    "network argument": ({"network_args": ["conv_dim=a"]}, "network_args: conv_dim must be a number, got 'a'"),
+    "network argument is NaN": (
+        {"network_args": ["conv_alpha=nan"]},
+        "conv_alpha must be a finite number",
+        "got 'nan'",
+    ),
+    "network argument": (
+        {"network_args": ["conv_dim=a"]},
+        "network_args: conv_dim must be a whole number of at least 1, got 'a'",
+    ),
     "thumbnail": ({"metadata_thumbnail": "absent.png"}, "--metadata_thumbnail: absent.png cannot be read"),
     "log file": ({"console_log_file": "train"}, "--console_log_file: train cannot be written (Is a directory)"),
     "tracker": ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),

@@ -149,7 +149,7 @@ def test_presets_are_their_formulas(count):
 )
 def test_what_cannot_be_read_is_told_with_the_form_that_can(arguments, message):
     with pytest.raises(ValueError, match=message):
-        lora.read_network_args(arguments)
+        lora.read_network_args(arguments, lora.LoraArgs)
 
 
 def test_left_out_parts_weigh_1_and_small_weights_become_0():

@@ -141,7 +141,7 @@ def test_a_model_without_vae(store, tmp_path):
     [
         (["gone.safetensors", "{out}"], "gone.safetensors is not a file or a folder: name a checkpoint .* nothing is"),
         (["runwayml/stable-diffusion-v1-5", "{out}"], "nothing is downloaded"),
-        (["{checkpoint}", "{full}"], "is there already and not empty: take another name"),
+        (["{checkpoint}", "{full}"], "exists and is not empty: take another name"),
         (["{folder}", "{folder}"], "is within .*, which is read: take another place"),
         (["{checkpoint}", "{checkpoint}"], "is one of the files to be read: take another name"),
         (["{folder}", "{inside}"], "is within .*, which is read: take another place"),

@@ -13,8 +13,8 @@ from loras import deltas, make_lora, outputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.adapters.lora_file import read_lora
 from library.errors import UserError
+from library.weight_file import data_sha256
 from networks import convert_lora, lora
 
 
@@ -165,7 +165,7 @@ def test_metadata_go_along_and_hashes_are_those_of_the_file(model_store, tmp_pat
     assert metadata["ss_tag_frequency"] == '{"a": 1}'
     assert metadata["modelspec.title"] == "mine"
     assert "modelspec.hash_sha256" not in metadata
-    assert metadata["sshs_model_hash"] == read_lora(out).sha256()
+    assert metadata["sshs_model_hash"] == data_sha256(out)
     assert json.loads(metadata.get("lora_adapter_metadata", "{}")) == {}
 
 
@@ -180,7 +180,7 @@ def test_mistakes(model_store, tmp_path):
         convert(file, tmp_path / "b.safetensors", "--to", "peft")
     weights = load_file(file) | {"odd.weight": torch.ones(1)}
     save_file(weights, file)
-    with pytest.raises(UserError, match=re.escape("(odd.weight); --allow_unmatched goes on")):
+    with pytest.raises(UserError, match=re.escape("(odd.weight); --allow_unmatched skips")):
         convert(file, tmp_path / "b.safetensors", "--to", "diffusers")
     save_file({name: tensor * 1e6 for name, tensor in load_file(file).items() if "odd" not in name}, file)
     with pytest.raises(UserError, match="becomes too large for float16"):

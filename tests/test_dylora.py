@@ -126,10 +126,10 @@ def test_outputs_gradients_and_steps_are_those_of_the_paper(update):
     seen = set()
     for step in range(12):
         network.on_optimizer_step(step * 7919)
-        seen.add(network.drawn_rank)
+        seen.add(network.sampled_rank)
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step)).double()
         output = toy(x)
-        expected, gradients = reference.step(x, network.drawn_rank, 0.01)
+        expected, gradients = reference.step(x, network.sampled_rank, 0.01)
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
         (output.square().sum() / 2).backward()
         for module in network.modules_in_order():
@@ -144,7 +144,7 @@ def test_outputs_gradients_and_steps_are_those_of_the_paper(update):
 def test_what_lies_beyond_the_rank_has_no_part_in_the_output():
     toy, network = toy_network()
     x = torch.randn(1, 4, 8, 8).double()
-    key = next(key for key in range(100) if network.on_optimizer_step(key) or network.drawn_rank == 4)
+    key = next(key for key in range(100) if network.on_optimizer_step(key) or network.sampled_rank == 4)
     network.on_optimizer_step(key)
     before = toy(x)
     with torch.no_grad():
@@ -159,13 +159,13 @@ def test_draws_are_uniform_and_a_function_of_the_key():
     drawn = []
     for key in range(2000):
         network.on_optimizer_step(key)
-        drawn.append(network.drawn_rank)
+        drawn.append(network.sampled_rank)
     counts = collections.Counter(drawn)
     assert set(counts) == {2, 4, 6, 8}
     assert all(abs(count - 500) < 100 for count in counts.values())
     _, other = toy_network(rank=8, unit=2)
     other.on_optimizer_step(1234)
-    assert other.drawn_rank == drawn[1234]
+    assert other.sampled_rank == drawn[1234]
 
 
 def test_evaluation_uses_a_fixed_rank_and_draws_nothing():
@@ -236,7 +236,7 @@ def test_a_compiled_module_is_compiled_once_for_all_ranks():
         (16, {"unit": "0"}, "unit must be a whole number of at least 1, got '0'"),
         (16, {"unit": "x"}, "unit must be a whole number of at least 1, got 'x'"),
         (16, {"dylora_update": "some"}, "dylora_update must be one of all, unit, got 'some'"),
-        (16, {"rank_dropout": "0.1"}, "rank_dropout does not go with networks.dylora: DyLoRA draws ranks itself"),
+        (16, {"rank_dropout": "0.1"}, "rank_dropout does not go with networks.dylora: DyLoRA samples ranks itself"),
         (16, {"block_dims": "4"}, "block_dims does not go with networks.dylora"),
         (16, {"units": "4"}, "units is not known"),
     ],

@@ -43,7 +43,7 @@ def test_the_file_of_a_rank_gives_what_training_saw_at_that_rank(base, pictures,
     network.train()
     plain = output_of(unet)
     for rank in (2, 4, 6, 8):
-        network.drawn_rank = rank
+        network.sampled_rank = rank
         network.train()
         expected = output_of(trained)
         size = float((expected - plain).abs().max())

@@ -108,9 +108,9 @@ def test_a_file_that_matches_nothing_is_an_error_and_one_in_part_is_told(fresh_m
     ("args", "message"),
     [
         ({"conv_dm": "4"}, "conv_dm is not known; did you mean conv_dim"),
-        ({"conv_dim": "four"}, "conv_dim must be a number, got 'four'"),
-        ({"conv_dim": "0"}, "conv_dim must be at least 1"),
-        ({"rank_dropout": "1.5"}, "rank_dropout must be at least 0 and below 1"),
+        ({"conv_dim": "four"}, "conv_dim must be a whole number of at least 1, got 'four'"),
+        ({"conv_dim": "0"}, "conv_dim must be a whole number of at least 1"),
+        ({"rank_dropout": "1.5"}, "rank_dropout must be a number of at least 0 and below 1"),
     ],
 )
 def test_bad_network_args_are_told(fresh_models, args, message):

@@ -127,8 +127,8 @@ def test_text_encoders_under_old_names_are_the_same_tensors(pair, tmp_path):
 def test_a_file_with_old_and_new_names_has_each_tensor_once():
     old, new = (f"cond_stage_model.transformer.{middle}encoder.layers.0.x" for middle in ("", "text_model."))
     for names in ({old: 0, new: 1}, {new: 1, old: 0}):
-        assert merge_models.names_today(names) == {new: new}
-    assert merge_models.names_today({old: 0, "other": 1}) == {new: old, "other": "other"}
+        assert merge_models.current_names(names) == {new: new}
+    assert merge_models.current_names({old: 0, "other": 1}) == {new: old, "other": "other"}
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -210,7 +210,7 @@ def test_a_folder_and_a_file_are_compared_and_equal_text_encoders_left_out(model
     assert metadata(out)["ss_base_model_version"] == "sd_v1_v"  # as training names it
     assert all(module.startswith("lora_unet_") for module in deltas(out))
     assert_deltas(out, deltas(file), 3e-5)
-    assert any("text encoder is left out" in line for line in caplog.messages)
+    assert any("text encoder is omitted" in line for line in caplog.messages)
 
 
 def test_a_tuned_model_with_a_hole_is_refused(model_store, tmp_path):
@@ -218,7 +218,7 @@ def test_a_tuned_model_with_a_hole_is_refused(model_store, tmp_path):
     state = load_file(tuned)
     del state["model.diffusion_model.middle_block.1.proj_in.weight"]
     save_file(state, tuned)
-    with pytest.raises(UserError, match=r"mid_block\.attentions\.0\.proj_in.* is not whole"):
+    with pytest.raises(UserError, match=r"mid_block\.attentions\.0\.proj_in.* is incomplete"):
         call(extract_lora_from_models, "--model_org", original, "--model_tuned", tuned, "--save_to", tmp_path / "o.pt")
 
 

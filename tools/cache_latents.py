@@ -1,10 +1,10 @@
-"""Encode the pictures of a training beforehand: the latents lie beside them, and the training finds them.
+"""Encode the pictures of a training beforehand; the training finds the latents beside the pictures.
 
 python tools/cache_latents.py --config_file examples/unicorn/train.toml
 accelerate launch tools/cache_latents.py --pretrained_model_name_or_path model.safetensors
     --dataset_config pictures.toml --vae_batch_size 4 --mixed_precision fp16
 
-Takes the command line of the training; what has nothing to do with latents is not looked at. Only the VAE is loaded.
+Takes the command line of the training and ignores options that do not concern latents. Only the VAE is loaded.
 Options that change latents (--vae, --resolution, buckets, --no_half_vae, --mixed_precision) must be the training's.
 """
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CACHING = {
     "cache_latents": True,
     "cache_latents_to_disk": True,
-    # Needed by a training and by nothing here.
+    # Required for a training, not used here.
     "network_module": "networks.lora",
     "output_dir": Path(),
 }
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
 
-    # Torch takes seconds to import; up to here every mistake has been answered at once.
+    # Importing torch takes seconds; mistakes were reported before.
     from library.models.base import find_base, load_vae
     from library.models.latent_encoder import LatentEncoder
     from library.training.prepare.caches import cache_latents

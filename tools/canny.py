@@ -1,4 +1,4 @@
-"""Draw the edges of a picture (Canny), white on black: a control picture for ControlNet.
+"""Find the edges of a picture (Canny), white on black: a control image for ControlNet.
 
 python tools/canny.py --input photo.jpg --output edges.png --thres1 32 --thres2 224
 """
@@ -24,38 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
-    """Files."""
+class CannyOptions:
+    """Options."""
 
     input: Path = option(REQUIRED, "picture to read", missing="the picture to read", reads="a file")
     output: Path = option(
         REQUIRED,
-        "picture to write; one that is there is replaced",
+        "picture to write; an existing one is replaced",
         form=", ".join(WRITTEN_FORMATS),
         missing="the picture to write",
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EdgesConfig:
-    """Edges."""
-
-    thres1: int = option(32, "contrast from which an edge goes on that began at a stronger place", minimum=0)
+    thres1: int = option(32, "contrast at which an edge continues that began at a stronger place", minimum=0)
     thres2: int = option(224, "contrast at which an edge begins", minimum=0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CannyConfig:
-    """Which edges of which picture."""
-
-    files: FilesConfig
-    edges: EdgesConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(CannyConfig, argv, description=__doc__, rules=(check_format, check_names))
-    source, output = config.files.input, config.files.output
+    config = parse(CannyOptions, argv, description=__doc__, rules=(check_output,))
+    source, output = config.input, config.output
 
     from PIL import Image
 
@@ -65,25 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         pixels = load_picture(source)
     except UnreadablePictureError as error:
         raise UserError(f"--input: {source} cannot be read: {error}") from None
-    edges = Image.fromarray(canny(pixels, config.edges.thres1, config.edges.thres2))
-    # Pillow opens paths of any script, which OpenCV on Windows does not.
+    edges = Image.fromarray(canny(pixels, config.thres1, config.thres2))
+    # Pillow writes paths in any script; OpenCV on Windows does not.
     with replacing(output) as temporary:
-        edges.save(temporary, WRITTEN_FORMATS[output.suffix.lower()], quality=100)  # for the formats that have one
+        edges.save(temporary, WRITTEN_FORMATS[output.suffix.lower()], quality=100)  # where the format has one
     logger.info("saved %s", output)
     return 0
 
 
-def check_format(config: CannyConfig, problems: Problems) -> None:
-    """Raise UserError for an --output of another format."""
-    if config.files.output.suffix.lower() not in WRITTEN_FORMATS:
-        raise UserError(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {config.files.output}")
-
-
-def check_names(config: CannyConfig, problems: Problems) -> None:
-    """Raise UserError where the picture that is read would be replaced."""
-    files = config.files
-    if files.input.exists() and files.output.exists() and files.output.samefile(files.input):
-        raise UserError(f"--output {files.output} is the picture to be read: take another name")
+def check_output(config: CannyOptions, problems: Problems) -> None:
+    """Add to problems an --output of another format, or one that would replace the picture to read."""
+    source, output = config.input, config.output
+    if output.suffix.lower() not in WRITTEN_FORMATS:
+        problems.add(f"--output must end in {', '.join(WRITTEN_FORMATS)}, got {output}")
+    if source.exists() and output.exists() and output.samefile(source):
+        problems.add(f"--output {output} is the picture to be read: take another name")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python tools/convert_diffusers20_original_sd.py model.safetensors folder
 python tools/convert_diffusers20_original_sd.py folder model.safetensors --fp16
 
-The kind of model is recognised. A destination that ends in .safetensors or .ckpt is a checkpoint, any other a folder.
-Nothing is asked from the network, and tensors go through one by one.
+The kind of model is detected. A destination that ends in .safetensors or .ckpt is a checkpoint, any other a folder.
+Nothing is downloaded, and tensors are converted one by one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import REQUIRED, is_there, option
-from library.errors import Problems, UserError
+from library.errors import Problems
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_metadata(text: str) -> dict[str, str]:
-    """Return metadata from a JSON object, or a Python one as sd-scripts takes it; values become texts.
+    """Return the metadata in a JSON object, or in a Python dict as in sd-scripts; values become texts.
 
     Raises ValueError for anything else.
     """
@@ -45,8 +45,8 @@ def read_metadata(text: str) -> dict[str, str]:
         table = json.loads(text)
     except (ValueError, RecursionError):
         try:
-            table = ast.literal_eval(text)  # constants only: nothing is run
-        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # as its documentation lists them
+            table = ast.literal_eval(text)  # constants only: no code is run
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # those in its documentation
             table = None
     if not isinstance(table, dict):
         raise ValueError(text)
@@ -57,7 +57,7 @@ def read_metadata(text: str) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class ConvertFiles:
     """Files."""
 
     model_to_load: Path = option(REQUIRED, "checkpoint, or Diffusers folder", positional=True)
@@ -70,23 +70,23 @@ class FilesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class KindOptions:
     """Model."""
 
-    v1: bool = option(False, "the model is SD 1.x; it is recognised by itself, this is a check")
-    v2: bool = option(False, "the model is SD 2.x; it is recognised by itself, this is a check")
-    v_parameterization: bool = option(False, "the model predicts v; written into the scheduler or the metadata")
-    unet_use_linear_projection: bool = option(False, "accepted; the U-Nets of SD 2.x are always written so")
+    v1: bool = option(False, "check that the model is SD 1.x; the kind is detected")
+    v2: bool = option(False, "check that the model is SD 2.x; the kind is detected")
+    v_parameterization: bool = option(False, "the model predicts v, which the scheduler or the metadata record")
+    unet_use_linear_projection: bool = option(False, "accepted; the U-Nets of SD 2.x are always written with it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SavingConfig:
+class WriteOptions:
     """Saving."""
 
     fp16: bool = option(False, "write float16")
     bf16: bool = option(False, "write bfloat16")
     float_: bool = option(False, "write float32", flag="float")
-    save_precision_as: Literal["no", "fp16", "bf16", "float"] = option("no", "the same as one option; no: as it is")
+    save_precision_as: Literal["no", "fp16", "bf16", "float"] = option("no", "the same in one option; no: unchanged")
     epoch: int = option(0, "epochs written to a .ckpt, added to those of the source")
     global_step: int = option(0, "steps written to a .ckpt, added to those of the source")
     metadata: str | None = option(None, 'metadata of a .safetensors file: a JSON object such as {"title": "x"}')
@@ -94,17 +94,16 @@ class SavingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What is converted into what."""
+    """All options."""
 
-    files: FilesConfig
-    model: ModelConfig
-    saving: SavingConfig
+    files: ConvertFiles
+    model: KindOptions
+    saving: WriteOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    rules = (check_source, check_destination, check_reference, check_saving, check_model)
-    config = parse(ConvertConfig, argv, description=__doc__, rules=rules)
+    config = parse(ConvertConfig, argv, description=__doc__, rules=(check_files, check_options, check_saving))
     from library.models.checkpoint import check_input_channels, open_checkpoint
     from library.models.family import check_flags
 
@@ -125,9 +124,9 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix.lower() in tool_files.WEIGHT_SUFFIXES
 
 
-def check_source(config: ConvertConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with the model to read."""
-    source, variant = config.files.model_to_load, config.files.variant
+def check_files(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the model to read and the destination."""
+    source, destination, variant = config.files.model_to_load, config.files.model_to_save, config.files.variant
     if not is_there(source, "a file or a folder"):
         problems.add(
             f"model_to_load: {source} is not a file or a folder: name a checkpoint or a Diffusers folder on this "
@@ -135,23 +134,20 @@ def check_source(config: ConvertConfig, problems: Problems) -> None:
         )
     if variant and source.is_file():
         problems.add(f"--variant is for Diffusers folders, {source} is a file")
-
-
-def check_destination(config: ConvertConfig, problems: Problems) -> None:
-    """Add to problems what is wrong with the destination."""
-    source, destination = config.files.model_to_load, config.files.model_to_save
-    tool_files.check_output("model_to_save", destination, problems, folder=not is_checkpoint(destination))
     tool_files.check_apart("model_to_save", destination, (source,))
+    tool_files.check_output("model_to_save", destination, problems, folder=not is_checkpoint(destination))
 
 
-def check_reference(config: ConvertConfig, problems: Problems) -> None:
-    """Raise UserError for a --reference_model that is not there."""
+def check_options(config: ConvertConfig, problems: Problems) -> None:
+    """Add to problems two kinds of model, or a --reference_model that does not exist."""
     reference = config.files.reference_model
     if reference is not None and not reference.is_dir():
-        raise UserError(
+        problems.add(
             f"--reference_model: {reference} is not a folder, and nothing is downloaded; "
             "leave it out for the scheduler and tokenizer of the published models"
         )
+    if config.model.v1 and config.model.v2:
+        problems.add("--v1 and --v2 were both given: leave out both, the kind of model is detected")
 
 
 def check_saving(config: ConvertConfig, problems: Problems) -> None:
@@ -165,25 +161,14 @@ def check_saving(config: ConvertConfig, problems: Problems) -> None:
     except ValueError:
         problems.add(f'--metadata must be a JSON object such as {{"title": "x"}}, got {saving.metadata}')
     if saving.metadata and destination.suffix.lower() != ".safetensors":
-        problems.add(f"--metadata is for .safetensors files, {destination} is none")
+        problems.add(f"--metadata is for .safetensors files, {destination} is not one")
 
 
-def check_model(config: ConvertConfig, problems: Problems) -> None:
-    """Raise UserError for two kinds of model."""
-    if config.model.v1 and config.model.v2:
-        raise UserError("--v1 and --v2 were both given: leave out both, the kind of model is recognised")
-
-
-def written_type(saving: SavingConfig) -> torch.dtype | None:
-    """Return the type to write, None to keep each tensor's own."""
+def written_type(saving: WriteOptions) -> torch.dtype | None:
+    """Return the type of the tensors to write, None to keep the type of each."""
     words = {"fp16": saving.fp16, "bf16": saving.bf16, "float": saving.float_}
     word = next((word for word, given in words.items() if given), saving.save_precision_as)
     return None if word == "no" else tool_files.dtype_named(word)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(config: ConvertConfig, model: Checkpoint) -> None:
@@ -195,7 +180,7 @@ def write_checkpoint(config: ConvertConfig, model: Checkpoint) -> None:
 
 
 def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, str]:
-    """Return the metadata of a checkpoint: the source's, what it is, and --metadata."""
+    """Return the metadata of a checkpoint: those of the source, its architecture, and --metadata."""
     from library.models import conversion
     from library.models.checkpoint import CONFIGURATIONS
 
@@ -223,32 +208,26 @@ def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
     from library.adapters.merging import copy_others
     from library.files import new_folder
     from library.models import conversion, layout
-    from library.models.checkpoint import EXTRAS_FILE, UNET, split_name
+    from library.models.checkpoint import EXTRAS, EXTRAS_FILE, UNET, file_stems, split_name
 
     plan, left = (layout.copy_plan(model), []) if model.is_folder else conversion.plan_to_folder(model)
     with new_folder(config.files.model_to_save) as folder:
         if model.is_folder:
-            copy_others(model, folder, shards=False)  # one file is written of several
+            copy_others(model, folder, shards=False)  # shards become one file
         else:
             conversion.write_surroundings(folder, model, v_prediction=v_prediction_of(config, model))
         for part in dict.fromkeys(split_name(name)[0] for name in plan):
             start = f"{part}/"
             own = {name.removeprefix(start): piece for name, piece in plan.items() if name.startswith(start)}
             metadata = dict(model.metadata) if part == UNET else {}
-            write_file(config, model, own, folder / file_of(part), metadata | {"format": "pt"})
+            name = EXTRAS_FILE if part == EXTRAS else f"{part}/{file_stems(part)[0]}.safetensors"
+            write_file(config, model, own, folder / name, metadata | {"format": "pt"})
         if left:
-            logger.info("%d tensors that Diffusers has no place for are kept in %s", len(left), EXTRAS_FILE)
+            logger.info("%d tensors without a place in Diffusers are kept in %s", len(left), EXTRAS_FILE)
             extras = {name: piece for name, piece in layout.copy_plan(model).items() if name in left}
             write_file(config, model, extras, folder / EXTRAS_FILE, {})
         if config.files.reference_model is not None:
             copy_reference(config.files.reference_model, folder)
-
-
-def file_of(part: str) -> Path:
-    """Return the weight file of a part of a Diffusers folder."""
-    from library.models.checkpoint import EXTRAS, EXTRAS_FILE, file_stems
-
-    return Path(EXTRAS_FILE) if part == EXTRAS else Path(part) / f"{file_stems(part)[0]}.safetensors"
 
 
 def copy_reference(source: Path, folder: Path) -> None:
@@ -257,12 +236,12 @@ def copy_reference(source: Path, folder: Path) -> None:
 
     for part in ("scheduler", "tokenizer", "tokenizer_2"):
         if (source / part).is_dir() and (folder / part).is_dir():
-            shutil.rmtree(folder / part)  # a tokenizer must not be made of files of two
+            shutil.rmtree(folder / part)  # a tokenizer must not mix files of two
             shutil.copytree(source / part, folder / part)
 
 
 def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
-    """Return whether the scheduler is to say that the model predicts v, and tell where that was not given."""
+    """Return whether the scheduler records that the model predicts v; if the options do not say so, log it."""
     from library.models.checkpoint import guess_prediction
 
     if config.model.v_parameterization:
@@ -270,7 +249,7 @@ def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     found = guess_prediction(model)
     if found is not None:
         logger.info(
-            "scheduler: the model predicts %s, as far as its file tells; if it is v, give --v_parameterization",
+            "scheduler: the model predicts %s, as far as its file shows; if it predicts v, give --v_parameterization",
             "v" if found else "noise",
         )
     return bool(found)

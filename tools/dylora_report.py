@@ -1,11 +1,11 @@
-"""Tell which rank of a DyLoRA file to take: loss, file size and pictures by rank.
+"""Compare the ranks of a DyLoRA file to choose one: loss, file size and pictures by rank.
 
 python tools/dylora_report.py --model dylora.safetensors --pretrained_model_name_or_path base.safetensors
     --dataset_config data.toml --validation_split 0.2 --sample_prompts prompts.txt --save_to out/mine
 
-measures the base model and every rank on the pictures that are held out (on all, where none are), each with the same
-noise at the same timesteps, and writes out/mine-report.md, -report.json, -report.png and, with prompts, -ranks.png.
-Give the options that the training had: what is held out, clip skip and the rest decide what is measured.
+measures the base model and every rank on the held-out pictures (on all, if none are held out), each with the same noise
+at the same timesteps, and writes out/mine-report.md, -report.json, -report.png and, with prompts, -ranks.png. Give the
+options of the training: the measured loss depends on held-out pictures, clip skip and the rest.
 """
 
 from __future__ import annotations
@@ -44,13 +44,8 @@ logger = logging.getLogger(__name__)
 FEW_PICTURES = 8
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Options
-# --------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class ReportFiles:
     """Files."""
 
     model: Path = option(
@@ -58,21 +53,23 @@ class FilesConfig:
     )
     unit: int | None = option(None, "smallest rank, and step to the next; unset: the unit of the training", minimum=1)
     save_to: Path | None = option(
-        None, "beginning of the names of the files to write; unset: --model without its ending"
+        None, "beginning of the names of the files to write; unset: --model without its extension"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
-    """What is measured and drawn."""
+    """Measurement and pictures."""
 
     timesteps: int = option(16, "timesteps at which each picture is measured, evenly spaced", minimum=1, maximum=998)
     draws: int = option(1, "noises for each picture and timestep", minimum=1)
     seed: int | None = option(
-        None, "seed of the noise and of what is held out; unset: that of the training, which the file tells", minimum=0
+        None,
+        "seed of the noise and of the split; unset: that of the training, from the metadata",
+        minimum=0,
     )
     max_validation_steps: int | None = repeated(ValidationConfig, "max_validation_steps")
-    sample_prompts: Path | None = option(None, "prompts to draw with each rank (.txt, .toml or .json)")
+    sample_prompts: Path | None = option(None, "prompts for pictures of each rank (.txt, .toml or .json)")
     sample_sampler: SamplerName = repeated(PreviewConfig, "sample_sampler")
 
 
@@ -87,9 +84,9 @@ class ArithmeticConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Which file is measured, on what and how."""
+    """All options."""
 
-    files: FilesConfig
+    files: ReportFiles
     measure: MeasureConfig
     model: ModelConfig
     data: DataConfig
@@ -101,16 +98,16 @@ class ReportConfig:
 
     @property
     def name(self) -> Path:
-        """The beginning of the names of all files that are written."""
+        """The beginning of the names of all files to write."""
         return self.files.save_to or self.files.model.with_suffix("")
 
     def path(self, ending: str) -> Path:
-        """Return the path of one of the files."""
+        """Return the path of the file to write with an ending."""
         return self.name.with_name(f"{self.name.name}-{ending}")
 
 
 def as_training(config: ReportConfig) -> TrainConfig:
-    """Return the configuration of a training with these options, of which the network is left open."""
+    """Return the configuration of a training with these options, still without the file as its network."""
     given = {
         "network_module": "networks.dylora",
         "output_dir": config.name.parent,
@@ -123,14 +120,9 @@ def as_training(config: ReportConfig) -> TrainConfig:
     return dataclasses.replace(build(TrainConfig, given, Problems()), **shared)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The script
-# --------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be done, once the options are found to be right."""
+    """The inputs of the report, checked."""
 
     config: ReportConfig
     training: TrainConfig
@@ -145,34 +137,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     job = plan(parse(ReportConfig, argv, description=__doc__, rules=(check_model, check_training)))
 
-    # Torch takes seconds to import; up to here every mistake has been answered at once.
+    # Importing torch takes seconds; most mistakes were reported before.
     from library.training.measure.picture_losses import to_measure
 
-    files = check_further(job)
+    files = check_with_torch(job)
     job = dataclasses.replace(job, datasets=to_measure(job.datasets))
-    tell(job)
+    log_plan(job)
     report(job, files)
     return 0
 
 
 def check_model(config: ReportConfig, problems: Problems) -> None:
-    """Raise UserError for a file that is no DyLoRA."""
+    """Raise UserError for a file that is not a DyLoRA."""
     if config.files.model.is_file():
         read_model(config.files)
 
 
 def check_training(config: ReportConfig, problems: Problems) -> None:
-    """Add to problems what would be wrong with the options in a training."""
+    """Add to problems what is wrong with the options for a training."""
     check(as_training(config), problems)
 
 
 def plan(config: ReportConfig) -> Job:
-    """Return what is to be done; raises UserError for what is wrong with the prompts and the pictures."""
+    """Return the inputs of the report; raises UserError for bad prompts or pictures."""
     file, ranks = read_model(config.files)
     training = as_training(config)
     seed = seed_of(config.measure.seed, file.metadata)
-    training = dataclasses.replace(training, run=dataclasses.replace(training.run, seed=seed))
-    training = with_network(training, config.files.model, unit=ranks[0])
+    network = dataclasses.replace(
+        training.network,
+        network_weights=config.files.model,
+        dim_from_weights=True,
+        network_args={"unit": str(ranks[0])},
+    )
+    training = dataclasses.replace(training, run=dataclasses.replace(training.run, seed=seed), network=network)
     problems = Problems()
     prompts = problems.run(read_prompts, config.measure.sample_prompts) if config.measure.sample_prompts else None
     datasets = problems.run(load_datasets, training, file.metadata)
@@ -180,33 +177,25 @@ def plan(config: ReportConfig) -> Job:
     return Job(config, training, seed, file, ranks, datasets or [], prompts or [])
 
 
-def read_model(files: FilesConfig) -> tuple[WeightFile, list[int]]:
-    """Return the DyLoRA file, of which a safetensors file is not read yet, and its ranks."""
+def read_model(files: ReportFiles) -> tuple[WeightFile, list[int]]:
+    """Return the opened DyLoRA file and its ranks; of a safetensors file only the header is read."""
     file = open_weights(files.model)
     return file, ranks_of(file, files.unit)
 
 
 def seed_of(given: int | None, metadata: Mapping[str, str]) -> int:
-    """Return the seed: as given, else that with which the training held pictures out, else that of the training."""
+    """Return the given seed, else the seed of the validation split of the training, else that of the training."""
     texts = (metadata.get(key, "") for key in ("ss_validation_seed", "ss_seed"))
     seed = given if given is not None else next((int(text) for text in texts if text.isdecimal()), 0)
-    logger.info("seed of what is held out and of the noise: %d", seed)
+    logger.info("seed of the held-out pictures and of the noise: %d", seed)
     return seed
 
 
-def with_network(training: TrainConfig, model: Path, *, unit: int) -> TrainConfig:
-    """Return the configuration with the file as its network."""
-    network = dataclasses.replace(
-        training.network, network_weights=model, dim_from_weights=True, network_args={"unit": str(unit)}
-    )
-    return dataclasses.replace(training, network=network)
-
-
 def load_datasets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Dataset]:
-    """Return the datasets; warn where something else is held out than in the training."""
+    """Return the datasets; warn if the number of held-out pictures differs from the training."""
     datasets = build_datasets(
         read_datasets(training.data, training.dataset, training.subset),
-        latents_cached=False,  # nothing is varied here, so nothing contradicts it
+        latents_cached=False,  # pictures are not augmented here
         masked_loss=training.loss.masked_loss,
         seed=training.run.seed,
     )
@@ -215,14 +204,14 @@ def load_datasets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Da
         logger.warning("%d pictures are held out; in the training there were %s", number, then)
     if not number:
         logger.warning(
-            "nothing is held out: pictures that were trained on make higher ranks look better than they are; "
-            "--validation_split in the training and here holds some out"
+            "no pictures are held out: on pictures of the training higher ranks look better than they are; "
+            "--validation_split, in the training and here, holds some out"
         )
     return datasets
 
 
-def check_further(job: Job) -> BaseFiles:
-    """Return what kind of model will be loaded; raises UserError for what shows with torch but without loading it."""
+def check_with_torch(job: Job) -> BaseFiles:
+    """Return the base model before it is loaded; raises UserError for mistakes that only torch shows."""
     from library.networks.modules import check_network
     from library.training.prepare.checks import check_base, check_folder
 
@@ -233,8 +222,8 @@ def check_further(job: Job) -> BaseFiles:
     return check_base(problems, job.training.model, job.training.loss, job.prompts, sampler)
 
 
-def tell(job: Job) -> None:
-    """Tell in numbers what will be done; raises UserError for a single picture, from which no interval follows."""
+def log_plan(job: Job) -> None:
+    """Log the numbers of measurements; raises UserError for a single picture, which gives no interval."""
     from library.training.measure.picture_losses import pictures_of
     from library.training.measure.rank_report import MOST_COLUMNS
 
@@ -242,14 +231,15 @@ def tell(job: Job) -> None:
     samples = [sample for request in pictures.requests for sample in request.samples]
     number = len({job.datasets[sample.dataset].held_out[sample.record].path for sample in samples})
     if number < 2:
-        raise UserError(f"at least 2 pictures are needed to tell what is noise, got {number}")
+        raise UserError(f"at least 2 pictures are needed for intervals of the loss, got {number}")
     if number < FEW_PICTURES:
         logger.warning(
-            "%d pictures leave wide intervals, within which small ranks lie: more pictures narrow them", number
+            "%d pictures give wide intervals, too wide to compare ranks: more pictures narrow them",
+            number,
         )
     timesteps, draws = job.config.measure.timesteps, job.config.measure.draws
     logger.info(
-        "measures the base model and ranks %s on %d pictures x %d timesteps x %d noises: %d predictions",
+        "measuring the base model and ranks %s on %d pictures x %d timesteps x %d noises: %d predictions",
         shortened(", ".join(map(str, job.ranks)), 60),
         len(samples),
         timesteps,
@@ -258,11 +248,11 @@ def tell(job: Job) -> None:
     )
     if job.prompts:
         columns = min(MOST_COLUMNS, len(job.ranks) + 1)
-        logger.info("draws %d prompts with %d of them", len(job.prompts), columns)
+        logger.info("generating %d prompts with %d of them", len(job.prompts), columns)
 
 
 def report(job: Job, files: BaseFiles) -> None:
-    """Measure, generate and write."""
+    """Measure, generate and write the files of the report."""
     from library.networks.trainable import build_network
     from library.sampling.contact_sheet import save_sheet
     from library.training.charts.rank_plot import draw_plot

@@ -2,8 +2,8 @@
 
 python tools/merge_models.py --models a.safetensors b.safetensors --ratios 0.7 0.3 --output merged.safetensors
 
-The sum is made in float32, tensor by tensor, whatever the models hold. The first model decides which tensors there
-are, and their types unless --saving_precision is given; its numbers that are not fractions are kept as they are.
+The sum is computed in float32, tensor by tensor. The result has the tensors of the first model, and their types unless
+--saving_precision is given; its integer tensors are unchanged.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 INPUT_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
-TOLERANCE = 0.02  # of the sum of ratios: 0.33 three times is meant to be 1
-# What --unet_only leaves as the first model has it.
+TOLERANCE = 0.02  # of the sum of ratios: three times 0.33 is meant to be 1
+# Parts that --unet_only takes from the first model.
 NOT_UNET = (keys.VAE_PREFIX, *keys.TEXT_PREFIXES)
 TEXT_ENCODER = f"{keys.TEXT_PREFIX}transformer."
 OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class MergeFiles:
     """Files."""
 
     models: tuple[Path, ...] = option(
         REQUIRED, "checkpoints (.safetensors or .ckpt)", missing="the checkpoints", reads="a file"
     )
     output: Path = option(
-        REQUIRED, "file to write; .safetensors is appended where it is missing", missing="the file to write"
+        REQUIRED, "file to write; .safetensors is appended if it is missing", missing="the file to write"
     )
     ratios: tuple[float, ...] | None = option(None, "share of each model, of any sign; unset: equal shares")
 
@@ -60,49 +60,41 @@ class FilesConfig:
 class MergeOptions:
     """Merging."""
 
-    unet_only: bool = option(False, "text encoders and VAE stay as the first model has them")
-    device: str = option("cpu", "where the sums are made, such as cuda")
-    precision: Precision = option("float", "accepted; sums are always made in float32")
-    saving_precision: Precision | None = option(
-        None, "type of what is written; unset: of each tensor the first model's"
-    )
-    show_skipped: bool = option(False, "name the tensors that not all models have")
+    unet_only: bool = option(False, "take text encoders and VAE from the first model")
+    device: str = option("cpu", "where the sums are computed, such as cuda")
+    precision: Precision = option("float", "accepted; sums are always computed in float32")
+    saving_precision: Precision | None = option(None, "type of the tensors to write; unset: those of the first model")
+    show_skipped: bool = option(False, "list the tensors that not all models have")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """What is merged into what."""
+    """All options."""
 
-    files: FilesConfig
+    files: MergeFiles
     merge: MergeOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightedCheckpoint:
-    """A checkpoint with its ratio; names are today's names -> those in the file."""
+    """A checkpoint with its ratio; names are current names -> names in the file."""
 
     file: WeightFile
     ratio: float
     names: dict[str, str]
-
-    @property
-    def path(self) -> Path:
-        """The path of the file."""
-        return self.file.path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
         return self.file.shapes[self.names[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor; it can be read once only."""
+        """Return a tensor; it can be read only once."""
         return next(self.file.tensors((self.names[name],)))[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    rules = (check_output, check_ratios, check_models, check_device)
-    config = parse(MergeConfig, argv, description=__doc__, rules=rules)
+    config = parse(MergeConfig, argv, description=__doc__, rules=(check_output, check_models))
     output = output_path(config.files.output)
     from library.safetensors_io import write_stream
 
@@ -117,13 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checks
-# --------------------------------------------------------------------------------------------------------------
-
-
 def output_path(output: Path) -> Path:
-    """Return the file to write, with the ending that it has."""
+    """Return the file to write, with .safetensors appended if it is missing."""
     return output if output.suffix.lower() == SUFFIX else Path(f"{output}{SUFFIX}")
 
 
@@ -134,67 +121,61 @@ def check_output(config: MergeConfig, problems: Problems) -> None:
         raise UserError(f"--output must end in {SUFFIX}, got {output}: other formats are read, but not written")
 
 
-def check_ratios(config: MergeConfig, problems: Problems) -> None:
-    """Raise UserError where there are not as many ratios as models."""
+def check_models(config: MergeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with --device, --ratios and --models."""
+    problems.run(tool_files.check_device, config.merge.device)
     number, ratios = len(config.files.models), config.files.ratios
     if ratios is not None and len(ratios) != number:
-        raise UserError(f"--ratios must have a number for each of the {number} files of --models, got {len(ratios)}")
-
-
-def check_models(config: MergeConfig, problems: Problems) -> None:
-    """Add to problems models of other formats, and those that would be replaced."""
-    there = [path for path in config.files.models if path.exists()]
-    for path in there:
+        problems.add(f"--ratios must have a number for each of the {number} files of --models, got {len(ratios)}")
+    existing = [path for path in config.files.models if path.exists()]
+    for path in existing:
         if path.suffix.lower() not in INPUT_SUFFIXES:
             problems.add(f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}")
     output = output_path(config.files.output)
-    if output.exists() and any(path.samefile(output) for path in there):
+    if output.exists() and any(path.samefile(output) for path in existing):
         problems.add(f"--output {output} is one of the files to be read: take another name")
 
 
-def check_device(config: MergeConfig, problems: Problems) -> None:
-    """Raise UserError for a --device that is not there."""
-    tool_files.check_device(config.merge.device)
-
-
 def check_family(models: Sequence[WeightedCheckpoint]) -> None:
-    """Raise UserError for models of more than one family; one that is not recognised is left to `check_shapes`."""
+    """Raise UserError for networks and for models of several families; an unknown family is no error."""
     for model in models:
         if any(".lora_" in name or ".hada_" in name or ".lokr_" in name for name in model.names):
-            raise UserError(f"{model.path} is a network: networks/merge_lora.py merges those")
-    titles = {model.path: title for model in models if (title := family_title(model)) is not None}
+            raise UserError(f"{model.file.path} is a network: networks/merge_lora.py merges those")
+    titles = {model.file.path: title for model in models if (title := family_title(model)) is not None}
     if len(set(titles.values())) > 1:
         found = ", ".join(f"{path} is {title}" for path, title in titles.items())
         raise UserError(f"only models of one family can be merged: {found}")
 
 
 def family_title(model: WeightedCheckpoint) -> str | None:
-    """Return the name of a model's family, or None where its tensors are of none."""
+    """Return the name of a model's family, or None if it is not known."""
     from library.models.family import detect_family
 
     try:
-        return detect_family({name: model.shape(name) for name in model.names}, str(model.path)).title
+        return detect_family({name: model.shape(name) for name in model.names}, str(model.file.path)).title
     except UserError:
         return None
 
 
 def check_shapes(models: Sequence[WeightedCheckpoint], merge: MergeOptions) -> None:
-    """Raise UserError for tensors of the same name that cannot be summed, and for files that share no names."""
+    """Raise UserError for tensors of one name that cannot be summed, and for files without common names."""
     first = models[0]
     for other in models[1:]:
         common = [name for name in first.names if name in other.names]
         if not common:
-            raise UserError(f"{other.path} has no tensor in common with {first.path}: are both of them checkpoints?")
+            raise UserError(
+                f"{other.file.path} has no tensor in common with {first.file.path}: are both of them checkpoints?"
+            )
         for name in common:
             if is_merged(name, merge) and first.shape(name) != other.shape(name):
                 raise UserError(
                     f"only models of one family and kind can be merged: {name} is of the shape {first.shape(name)} in "
-                    f"{first.path} and {other.shape(name)} in {other.path}"
+                    f"{first.file.path} and {other.shape(name)} in {other.file.path}"
                 )
 
 
 def log_skipped(models: Sequence[WeightedCheckpoint], merge: MergeOptions) -> None:
-    """Log tensors that only some models have, and ratios that make the sum stronger or weaker."""
+    """Log tensors that not all models have, and ratios that do not add up to 1."""
     first, total = models[0], sum(model.ratio for model in models)
     if abs(total - 1) > TOLERANCE:
         logger.warning("the ratios add up to %g, not 1: the model becomes that much stronger or weaker", total)
@@ -202,50 +183,43 @@ def log_skipped(models: Sequence[WeightedCheckpoint], merge: MergeOptions) -> No
         lacking = sorted(name for name in first.names if name not in other.names and is_merged(name, merge))
         surplus = sorted(name for name in other.names if name not in first.names)
         if lacking:
-            logger.info("%s lacks %d tensors: the first model's are taken for it", other.path, len(lacking))
+            logger.info("%s lacks %d tensors: those of the first model are used", other.file.path, len(lacking))
         if surplus:
-            logger.info("%s has %d tensors that the first model does not have: left out", other.path, len(surplus))
+            logger.info("%s has %d tensors that the first model does not have: omitted", other.file.path, len(surplus))
         if merge.show_skipped:
-            for kind, names in (("lacks", lacking), ("left out", surplus)):
+            for kind, names in (("lacks", lacking), ("omitted", surplus)):
                 for name in names:
-                    logger.info("%s: %s %s", other.path, kind, name)
+                    logger.info("%s: %s %s", other.file.path, kind, name)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The sum
-# --------------------------------------------------------------------------------------------------------------
-
-
-def open_models(files: FilesConfig) -> list[WeightedCheckpoint]:
-    """Return the models, of which safetensors files are not read yet."""
+def open_models(files: MergeFiles) -> list[WeightedCheckpoint]:
+    """Return the opened models; of safetensors files only the headers are read."""
     from library.weight_file import open_weights
 
     ratios = files.ratios or (1 / len(files.models),) * len(files.models)
-    opened = [open_weights(path) for path in files.models]
-    return [
-        WeightedCheckpoint(file, ratio, names_today(file.shapes)) for file, ratio in zip(opened, ratios, strict=True)
-    ]
+    pairs = zip(map(open_weights, files.models), ratios, strict=True)
+    return [WeightedCheckpoint(file, ratio, current_names(file.shapes)) for file, ratio in pairs]
 
 
-def names_today(names: Mapping[str, object]) -> dict[str, str]:
-    """Return today's name -> name in the file; where a file has a tensor under both, today's counts."""
-    return {name_today(name): name for name in names} | {name: name for name in names if name == name_today(name)}
+def current_names(names: Mapping[str, object]) -> dict[str, str]:
+    """Return current name -> name in the file; of a tensor under both names the current one is used."""
+    return {current_name(name): name for name in names} | {name: name for name in names if name == current_name(name)}
 
 
-def name_today(name: str) -> str:
+def current_name(name: str) -> str:
     """Return a tensor's name with `text_model`, which early SD 1.x files lack in the names of the text encoder."""
     return name.replace(TEXT_ENCODER, f"{TEXT_ENCODER}text_model.", 1) if name.startswith(OLD_TEXT_NAMES) else name
 
 
 def is_merged(name: str, merge: MergeOptions) -> bool:
-    """Return whether a tensor is summed, if it holds fractions."""
+    """Return whether a tensor is summed if its type is floating point."""
     return not (merge.unet_only and any(part in name for part in NOT_UNET))
 
 
 def types_to_write(first: WeightedCheckpoint, merge: MergeOptions) -> dict[str, torch.dtype]:
-    """Return name -> type in which it is written, for all tensors in the order in which they are read."""
-    today = {own: name for name, own in first.names.items()}
-    types = {today[own]: dtype for own, dtype, _ in first.file.infos() if own in today}
+    """Return name -> type to write, for all tensors in the order in which they are read."""
+    current = {own: name for name, own in first.names.items()}
+    types = {current[own]: dtype for own, dtype, _ in first.file.infos() if own in current}
     if merge.saving_precision is None:
         return types
     wanted = dtype_named(merge.saving_precision)
@@ -255,7 +229,7 @@ def types_to_write(first: WeightedCheckpoint, merge: MergeOptions) -> dict[str, 
 def merged_tensors(
     models: Sequence[WeightedCheckpoint], types: Mapping[str, torch.dtype], merge: MergeOptions
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of the merged model; no more than two tensors are held at a time."""
+    """Yield name and tensor of the merged model; at most two tensors are in memory at a time."""
     from tqdm import tqdm
 
     for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
@@ -266,7 +240,7 @@ def merged_tensors(
 
 
 def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.Tensor, device: str) -> torch.Tensor:
-    """Return the sum of ratio * tensor over the models in float32; where a model lacks it, the first one's counts."""
+    """Return the sum of ratio * tensor over the models, float32; a model that lacks it has the first one's."""
     import torch
 
     base = first.to(device, torch.float32)
@@ -279,29 +253,21 @@ def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.T
 
 
 def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: MergeOptions) -> dict[str, str]:
-    """Return the metadata of the merged model: the first one's, and what it was merged from."""
-    from library.adapters.metadata import RECIPE, without_hashes
+    """Return the metadata of the merged model: those of the first one, title, sources and recipe."""
+    from library.adapters.metadata import HASHES, RECIPE, without_hashes
 
-    titles = [model.file.metadata.get("modelspec.title") or model.path.stem for model in models]
-    recipe = {
-        "operation": "merge_models",
-        "unet_only": merge.unet_only,
-        "models": [recipe_entry(model) for model in models],
-    }
+    titles = [model.file.metadata.get("modelspec.title") or model.file.path.stem for model in models]
+    sources = [
+        {"name": model.file.path.name, "ratio": model.ratio}
+        | {key: model.file.metadata[key] for key in HASHES if key in model.file.metadata}
+        for model in models
+    ]
+    recipe = {"operation": "merge_models", "unet_only": merge.unet_only, "models": sources}
     return without_hashes(models[0].file.metadata) | {
         "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join(titles),
         RECIPE: json.dumps(recipe, ensure_ascii=False),
     }
-
-
-def recipe_entry(model: WeightedCheckpoint) -> dict[str, str | float]:
-    """Return name and ratio of a model for the recipe, with the hashes in its metadata, if there are any."""
-    from library.adapters.metadata import HASHES
-
-    metadata = model.file.metadata
-    hashes = {key: metadata[key] for key in HASHES if key in metadata}
-    return {"name": model.path.name, "ratio": model.ratio, **hashes}
 
 
 if __name__ == "__main__":

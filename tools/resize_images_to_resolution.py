@@ -2,9 +2,9 @@
 
 python tools/resize_images_to_resolution.py pictures pictures_in_sizes --max_resolution 512x512,256x256
 
-writes, for pictures/photo.png, an exact copy of it, photo+512x512.jpg and photo+256x256.jpg. A size stands for its
-area: copies keep the aspect ratio and are never larger than the picture. Each is made from the picture itself.
-Other files and subfolders are copied too; captions go with each size with --copy_associated_files.
+writes, for pictures/photo.png, an exact copy of it, photo+512x512.jpg and photo+256x256.jpg. Of a size only the area
+counts: copies keep the aspect ratio and are never larger than the picture. Each is computed from the picture itself.
+Other files and subfolders are copied too; with --copy_associated_files captions are copied for each size.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FoldersConfig:
     """Folders."""
 
     src_img_folder: Path = option(REQUIRED, "folder of the pictures, with its subfolders", positional=True)
-    dst_img_folder: Path = option(REQUIRED, "folder to write; it is made if it is not there", positional=True)
+    dst_img_folder: Path = option(REQUIRED, "folder to write; created if it does not exist", positional=True)
 
 
 def read_resolutions(text: str) -> str:
@@ -53,46 +53,41 @@ class SizesConfig:
 
     max_resolution: str = option(
         "512x512,384x384,256x256,128x128",
-        "sizes of the copies, with commas between; what counts is the area",
+        "sizes of the copies, separated by commas; only the area counts",
         parse=read_resolutions,
         form="sizes such as 512x512,256x256",
     )
-    divisible_by: int = option(1, "cut the margins of copies so that both sides are multiples of this", minimum=1)
+    divisible_by: int = option(1, "crop the margins of copies so that both sides are multiples of this", minimum=1)
     interpolation: Literal["area", "cubic", "lanczos4", "nearest", "linear", "box"] = option(
         "area", "how pictures are reduced"
     )
-    skip_small: bool = option(False, "write no copy of pictures that are no larger than its size")
+    skip_small: bool = option(False, "write no copy of a picture that is no larger than the size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FilesConfig:
+class CopyOptions:
     """Files."""
 
     save_as_png: bool = option(False, "write copies as PNG; else as JPEG of quality 100")
     full_chroma: bool = option(False, "keep the full resolution of colour in JPEG (4:4:4); else half of it (4:2:0)")
     copy_associated_files: bool = option(False, "copy captions and other files named as a picture for each size")
-    skip_existing: bool = option(False, "leave files as they are that are in the destination already")
-    overwrite: bool = option(False, "replace files that are in the destination already")
-    num_workers: int | None = option(None, "pictures in work at one time; unset: one per core", minimum=1)
+    skip_existing: bool = option(False, "keep files that already exist in the destination")
+    overwrite: bool = option(False, "replace files that already exist in the destination")
+    num_workers: int | None = option(None, "pictures processed at the same time; unset: one per core", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResizeConfig:
-    """What is copied in which sizes."""
+    """All options."""
 
     folders: FoldersConfig
     sizes: SizesConfig
-    files: FilesConfig
+    files: CopyOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script with a command line; return the exit code, 1 if a file had to be left out."""
-    rules = (check_source, check_destination, check_apart, check_files)
-    return resize_folder(parse(ResizeConfig, argv, description=__doc__, rules=rules))
-
-
-def resize_folder(config: ResizeConfig) -> int:
-    """Write the copies; return 0, or 1 if a file had to be left out. Raises UserError before anything is written."""
+    """Run the script with a command line; return the exit code, 1 if a file had to be skipped."""
+    config = parse(ResizeConfig, argv, description=__doc__, rules=(check_options,))
     source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
     files, targets = config.files, plan.targets(config.sizes.max_resolution)
     listing = plan.list_files(source)
@@ -105,10 +100,10 @@ def resize_folder(config: ResizeConfig) -> int:
     )
     tasks = plan.make_tasks(listing.files, layout)
     plan.check_names(tasks)
-    there = plan.existing(tasks)
-    check_existing(there, files)
+    existing = plan.existing(tasks)
+    check_existing(existing, files)
     if files.skip_existing:
-        tasks = [rest for rest in (plan.without(task, there) for task in tasks) if rest.outputs]
+        tasks = [rest for rest in (plan.without(task, existing) for task in tasks) if rest.outputs]
     making = Making(
         format=output_format(files),
         interpolation=config.sizes.interpolation,
@@ -118,67 +113,53 @@ def resize_folder(config: ResizeConfig) -> int:
     start = time.perf_counter()
     outcomes = [Outcome(path, error=why) for path, why in listing.left_out.items()]
     outcomes += carry_out(tasks, making, destination, files.num_workers)
-    num_there = len(there) if files.skip_existing else 0
-    return report(outcomes, targets, destination, num_there, time.perf_counter() - start)
+    num_kept = len(existing) if files.skip_existing else 0
+    return report(outcomes, targets, destination, num_kept, time.perf_counter() - start)
 
 
-def check_source(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError for a folder to read that is none."""
-    source = config.folders.src_img_folder
-    if not source.is_dir():
-        raise UserError(f"src_img_folder: {source} is no folder; give the folder of the pictures")
-
-
-def check_destination(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError for a folder to write that is a file."""
-    destination = config.folders.dst_img_folder
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"dst_img_folder: {destination} is no folder; give the folder to write")
-
-
-def check_apart(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError where one of the folders is in the other."""
+def check_options(config: ResizeConfig, problems: Problems) -> None:
+    """Add to problems what is wrong with the two folders, and options that exclude each other."""
     source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
+    if not source.is_dir():
+        problems.add(f"src_img_folder: {source} is no folder; give the folder of the pictures")
+    if destination.exists() and not destination.is_dir():
+        problems.add(f"dst_img_folder: {destination} is no folder; give the folder to write")
     if source.is_dir() and (lies_in(destination, source) or lies_in(source, destination)):
-        raise UserError(
+        problems.add(
             f"dst_img_folder {destination} and src_img_folder {source} must be two folders, neither of them in the "
             "other: copies would mix with pictures"
         )
-
-
-def check_files(config: ResizeConfig, problems: Problems) -> None:
-    """Raise UserError for options that exclude each other."""
     if config.files.skip_existing and config.files.overwrite:
-        raise UserError("--skip_existing and --overwrite exclude each other: leave one out")
+        problems.add("--skip_existing and --overwrite exclude each other: leave one out")
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Tell whether path is folder or in it, links and the case of letters notwithstanding."""
+    """Return whether path is folder or in it, whatever links and upper or lower case it is written with."""
     path = path.resolve()
     return any(parent.exists() and parent.samefile(folder) for parent in (path, *path.parents) if folder.exists())
 
 
-def check_existing(there: set[Path], files: FilesConfig) -> None:
-    """Raise UserError if files would be written over unasked."""
-    if there and not (files.skip_existing or files.overwrite):
-        names = plan.named([str(path) for path in sorted(there)])
+def check_existing(existing: set[Path], files: CopyOptions) -> None:
+    """Raise UserError if files would be replaced without --overwrite."""
+    if existing and not (files.skip_existing or files.overwrite):
+        names = plan.named([str(path) for path in sorted(existing)])
         raise UserError(
-            f"dst_img_folder has files of these names already: {names}; --skip_existing leaves them, --overwrite "
+            f"dst_img_folder has files of these names already: {names}; --skip_existing keeps them, --overwrite "
             "replaces them"
         )
 
 
-def output_format(files: FilesConfig) -> OutputFormat:
-    """Return the format that the options ask for."""
+def output_format(files: CopyOptions) -> OutputFormat:
+    """Return the format of the copies."""
     if files.save_as_png:
         return OutputFormat("PNG", {})
     return OutputFormat("JPEG", {"quality": 100, "subsampling": "4:4:4" if files.full_chroma else "4:2:0"})
 
 
 def report(
-    outcomes: Sequence[Outcome], targets: Sequence[Target], destination: Path, num_there: int, seconds: float
+    outcomes: Sequence[Outcome], targets: Sequence[Target], destination: Path, num_kept: int, seconds: float
 ) -> int:
-    """Log what was done, in numbers, and which files were left out; return the exit code."""
+    """Log the numbers of files written and skipped, and why; return the exit code."""
     outcomes = sorted(outcomes, key=lambda outcome: outcome.source)
     for notice, words in NOTICES.items():
         sources = [str(outcome.source) for outcome in outcomes if notice in outcome.notices]
@@ -187,13 +168,13 @@ def report(
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         logger.error("%s was left out: %s", outcome.source, outcome.error)
-    logger.info("%s: %s", destination, summary(outcomes, targets, num_there))
+    logger.info("%s: %s", destination, summary(outcomes, targets, num_kept))
     logger.info("%d left out; %.1f s", len(failed), seconds)
     return 1 if failed else 0
 
 
-def summary(outcomes: Sequence[Outcome], targets: Sequence[Target], num_there: int) -> str:
-    """Return what was written, in numbers; what is not there is not named."""
+def summary(outcomes: Sequence[Outcome], targets: Sequence[Target], num_kept: int) -> str:
+    """Return the numbers of files written, of each kind of which there are any."""
     copied = collections.Counter(copy.kind for outcome in outcomes for copy in outcome.copied)
     reduced = collections.Counter(entry.target for outcome in outcomes for entry in outcome.reduced)
     num_unreduced = sum(outcome.num_unreduced for outcome in outcomes)
@@ -204,7 +185,7 @@ def summary(outcomes: Sequence[Outcome], targets: Sequence[Target], num_there: i
         (sum(outcome.num_too_small for outcome in outcomes), "copies not made, as no smaller than their picture"),
         (copied["associated"], "files that belong to copies"),
         (copied["other"], "other files"),
-        (num_there, "files were there already"),
+        (num_kept, "files were there already"),
     ]
     return ", ".join(f"{count} {words}" for count, words in rows if count) or "nothing to do"
 

@@ -1,4 +1,4 @@
-"""The blocks of a U-Net by number, as arguments by block count them."""
+"""The blocks of a U-Net, as the arguments by block number them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from library.adapters.layers import block_of
 class BlockTable:
     """The blocks of a kind of U-Net.
 
-    lr_parts are the numbers of weights that down, mid and up take; edge is the number of blocks before and after
-    these, which have no weight.
+    lr_parts are the numbers of weights of down, mid and up; edge is the number of blocks before and after these, which
+    have no weight.
     """
 
     name: str
@@ -25,7 +25,7 @@ class BlockTable:
         return sum(self.lr_parts) + 2 * self.edge
 
     def index_of(self, module_name: str) -> int:
-        """Return the block of a module by its name in files; raises ValueError for a name that is in none."""
+        """Return the number of a module's block by the name in files; raises ValueError for a name of no block."""
         down, middle, up = self.lr_parts
         starts = {"in": 0, "middle": down, "out": down + middle}
         if self.edge:

@@ -1,4 +1,4 @@
-"""The ranks of a DyLoRA file: which there are, and the tensors of each."""
+"""The ranks of a DyLoRA file, and the tensors of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def full_rank(shapes: Shapes, path: Path) -> int:
-    """Return the rank of a file with such tensors; raises UserError for a file that is no DyLoRA file."""
+    """Return the rank of a file by the shapes of its tensors; raises UserError if it is not a DyLoRA."""
     ranks = {shapes[name][0] for _, role, name in roles_of(shapes) if role == "down"}
     if not ranks:
         raise UserError(f"--model: {path} is no LoRA file: it has no tensor named ...{DOWN}")
@@ -27,21 +27,16 @@ def full_rank(shapes: Shapes, path: Path) -> int:
     return ranks.pop()
 
 
-def unit_of(metadata: Mapping[str, str]) -> int:
-    """Return the unit that a file was trained with, from its metadata."""
-    try:
-        return int(json.loads(metadata["ss_network_args"])["unit"])
-    except (KeyError, ValueError, TypeError):
-        raise UserError("--unit is missing, and the file does not tell what it was trained with: give --unit") from None
-
-
 def ranks_of(file: WeightFile, unit: int | None) -> list[int]:
-    """Return the ranks unit, 2 unit, ... up to the full one; without a unit that of the training.
+    """Return the ranks unit, 2 unit, ... up to the full one; if unit is None, with the unit in the metadata.
 
-    Raises UserError for a file that is no DyLoRA file, and for a unit that does not divide its rank.
+    Raises UserError for a file that is not a DyLoRA, without a unit, or with a unit that does not divide its rank.
     """
     full = full_rank(file.shapes, file.path)
-    unit = unit or unit_of(file.metadata)
+    try:
+        unit = unit or int(json.loads(file.metadata["ss_network_args"])["unit"])
+    except (KeyError, ValueError, TypeError):
+        raise UserError("--unit is missing, and the metadata of the file do not have it: give --unit") from None
     if full % unit:
         divisors = ", ".join(str(number) for number in range(1, full + 1) if full % number == 0)
         raise UserError(f"--unit {unit} does not divide the rank of {file.path}, {full}; these do: {divisors}")
@@ -49,7 +44,7 @@ def ranks_of(file: WeightFile, unit: int | None) -> list[int]:
 
 
 def truncated_to(rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file with the first rank rows of down and columns of up matrices; the rest as it is."""
+    """Return the tensors of a file with the first rank rows of down and columns of up matrices; others unchanged."""
     part = dict(tensors)
     for _, role, name in roles_of(tensors):
         if role != "alpha":
@@ -58,7 +53,7 @@ def truncated_to(rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_alphas_of_sd_scripts(tensors: Mapping[str, Tensor], rank: int, full: int) -> dict[str, Tensor]:
-    """Return the tensors of a rank with the alpha that gives the scale with which sd-scripts trains it.
+    """Return the tensors of a rank with the alpha for the scale with which sd-scripts trains it.
 
     alpha_b / b = alpha / R * sqrt(R / b), for rank b of R.
     """
@@ -71,7 +66,7 @@ def with_alphas_of_sd_scripts(tensors: Mapping[str, Tensor], rank: int, full: in
 
 
 def file_sizes(file: WeightFile, ranks: Sequence[int]) -> dict[int, int]:
-    """Return rank -> bytes of the file with that rank, to a few bytes of its header; the last rank is the full one."""
+    """Return rank -> bytes of its file, up to a few bytes of the header; the last rank is the full one."""
     matrices = {name for _, role, name in roles_of(file.shapes) if role != "alpha"}
     size = sum(math.prod(shape) * dtype.itemsize for name, dtype, shape in file.infos() if name in matrices)
     whole = file.path.stat().st_size

@@ -1,61 +1,57 @@
-"""Energy (squared norm) of changes that a smaller rank keeps, by block."""
+"""Energy (squared norm) of changes, and how much of it smaller ranks keep, by block."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import logging
 
 from library.adapters.layers import UNET, Layer
 from library.adapters.low_rank import Spectrum
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
-class Kept:
-    """Squared norms of the changes of a group of modules: all, and what was kept; and the ranks."""
+class Energy:
+    """Squared norms of the changes of a group of modules, total and kept, and their ranks."""
 
     total: float = 0.0
     kept: float = 0.0
-    modules: int = 0
-    ranks: tuple[int, ...] = ()
-
-    def add(self, kept: float, total: float, rank: int) -> None:
-        """Take in a module."""
-        self.total, self.kept, self.modules = self.total + total, self.kept + min(kept, total), self.modules + 1
-        self.ranks += (rank,)
+    ranks: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def share(self) -> float:
-        """The share of the squared norm that was kept; 1 of nothing."""
+        """The share of the squared norm that was kept; 1 if the norm is 0."""
         return self.kept / self.total if self.total > 0 else 1.0
 
-    @property
-    def mean_rank(self) -> float:
-        """The mean rank."""
-        return sum(self.ranks) / max(1, len(self.ranks))
 
+class EnergyByBlock:
+    """The energy of each block, and of all."""
 
-@dataclasses.dataclass
-class KeptByBlock:
-    """`Kept` of each block, and of all."""
-
-    blocks: dict[str, Kept] = dataclasses.field(default_factory=dict)
-    all: Kept = dataclasses.field(default_factory=Kept)
+    def __init__(self) -> None:
+        self.blocks: dict[str, Energy] = {}
+        self.all = Energy()
 
     def add(self, layer: Layer | None, spectrum: Spectrum, rank: int, *, scale: float = 1.0) -> None:
-        """Take in a module at its layer: scale times a spectrum, of which the first rank values are kept."""
+        """Add the module of a layer: scale times a spectrum, of which the first rank values are kept."""
         kept, total = scale**2 * spectrum.kept(rank), scale**2 * spectrum.total
-        for group in (self.blocks.setdefault(block_title(layer), Kept()), self.all):
-            group.add(kept, total, rank)
+        for energy in (self.blocks.setdefault(block_title(layer), Energy()), self.all):
+            energy.total += total
+            energy.kept += min(kept, total)
+            energy.ranks.append(rank)
 
-    def lines(self) -> Iterator[str]:
-        """Yield a table: block, modules, mean rank, share of the squared norm that was kept."""
-        yield f"{'block':<16} {'modules':>7} {'mean rank':>9} {'kept':>8}"
-        for title, group in [*sorted(self.blocks.items(), key=lambda entry: order_of(entry[0])), ("all", self.all)]:
-            yield f"{title:<16} {group.modules:>7} {group.mean_rank:>9.1f} {group.share:>8.2%}"
+    def log(self) -> None:
+        """Log a table: block, modules, mean rank, share of the squared norm that was kept."""
+        logger.info("%-16s %7s %9s %8s", "block", "modules", "mean rank", "kept")
+        blocks = sorted(self.blocks.items(), key=lambda row: order_of(row[0]))
+        for title, energy in [*blocks, ("all", self.all)]:
+            count = len(energy.ranks)
+            mean = sum(energy.ranks) / max(1, count)
+            logger.info("%s", f"{title:<16} {count:>7} {mean:>9.1f} {energy.share:>8.2%}")
 
 
 def block_title(layer: Layer | None) -> str:
-    """Return the block of a layer in words."""
+    """Return the name of the block of a layer."""
     if layer is None:
         return "other"
     if layer.part != UNET:
@@ -64,6 +60,6 @@ def block_title(layer: Layer | None) -> str:
 
 
 def order_of(title: str) -> tuple[int, str]:
-    """Return the place of a block in the table: as the computation goes."""
+    """Return the sort key of a block in the table: in the order of computation."""
     starts = ("text", "edges", "down", "middle", "up")
     return next((at for at, start in enumerate(starts) if title.startswith(start)), len(starts)), title

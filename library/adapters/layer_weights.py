@@ -1,6 +1,6 @@
 """Weights by block for merging (`--lbws`), with the slots of web UIs: text encoders, 12 blocks in, middle, 12 out.
 
-Readings of 12 and 20 weights are for SDXL, of 17 and 26 for SD 1.x and 2.x; a slot that is not among them has 1.
+Lists of 12 and 20 weights are for SDXL, of 17 and 26 for SD 1.x and 2.x; a slot that a list does not have weighs 1.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.adapters.layers import block_of
+from library.config.tool_files import MergedLoras
 from library.errors import Problems, UserError
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ SLOTS = {
     26: tuple(range(NUM_SLOTS)),
 }
 FOR_SDXL = (12, 20)
-# Side of a block -> its first slot; all blocks of the middle share one, what comes last has that of SDXL.
+# Side of a block -> its first slot; all blocks of the middle share one, the last layers have that of SDXL.
 SIDES = {"text": BASE, "first": FIRST_IN, "in": FIRST_IN, "middle": MIDDLE, "out": FIRST_OUT, "last": 23}
 
 
 def read_weights(text: str) -> tuple[float, ...]:
-    """Return the weights of a JSON list; raises ValueError for another number of them."""
+    """Return the weights of a JSON list; raises ValueError for anything else, and for a length that is not known."""
     try:
         numbers = json.loads(text)
     except ValueError:
@@ -44,14 +45,16 @@ def read_weights(text: str) -> tuple[float, ...]:
 
 
 def _is_finite(number: object) -> bool:
-    return (
-        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-    )  # JSON of Python knows NaN
+    # Python reads NaN in JSON.
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
-def check_lists(lists: Sequence[str], num_models: int, problems: Problems) -> None:
-    """Add to problems what is wrong with the lists of `--lbws`."""
-    lengths = set()
+def check_strengths(files: MergedLoras, problems: Problems) -> None:
+    """Add to problems what is wrong with `--ratios` and `--lbws`."""
+    files.check_ratios(problems)
+    if files.lbws is None:
+        return
+    lists, num_models, lengths = files.lbws, len(files.models), set()
     for text in lists:
         try:
             lengths.add(len(read_weights(text)))
@@ -64,14 +67,14 @@ def check_lists(lists: Sequence[str], num_models: int, problems: Problems) -> No
 
 
 def check_family(weights: Sequence[float], family: ModelFamily | None, path: Path) -> None:
-    """Raise UserError for weights of SDXL's blocks with a file for another model."""
+    """Raise UserError for weights of SDXL's blocks if the file is for another model."""
     if len(weights) in FOR_SDXL and family is not None and family.name != "sdxl":
         others = ", ".join(str(number) for number in SLOTS if number not in FOR_SDXL)
         raise UserError(f"--lbws: {len(weights)} numbers are for SDXL, {path} is for {family.title}: give {others}")
 
 
 def weight_of(module: str, weights: Sequence[float]) -> float:
-    """Return the weight of a module by its name; 1 for one that no slot is for."""
+    """Return the weight of a module by its name; 1 if no slot is for it."""
     block = block_of(module)
     if block is None:
         return 1.0

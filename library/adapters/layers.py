@@ -1,8 +1,8 @@
-"""The layers that networks act on: their names in every kind of file, their blocks, and their tensors in a base model.
+"""The layers that networks change: their names in every kind of file, their blocks, and their tensors in a base model.
 
-A layer is known by its part and its path in diffusers (`unet`, `mid_block.attentions.0.proj_in`). Files of the suite
-write it as one word after a prefix (`lora_unet_mid_block_attentions_0_proj_in`), for SDXL's U-Net in the names of the
-checkpoint (`lora_unet_middle_block_1_proj_in`); diffusers and PEFT write part and path.
+A layer is identified by its part and its path in diffusers (`unet`, `mid_block.attentions.0.proj_in`). In files of the
+suite its name is one word with a prefix (`lora_unet_mid_block_attentions_0_proj_in`), for SDXL's U-Net with the path in
+the checkpoint (`lora_unet_middle_block_1_proj_in`); in files of diffusers and PEFT it is part and path.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ TEXT_LAYER = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{layer}_proj" for layer in ("q
 
 
 class Block(NamedTuple):
-    """A block of a base model, as checkpoints number them: `input_blocks.4` is in 4, `output_blocks.0` is out 0.
+    """A block of a base model, numbered as in checkpoints: `input_blocks.4` is in 4, `output_blocks.0` is out 0.
 
-    text is all text encoders, first the embeddings of time and size, last what follows the output blocks.
+    text is all text encoders, first the embeddings of time and size, last the layers after the output blocks.
     """
 
     side: Literal["text", "first", "in", "middle", "out", "last"]
@@ -43,13 +43,13 @@ class Block(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The block of diffusers that it is a part of: down 1, middle, up 0."""
+        """The block of diffusers that contains it: down 1, middle, up 0."""
         stages = {"in": f"down {(self.number - 1) // 3}", "middle": "middle", "out": f"up {self.number // 3}"}
         return "edges" if self == Block("in") else stages.get(self.side, "edges")
 
 
-# Pattern of a U-Net's module after its prefix, in the words of diffusers or of checkpoints -> the block for numbers of
-# 0, and how much each number that the pattern captures adds.
+# Pattern of a U-Net module after its prefix, with the path of diffusers or of checkpoints; its block if all captured
+# numbers are 0; how much each captured number adds to the block's number.
 BLOCKS: tuple[tuple[str, Block, tuple[int, ...]], ...] = (
     (r"down_blocks_(\d+)_(?:resnets|attentions)_(\d+)_", Block("in", 1), (3, 1)),
     (r"down_blocks_(\d+)_downsamplers_0_", Block("in", 3), (3,)),
@@ -67,16 +67,15 @@ BLOCKS: tuple[tuple[str, Block, tuple[int, ...]], ...] = (
 
 
 def block_of(module: str) -> Block | None:
-    """Return the block of a module by its name in one word (`lora_unet_...`); None for a name that is in none."""
+    """Return the block of a module by its name in one word (`lora_unet_...`); None for a name of no block."""
     if module.startswith("lora_te"):
         return Block("text")
     word = module.removeprefix(UNET_WORD)
     for pattern, first, steps in BLOCKS if word != module else ():
         match = re.match(pattern, word)
         if match:
-            return Block(
-                first.side, first.number + sum(int(n) * step for n, step in zip(match.groups(), steps, strict=True))
-            )
+            added = sum(int(number) * step for number, step in zip(match.groups(), steps, strict=True))
+            return Block(first.side, first.number + added)
     return None
 
 
@@ -84,8 +83,8 @@ def block_of(module: str) -> Block | None:
 class Layer:
     """A layer of a base model."""
 
-    part: str  # as the folder of a Diffusers model: unet, text_encoder or text_encoder_2
-    path: str  # in diffusers; of a text encoder without `text_model.`
+    part: str  # a folder of a Diffusers model: unet, text_encoder or text_encoder_2
+    path: str  # in diffusers; for a text encoder without `text_model.`
 
     @property
     def block(self) -> Block | None:
@@ -120,12 +119,12 @@ def _text_paths(text: TextModel) -> Iterator[str]:
 
 
 def is_attention_layer(layer: Layer) -> bool:
-    """Return whether a plain LoRA acts on a layer: those of transformers and of text encoders."""
+    """Return whether a LoRA without convolutions changes a layer: it is in a transformer or a text encoder."""
     return layer.part != UNET or ".attentions." in layer.path
 
 
 def is_block_layer(layer: Layer) -> bool:
-    """Return whether a LoRA with convolutions acts on a layer: all but the first and last ones of the U-Net."""
+    """Return whether a LoRA with convolutions changes a layer: all but the first and last of the U-Net."""
     return layer.part != UNET or "_block" in layer.path
 
 
@@ -135,12 +134,12 @@ def is_block_layer(layer: Layer) -> bool:
 
 
 def module_name(layer: Layer, family: ModelFamily) -> str:
-    """Return the name in files of the suite, which is that of sd-scripts."""
+    """Return the name in files of the suite and of sd-scripts."""
     return _checkpoint_word(layer, family) if family is SDXL and layer.part == UNET else diffusers_word(layer, family)
 
 
 def diffusers_word(layer: Layer, family: ModelFamily) -> str:
-    """Return the name with the path of diffusers in one word, also for SDXL's U-Net."""
+    """Return the name in one word with the path of diffusers, also for SDXL's U-Net."""
     path = layer.path if layer.part == UNET else f"text_model.{layer.path}"
     return _prefix(layer, family) + path.replace(".", "_")
 
@@ -162,13 +161,13 @@ def _prefix(layer: Layer, family: ModelFamily) -> str:
 
 @functools.cache
 def layers_by_name(family: ModelFamily) -> Mapping[str, Layer]:
-    """Return every name that files have for a layer -> the layer."""
+    """Return name in any kind of file -> layer."""
     names: dict[str, Layer] = {}
     for layer in layers_of(family):
         names[diffusers_word(layer, family)] = names[peft_name(layer)] = layer
         if layer.part == UNET:
             names[_checkpoint_word(layer, family)] = layer
-        else:  # the text encoder's own path changed in transformers 5.6
+        else:  # without text_model, as since transformers 5.6
             names[_prefix(layer, family) + layer.path.replace(".", "_")] = layer
             names[f"{layer.part}.{layer.path}"] = layer
     return names
@@ -182,10 +181,10 @@ def layers_by_name(family: ModelFamily) -> Mapping[str, Layer]:
 def places(model: Checkpoint) -> dict[Layer, Place]:
     """Return the place of the weight of every layer that a model has."""
     layout = Layout(model)
-    found = ((layer, layout.find(layer.part, weight_name(layer))) for layer in layers_of(model.family))
-    return {layer: place for layer, place in found if place is not None}
-
-
-def weight_name(layer: Layer) -> str:
-    """Return the name of a layer's weight in its part of a Diffusers folder."""
-    return f"{layer.path}.weight" if layer.part == UNET else f"{TEXT_ROOT}{layer.path}.weight"
+    found = {}
+    for layer in layers_of(model.family):
+        root = "" if layer.part == UNET else TEXT_ROOT
+        place = layout.find(layer.part, f"{root}{layer.path}.weight")
+        if place is not None:
+            found[layer] = place
+    return found

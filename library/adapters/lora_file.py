@@ -1,7 +1,7 @@
-"""LoRA files as what they mean: modules by name, each a low-rank change; and which models they are for.
+"""Reading LoRA files as low-rank changes by module, with the family of models that they are for.
 
-Files of sd-scripts and of this suite are read, and those of diffusers and PEFT. Modules are named as the suite
-writes them, whatever the file's own names, so that files of different trainers can be worked on together.
+Files of sd-scripts, this suite, diffusers and PEFT are read. Modules have the names of the suite, whatever their names
+in the file, so that files of different trainers can be merged.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from library.adapters.names import ALPHA, DOWN, KINDS, UP, family_by_version, fa
 from library.errors import UserError
 from library.models import keys
 from library.models.family import SD1, ModelFamily
-from library.weight_file import WeightFile, check_finite, data_sha256, is_finite, open_weights
+from library.weight_file import WeightFile, check_finite, is_finite, open_weights
 
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
-# What files of diffusers keep instead of alphas: the configuration of PEFT, each key after its part.
+# Metadata that diffusers writes instead of alphas: the configuration of PEFT, with the part before each key.
 PEFT_METADATA = "lora_adapter_metadata"
 
 
@@ -38,29 +38,20 @@ class LoraFile:
     changes: dict[str, Change]  # by module, as the suite names it
     metadata: dict[str, str]
     family: ModelFamily | None  # None where the modules fit several
-    extra: dict[str, Tensor]  # what is no part of a change, by its name in the file
-
-    @property
-    def ranks(self) -> set[int]:
-        """The ranks of its modules."""
-        return {change.rank for change in self.changes.values()}
+    extra: dict[str, Tensor]  # tensors that are not part of a change, by their names in the file
 
     @property
     def title(self) -> str:
         """The title in its metadata, or the name of the file."""
         return self.metadata.get("modelspec.title") or self.path.stem
 
-    def sha256(self) -> str:
-        """Return the hash of the file's data, which web UIs know it by."""
-        return data_sha256(self.path)
-
     def layer(self, module: str) -> Layer | None:
-        """Return the layer of one of its modules; None for one that no model of its family has."""
+        """Return the layer of a module; None if models of its family have no such layer."""
         return layers_by_name(self.family or SD1).get(module)
 
 
 def check_lora(path: Path) -> WeightFile:
-    """Return a LoRA file opened; raises UserError for one that is none, or of another kind. Reads names only."""
+    """Return an opened LoRA file; raises UserError if it is not a LoRA. Of safetensors only the header is read."""
     file = open_weights(path)
     refuse_model(file)
     for part, _, title in KINDS:
@@ -79,15 +70,15 @@ def check_lora(path: Path) -> WeightFile:
 
 
 def refuse_model(file: WeightFile) -> None:
-    """Raise UserError for a file that holds a base model, or nothing."""
+    """Raise UserError for a file that holds a base model or nothing."""
     if not file.shapes:
         raise UserError(f"{file.path} holds no tensors")
     if any(name.startswith(MODEL_NAMES) for name in file.shapes):
-        raise UserError(f"{file.path} is a base model, not a LoRA file: are two files in each other's place?")
+        raise UserError(f"{file.path} is a base model, not a LoRA file: are two options swapped?")
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Return a LoRA file; raises UserError for one that is none, damaged, or of another kind."""
+    """Return a LoRA file; raises UserError for a damaged file, and for one that is not a LoRA."""
     file = check_lora(path)
     tensors = dict(file.tensors(file.shapes))
     for name, tensor in tensors.items():
@@ -114,7 +105,7 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return module -> role -> tensor for the tensors of a file that are a part of a change."""
+    """Return module -> role -> tensor for the tensors of a file that are part of a change."""
     parts: dict[str, dict[str, Tensor]] = {}
     for stem, role, name in roles_of(tensors):
         parts.setdefault(stem, {})[role] = tensors[name]
@@ -122,9 +113,9 @@ def parts_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def change_of(stem: str, part: Mapping[str, Tensor], default_alpha: float | None = None) -> Change:
-    """Return the change of a module; an alpha that is left out is the rank.
+    """Return the change of a module; a missing alpha is default_alpha, or the rank.
 
-    Raises ValueError for tensors that do not fit together, and KeyError for one that is missing.
+    Raises ValueError for tensors that do not fit together, and KeyError for a missing one.
     """
     down, up = part["down"], part["up"]
     rank = down.shape[0] if down.ndim > 1 else 0
@@ -153,7 +144,7 @@ class PeftAlphas:
         self.table: dict[str, Any] = found if isinstance(found, dict) else {}
 
     def of(self, stem: str, rank: int) -> float | None:
-        """Return the alpha of a module, None where nothing is said of it. Patterns match ends of paths, as in PEFT."""
+        """Return the alpha of a module, None if the table has none. Patterns match the ends of paths, as in PEFT."""
         part, _, path = stem.partition(".")
         alpha = self.table.get(f"{part}.lora_alpha")
         for pattern, own in (self.table.get(f"{part}.alpha_pattern") or {}).items():
@@ -162,26 +153,17 @@ class PeftAlphas:
                 break
         if alpha is None:
             return None
-        # Rank-stabilised: PEFT divides by the root of the rank, everyone else by the rank.
+        # Rank-stabilised LoRA: PEFT divides alpha by the root of the rank, other programs by the rank.
         return float(alpha) * (rank**0.5 if self.table.get(f"{part}.use_rslora") else 1.0)
-
-
-def same_family(files: Iterable[LoraFile]) -> ModelFamily | None:
-    """Return the family that all files are for; raises UserError where they differ."""
-    known = {file.family: file.path for file in files if file.family is not None}
-    if len(known) > 1:
-        pairs = ", ".join(f"{path} is for {family.title}" for family, path in known.items())
-        raise UserError(f"the files are for different models: {pairs}")
-    return next(iter(known), None)
 
 
 def to_state_dict(
     changes: Mapping[str, Change], dtype: torch.dtype | None, endings: Sequence[str] = (DOWN, UP, ALPHA)
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file with changes by module, as files of the suite name them.
+    """Return the tensors of a file with changes by module.
 
-    Matrices are in dtype (None: as they are), 4-D for convolutions; alphas in float32. endings are those of the
-    names of down, up and alpha; two of them leave alphas out. Raises UserError for what dtype cannot hold.
+    Matrices are in dtype (None: unchanged), 4-D for convolutions; alphas in float32. endings are those of the names of
+    down, up and alpha; without the third one alphas are omitted. Raises UserError for numbers too large for dtype.
     """
     tensors = {}
     for name, change in changes.items():

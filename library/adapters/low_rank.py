@@ -1,7 +1,7 @@
-"""Algebra of low-rank changes: sums, and the nearest change of a smaller rank, without the full matrix.
+"""Algebra of low-rank changes without the full matrix: sums, and the nearest change of a smaller rank.
 
 A change of a layer is scale * U D with U (up) of shape (out, R) and D (down) of shape (R, n); n is in, or in * kh * kw
-for a convolution, row-major as in `weight.flatten(1)`. The layer's own shape is kept beside it.
+for a convolution, row-major as in `weight.flatten(1)`. The shape of D in the file is kept beside it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Change:
 
     @property
     def scale(self) -> float:
-        """alpha / R, which readers multiply by."""
+        """alpha / R, by which programs multiply."""
         return self.alpha / self.rank
 
     @property
@@ -40,7 +40,7 @@ class Change:
 
     @property
     def layer_shape(self) -> tuple[int, int]:
-        """(out, n), by which changes of the same layer are recognised, 2-D or 4-D."""
+        """(out, n), the same for a layer whether its weights are 2-D or 4-D."""
         return self.up.shape[0], self.down.shape[1]
 
     def to(self, device: str) -> Change:
@@ -54,7 +54,7 @@ class Change:
         return dataclasses.replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
 
     def norm(self) -> float:
-        """Return the Frobenius norm of the delta: ||U D||^2 is the sum over (U^T U) * (D D^T), U D is not made."""
+        """Return the Frobenius norm of the delta: ||U D||^2 is the sum over (U^T U) * (D D^T)."""
         up, down = self.up.double(), self.down.double()
         squared = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0)  # NaN stays
         return abs(self.alpha) / self.rank * float(squared.sqrt())
@@ -65,10 +65,10 @@ class Change:
 
 
 def concatenated(parts: Sequence[tuple[float, Change]]) -> Change:
-    """Return the weighted sum of changes exactly, its rank the sum of theirs and its alpha that rank.
+    """Return the exact weighted sum of changes; its rank is the sum of theirs, its alpha is that rank.
 
     With c = ratio * alpha / R the columns sqrt|c| U and the rows sign(c) sqrt|c| D of all parts are put side by
-    side: their product is the sum of c U D, and readers multiply it by alpha / rank = 1.
+    side: their product is the sum of c U D, and alpha / rank is 1.
     """
     ups, downs = [], []
     for ratio, change in parts:
@@ -85,8 +85,8 @@ def summed(parts: Sequence[tuple[float, Change]]) -> Change:
     """Return weighted sums of the factors of changes of one rank.
 
     With c = ratio * alpha / R and s = sum of |c|: U = sum of |c| U_i / sqrt s, D = sum of c D_i / sqrt s. For one
-    file, and for files with equal factors, the product is the weighted sum; otherwise products of one file's U with
-    another's D come in.
+    file, and for files with equal factors, the product is the weighted sum; otherwise it also contains products of one
+    file's U with another's D.
     """
     strengths = [ratio * change.scale for ratio, change in parts]
     root = math.sqrt(sum(map(abs, strengths))) or 1.0
@@ -98,7 +98,7 @@ def summed(parts: Sequence[tuple[float, Change]]) -> Change:
 
 
 def concatenated_as_sd_scripts(parts: Sequence[tuple[float, Change]]) -> Change:
-    """Return the ranks side by side as sd-scripts has them: both factors take the ratio, alpha is the first one's."""
+    """Return the ranks side by side as in sd-scripts: the ratio multiplies both factors, alpha is that of the first."""
     base = parts[0][1]
     strengths = [math.sqrt(change.alpha / base.alpha) * ratio for ratio, change in parts]
     up = torch.cat([change.up.float() * abs(t) for t, (_, change) in zip(strengths, parts, strict=True)], dim=1)
@@ -107,18 +107,14 @@ def concatenated_as_sd_scripts(parts: Sequence[tuple[float, Change]]) -> Change:
 
 
 def summed_as_sd_scripts(parts: Sequence[tuple[float, Change]]) -> Change:
-    """Return the sums of the factors as sd-scripts makes them."""
-    return dataclasses.replace(_folded(concatenated_as_sd_scripts(parts), parts[0][1].rank), alpha=parts[0][1].alpha)
+    """Return the sums of the factors as in sd-scripts."""
+    joined, first = concatenated_as_sd_scripts(parts), parts[0][1]
+    up = joined.up.unflatten(1, (-1, first.rank)).sum(dim=1)
+    down = joined.down.unflatten(0, (-1, first.rank)).sum(dim=0)
+    return Change(up, down, first.alpha, (first.rank, *joined.down_shape[1:]))
 
 
-def _folded(joined: Change, rank: int) -> Change:
-    """Return a change whose groups of rank ranks are added up; its alpha is the rank."""
-    up = joined.up.unflatten(1, (-1, rank)).sum(dim=1)
-    down = joined.down.unflatten(0, (-1, rank)).sum(dim=0)
-    return Change(up, down, float(rank), (rank, *joined.down_shape[1:]))
-
-
-# Whether ranks are put side by side, and whether the numbers are those of sd-scripts -> how changes are summed.
+# (ranks side by side, numbers of sd-scripts) -> how changes are summed.
 SUMS: dict[tuple[bool, bool], Callable[[Sequence[tuple[float, Change]]], Change]] = {
     (False, False): summed,
     (True, False): concatenated,
@@ -130,9 +126,9 @@ SUMS: dict[tuple[bool, bool], Callable[[Sequence[tuple[float, Change]]], Change]
 def mixed(change: Change, generator: torch.Generator) -> Change:
     """Return the same change with its ranks mixed by a random rotation, so that the parts cannot be recognised.
 
-    For an orthogonal Q, (U Q)(Q^T D) = U D. Drawn from the Haar measure (QR of a Gaussian matrix with the signs of
-    R's diagonal, Mezzadri 2007, arXiv math-ph/0609050), Q leaves nothing of the order or the borders of the parts,
-    where a permutation leaves every single column as it was.
+    For an orthogonal Q, (U Q)(Q^T D) = U D. Q is sampled from the Haar measure (QR of a Gaussian matrix with the signs
+    of R's diagonal, Mezzadri 2007, arXiv math-ph/0609050); it hides order and borders of the parts. A permutation
+    would leave every column unchanged.
     """
     gaussian = torch.randn(change.rank, change.rank, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
@@ -151,22 +147,22 @@ class Spectrum:
     total: float  # squared Frobenius norm of the whole
 
     def kept(self, rank: int) -> float:
-        """Return the squared norm that the first rank values hold."""
+        """Return the squared norm of the first rank values."""
         return float(self.values[:rank].double().square().sum())
 
     def energy(self, rank: int) -> float:
-        """Return the share of the squared norm that the first rank values hold; 1 of nothing."""
+        """Return the share of the first rank values in the squared norm; 1 if that is 0."""
         return min(1.0, self.kept(rank) / self.total) if self.total > 0 else 1.0
 
     @property
     def numerical_rank(self) -> int:
-        """The number of values that are more than rounding of float32, at least 1."""
+        """The number of values above the rounding of float32, at least 1."""
         return max(1, int((self.values > self.values[0] * torch.finfo(torch.float32).eps).sum()))
 
     def truncated(self, rank: int, down_shape: tuple[int, ...]) -> Change:
-        """Return the nearest change of a rank (Eckart and Young 1936), the values shared evenly by both factors.
+        """Return the nearest change of a rank (Eckart and Young 1936), with the root of the values in each factor.
 
-        The rank is at most the numerical one. Alpha is the rank, so that readers multiply by 1.
+        The rank is at most the numerical one. Alpha is the rank, so that alpha / rank is 1.
         """
         rank = max(1, min(rank, self.numerical_rank))
         root = self.values[:rank].sqrt()
@@ -178,13 +174,13 @@ def spectrum_of(change: Change) -> Spectrum:
     """Return the singular value decomposition of a change's delta, exact to rounding.
 
     With U = Qu Ru and D^T = Qd Rd (reduced QR) the delta is Qu (Ru Rd^T) Qd^T; only the core, at most R x R, is
-    decomposed. In float64, for the core squares the range of the factors.
+    decomposed. In float64, because the core squares the range of the factors.
     """
     up, down = change.up.double() * change.scale, change.down.double()
     left, upper = torch.linalg.qr(up)  # (out, p), (p, R)
     right, lower = torch.linalg.qr(down.T)  # (n, q), (q, R)
     inner_left, values, inner_right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    # Where parts cancel each other, what is left is the rounding of their numbers.
+    # If parts cancel each other, only rounding errors remain.
     values = values * (values > torch.finfo(torch.float32).eps * up.norm() * down.norm())
     total = float(values.square().sum())
     return Spectrum((left @ inner_left).float(), values.float(), (inner_right @ right.T).float(), total)
@@ -192,17 +188,17 @@ def spectrum_of(change: Change) -> Spectrum:
 
 OVERSAMPLING = 8  # columns of a block besides the rank asked for
 MOST_BLOCKS = 24
-GAIN = 5e-4  # a block that adds less to what is kept, as a share of it, is the last
-WIDEST = 12  # blocks that must fit into the short side, or the whole matrix is decomposed: that is as fast then
+GAIN = 5e-4  # the iteration ends with a block that adds a smaller share to the energy
+WIDEST = 12  # with fewer blocks in the short side the whole matrix is decomposed, which is as fast
 
 
 def nearest_spectrum(matrix: Tensor, rank: int, generator: torch.Generator) -> Spectrum:
-    """Return the `rank` leading values of a matrix (out, n), float32, with their vectors, not decomposing it whole.
+    """Return the `rank` leading values of a matrix (out, n), float32, and their vectors without a full decomposition.
 
     Block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477): orthonormal blocks X, A^T A X, (A^T A)^2 X, ...
-    of a random start, on which the matrix is decomposed. It converges where plain subspace iteration stays some
-    percent below, on spectra that hardly fall. Blocks are added until what the leading values hold grows no more.
-    generator is on the CPU, so that a device does not change what is drawn.
+    of a random start span the space in which the matrix is decomposed. On flat spectra it converges where subspace
+    iteration stays some percent below. Blocks are added until the energy of the leading values grows no more. generator
+    is on the CPU, so that the start does not depend on the device.
     """
     block = rank + OVERSAMPLING
     short = min(matrix.shape)
@@ -220,7 +216,7 @@ def nearest_spectrum(matrix: Tensor, rank: int, generator: torch.Generator) -> S
             break
         energy = found
         new = tall.T @ images[:, -block:]
-        for _ in range(2):  # once is not enough in float32, least of all where nothing new is left
+        for _ in range(2):  # once is not enough in float32
             new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
         image = tall @ new
         side = _gram(images, image)
@@ -231,7 +227,7 @@ def nearest_spectrum(matrix: Tensor, rank: int, generator: torch.Generator) -> S
 
 
 def exact_spectrum(matrix: Tensor) -> Spectrum:
-    """Return all values of a matrix (out, n), float32, with their vectors.
+    """Return all singular values of a matrix (out, n), float32, with their vectors.
 
     From the eigenvectors of the smaller Gram matrix in float64, several times as fast as a decomposition of the
     matrix itself; values are exact to 1e-8 of the largest.
@@ -266,37 +262,18 @@ def clamped(change: Change, quantile: float) -> Change:
     return dataclasses.replace(change, up=change.up.clamp(-limit, limit), down=change.down.clamp(-limit, limit))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# How many values to keep
-# --------------------------------------------------------------------------------------------------------------
-
-
-def rank_by_ratio(values: Tensor, target: float) -> int:
-    """Return the number of values that are more than the largest divided by target."""
-    return int((values > values[0] / target).sum())
-
-
-def rank_by_sum(values: Tensor, target: float) -> int:
-    """Return the smallest number of values whose sum is the share target of all."""
-    return _first_reaching(values.double().cumsum(0), target)
-
-
-def rank_by_norm(values: Tensor, target: float) -> int:
-    """Return the smallest number of values whose Frobenius norm is the share target of all."""
-    return _first_reaching(values.double().square().cumsum(0), target**2)
-
-
-def _first_reaching(sums: Tensor, share: float) -> int:
-    reached = sums >= sums[-1] * share * (1 - 1e-12)
-    return int(reached.nonzero()[0]) + 1
-
-
-# Names as in sd-scripts, whose resize keeps one value more than each rule asks for.
-DYNAMIC_RANKS = {"sv_ratio": rank_by_ratio, "sv_cumulative": rank_by_sum, "sv_fro": rank_by_norm}
-
-
 def rank_to_keep(values: Tensor, most: int, method: str | None, target: float | None) -> int:
-    """Return the rank of a module: most, or by a method as many as reach its target, but not more than most."""
+    """Return the rank of a module by its singular values: most, or up to most as many as a method needs for its target.
+
+    sv_ratio keeps the values above the largest / target, sv_cumulative the fewest whose sum is the share target of all,
+    sv_fro the fewest whose Frobenius norm is. sd-scripts' resize keeps one more by each.
+    """
     if method is None or target is None or float(values[0]) <= 1e-12:
         return most
-    return max(1, min(most, DYNAMIC_RANKS[method](values, target)))
+    if method == "sv_ratio":
+        rank = int((values > values[0] / target).sum())
+    else:
+        sums = values.double().cumsum(0) if method == "sv_cumulative" else values.double().square().cumsum(0)
+        share = target if method == "sv_cumulative" else target**2
+        rank = int((sums >= sums[-1] * share * (1 - 1e-12)).nonzero()[0]) + 1
+    return max(1, min(most, rank))

@@ -1,4 +1,4 @@
-"""LoRA files with their strengths, into one another or into a base model, which is written tensor by tensor."""
+"""Merging LoRA files by their strengths, into one LoRA or into a base model, which is written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from library.adapters.layer_weights import check_family, read_weights, weight_of
 from library.adapters.layers import places
-from library.adapters.lora_file import LoraFile, read_lora, same_family
+from library.adapters.lora_file import LoraFile, read_lora
 from library.adapters.low_rank import Change
+from library.config.tool_files import MergedLoras
 from library.errors import UserError
 from library.files import new_folder
 from library.models import keys
@@ -28,7 +29,7 @@ from library.weight_file import WeightFile, is_finite, write_weights
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 5
-# Beginnings of the names of what networks act on: written in the type asked for, the rest as it is.
+# Beginnings of the names of tensors that networks change; only these are written in another type.
 MERGED_PARTS = (keys.UNET_PREFIX, *keys.TEXT_PREFIXES, "unet/", "text_encoder")
 
 
@@ -50,28 +51,30 @@ class Weighted:
         return self.ratio if self.weights is None else self.ratio * weight_of(module, self.weights)
 
 
-def read_weighted(paths: Sequence[Path], ratios: Sequence[float], lbws: Sequence[str] | None) -> list[Weighted]:
+def read_weighted(files: MergedLoras) -> list[Weighted]:
     """Return LoRA files with their ratios and lists of --lbws; raises UserError for files of different families."""
     weighted = []
-    for index, path in enumerate(paths):
-        file = read_lora(path)
-        weights = None if lbws is None else read_weights(lbws[index])
+    for path, ratio, lbw in zip(files.models, files.ratios, files.lbws or [None] * len(files.models), strict=True):
+        file, weights = read_lora(path), None if lbw is None else read_weights(lbw)
         if weights is not None:
             check_family(weights, file.family, path)
-        weighted.append(Weighted(file, ratios[index], weights))
-    same_family(entry.file for entry in weighted)
+        weighted.append(Weighted(file, ratio, weights))
+    known = {each.file.family: each.file.path for each in weighted if each.file.family is not None}
+    if len(known) > 1:
+        pairs = ", ".join(f"{path} is for {family.title}" for family, path in known.items())
+        raise UserError(f"the files are for different models: {pairs}")
     return weighted
 
 
 def parts_by_module(files: Sequence[Weighted], *, allow_unmatched: bool) -> dict[str, list[tuple[float, Change]]]:
-    """Return module -> the changes that files have for it, each with its ratio.
+    """Return module -> its changes in the files, each with its ratio.
 
-    Raises UserError for modules of one name that are for different layers.
+    Raises UserError if modules of the same name are for layers of different shapes.
     """
     parts: dict[str, list[tuple[float, Change]]] = {}
     for weighted in files:
         file = weighted.file
-        warn_of_unmatched(file, sorted(file.extra), Path("a LoRA network"), allowed=allow_unmatched)
+        warn_of_unmatched(file, sorted(file.extra), "a LoRA network", allowed=allow_unmatched)
         for name, change in file.changes.items():
             parts.setdefault(name, []).append((weighted.ratio_of(name), change))
     for name, same in parts.items():
@@ -87,7 +90,7 @@ def parts_by_module(files: Sequence[Weighted], *, allow_unmatched: bool) -> dict
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """What becomes of a model: what is added by tensor, the type of the result, metadata besides the model's own."""
+    """How a model is changed: additions by tensor, the type of the result, metadata to add to the model's own."""
 
     additions: Mapping[str, Sequence[Addition]]
     dtype: torch.dtype
@@ -96,7 +99,7 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Addition:
-    """What is added to a tensor of a model, or to a third of it: ratio * alpha / R * U D."""
+    """A term that is added to a tensor of a model, or to a third of it: ratio * alpha / R * U D."""
 
     ratio: float
     change: Change
@@ -106,7 +109,7 @@ class Addition:
 def additions_by_tensor(
     model: Checkpoint, files: Sequence[Weighted], *, allow_unmatched: bool
 ) -> dict[str, list[Addition]]:
-    """Return tensor name -> what is added to it.
+    """Return tensor name -> additions.
 
     Raises UserError for files of another family, modules that the model does not have, and shapes that do not fit.
     """
@@ -131,19 +134,19 @@ def additions_by_tensor(
     return additions
 
 
-def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path, *, allowed: bool) -> None:
-    """Warn of what has no place in a model; raises UserError unless that is allowed."""
+def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path | str, *, allowed: bool) -> None:
+    """Warn of modules that have no place in a model; raises UserError unless that is allowed."""
     if not names:
         return
     shown = ", ".join(names[:MOST_NAMED])
     text = f"{file.path}: {len(names)} of {len(file.changes) + len(file.extra)} modules are not in {where} ({shown})"
     if not allowed:
-        raise UserError(f"{text}; --allow_unmatched goes on without them")
-    logger.warning("%s; they are left out", text)
+        raise UserError(f"{text}; --allow_unmatched skips them")
+    logger.warning("%s; they are skipped", text)
 
 
 def check_shape(file: LoraFile, name: str, change: Change, shape: Sequence[int], place: Place) -> None:
-    """Raise UserError where a change does not fit the tensor that it is for."""
+    """Raise UserError if a change does not fit its tensor."""
     rows = shape[0] if place.third is None else shape[0] // 3
     needed = (rows, math.prod(shape[1:]))
     if change.layer_shape != needed:
@@ -153,15 +156,15 @@ def check_shape(file: LoraFile, name: str, change: Change, shape: Sequence[int],
 def merged_tensor(
     tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype, scratch: torch.Tensor
 ) -> torch.Tensor:
-    """Return a tensor of a model with what is added to it, summed in float32, in a type.
+    """Return the sum of a tensor of a model and its additions, computed in float32, in dtype.
 
-    The tensor's own memory is used for the result where the type allows, and scratch (float32, long enough) for the
-    sum: fresh memory would cost more than the arithmetic.
+    The result is in the tensor's own memory if its type is dtype, the sum in scratch (float32, at least as long): new
+    memory would cost more than the arithmetic.
     """
     if not additions:
         return tensor.to(dtype)
     total = scratch[: tensor.numel()].view(tensor.shape).copy_(tensor)
-    rows = total.view(total.shape[0], -1)  # a view: what is added to it is added to the tensor
+    rows = total.view(total.shape[0], -1)  # a view of total
     for addition in additions:
         size = rows.shape[0] // 3
         part = rows if addition.third is None else rows[addition.third * size : (addition.third + 1) * size]
@@ -181,7 +184,7 @@ def result_type(name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 
 def write_merged(model: Checkpoint, merge: Merge, save_to: Path) -> None:
-    """Write a merged model to a file, or a folder where the model is one."""
+    """Write a merged model to a file, or to a folder if the model is one."""
     total = len(model.shapes)
     logger.info("%d tensors of %s change, %d stay", len(merge.additions), model.path, total - len(merge.additions))
     with tqdm(total=total, desc="merging", unit="tensor") as bar:
@@ -197,7 +200,6 @@ def write_merged(model: Checkpoint, merge: Merge, save_to: Path) -> None:
 
 def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm) -> None:
     """Write one weight file of a model, merged, tensor by tensor."""
-
     changed = [shape for name, shape in file.shapes.items() if tensor_name(part, name) in merge.additions]
     scratch = torch.empty(max(map(math.prod, changed), default=0))
 
@@ -225,17 +227,18 @@ def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm)
 
 
 def copy_others(model: Checkpoint, folder: Path, *, shards: bool, dtype: torch.dtype | None = None) -> None:
-    """Copy what makes a Diffusers folder besides weights: configurations, tokenizer, scheduler; indexes with shards.
+    """Copy the files of a Diffusers folder other than weights: configurations, tokenizer, scheduler; indexes if shards.
 
-    Other files beside them, such as a description, are of the model that was. dtype is the new type of the text
-    encoders, which their configurations name.
+    Other files, such as a model card, describe the former model and are not copied. dtype is the new type of the text
+    encoders, which their configurations contain.
     """
     weights = (*UNET_FILES, *TEXT_FILES)
     for path in sorted(model.path.rglob("*")):
         relative = path.relative_to(model.path)
         is_weights = relative.parts[0] in model.parts and path.name.startswith(weights)
+        is_index = ".index." in path.name and path.suffix == ".json"
         is_foreign = len(relative.parts) == 1 and relative.name not in ("model_index.json", EXTRAS_FILE)
-        if path.is_dir() or is_foreign or (is_weights and not (shards and _is_index(path))):
+        if path.is_dir() or is_foreign or (is_weights and not (shards and is_index)):
             continue
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, folder / relative)
@@ -244,11 +247,7 @@ def copy_others(model: Checkpoint, folder: Path, *, shards: bool, dtype: torch.d
 
 
 def name_type(path: Path, dtype: torch.dtype) -> None:
-    """Have a configuration of transformers name a type of weights, where it names one."""
+    """Write a type of weights into a configuration of transformers, if it contains one."""
     config = json.loads(path.read_text(encoding="utf-8"))
     named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
     path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _is_index(path: Path) -> bool:
-    return ".index." in path.name and path.suffix == ".json"

@@ -1,4 +1,4 @@
-"""Metadata of files that are made of other files."""
+"""Metadata of files that are created from other files."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.models.family import ModelFamily
+from library.weight_file import data_sha256
 
 if TYPE_CHECKING:
     from library.adapters.lora_file import LoraFile
     from library.adapters.merging import Weighted
 
-RECIPE = "merge_recipe"  # JSON: which files went in, with their hashes and ratios
+RECIPE = "merge_recipe"  # JSON: the source files with their hashes and ratios
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the file that they are in
 
 
 def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file for one that is made of it, whose hashes are others."""
+    """Return the metadata of a file without its hashes, for a file created from it."""
     return {key: text for key, text in metadata.items() if key not in HASHES}
 
 
 def commented(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
-    """Return metadata without hashes and with a training comment put before the one that is there."""
+    """Return metadata without hashes and with a training comment before the existing one."""
     former = metadata.get("ss_training_comment")
     whole = comment if former in (None, "", "None") else f"{comment}; {former}"
     return without_hashes(metadata) | {"ss_training_comment": whole}
@@ -32,19 +33,19 @@ def commented(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
 def merged_metadata(
     save_to: Path, operation: str, files: Sequence[Weighted], *, base: str | None = None, settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Return title, `modelspec.merged_from` (titles, as its specification asks), and the recipe.
+    """Return title, `modelspec.merged_from` (titles, as in its specification), and the recipe.
 
-    base is the title of the checkpoint, where there is one; settings are entries of the recipe, None for none.
+    base is the title of the checkpoint, if there is one; settings are added to the recipe unless they are None.
     """
     recipe = {
         "operation": operation,
         "base": base,
         "networks": [
-            {"name": entry.file.path.name, "sha256": entry.file.sha256(), "ratio": entry.ratio} for entry in files
+            {"name": each.file.path.name, "sha256": data_sha256(each.file.path), "ratio": each.ratio} for each in files
         ],
         **settings,
     }
-    titles = [title for title in (base, *(entry.file.title for entry in files)) if title]
+    titles = [title for title in (base, *(each.file.title for each in files)) if title]
     return {
         "modelspec.title": save_to.stem,
         "modelspec.merged_from": ", ".join(titles),
@@ -53,7 +54,7 @@ def merged_metadata(
 
 
 def network_metadata(files: Sequence[LoraFile], ranks: set[int], alphas: set[float]) -> dict[str, str]:
-    """Return the smallest set of keys that readers need, taken from the first of the files that has them."""
+    """Return the few keys that readers need, each from the first file that has it."""
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": common(ranks),
@@ -66,7 +67,7 @@ def network_metadata(files: Sequence[LoraFile], ranks: set[int], alphas: set[flo
 
 
 def architecture(family: ModelFamily | None, metadata: Mapping[str, str], *, is_network: bool) -> dict[str, str]:
-    """Return `modelspec.architecture` where it is known: that of the source, else that of the family."""
+    """Return `modelspec.architecture` if it is known: that of the source, else that of the family."""
     key = "modelspec.architecture"
     if key in metadata or family is None:
         return {key: metadata[key]} if key in metadata else {}

@@ -1,4 +1,4 @@
-"""Names of tensors in files of networks: the part of a network that each one is, and the models that they are for."""
+"""Names of tensors in network files: their roles, the kind of network, and the family of models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
 Shapes = Mapping[str, Sequence[int]]
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-# Ending of a tensor's name (after `.weight` is taken off) -> what it is.
+# Ending of a tensor's name without `.weight` -> role.
 ROLES = {
     ".lora_down": "down",
     ".lora_up": "up",
@@ -26,7 +26,7 @@ ROLES = {
     "_lora.down": "down",
     "_lora.up": "up",
 }
-# Part of a tensor's name -> kind of network, and what a file with it is called where LoRA files only are taken.
+# Part of a tensor's name, kind of network, and its name in the message that only LoRA files are read.
 KINDS = (
     (".hada_", "LoHa", "a LoHa"),
     (".lokr_", "LoKr", "a LoKr"),
@@ -44,27 +44,27 @@ BASE_VERSIONS = {"sd_v1": SD1, "sd_v2": SD2, "sdxl_": SDXL}
 
 
 def kind_of(name: str) -> str | None:
-    """Return the kind of network that a tensor belongs to by its name; None for a LoRA, and for what is no network."""
+    """Return the kind of network of a tensor by its name; None for a LoRA and for unknown names."""
     return next((kind for part, kind, _ in KINDS if part in name), None)
 
 
 def roles_of(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (module, role, name) for the names of tensors that are a part of a change; role is down, up or alpha."""
+    """Yield (module, role, name) for the names of tensors that are part of a change; role is down, up or alpha."""
     for name in names:
         body = name.removesuffix(".weight")
         ending = next((ending for ending in sorted(ROLES, key=len, reverse=True) if body.endswith(ending)), None)
         if ending is not None:
             stem = body.removesuffix(ending)
-            # Processors of old diffusers: attn1.processor.to_out_lora.up for attn1.to_out.0.
+            # Old diffusers has attention processors: attn1.processor.to_out_lora.up is of attn1.to_out.0.
             is_processor = ending.startswith("_lora")
             stem = re.sub(r"\.processor\.to_out$", ".to_out.0", stem).replace(".processor.", ".")
             yield (re.sub(r"\.to_out$", ".to_out.0", stem) if is_processor else stem), ROLES[ending], name
 
 
 def family_of(modules: Shapes) -> ModelFamily | None:
-    """Return the models that modules (name -> shape of their down matrix) are for; None where that is open.
+    """Return the family of models that modules (name -> shape of down matrix) are for; None if several fit.
 
-    Sources, in this order: the width of the text that cross-attention reads, names, the text encoder's width.
+    Evidence, in this order: the input width of cross-attention, names, the width of the text encoder.
     """
     by_context = {family.context_width: family for family in FAMILIES}
     for name, shape in modules.items():
@@ -81,6 +81,6 @@ def family_of(modules: Shapes) -> ModelFamily | None:
 
 
 def family_by_version(metadata: Mapping[str, str]) -> ModelFamily | None:
-    """Return the family that the metadata name."""
+    """Return the family of the base model in the metadata, None if they do not have it."""
     version = metadata.get("ss_base_model_version", "")
     return next((family for start, family in BASE_VERSIONS.items() if version.startswith(start)), None)

@@ -1,4 +1,4 @@
-"""What programs do with each tensor of a network's file: diffusers, the web UI of AUTOMATIC1111, Forge, ComfyUI."""
+"""What programs do with each tensor of a network file: diffusers, the web UI of AUTOMATIC1111, Forge, ComfyUI."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from library.adapters.names import Shapes, family_by_version, family_of, kind_of
 from library.models.family import SD1, SDXL, ModelFamily
 
 LORA, OTHER = "LoRA", "other"
-FORGE_LIMIT = 12  # unmatched tensors that Forge still accepts
+FORGE_LIMIT = 12  # unmatched tensors up to which Forge accepts a file
+# Program that logs and skips tensors that it does not know -> kinds that it does not know.
+UNKNOWN_KINDS = {
+    "AUTOMATIC1111": (OTHER, "BOFT", "Tucker"),
+    "Forge": (OTHER, "BOFT", "IA3"),
+    "ComfyUI": (OTHER, "BOFT", "IA3"),
+}
+UNEVEN = (
+    "but with one alpha for all attention layers; networks/convert_lora.py --to diffusers puts alphas into the matrices"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A tensor of a file: kind of network, the module that it belongs to, and whether models have such a module."""
+    """A tensor of a file: kind of network, its module, and whether models have such a module."""
 
     name: str
     kind: str
@@ -27,7 +36,7 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a program does with a file: how many tensors it applies and skips, and why it refuses all, if so."""
+    """What a program does with a file: the tensors it applies and skips, or why it refuses the file."""
 
     applied: int
     skipped: tuple[str, ...]
@@ -46,7 +55,7 @@ class Verdict:
 
 
 def keys_of(shapes: Shapes, family: ModelFamily | None) -> list[Key]:
-    """Return what each tensor of a file is."""
+    """Return the description of each tensor of a file."""
     stems = {name: stem for stem, _, name in roles_of(shapes)}
     paired = pairs_of(shapes)
     known = layers_by_name(family or SD1)
@@ -69,7 +78,7 @@ def pairs_of(names: Iterable[str]) -> set[str]:
 
 
 def alpha_kind(name: str, module: str, shapes: Shapes) -> str:
-    """Return the kind of network that an alpha belongs to, by its neighbours."""
+    """Return the kind of network of an alpha, by the other tensors of its module."""
     if name.endswith(".alpha"):
         start = f"{module}."
         others = [other[len(module) :] for other in shapes if other.startswith(start) and other != name]
@@ -78,14 +87,14 @@ def alpha_kind(name: str, module: str, shapes: Shapes) -> str:
 
 
 def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
-    """Return the models that a network of any kind is for: by its modules, else by its metadata."""
+    """Return the family that a network of any kind is for: by its modules, else by its metadata."""
     downs = {stem: tuple(shapes[name]) for stem, role, name in roles_of(shapes) if role == "down"}
     modules = downs or {name.split(".")[0]: tuple(shape) for name, shape in shapes.items()}
     return family_of(modules) or family_by_version(metadata)
 
 
 def dialect(shapes: Shapes) -> str:
-    """Return whose names a file has."""
+    """Return the programs whose naming a file follows."""
     starts = {name.split(".")[0].split("_")[0] for name in shapes}
     if "lora" in starts:
         return "sd-scripts"
@@ -98,7 +107,7 @@ def dialect(shapes: Shapes) -> str:
 
 
 def diffusers(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what `load_lora_weights` does: one tensor that it does not know refuses the file."""
+    """Return what `load_lora_weights` does: it refuses a file with a single unknown tensor."""
     refusal = refusal_of_diffusers(keys, family)
     if refusal is not None:
         return Verdict(0, (), refusal)
@@ -135,49 +144,28 @@ def kind_words(kind: str) -> str:
     return "no part of a LoRA" if kind == OTHER else f"a part of a {kind} network"
 
 
-def web_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what the web UI of AUTOMATIC1111 does: it logs what it does not know, and goes on."""
-    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "Tucker")])
-
-
-def comfy_ui(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what ComfyUI does: it logs what it does not know, and goes on."""
-    return applied(keys, [key.name for key in keys if not key.is_known or key.kind in (OTHER, "BOFT", "IA3")])
-
-
-def forge(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what Forge does: the same, up to a number of tensors."""
-    verdict = comfy_ui(keys, family)
-    if len(verdict.skipped) > FORGE_LIMIT:
-        return Verdict(0, (), f"{len(verdict.skipped)} tensors do not match, more than {FORGE_LIMIT}")
-    return verdict
-
-
 def applied(keys: Sequence[Key], skipped: Sequence[str], remark: str | None = None) -> Verdict:
-    """Return the verdict that applies all but what is skipped."""
+    """Return the verdict that applies all tensors but the skipped ones."""
     unique = tuple(dict.fromkeys(skipped))
     return Verdict(len(keys) - len(unique), unique, remark=remark)
-
-
-READERS = {"diffusers": diffusers, "AUTOMATIC1111": web_ui, "Forge": forge, "ComfyUI": comfy_ui}
-
-
-UNEVEN = (
-    "but with one alpha for all attention layers; networks/convert_lora.py --to diffusers puts alphas into the matrices"
-)
 
 
 def verdicts(
     keys: Sequence[Key], family: ModelFamily | None, alphas: Mapping[str, float]
 ) -> Iterator[tuple[str, Verdict]]:
-    """Yield each program with what it does with a file of such tensors, and alphas by module."""
-    for name, reader in READERS.items():
-        verdict = reader(keys, family)
-        if reader is diffusers and verdict.refusal is None and is_uneven(alphas):
-            verdict = dataclasses.replace(verdict, remark=UNEVEN)
-        yield name, verdict
+    """Yield each program with its verdict on a file with such tensors, and alphas by module."""
+    verdict = diffusers(keys, family)
+    if verdict.refusal is None and is_uneven(alphas):
+        verdict = dataclasses.replace(verdict, remark=UNEVEN)
+    yield "diffusers", verdict
+    for program, kinds in UNKNOWN_KINDS.items():
+        skipped = [key.name for key in keys if not key.is_known or key.kind in kinds]
+        if program == "Forge" and len(skipped) > FORGE_LIMIT:
+            yield program, Verdict(0, (), f"{len(skipped)} tensors do not match, more than {FORGE_LIMIT}")
+        else:
+            yield program, applied(keys, skipped)
 
 
 def is_uneven(alphas: Mapping[str, float]) -> bool:
-    """Return whether attention layers of a file in the names of sd-scripts have several alphas."""
+    """Return whether attention layers of a file with the names of sd-scripts have several alphas."""
     return len({alpha for name, alpha in alphas.items() if re.match(r"lora_.*(attn[12]|self_attn)_", name)}) > 1

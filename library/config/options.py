@@ -233,7 +233,9 @@ def section_options(section: type, section_name: str = "") -> tuple[Option, ...]
 
 @functools.cache
 def sections_of(root: type) -> tuple[tuple[str, type], ...]:
-    """Return (name, section class) of each section of a root."""
+    """Return (name, section class) of each section of a root; a section can be a root by itself, without a name."""
+    if section_options(root):
+        return (("", root),)
     hints = typing.get_type_hints(root)
     return tuple((field.name, hints[field.name]) for field in dataclasses.fields(root))
 
@@ -264,7 +266,7 @@ def build(root: type[Root], given: Mapping[str, Any], problems: Problems | None 
     sections = {name: _build_section(section, given, found) for name, section in sections_of(kind)}
     if problems is None:
         found.raise_if_any()
-    return root(**sections)
+    return sections[""] if "" in sections else root(**sections)
 
 
 def _build_section(section: type, given: Mapping[str, Any], problems: Problems) -> Any:

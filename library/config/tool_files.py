@@ -1,13 +1,15 @@
-"""What the scripts in `networks/` and `tools/` ask of the files that they are given, before anything is read."""
+"""Options of the scripts in `networks/` and `tools/` that name files, and checks of these files before reading."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError
 
 if TYPE_CHECKING:
@@ -18,14 +20,53 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertedLora:
+    """Files."""
+
+    model: Path = option(REQUIRED, "LoRA file", missing="the LoRA file", reads="a file")
+    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
+
+    def check_save_to(self, problems: Problems) -> None:
+        """Add to problems what is wrong with --save_to."""
+        check_output("--save_to", self.save_to, problems)
+        check_apart("--save_to", self.save_to, (self.model,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergedLoras:
+    """Files."""
+
+    save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
+    models: tuple[Path, ...] = option(REQUIRED, "LoRA files", missing="the LoRA files", reads="a file")
+    ratios: tuple[float, ...] = option((), "strength of each, of any sign")
+    lbws: tuple[str, ...] | None = option(
+        None, "weights by block for each LoRA file: JSON lists of 12 or 20 (SDXL), 17 or 26 numbers"
+    )
+    no_metadata: bool = option(False, "write no metadata about the files that were merged")
+
+    def check_save_to(self, problems: Problems) -> None:
+        """Add to problems what is wrong with --save_to."""
+        check_output("--save_to", self.save_to, problems)
+        check_apart("--save_to", self.save_to, self.models)
+
+    def check_ratios(self, problems: Problems) -> None:
+        """Add to problems what is wrong with --ratios."""
+        count, ratios = len(self.models), self.ratios
+        if len(ratios) != count:
+            problems.add(f"--ratios must have a number for each of the {count} files of --models, got {len(ratios)}")
+        if not all(math.isfinite(ratio) for ratio in ratios):
+            problems.add(f"--ratios must be finite numbers, got {' '.join(map(str, ratios))}")
+
+
 def check_output(flag: str, path: Path, problems: Problems, *, folder: bool = False) -> None:
-    """Add to problems why a weight file, or a folder of a model, cannot be written to a path."""
+    """Add to problems why a weight file, or the folder of a model, cannot be written to a path."""
     problems.run(check_new_folder if folder else check_weight_file, flag, path)
     problems.run(check_place, flag, path)
 
 
 def check_apart(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise UserError for a path to write that is one of the inputs, or within one."""
+    """Raise UserError if the path to write is one of the inputs, or within one."""
     for source in inputs:
         if source is None or not source.exists():
             continue
@@ -36,18 +77,18 @@ def check_apart(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """Raise UserError for a path that is no name of a new folder."""
+    """Raise UserError if a path has the suffix of a weight file, or is not a new or empty folder."""
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         raise UserError(
-            f"{flag} must be a folder, for the model is one, got {path}; "
-            "tools/convert_diffusers20_original_sd.py makes files of folders"
+            f"{flag} must be a folder, because the model is one, got {path}; "
+            "tools/convert_diffusers20_original_sd.py converts folders to files"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{flag}: {path} is there already and not empty: take another name")
+        raise UserError(f"{flag}: {path} exists and is not empty: take another name")
 
 
 def check_weight_file(flag: str, path: Path) -> None:
-    """Raise UserError for a path that is no name of a weight file."""
+    """Raise UserError if a path does not have the suffix of a weight file, or is a folder."""
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise UserError(f"{flag} must end in {', '.join(WEIGHT_SUFFIXES)}, got {path}")
     if path.is_dir():
@@ -55,24 +96,16 @@ def check_weight_file(flag: str, path: Path) -> None:
 
 
 def check_place(flag: str, path: Path) -> None:
-    """Raise UserError where nothing can be written at a path; folders that are missing are made later."""
+    """Raise UserError if nothing can be written at a path; missing folders are created later."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{flag}: {parent} is a file, so {path} cannot be in it")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: nothing may be written to {parent}")
-
-
-def check_ratios(ratios: Sequence[float], models: Sequence[Path], problems: Problems) -> None:
-    """Add to problems what is wrong with the ratios of LoRA files."""
-    if len(ratios) != len(models):
-        problems.add(f"--ratios must have a number for each of the {len(models)} files of --models, got {len(ratios)}")
-    if not all(math.isfinite(ratio) for ratio in ratios):
-        problems.add(f"--ratios must be finite numbers, got {' '.join(map(str, ratios))}")
+        raise UserError(f"{flag}: there is no permission to write to {parent}")
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a --device that is not there; torch is asked only where it is not the CPU."""
+    """Raise UserError for a --device that torch cannot use; torch is imported only if it is not the CPU."""
     if device == "cpu":
         return
     import torch
@@ -84,7 +117,7 @@ def check_device(device: str) -> None:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return the type of an option's word."""
+    """Return the type that an option names."""
     import torch
 
     return getattr(torch, DTYPES[name])
