@@ -139,11 +139,6 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(values.aminmax())).all())  # NaN is both least and greatest
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Hashes
-# --------------------------------------------------------------------------------------------------------------
-
-
 def data_sha256(path: Path) -> str:
     """Return the SHA-256 of a safetensors file without its header, which metadata do not change; of others, of all."""
     return file_sha256(path, 0 if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).data_start)

@@ -210,7 +210,7 @@ def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, s
         own[CONFIGURATIONS] = json.dumps(unusual)
         if config.files.model_to_save.suffix.lower() != ".safetensors":
             logger.warning(
-                "%s is no Stable Diffusion of the usual sizes, and a %s has no place for its settings: "
+                "%s is not a Stable Diffusion model of the usual sizes, and a %s has no place for its settings: "
                 "only a .safetensors file can be converted back",
                 model.path,
                 config.files.model_to_save.suffix,

@@ -1,4 +1,4 @@
-"""Options of the scripts that choose ranks."""
+"""Options of the scripts that change ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from library.errors import UserError
 class RankOptions:
     """Ranks."""
 
-    new_rank: int = option(4, "rank of what is written; with --dynamic_method the largest", minimum=1)
+    new_rank: int = option(4, "rank of the written file; with --dynamic_method the largest", minimum=1)
     new_conv_rank: int | None = option(
         None, "the same for convolutions with kernels larger than 1x1; unset: --new_rank", minimum=1
     )
@@ -23,12 +23,12 @@ class RankOptions:
     dynamic_param: float | None = option(None, "target of --dynamic_method: above 1 for sv_ratio, else up to 1")
 
     def rank_of(self, *, is_large_conv: bool) -> int:
-        """Return the rank for a kind of module."""
+        """Return the rank for a linear layer or 1x1 convolution, or for a larger convolution."""
         return self.new_conv_rank if is_large_conv and self.new_conv_rank is not None else self.new_rank
 
 
 def check_ranks(options: RankOptions) -> None:
-    """Raise UserError for options that do not fit."""
+    """Raise UserError for --dynamic_method and --dynamic_param that do not fit together."""
     method, target = options.dynamic_method, options.dynamic_param
     if method is None and target is not None:
         raise UserError(f"--dynamic_param {target:g} needs --dynamic_method: sv_ratio, sv_fro or sv_cumulative")
@@ -43,6 +43,6 @@ def check_ranks(options: RankOptions) -> None:
 
 
 def check_quantile(quantile: float | None) -> None:
-    """Raise UserError for a --clamp_quantile that is none."""
+    """Raise UserError for a --clamp_quantile outside (0, 1]."""
     if quantile is not None and not 0 < quantile <= 1:
         raise UserError(f"--clamp_quantile must be above 0 and at most 1, got {quantile:g}")

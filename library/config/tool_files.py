@@ -1,4 +1,4 @@
-"""What the scripts in `networks/` and `tools/` ask of the files that they are given, before anything is read."""
+"""Checks of the paths, ratios and devices given to the scripts in `networks/` and `tools/`."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def check_output(flag: str, path: Path, problems: Problems, *, folder: bool = False) -> None:
-    """Add to problems why a weight file, or a folder of a model, cannot be written to a path."""
+    """Add to problems why a weight file, or the folder of a model, cannot be written to a path."""
     problems.run(check_new_folder if folder else check_weight_file, flag, path)
     problems.run(check_place, flag, path)
 
 
 def check_apart(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
-    """Raise UserError for a path to write that is one of the inputs, or within one."""
+    """Raise UserError for an output path that is one of the inputs, or within one."""
     for source in inputs:
         if source is None or not source.exists():
             continue
         if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"{flag}: {path} is within {source}, which is read: take another place")
+            raise UserError(f"{flag}: {path} is within {source}, which is an input: choose another path")
         if path.is_file() and source.samefile(path):
-            raise UserError(f"{flag}: {path} is one of the files to be read: take another name")
+            raise UserError(f"{flag}: {path} is one of the inputs: choose another name")
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """Raise UserError for a path that is no name of a new folder."""
+    """Raise UserError for a path that cannot be a new folder."""
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         raise UserError(
-            f"{flag} must be a folder, for the model is one, got {path}; "
-            "tools/convert_diffusers20_original_sd.py makes files of folders"
+            f"{flag} must be a folder, since the model is one, got {path}; "
+            "tools/convert_diffusers20_original_sd.py converts folders to files"
         )
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{flag}: {path} is there already and not empty: take another name")
+        raise UserError(f"{flag}: {path} already exists and is not empty: choose another name")
 
 
 def check_weight_file(flag: str, path: Path) -> None:
-    """Raise UserError for a path that is no name of a weight file."""
+    """Raise UserError for a path that cannot be a weight file."""
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise UserError(f"{flag} must end in {', '.join(WEIGHT_SUFFIXES)}, got {path}")
     if path.is_dir():
@@ -55,16 +55,16 @@ def check_weight_file(flag: str, path: Path) -> None:
 
 
 def check_place(flag: str, path: Path) -> None:
-    """Raise UserError where nothing can be written at a path; folders that are missing are made later."""
+    """Raise UserError if nothing can be written to a path; missing folders are created later."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise UserError(f"{flag}: {parent} is a file, so {path} cannot be in it")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: nothing may be written to {parent}")
+        raise UserError(f"{flag}: {parent} is not writable")
 
 
 def check_ratios(ratios: Sequence[float], models: Sequence[Path], problems: Problems) -> None:
-    """Add to problems what is wrong with the ratios of LoRA files."""
+    """Add wrong numbers or values of --ratios to problems."""
     if len(ratios) != len(models):
         problems.add(f"--ratios must have a number for each of the {len(models)} files of --models, got {len(ratios)}")
     if not all(math.isfinite(ratio) for ratio in ratios):
@@ -72,7 +72,7 @@ def check_ratios(ratios: Sequence[float], models: Sequence[Path], problems: Prob
 
 
 def check_device(device: str) -> None:
-    """Raise UserError for a --device that is not there; torch is asked only where it is not the CPU."""
+    """Raise UserError for a --device that does not exist; imports torch only if it is not the CPU."""
     if device == "cpu":
         return
     import torch
@@ -80,11 +80,11 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device: there is no {device} that torch can use here; leave it out for the CPU") from None
+        raise UserError(f"--device: there is no {device} that torch can use here; omit --device for the CPU") from None
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return the type of an option's word."""
+    """Return the type for a value of the options: float, fp16 or bf16."""
     import torch
 
     return getattr(torch, DTYPES[name])

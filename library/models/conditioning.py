@@ -153,11 +153,6 @@ def encode_with(encoder: TextEncoder, texts: Sequence[str], options: TextOptions
     return hidden, None if pooled is None else pooled.unflatten(0, ids.shape[:2])[:, 0]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Tokens
-# --------------------------------------------------------------------------------------------------------------
-
-
 def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> list[Tokens]:
     """Return the tokens of texts, uncut; runs of equal weight are tokenized together, BREAK fills up its window."""
     pieces: list[tuple[int, str, float, bool]] = []  # number of the text, words, weight, whether a window begins
@@ -203,11 +198,6 @@ def windows_of(tokenizer: CLIPTokenizer, tokens: Tokens, windows: int) -> tuple[
     inner = torch.tensor([*tokens.weights[:length], *[1.0] * (length - len(used))])
     weights[:, 1:-1] = inner.view(windows, PER_WINDOW)
     return ids, weights
-
-
-# --------------------------------------------------------------------------------------------------------------
-# States
-# --------------------------------------------------------------------------------------------------------------
 
 
 def joined(windows: Tensor, *, keeps_ends: bool) -> Tensor:

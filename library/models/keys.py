@@ -66,11 +66,6 @@ OPENCLIP_TOP = {
 FUSED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Rules
-# --------------------------------------------------------------------------------------------------------------
-
-
 def without_prefix(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
     """Return the entries that begin with a prefix, under their names without it."""
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}

@@ -79,11 +79,6 @@ class Piece:
 Plan = dict[str, Piece]  # name in the result -> its piece
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Places
-# --------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The names of one checkpoint, asked for by those of Diffusers."""
@@ -164,11 +159,6 @@ def text_rule(text: TextModel) -> Rule:
                 yield Place(prefix + keys.openclip_name(own), keys.fused_slice(own))
 
     return places
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Plans
-# --------------------------------------------------------------------------------------------------------------
 
 
 def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
@@ -255,11 +245,6 @@ def unplaced(checkpoint: Checkpoint, plan: Plan) -> list[str]:
     """Return the tensors of an original-layout file that a plan does not use, those of its training left out."""
     used = {place.name for piece in plan.values() for place in piece.places}
     return [name for name in checkpoint.shapes if name not in used and not name.startswith(LEFT_OUT)]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Reading by a plan
-# --------------------------------------------------------------------------------------------------------------
 
 
 def infos_of(plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Shape]]:
