@@ -96,7 +96,7 @@ ADAPTERS = {
         lambda good: save(good) + bytes(9),
         "f.safetensors is damaged: 9 bytes follow its last tensor",
     ),
-    "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending tells"),
+    "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending determines"),
     "NaN": (
         ".safetensors",
         lambda good: good | {UP: good[UP] * torch.nan},
@@ -194,7 +194,11 @@ CHECKPOINTS = {
     ),
 }
 INCOMPLETE_CHECKPOINTS = {
-    "no U-Net": (without(keys.UNET_PREFIX), "has an incomplete U-Net: model.diffusion_model.input_blocks", "is missing"),
+    "no U-Net": (
+        without(keys.UNET_PREFIX),
+        "has an incomplete U-Net: model.diffusion_model.input_blocks",
+        "is missing",
+    ),
     "no text encoder": (
         without("cond_stage_model."),
         "has no text encoder (nothing under cond_stage",
@@ -212,7 +216,7 @@ INCOMPLETE_CHECKPOINTS = {
     ),
     "another type": (
         changed(TO_Q, lambda t: t.to(torch.complex64)),
-        f"{TO_Q} has the type C64, which is not read here",
+        f"{TO_Q} has the type C64, which is not supported",
     ),
     "NaN in the U-Net": (changed(TO_Q, poisoned), f"{TO_Q} holds NaN or infinity", "take another copy"),
     "NaN in the text encoder": (changed(NORM, poisoned), f"{NORM} holds NaN or infinity"),
@@ -256,7 +260,7 @@ def test_nan_in_a_pickled_checkpoint(refused, tmp_path, checkpoint):
 
 
 def test_a_flag_that_contradicts_the_checkpoint(refused, model_store):
-    refused({"v2": True}, "--v2 was given, but ", "is an SD 1.x model: leave out --v2")
+    refused({"v2": True}, "--v2 was given, but ", "is an SD 1.x model: omit --v2")
 
 
 @rows(VAES)

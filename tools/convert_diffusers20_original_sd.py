@@ -285,8 +285,8 @@ def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path,
     from library.pickles import load_pickle, write_pickle
     from library.safetensors_io import write_stream
 
-    infos = layout.infos_of(plan, model, written_type(config.saving))
-    made = layout.tensors_of(plan, model, infos)
+    infos = layout.planned_infos(plan, model, written_type(config.saving))
+    made = layout.planned_tensors(plan, model, infos)
     part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
     tensors = tqdm(made, total=len(plan), desc=part, unit="tensor")
     if path.suffix.lower() == ".safetensors":

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from library.config.generation import ControlConfig
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.models.base import BaseModel, TextEncoder
 from library.weight_file import open_weights, read_weights
 
@@ -49,7 +49,7 @@ def load_control_net(path: Path, base: BaseModel) -> torch.nn.Module:
     except UserError:
         raise
     except Exception as error:  # each library has its own
-        raise UserError(f"--control_net_models: {path} cannot be read as a ControlNet: {told(error)}") from error
+        raise UserError(f"--control_net_models: {path} cannot be read as a ControlNet: {message_of(error)}") from error
 
 
 def with_embeddings(config: ControlConfig, encoder: TextEncoder) -> TextEncoder:

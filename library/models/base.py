@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.config.model import ModelConfig
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.models import family as families
 from library.models.building import build_part
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, check_input_channels, open_checkpoint, open_vae
@@ -170,7 +170,7 @@ def load_tokenizer(folder: Path | None, text: TextModel) -> CLIPTokenizer:
     try:
         return load_clip_tokenizer(folder, pad_token=text.pad_token)
     except Exception as error:  # transformers raises any exception for a damaged tokenizer
-        raise UserError(f"tokenizer in {folder} cannot be read: {told(error)}") from error
+        raise UserError(f"tokenizer in {folder} cannot be read: {message_of(error)}") from error
 
 
 def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> nn.Module:

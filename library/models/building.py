@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.models import keys
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, read_config, stored_configuration
 from library.models.family import ModelFamily, Shapes, TextModel
@@ -71,8 +71,8 @@ def check_groups(config: Mapping[str, Any], part: str, path: Path) -> None:
     groups = config.get("norm_num_groups", NUM_GROUPS)
     if any(channels % groups for channels in config.get("block_out_channels", ())):
         raise UserError(
-            f"{path} is not a Stable Diffusion model of the usual sizes ({part}: {config['block_out_channels']} channels), "
-            "and its groups and heads are not in the file; converting its folder to .safetensors keeps them"
+            f"{path} is not a Stable Diffusion model of the usual sizes ({part}: {config['block_out_channels']} "
+            "channels), and its groups and heads are not in the file; converting its folder to .safetensors keeps them"
         )
 
 
@@ -156,7 +156,7 @@ def refused(source: Path, part: str, prefix: str = "") -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{source} has an incomplete {part}: {prefix}{error.args[0]} is missing") from None
     except Exception as error:  # of diffusers and transformers
-        raise UserError(f"{source} describes no {part} that can be built: {told(error)}") from error
+        raise UserError(f"{source} describes no {part} that can be built: {message_of(error)}") from error
 
 
 def build_part(checkpoint: Checkpoint, part: str) -> nn.Module:

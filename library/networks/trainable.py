@@ -277,7 +277,7 @@ def load_start(network: Network, module: ImportedModule, path: Path) -> None:
     is_same = all(torch.equal(old, new.detach()) for old, new in zip(before, network.parameters(), strict=True))
     if is_same and not module.options.dim_from_weights:
         raise UserError(
-            f"--network_weights {path}: {module.name} took over nothing of it: the file is for another model or "
+            f"--network_weights {path}: {module.name} loaded nothing of it: the file is for another model or "
             " other --network_args, or the module cannot go on from its own files"
         )
     names = open_weights(path).shapes.keys()
