@@ -79,22 +79,19 @@ def run_script(main: Callable[[Sequence[str]], int]) -> None:
     # Temporary files are removed on exit. A training replaces the handler by its own, which saves a state.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        code = main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        code = USER_ERROR
+        code, message = USER_ERROR, f"error: {error}"
     except OSError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        code = FAILURE
+        code, message = FAILURE, f"error: {error}"
     except (RuntimeError, MemoryError) as error:
         advice = memory_advice(error)
         if advice is None:
             raise
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {advice}\n")
-        code = FAILURE
+        code, message = FAILURE, f"error: {advice}"
     except KeyboardInterrupt:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
-        code = INTERRUPTED
+        code, message = INTERRUPTED, "stopped"
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
     sys.exit(code)
 
 

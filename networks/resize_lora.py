@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config import rank_options, tool_files
+from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
-from library.config.rank_options import RankOptions
 from library.config.tool_files import Precision
 from library.errors import Problems
 from library.logs import run_script
@@ -49,7 +48,7 @@ class ResizeConfig:
     """What is resized how."""
 
     files: FilesConfig
-    ranks: RankOptions
+    ranks: tool_files.RankOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +75,7 @@ def check_save_to(config: ResizeConfig, problems: Problems) -> None:
 
 def check_resizing(config: ResizeConfig, problems: Problems) -> None:
     """Add to problems what is wrong with the options of ranks and decompositions."""
-    problems.run(rank_options.check_ranks, config.ranks)
+    problems.run(tool_files.check_ranks, config.ranks)
     problems.run(tool_files.check_device, config.files.device)
 
 

@@ -107,12 +107,8 @@ class ImageConfig:
 
     image_path: Path | None = option(None, "init image or folder of them (img2img)")
     mask_path: Path | None = option(None, "mask or folder of masks: white is generated anew (inpainting)")
-    strength: float | None = option(
-        None, "how much of an init image is generated anew; unset: 0.8", minimum=0, maximum=1
-    )
-    highres_fix_scale: float | None = option(
-        None, "generate a smaller picture first: the ratio of its size", minimum=0.05, maximum=1
-    )
+    strength: float | None = option(None, "share of the init image to replace; unset: 0.8", minimum=0, maximum=1)
+    highres_fix_scale: float | None = option(None, "generate a picture of this scale first", minimum=0.05, maximum=1)
     highres_fix_steps: int = option(28, "steps of the first stage", minimum=1, maximum=1000)
     highres_fix_strength: float | None = option(
         None, "strength of the first stage if it has an init image; unset: --strength", minimum=0, maximum=1
@@ -128,7 +124,7 @@ class ControlConfig:
 
     control_net_models: tuple[Path, ...] | None = option(None, "ControlNet files or folders")
     control_net_preps: tuple[str, ...] | None = option(
-        None, "preparation of the control images: none, canny or canny_T1_T2"
+        None, "preprocessing of control images: none, canny or canny_T1_T2"
     )
     control_net_weights: tuple[float, ...] | None = option(
         None, "strength of each; unset: 1", aliases=("control_net_multipliers",)

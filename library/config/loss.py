@@ -17,12 +17,8 @@ class LossConfig:
 
     noise_offset: float | None = option(None, "add this times one random number per channel to the noise", minimum=0)
     noise_offset_random_strength: bool = option(False, "vary --noise_offset between 0 and its value")
-    adaptive_noise_scale: float | None = option(
-        None, "add this times the absolute mean of each latent channel to --noise_offset"
-    )
-    multires_noise_iterations: int | None = option(
-        None, "number of added layers of coarser noise; usually 6 to 10", minimum=0
-    )
+    adaptive_noise_scale: float | None = option(None, "add this times the absolute channel mean to --noise_offset")
+    multires_noise_iterations: int | None = option(None, "layers of coarser noise; 6 to 10 are usual", minimum=0)
     multires_noise_discount: float = option(0.3, "factor from one layer of coarser noise to the next", minimum=0)
     ip_noise_gamma: float | None = option(None, "add this much more noise to the input than to the target", minimum=0)
     ip_noise_gamma_random_strength: bool = option(False, "vary --ip_noise_gamma between 0 and its value")

@@ -32,9 +32,7 @@ SamplerName = Literal[
 class PreviewConfig:
     """Previews."""
 
-    sample_prompts: Path | None = option(
-        None, "prompts of the pictures generated during training (.txt, .toml or .json)"
-    )
+    sample_prompts: Path | None = option(None, "prompts of the previews (.txt, .toml or .json)")
     sample_every_n_steps: int | None = option(None, "generate after every n-th step")
     sample_every_n_epochs: int | None = option(None, "generate after every n-th epoch; wins over steps")
     sample_at_first: bool = option(False, "also generate before the first step")

@@ -214,7 +214,8 @@ def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, proble
     if schedule.lr_scheduler == "constant" and not schedule.lr_scheduler_type and schedule.lr_warmup_steps:
         problems.add("--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0")
     if schedule.lr_warmup_steps and (schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"):
-        problems.add(f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up")
+        kind = "lr_scheduler_type" if schedule.lr_scheduler_type else "lr_scheduler"
+        problems.add(f"--lr_warmup_steps does not go with --{kind} {getattr(schedule, kind)}, which has no warm-up")
     if schedule.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
         problems.add(f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that")
     takes_arguments = schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"
@@ -225,12 +226,6 @@ def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, proble
         )
     if schedule.lr_scheduler == "cosine_with_min_lr" and schedule.lr_scheduler_min_lr_ratio is None:
         problems.add("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")
-
-
-def _schedule_option(schedule: ScheduleConfig) -> str:
-    if schedule.lr_scheduler_type:
-        return f"--lr_scheduler_type {schedule.lr_scheduler_type}"
-    return f"--lr_scheduler {schedule.lr_scheduler}"
 
 
 def _check_paths(config: TrainConfig, problems: Problems) -> None:

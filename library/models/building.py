@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError, message_of
 from library.models import keys
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, read_config, stored_configuration
-from library.models.family import ModelFamily, Shapes, TextModel
+from library.models.family import TEXT_HEAD_WIDTH, ModelFamily, Shapes, TextModel
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-TEXT_HEAD_WIDTH = 64  # channels of an attention head in every CLIP text encoder of these families
 NUM_GROUPS = 32  # of the group norms of published models
 
 

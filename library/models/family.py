@@ -37,12 +37,24 @@ VAE_CONFIG: dict[str, Any] = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
 }
-TEXT_BASE: dict[str, Any] = {
-    "vocab_size": 49408,
-    "max_position_embeddings": WINDOW,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-}
+TEXT_HEAD_WIDTH = 64  # channels of an attention head in the text encoders of all families
+
+
+def clip_config(width: int, layers: int, *, activation: str, projection: int, padding: int) -> dict[str, Any]:
+    """Return the configuration of a text encoder; padding is the id of the padding token."""
+    return {
+        "vocab_size": 49408,
+        "max_position_embeddings": WINDOW,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // TEXT_HEAD_WIDTH,
+        "hidden_act": activation,
+        "projection_dim": projection,
+        "pad_token_id": padding,
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so hashable
@@ -89,15 +101,7 @@ class ModelFamily:
         return self.v_architecture if predicts_v else self.epsilon_architecture
 
 
-CLIP_L = TEXT_BASE | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-    "pad_token_id": 49407,
-}
+CLIP_L = clip_config(768, 12, activation="quick_gelu", projection=768, padding=49407)
 SD1 = ModelFamily(
     name="sd1",
     title="SD 1.x",
@@ -133,16 +137,7 @@ SD2 = ModelFamily(
             layout="openclip",
             prefixes=(f"{keys.TEXT_PREFIX}model.",),
             lora_prefix="lora_te_",
-            config=TEXT_BASE
-            | {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 23,
-                "num_attention_heads": 16,
-                "hidden_act": "gelu",
-                "projection_dim": 512,
-                "pad_token_id": 0,
-            },
+            config=clip_config(1024, 23, activation="gelu", projection=512, padding=0),
             pad_token="!",
             unused_layers=1,
         ),
@@ -186,16 +181,7 @@ SDXL = ModelFamily(
             layout="openclip",
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.1.model.",),
             lora_prefix="lora_te2_",
-            config=TEXT_BASE
-            | {
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 20,
-                "hidden_act": "gelu",
-                "projection_dim": 1280,
-                "pad_token_id": 1,
-            },
+            config=clip_config(1280, 32, activation="gelu", projection=1280, padding=1),
             pad_token="!",
             layer=2,
             has_final_norm=False,

@@ -116,15 +116,10 @@ class Layout:
 
     def _num_vae_levels(self) -> int:
         if not self.checkpoint.is_folder:
-            return num_vae_levels(self.checkpoint.shapes)
+            names = {name.removeprefix(keys.VAE_PREFIX) for name in self.checkpoint.shapes}
+            return len({name.split(".")[2] for name in names if name.startswith("encoder.down.")})
         settings = self.checkpoint.family.vae | dict(self._settings(VAE))
         return len(settings["block_out_channels"])
-
-
-def num_vae_levels(shapes: Shapes) -> int:
-    """Return the number of resolution levels of the VAE of an original-layout file, 0 without a VAE."""
-    levels = {name.removeprefix(keys.VAE_PREFIX) for name in shapes}
-    return len({name.split(".")[2] for name in levels if name.startswith("encoder.down.")})
 
 
 def unet_rule(family: ModelFamily, settings: Mapping[str, object]) -> Rule:

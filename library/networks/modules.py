@@ -56,17 +56,14 @@ class ImportedModule:
 
     @property
     def name(self) -> str:
-        """The value of --network_module."""
         return self.options.network_module
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the module is a third party's."""
         return is_foreign(self.options)
 
     @property
     def arguments(self) -> dict[str, str]:
-        """The --network_args by name."""
         return self.options.network_args or {}
 
     def create(self, base: BaseModel, text_encoder: TextEncoders) -> Network | None:

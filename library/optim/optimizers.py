@@ -222,9 +222,7 @@ def build_optimizer(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # also of other packages' classes
-        raise UserError(
-            f"--optimizer_args: {choice.kind.__name__} refuses them: {message_of(error)}"
-        ) from error
+        raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {message_of(error)}") from error
     if isinstance(optimizer, AveragesWeights):
         optimizer.train()
     return optimizer
