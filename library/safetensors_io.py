@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -140,13 +139,15 @@ def write_stream(
 
     infos is name -> (type, shape) of all tensors, in the order in which tensors yields them.
     """
-    header = _header_bytes(infos, metadata)
-    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, _Writer(file) as writer:
-        writer.write(header)
+    header, in_thread = _header_bytes(infos, metadata), concurrent.futures.ThreadPoolExecutor(1)
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, in_thread:
+        written = in_thread.submit(_write, file, header)
         for (name, (dtype, shape)), (given, tensor) in zip(infos.items(), tensors, strict=True):
             assert (name, dtype, shape) == (given, tensor.dtype, tuple(tensor.shape))
-            if tensor.numel():
-                writer.write(bytes_of(tensor.contiguous()))
+            data = bytes_of(tensor.contiguous()) if tensor.numel() else b""
+            written.result()  # while this tensor was computed, the one before was written
+            written = in_thread.submit(_write, file, data)
+        written.result()
 
 
 def _header_bytes(
@@ -167,33 +168,7 @@ def _header_bytes(
     return len(text).to_bytes(8, "little") + text
 
 
-class _Writer:
-    """Writes to a file in its own thread, while the next tensor is computed; at most one tensor waits."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self.file = file
-        self.pool = concurrent.futures.ThreadPoolExecutor(1)
-        self.pending: list[concurrent.futures.Future[None]] = []
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            self._wait_for(0)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Write data in the thread; raises the OSError of an earlier call."""
-        self._wait_for(1)
-        self.pending.append(self.pool.submit(self._write, memoryview(data)))
-
-    def _wait_for(self, most: int) -> None:
-        while len(self.pending) > most:
-            self.pending.pop(0).result()
-
-    def _write(self, data: memoryview) -> None:
-        while data:
-            data = data[self.file.write(data) :]
+def _write(file: io.FileIO, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -54,7 +54,8 @@ def read_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
 def read_dataset_file(path: Path, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
     """Return the datasets of a definition file; dataset and subset supply the values that it omits."""
     table = _load(path)
-    _check_keys(table, {"general", "datasets"}, str(path))
+    for key in [key for key in table if key not in ("datasets", "general")]:
+        raise UserError(f"{path}: {key} is not known{nearest(key, ('datasets', 'general'))}")
     general = _expect_table(table.get("general", {}), f"{path}: general")
     _read_keys(general, "general", f"{path}: general")
     tables = table.get("datasets", [])
@@ -115,12 +116,6 @@ def _known_key(key: str, level: str, place: str) -> Option:
         levels = ", ".join(f"[{name}]" for name in option.spec.levels)
         raise UserError(f"{place}.{key} does not belong here: it is set in {levels}")
     return option
-
-
-def _check_keys(table: Mapping[str, Any], known: set[str], place: str) -> None:
-    for key in table:
-        if key not in known:
-            raise UserError(f"{place}: {key} is not known{nearest(key, sorted(known))}")
 
 
 def _expect_table(value: Any, place: str) -> dict[str, Any]:
