@@ -1,4 +1,4 @@
-"""Draw pictures with Stable Diffusion 1.x or 2.x and networks trained on it.
+"""Generate pictures with Stable Diffusion 1.x or 2.x and networks trained on it.
 
 python gen_img_diffusers.py --ckpt model.safetensors --prompt "a photo of a cat --n blurry --w 768"
     --network_module networks.lora --network_weights mine.safetensors --network_mul 0.8
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems.raise_if_any()
     checks.warn_of_strengths(config.networks, lines)
     if not (lines or recorded or config.prompts.interactive):
-        raise UserError("what is to be drawn is missing: --prompt, --from_file, --from_picture or --interactive")
+        raise UserError("no prompt is given: use --prompt, --from_file, --from_picture or --interactive")
     checks.warn_of_idle(config)
 
-    # Torch takes seconds to import; up to here every mistake has been answered at once.
+    # Torch takes seconds to import, so all mistakes are reported before.
     from library.generation.recipe import generate
 
     generate(config, lines, recorded)

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
 
-    # Torch takes seconds to import; up to here every mistake has been answered at once.
+    # Torch takes seconds to import, so all mistakes are reported before.
     from library.training.recipe import train
 
     train(config, datasets, prompts)
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose_logs(config: TrainConfig) -> None:
-    """Show log lines as the options say."""
+    """Configure the log lines by the options."""
     choose_log_lines(config.logs.console_log_level, config.logs.console_log_file)
 
 
 def load_prompts(preview: PreviewConfig) -> list[Prompt]:
-    """Return the prompts of the previews; none where there is no such file, which `check` tells."""
+    """Return the prompts of the previews; empty without a file, which `check` reports."""
     path = preview.sample_prompts
     return read_prompts(path) if path is not None and path.is_file() else []
 

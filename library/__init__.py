@@ -1,4 +1,4 @@
 """Library of the suite: everything that the entry scripts share."""
 
 NAME = "sd-lora-suite"
-VERSION = "0.1.0"  # the only place: pyproject.toml reads it here
+VERSION = "0.1.0"  # read by pyproject.toml

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how several are reported together."""
+"""The exception for mistakes of the user, and the collection of several mistakes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ Result = TypeVar("Result")
 
 
 class UserError(ValueError):
-    """What a user can mend: one line for each thing that is wrong, with the value received and what to do.
+    """A mistake of the user: one line for each, with what is wrong, the value received and what to do.
 
-    Entry scripts print it without a traceback and end with exit code 2.
+    Entry scripts print it without a traceback and exit with code 2.
     """
 
 
 def shortened(text: str, most: int = 300) -> str:
-    """Return the beginning of a text."""
+    """Return a text cut to a number of characters."""
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def shown(value: object) -> str:
-    """Return a value that was received, as a message shows it."""
+    """Return a received value as it is shown in messages."""
     return shortened(repr(value), 120)
 
 
-def told(error: Exception) -> str:
-    """Return in one line what an exception of others says; some say no more than a key, or nothing."""
+def message_of(error: Exception) -> str:
+    """Return the message of an exception in one line, with its type if the message is only a key, or empty."""
     text = " ".join(str(error).split())
     return shortened(text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}")
 
 
 class Problems:
-    """Collects mistakes, so that a user reads about all of them at once; the same line is kept once."""
+    """Collects mistakes, so that all are reported together; equal lines only once."""
 
     def __init__(self) -> None:
         self._lines: dict[str, None] = {}
 
     def add(self, text: str) -> None:
-        """Add the line of a mistake, or several lines."""
+        """Add one or several lines."""
         self._lines.update(dict.fromkeys(text.split("\n")))
 
     def run(self, check: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result | None:
-        """Return what check returns; a UserError that it raises is added, and the result is None."""
+        """Return the result of check; if it raises UserError, add that and return None."""
         try:
             return check(*args, **kwargs)
         except UserError as error:
@@ -51,6 +51,6 @@ class Problems:
             return None
 
     def raise_if_any(self) -> None:
-        """Raise one UserError for all that were collected, each in its own line."""
+        """Raise one UserError with all collected lines, if there are any."""
         if self._lines:
             raise UserError("\n".join(self._lines))

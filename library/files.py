@@ -1,7 +1,7 @@
-"""Files and folders written whole or not at all, and the hash of a file.
+"""Writes files and folders completely or not at all; hashes files.
 
-What is written goes to a temporary name in the folder of the target and is renamed when it is complete, so that no
-reader sees half a file, and a run that is killed leaves what was there before.
+A file is written under a temporary name in the folder of the target and renamed when it is complete. No reader sees an
+incomplete file, and a killed process leaves the former file unchanged.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ HASHED_AT_ONCE = 2**20  # bytes
 
 @contextlib.contextmanager
 def replacing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the folder of path; when the block ends well it takes the place of path.
+    """Yield a temporary path in the folder of path, which replaces path if the block succeeds.
 
-    suffix ends the temporary name, for writers that choose the format by it. Without `durable`, for one of many files
-    that the next run can make again, nothing waits for the disk, and the temporary name is the same in every process,
-    so that the next run replaces what a killed one left. Raises OSError, as `disk_errors` has it.
+    suffix ends the temporary name, for writers that choose the format by it. Without `durable`, for files that the next
+    run can create again, the data are not synced to disk, and the temporary name is the same in every process, so that
+    the next run replaces the file of a killed one. Raises OSError as in `disk_errors`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path, f"{os.getpid()}.tmp{suffix}" if durable else f"tmp{suffix}")
@@ -41,15 +41,15 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside path; when the block ends well it takes the place of path.
+    """Yield a temporary folder beside path, which replaces path if the block succeeds.
 
-    A folder that is there must be empty, unless it may be replaced. Raises OSError, as `disk_errors` has it.
+    An existing folder must be empty unless `replace` is true. Raises OSError as in `disk_errors`.
     """
-    target = path.resolve()  # the folder that a link leads to is replaced, not the link
+    target = path.resolve()  # a link is kept, and its target is replaced
     temporary, former = (_temporary(target, f"{os.getpid()}.{ending}") for ending in ("tmp", "old"))
     try:
         with disk_errors(path):
-            for folder in (temporary, former):  # of a killed process that had this number
+            for folder in (temporary, former):  # of a killed process with the same id
                 shutil.rmtree(folder, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
@@ -67,7 +67,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _temporary(path: Path, ending: str) -> Path:
-    """Return a hidden name beside path that is short where the name of path is as long as names may be."""
+    """Return a hidden path beside path, with a short name even if that of path has the maximal length."""
     digest = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
     return path.with_name(f".{digest}.{ending}")
 
@@ -79,32 +79,32 @@ def _wait_for_disk(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Map write failures of any library to one OSError that names the file to be written."""
+    """Turn write errors of any library into an OSError that names the file."""
     try:
         yield
     except Exception as error:
         reason = _refusal(error)
         if reason is None:
             raise
-        refused = OSError(f"{path} could not be written: {reason}; what was saved before is whole")
+        refused = OSError(f"{path} could not be written: {reason}; what was saved before is unchanged")
         refused.errno = getattr(error, "errno", None)
         raise refused from error
 
 
 def _refusal(error: Exception) -> str | None:
-    """Return why the disk refuses to write, or None where an error is about something else."""
+    """Return why writing failed, or None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror
     text = str(error)
     if type(error).__name__ == "SafetensorError" and "I/O error: " in text:
         return text.split("I/O error: ")[1]
-    if isinstance(error, RuntimeError) and "inline_container" in text:  # torch's writer gives no reason
-        return "the disk is full or refuses it"
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # the writer of torch gives no reason
+        return "the disk is full or not writable"
     return None
 
 
 def file_sha256(path: Path, start: int = 0) -> str:
-    """Return the SHA-256 of a file from an offset on, 64 hex digits; the file is read in blocks."""
+    """Return the SHA-256 of a file from an offset to its end, 64 hex digits; reads the file in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)

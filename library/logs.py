@@ -1,4 +1,4 @@
-"""Log lines, and the border where a user's mistake becomes one line and exit code 2."""
+"""Log lines, exit codes, and error messages of the scripts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from library.errors import UserError
 
-# Whose lines below warnings are shown.
+# Loggers whose lines below the level of warnings are shown.
 SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network")
-USER_ERROR = 2  # exit code, as argparse has it
-FAILURE = 1  # the machine refused: disk, permissions, memory
+USER_ERROR = 2  # exit code, as of argparse
+FAILURE = 1  # of the machine: disk, permissions, memory
 OUT_OF_MEMORY = (
     "the GPU has too little memory: add --gradient_checkpointing and --cache_latents, use --mixed_precision fp16, "
     "or lower --train_batch_size or --resolution"
@@ -24,13 +24,13 @@ TERMINATED = 143  # the same for SIGTERM
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Send log lines of the suite to standard error: plain for information, marked from warnings up."""
+    """Send log lines of the suite to standard error; warnings and errors are marked as such."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_MarkedFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    # Below errors these speak of their own affairs: optional packages, names that will change.
+    # Below errors these packages log only what does not concern the user: optional packages, deprecations.
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -39,9 +39,9 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 def choose_log_lines(level: str | None, file: Path | None) -> None:
-    """Show log lines from a level up, and send them to a file (UTF-8, begun anew) in place of the console.
+    """Show log lines from a level on, and send them to a new file (UTF-8) instead of the console.
 
-    Of several processes the first one speaks; the others keep to errors, on the console.
+    Only the first of several processes does so; the others log errors on the console.
     """
     if not _is_first_process():
         return
@@ -76,32 +76,29 @@ class _MarkedFormatter(logging.Formatter):
 def run_script(main: Callable[[Sequence[str]], int]) -> None:
     """Run an entry script's main with the command line and end the process with its exit code."""
     set_up_logging()
-    # So that what is half written is cleaned up; a training replaces it by its own, which saves a state.
+    # Temporary files are removed on exit. A training replaces the handler by its own, which saves a state.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        code = main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        code = USER_ERROR
+        code, message = USER_ERROR, f"error: {error}"
     except OSError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        code = FAILURE
+        code, message = FAILURE, f"error: {error}"
     except (RuntimeError, MemoryError) as error:
         advice = memory_advice(error)
         if advice is None:
             raise
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {advice}\n")
-        code = FAILURE
+        code, message = FAILURE, f"error: {advice}"
     except KeyboardInterrupt:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped\n")
-        code = INTERRUPTED
+        code, message = INTERRUPTED, "stopped"
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
     sys.exit(code)
 
 
 def memory_advice(error: Exception) -> str | None:
-    """Return what to do where an error says that memory is short, or None for any other."""
+    """Return advice for an error that reports too little memory, or None for any other."""
     if type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words on the CPU
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # message of torch on the CPU
         return f"this machine has too little memory ({error}): lower --network_dim, --resolution or --train_batch_size"
     return None

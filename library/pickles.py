@@ -1,4 +1,4 @@
-"""Pickles of torch: read without running code, and written whole."""
+"""Pickles of torch: reading without running code, and writing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def load_pickle(path: Path) -> Any:
-    """Return what a pickle of torch holds; code is never run, and damage is a UserError."""
+    """Return the content of a pickle of torch without running code; raises UserError for a damaged file."""
     import pickle
     import warnings
 
@@ -25,19 +25,19 @@ def load_pickle(path: Path) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old formats, on the way to being refused
+            warnings.simplefilter("ignore")  # about old formats, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except pickle.UnpicklingError as error:
         found = _forbidden_global(str(error))
         raise UserError(
-            f"{path} is refused: it carries more than weights{found}, and loading that could run code; "
-            "convert it to .safetensors where you trust it"
+            f"{path} is refused: it contains more than weights{found}, and loading that could run code; "
+            "convert it to .safetensors on a machine where you trust it"
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # damaged pickles raise anything
+    except Exception as error:  # damaged pickles raise any exception
         raise UserError(
             f"{path} is not a weight file that torch can read, or it is damaged; copy or download it again"
         ) from error
@@ -53,18 +53,18 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     entries = content.items() if isinstance(content, dict) else ()
     tensors = {name: value for name, value in entries if isinstance(name, str) and torch.is_tensor(value)}
     if not tensors:
-        raise UserError(f"{path} holds no weights")
+        raise UserError(f"{path} has no weights")
     return tensors
 
 
 def _forbidden_global(message: str) -> str:
-    """Return " (NAME)" for the object that torch names in its refusal, where it names one."""
+    """Return " (NAME)" for the object named in torch's error message, or an empty text."""
     found = re.search(r"GLOBAL:? (?!loads)([\w.]+\w)|function ([\w.]+\w)", message)
     return f" ({found[1] or found[2]})" if found else ""
 
 
 def write_pickle(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a table as a pickle of torch, by way of a temporary name."""
+    """Write a table as a pickle of torch, completely or not at all."""
     import torch
 
     with replacing(path) as temporary:

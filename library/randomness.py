@@ -1,9 +1,8 @@
-"""Randomness by key: everything random is a pure function of what it is for.
+"""Randomness by key: everything random is a pure function of its key.
 
-A stream of random numbers that is consumed in order ties a result to the order of work. Here each use has a
-key such as (seed, "augment", epoch, sample) and gets a generator of its own, so that a run gives the same
-batches with any number of workers, the same noise with any batch size or number of processes, and can be
-continued from any step without stored generator states.
+With one stream of random numbers, results depend on the order of the work. Here each use has its own generator, with a
+key such as (seed, "augment", epoch, sample). A run has the same batches with any number of workers and the same noise
+with any batch size or number of processes, and can resume from any step without stored generator states.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def random_for(*key: int | str) -> random.Random:
 
 
 def generator_for(*key: int | str) -> torch.Generator:
-    """Return a torch generator for a key; on the CPU, so that every device gets the same numbers."""
+    """Return a torch generator for a key, on the CPU, so that the numbers are the same for every device."""
     import torch
 
     return torch.Generator("cpu").manual_seed(seed_for(*key))

@@ -1,8 +1,7 @@
-"""Safetensors files: read tensor by tensor, and written tensor by tensor.
+"""Reads and writes safetensors files tensor by tensor.
 
-Tensors are read into fresh memory instead of being mapped: mapped pages count as used memory until the end, and
-parameters that are not aligned to 64 bytes take other code paths in torch, which makes bit-equal weights give unequal
-outputs.
+Tensors are read into their own memory instead of being mapped: mapped pages count as used memory until the end, and
+torch has other code paths for parameters that are not aligned to 64 bytes, whose outputs differ in the last bits.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100 * 2**20
-# The names of torch, in the order in which the package safetensors lays tensors out: wide ones first, so that each is
-# aligned.
+# Names in files -> names of torch, in the order of the package safetensors: wide types first, so that all are aligned.
 DTYPE_NAMES = {
     "I64": "int64",
     "F64": "float64",
@@ -45,7 +42,7 @@ DTYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in a safetensors file; start and end are offsets from the start of the file."""
+    """The place of a tensor in a safetensors file; start and end are offsets from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,7 +52,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Header of a safetensors file: tensors by name, metadata, and the offset at which data begins."""
+    """Header of a safetensors file: tensors by name, metadata, and the offset of the data."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -99,7 +96,7 @@ def _tensor_info(entry: dict[str, Any], data_start: int) -> TensorInfo:
 def read_tensors(
     path: Path, header: Header | None = None, names: Collection[str] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a safetensors file in the order of the data, each in memory of its own.
+    """Yield (name, tensor) of a safetensors file in the order of the data, each in its own memory.
 
     names limits what is read; None reads all.
     """
@@ -111,7 +108,7 @@ def read_tensors(
         for name in sorted(wanted, key=lambda name: header.tensors[name].start):
             info = header.tensors[name]
             if info.dtype not in DTYPE_NAMES:
-                raise UserError(f"{path}: {name} has the type {info.dtype}, which is not read here")
+                raise UserError(f"{path}: {name} has the type {info.dtype}, which is not supported")
             dtype = getattr(torch, DTYPE_NAMES[info.dtype])
             needed = math.prod(info.shape) * dtype.itemsize
             if needed != info.end - info.start:
@@ -126,7 +123,7 @@ def read_tensors(
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a tensor, which must be contiguous, on the CPU, and not empty."""
+    """Return the memory of a tensor; it must be contiguous, on the CPU, and not empty."""
     import torch
 
     return tensor.view(-1).view(torch.uint8).numpy().data
@@ -138,23 +135,25 @@ def write_stream(
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor, so that never more than one is in memory.
+    """Write a safetensors file tensor by tensor, to limit the memory.
 
-    infos is name -> (type, shape) of all of them, in the order in which tensors yields them.
+    infos is name -> (type, shape) of all tensors, in the order in which tensors yields them.
     """
-    header = _header_bytes(infos, metadata)
-    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, _Writer(file) as writer:
-        writer.write(header)
+    header, in_thread = _header_bytes(infos, metadata), concurrent.futures.ThreadPoolExecutor(1)
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, in_thread:
+        written = in_thread.submit(_write, file, header)
         for (name, (dtype, shape)), (given, tensor) in zip(infos.items(), tensors, strict=True):
             assert (name, dtype, shape) == (given, tensor.dtype, tuple(tensor.shape))
-            if tensor.numel():
-                writer.write(bytes_of(tensor.contiguous()))
+            data = bytes_of(tensor.contiguous()) if tensor.numel() else b""
+            written.result()  # while this tensor was computed, the one before was written
+            written = in_thread.submit(_write, file, data)
+        written.result()
 
 
 def _header_bytes(
     infos: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> bytes:
-    """Return the header with its length before it, padded so that data begin at a multiple of 8."""
+    """Return the header after its length, padded so that the data begin at a multiple of 8."""
     import torch
 
     names_of_types = {getattr(torch, python): name for name, python in DTYPE_NAMES.items()}
@@ -169,33 +168,7 @@ def _header_bytes(
     return len(text).to_bytes(8, "little") + text
 
 
-class _Writer:
-    """Writes to a file in a thread of its own, so that the next tensor is made meanwhile; at most one waits."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self.file = file
-        self.pool = concurrent.futures.ThreadPoolExecutor(1)
-        self.pending: list[concurrent.futures.Future[None]] = []
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
-        if kind is None:
-            self._wait_for(0)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Take data to be written; raises the OSError of what was taken before."""
-        self._wait_for(1)
-        self.pending.append(self.pool.submit(self._write, memoryview(data)))
-
-    def _wait_for(self, most: int) -> None:
-        while len(self.pending) > most:
-            self.pending.pop(0).result()
-
-    def _write(self, data: memoryview) -> None:
-        while data:
-            data = data[self.file.write(data) :]
+def _write(file: io.FileIO, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -1,4 +1,4 @@
-"""Weight files of either kind, safetensors or pickle: tensors, metadata, hashes, and the checks of what is read."""
+"""Weight files, safetensors or pickle: tensors, metadata, hashes, and checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.files import file_sha256
 from library.pickles import PICKLE_SUFFIXES, read_pickle, write_pickle
 from library.safetensors_io import DTYPE_NAMES, Header, bytes_of, read_header, read_tensors, write_stream
@@ -22,7 +22,7 @@ LEGACY_OFFSET, LEGACY_BYTES = 0x100000, 0x10000
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """A weight file of either kind: the shapes at once, the tensors one by one."""
+    """An open weight file: its shapes, and its tensors one by one."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -45,15 +45,15 @@ class WeightFile:
                 yield name, tensor.dtype, tuple(tensor.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor, in memory of its own; a pickle keeps it."""
+        """Return one tensor, in its own memory; it can be read again."""
         if isinstance(self.content, Header):
             return next(read_tensors(self.path, self.content, (name,)))[1]
         return self.content[name].clone()
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) for those of names that the file has, each in memory of its own.
+        """Yield (name, tensor) for the names that the file has, each in its own memory.
 
-        A pickle lets go of what it yields, so that it is not held twice; it can be read only once.
+        A pickle releases each tensor that it yields, so it can be read only once.
         """
         if isinstance(self.content, Header):
             yield from read_tensors(self.path, self.content, names)
@@ -63,7 +63,7 @@ class WeightFile:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open a weight file; of safetensors only the header is read, a pickle is read whole."""
+    """Open a weight file; reads only the header of safetensors, but a pickle completely."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         tensors = read_pickle(path)
         return WeightFile(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
@@ -72,7 +72,7 @@ def open_weights(path: Path) -> WeightFile:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a weight file: safetensors, or a pickle, of which only weights are read."""
+    """Return all tensors of a weight file, safetensors or pickle."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return read_pickle(path)
     return dict(read_tensors(path))
@@ -84,7 +84,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors to path, as a pickle for the suffixes of pickles, else as safetensors with metadata."""
+    """Write tensors to path: as a pickle if the suffix is that of one, else as safetensors with metadata."""
     import torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -98,18 +98,18 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def check_adapter(path: Path) -> None:
-    """Raise UserError for an adapter that cannot be read, holds nothing, or has numbers that are not finite.
+    """Raise UserError for an adapter that cannot be read, is empty, or has numbers that are not finite.
 
-    Network modules read it again by themselves, by the suffix and with the package safetensors, which is stricter
-    than what is here.
+    Network modules read the file again, by its suffix and with the package safetensors, which is stricter than
+    `read_header`.
     """
     from safetensors import SafetensorError, safe_open
 
     if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
-        raise UserError(f"{path} must be a .safetensors, .ckpt or .pt file: the ending tells how it is read")
+        raise UserError(f"{path} must be a .safetensors, .ckpt or .pt file: the ending determines how it is read")
     weights = read_weights(path)
     if not weights:
-        raise UserError(f"{path} holds no weights")
+        raise UserError(f"{path} has no weights")
     for name, tensor in weights.items():
         check_finite(tensor, name, path)
     if path.suffix.lower() == ".safetensors":
@@ -117,7 +117,7 @@ def check_adapter(path: Path) -> None:
             with safe_open(path, "pt"):
                 pass
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {told(error)}; copy or download it again") from None
+            raise UserError(f"{path} is damaged: {message_of(error)}; copy or download it again") from None
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
@@ -129,35 +129,30 @@ def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return whether no number of a tensor is NaN or infinite.
 
-    One pass over the memory, 0.1 s for 2 GB; `isfinite` would make a tensor of it and take thirty times as long.
+    One pass over the memory, 0.1 s for 2 GB; `isfinite` creates a tensor and takes thirty times as long.
     """
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     values = tensor if tensor.itemsize > 1 else tensor.float()  # 8-bit numbers cannot be compared
-    return bool(torch.isfinite(torch.stack(values.aminmax())).all())  # NaN is both least and greatest
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Hashes
-# --------------------------------------------------------------------------------------------------------------
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())  # NaN is both minimum and maximum
 
 
 def data_sha256(path: Path) -> str:
-    """Return the SHA-256 of a safetensors file without its header, which metadata do not change; of others, of all."""
+    """Return the SHA-256 of a file, for safetensors without the header, so that metadata do not change it."""
     return file_sha256(path, 0 if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).data_start)
 
 
 def file_legacy_hash(path: Path) -> str:
-    """Return the short hash of old web UIs: 8 hex digits over 64 KiB from the first MiB on."""
+    """Return the short hash of old web UIs: 8 hex digits over 64 KiB after the first MiB."""
     with path.open("rb") as file:
         file.seek(LEGACY_OFFSET)
         return hashlib.sha256(file.read(LEGACY_BYTES)).hexdigest()[:8]
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a SHA-256 over names, types, shapes and bytes of tensors, in order of their names."""
+    """Return a SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

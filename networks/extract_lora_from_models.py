@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config import rank_options, tool_files
+from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
 from library.config.tool_files import Precision
@@ -133,7 +133,7 @@ def check_options(config: ExtractConfig, problems: Problems) -> None:
     problems.run(config.files.check_save_to, problems)
     if config.kind.v2 and config.kind.sdxl:
         problems.add("--v2 and --sdxl were both given: leave out both, the kind of model is detected")
-    problems.run(rank_options.check_quantile, config.extract.clamp_quantile)
+    problems.run(tool_files.check_quantile, config.extract.clamp_quantile)
     problems.run(tool_files.check_device, config.extract.device)
 
 

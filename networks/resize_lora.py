@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config import rank_options, tool_files
+from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import option
-from library.config.rank_options import RankOptions
-from library.config.tool_files import ConvertedLora, Precision
+from library.config.tool_files import ConvertedLora, Precision, RankOptions
 from library.errors import Problems
 from library.logs import run_script
 
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_options(config: ResizeConfig, problems: Problems) -> None:
     """Add to problems what is wrong with --save_to, and with the options of ranks and decompositions."""
     problems.run(config.files.check_save_to, problems)
-    problems.run(rank_options.check_ranks, config.ranks)
+    problems.run(tool_files.check_ranks, config.ranks)
     problems.run(tool_files.check_device, config.files.device)
 
 

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.config import rank_options, tool_files
+from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import option
-from library.config.rank_options import RankOptions
 from library.config.tool_files import MergedLoras, Precision
 from library.errors import Problems
 from library.logs import run_script
@@ -56,7 +55,7 @@ class SvdMergeConfig:
 
     files: MergedLoras
     merge: MergeOptions
-    ranks: RankOptions
+    ranks: tool_files.RankOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,8 +90,8 @@ def check_files(config: SvdMergeConfig, problems: Problems) -> None:
 
 def check_merging(config: SvdMergeConfig, problems: Problems) -> None:
     """Add to problems what is wrong with the options of ranks and decompositions."""
-    problems.run(rank_options.check_ranks, config.ranks)
-    problems.run(rank_options.check_quantile, config.merge.clamp_quantile)
+    problems.run(tool_files.check_ranks, config.ranks)
+    problems.run(tool_files.check_quantile, config.merge.clamp_quantile)
     problems.run(tool_files.check_device, config.merge.device)
 
 

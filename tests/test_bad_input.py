@@ -70,7 +70,7 @@ OPTIONS = {
     "log file": ({"console_log_file": "train"}, "--console_log_file: train cannot be written (Is a directory)"),
     "tracker": ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
     "repository": ({"huggingface_repo_id": "name"}, "--huggingface_repo_id must be USER/NAME, got 'name'"),
-    "tokenizer": ({"tokenizer_cache_dir": "train"}, "--tokenizer_cache_dir: train holds no vocab.json or tokenizer"),
+    "tokenizer": ({"tokenizer_cache_dir": "train"}, "--tokenizer_cache_dir: train has no vocab.json or tokenizer"),
 }
 AFTER_LOADING = ("step beyond the end", "layers beyond", "tokenizer")
 

@@ -66,8 +66,8 @@ DAMAGED_FILES = {
         lambda _: pickle.dumps(Payload()),
         "could run code; convert it to .safetensors",
     ),
-    "pickle of a list": (".pt", lambda _: pickled([1, 2]), "f.pt holds no weights"),
-    "pickle of numbers": (".pt", lambda _: pickled({1: torch.zeros(1)}), "f.pt holds no weights"),
+    "pickle of a list": (".pt", lambda _: pickled([1, 2]), "f.pt has no weights"),
+    "pickle of numbers": (".pt", lambda _: pickled({1: torch.zeros(1)}), "f.pt has no weights"),
 }
 
 
@@ -86,8 +86,8 @@ def adapters(model_store):
 
 UP = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"
 ADAPTERS = {
-    "holds nothing": (".safetensors", lambda _: {}, "f.safetensors holds no weights"),
-    "nothing but metadata": (".safetensors", lambda _: raw({"__metadata__": {"a": "b"}}), "holds no weights"),
+    "holds nothing": (".safetensors", lambda _: {}, "f.safetensors has no weights"),
+    "nothing but metadata": (".safetensors", lambda _: raw({"__metadata__": {"a": "b"}}), "has no weights"),
     "another type": (".safetensors", lambda _: raw(entry(dtype="Q3"), bytes(4)), "has the type Q3, which is not read"),
     "another size": (".safetensors", lambda _: raw(entry(shape=[2]), bytes(4)), "has 4 bytes, its shape needs 8"),
     "vast size": (".safetensors", lambda _: raw(entry(shape=[10**12]), bytes(4)), "has 4 bytes, its shape needs 40000"),
@@ -96,7 +96,7 @@ ADAPTERS = {
         lambda good: save(good) + bytes(9),
         "f.safetensors is damaged: 9 bytes follow its last tensor",
     ),
-    "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending tells"),
+    "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending determines"),
     "NaN": (
         ".safetensors",
         lambda good: good | {UP: good[UP] * torch.nan},
@@ -194,15 +194,19 @@ CHECKPOINTS = {
     ),
 }
 INCOMPLETE_CHECKPOINTS = {
-    "no U-Net": (without(keys.UNET_PREFIX), "holds no whole U-Net: model.diffusion_model.input_blocks", "is missing"),
+    "no U-Net": (
+        without(keys.UNET_PREFIX),
+        "has an incomplete U-Net: model.diffusion_model.input_blocks",
+        "is missing",
+    ),
     "no text encoder": (
         without("cond_stage_model."),
-        "holds no text encoder (nothing under cond_stage",
+        "has no text encoder (nothing under cond_stage",
         "name a whole",
     ),
-    "no VAE": (without(keys.VAE_PREFIX), "holds no VAE: name one with --vae"),
+    "no VAE": (without(keys.VAE_PREFIX), "has no VAE: name one with --vae"),
     "one tensor less": (without(TO_Q), "1 tensors of the UNet2DConditionModel are missing (such as", TO_Q),
-    "one tensor less of the text": (without(TEXT), f"holds no whole text encoder: {TEXT} is missing"),
+    "one tensor less of the text": (without(TEXT), f"has an incomplete text encoder: {TEXT} is missing"),
     "wrong shape": (changed(TO_Q, lambda _: torch.zeros(3, 5)), f"{TO_Q} has the shape (3, 5), (32, 32) is needed"),
     "turned": (changed(FEED, lambda t: t.t().contiguous()), f"{FEED} has the shape (32, 256), (256, 32) is needed"),
     "one number for a matrix": (changed(STEM, lambda _: torch.zeros(())), "describes no U-Net that can be built"),
@@ -212,21 +216,21 @@ INCOMPLETE_CHECKPOINTS = {
     ),
     "another type": (
         changed(TO_Q, lambda t: t.to(torch.complex64)),
-        f"{TO_Q} has the type C64, which is not read here",
+        f"{TO_Q} has the type C64, which is not supported",
     ),
     "NaN in the U-Net": (changed(TO_Q, poisoned), f"{TO_Q} holds NaN or infinity", "take another copy"),
     "NaN in the text encoder": (changed(NORM, poisoned), f"{NORM} holds NaN or infinity"),
     "NaN in the VAE": (changed(VAE, poisoned), f"{VAE} holds NaN or infinity"),
 }
 VAES = {
-    "a U-Net": (lambda state: {TO_Q: state[TO_Q]}, False, "--vae: ", "holds no VAE; name a file or a Diffusers folder"),
+    "a U-Net": (lambda state: {TO_Q: state[TO_Q]}, False, "--vae: ", "has no VAE; name a file or a Diffusers folder"),
     "one tensor less": (without(CONV_IN), True, "1 tensors of the AutoencoderKL are missing (such as", CONV_IN),
     "wrong shape": (changed(CONV_IN, lambda _: torch.zeros(3, 5)), True, f"{CONV_IN} has the shape (3, 5)"),
     "NaN": (changed(CONV_IN, poisoned), True, f"v.safetensors: {CONV_IN} holds NaN or infinity"),
     "a part in Diffusers names": (
         lambda _: {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(32, 32, 3, 3)},
         True,
-        "holds no whole VAE: encoder.down.0.block.0.conv2.weight is missing",
+        "has an incomplete VAE: encoder.down.0.block.0.conv2.weight is missing",
     ),
 }
 
@@ -256,7 +260,7 @@ def test_nan_in_a_pickled_checkpoint(refused, tmp_path, checkpoint):
 
 
 def test_a_flag_that_contradicts_the_checkpoint(refused, model_store):
-    refused({"v2": True}, "--v2 was given, but ", "is an SD 1.x model: leave out --v2")
+    refused({"v2": True}, "--v2 was given, but ", "is an SD 1.x model: omit --v2")
 
 
 @rows(VAES)
@@ -267,16 +271,16 @@ def test_vaes_that_are_none(refused, tmp_path, checkpoint, case):
 
 
 def test_a_folder_that_holds_no_vae(refused):
-    refused({"vae": "train"}, "train is no Diffusers folder: vae/config.json is missing")
+    refused({"vae": "train"}, "train is not a Diffusers folder: vae/config.json is missing")
 
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 # What changes in a Diffusers folder: a part to remove (None), or a file to write. Then whether the model is loaded.
 FOLDERS = {
-    "no U-Net": ("unet", None, False, "is no Diffusers folder: unet/config.json is missing"),
-    "no text encoder": ("text_encoder", None, False, "is no Diffusers folder: text_encoder/config.json is missing"),
-    "no VAE": ("vae", None, True, "is no Diffusers folder: vae/config.json is missing"),
-    "no weights": (UNET_FILE, None, True, "holds no weights: a .safetensors or .bin file is missing"),
+    "no U-Net": ("unet", None, False, "is not a Diffusers folder: unet/config.json is missing"),
+    "no text encoder": ("text_encoder", None, False, "is not a Diffusers folder: text_encoder/config.json is missing"),
+    "no VAE": ("vae", None, True, "is not a Diffusers folder: vae/config.json is missing"),
+    "no weights": (UNET_FILE, None, True, "has no weights: a .safetensors or .bin file is missing"),
     "empty weights": (UNET_FILE, "", True, "diffusion_pytorch_model.safetensors", DAMAGED),
     "damaged configuration": ("unet/config.json", "{", False, "config.json is not valid JSON: Expecting property name"),
     "configuration is a list": ("text_encoder/config.json", "[1]", False, "config.json must hold an object, got [1]"),

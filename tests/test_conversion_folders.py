@@ -70,7 +70,7 @@ def test_variants(store, tmp_path):
     assert_same(read(tmp_path / "full.safetensors"), read(model.made_checkpoint))
     half = {name: tensor.half() for name, tensor in read(model.made_checkpoint).items()}
     assert_same(read(tmp_path / "half.safetensors"), half)
-    with pytest.raises(UserError, match="unet holds no weights of the variant bf16"):
+    with pytest.raises(UserError, match="unet has no weights of the variant bf16"):
         convert(folder, tmp_path / "x.safetensors", "--variant", "bf16")
     with pytest.raises(UserError, match="--variant is for Diffusers folders"):
         convert(model.checkpoint, tmp_path / "x", "--variant", "fp16")
@@ -149,13 +149,16 @@ def test_a_model_without_vae(store, tmp_path):
         (["{sdxl}", "{out}", "--v1"], "--v1 was given, but .* is an SDXL model: leave out --v1"),
         (["{checkpoint}", "{out}", "--v1", "--v2"], "--v1 and --v2 were both given"),
         (["{checkpoint}", "{out}", "--fp16", "--bf16"], "one type can be written, got --fp16 --bf16"),
-        (["{lora}", "{out}"], "is no Stable Diffusion checkpoint"),
+        (["{lora}", "{out}"], "is not a Stable Diffusion checkpoint"),
         (["{refiner}", "{out}"], "is an SDXL refiner"),
         (["{inpainting}", "{out}"], "is an inpainting model"),
         (["{noise}", "{out}"], "is not a safetensors file"),
-        (["{empty}", "{out}"], "is no Diffusers folder: unet/config.json is missing"),
-        (["{headless}", "{out}"], "holds no text encoder"),
-        (["{blind}", "{out}"], "holds no whole text encoder: conditioner.embedders.1.model.text_projection is missing"),
+        (["{empty}", "{out}"], "is not a Diffusers folder: unet/config.json is missing"),
+        (["{headless}", "{out}"], "has no text encoder"),
+        (
+            ["{blind}", "{out}"],
+            "has an incomplete text encoder: conditioner.embedders.1.model.text_projection is missing",
+        ),
         (["{odd}", "{out}.safetensors"], "holds something.weight, which has no place in a checkpoint"),
     ],
 )
@@ -289,7 +292,7 @@ def test_a_checkpoint_with_a_hole_is_refused(model_store, tmp_path, name):
     state = load_file(model_store("sd1")[1]["safetensors"])
     del state[name]
     save_file(state, tmp_path / "hole.safetensors")
-    with pytest.raises(UserError, match="is not whole|holds no whole"):
+    with pytest.raises(UserError, match="is incomplete|has an incomplete"):
         convert(tmp_path / "hole.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -319,5 +322,5 @@ def test_a_model_of_unusual_sizes_comes_back_with_its_settings(tmp_path):
     assert models.unet.config["norm_num_groups"] == described["norm_num_groups"]
     state = load_file(file)
     save_file(state, tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match="is no Stable Diffusion of the usual sizes"):
+    with pytest.raises(UserError, match="is not a Stable Diffusion model of the usual sizes"):
         convert(tmp_path / "bare.safetensors", tmp_path / "other")

@@ -13,12 +13,12 @@ from library.config.loss import LossConfig
 from library.config.optimizer import OptimizerConfig, ScheduleConfig
 from library.diffusion.losses import huber_threshold, per_sample_loss, target_for, timestep_weights
 from library.diffusion.noise import (
-    draw_noise,
-    draw_timesteps,
     multires_noise,
     offset_noise,
     perturbed_noise,
     sample_latents,
+    sample_noise,
+    sample_timesteps,
 )
 from library.diffusion.schedule import stable_diffusion_schedule, with_zero_terminal_snr
 from library.errors import UserError
@@ -87,29 +87,29 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch():
         ip_noise_gamma_random_strength=True,
     )
     x = torch.randn(6, 4, 8, 8)
-    noise = draw_noise(x, SAMPLES, every)
+    noise = sample_noise(x, SAMPLES, every)
     perturbed = perturbed_noise(noise, SAMPLES, every)
-    steps = draw_timesteps(SAMPLES)
+    steps = sample_timesteps(SAMPLES)
     moments = torch.randn(6, 8, 8, 8)
     latents = sample_latents(moments, SAMPLES)
     for index, key in enumerate(SAMPLES):
         row = x[index : index + 1]
-        assert torch.equal(draw_noise(row, [key], every)[0], noise[index])
+        assert torch.equal(sample_noise(row, [key], every)[0], noise[index])
         assert torch.equal(perturbed_noise(noise[index : index + 1], [key], every)[0], perturbed[index])
-        assert draw_timesteps([key])[0] == steps[index]
+        assert sample_timesteps([key])[0] == steps[index]
         assert torch.equal(sample_latents(moments[index : index + 1], [key])[0], latents[index])
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(draw_noise(x, [(8, *key[1:]) for key in SAMPLES], every), noise)
+    assert not torch.equal(sample_noise(x, [(8, *key[1:]) for key in SAMPLES], every), noise)
 
 
 def test_draws_have_the_distributions_they_should():
     keys = [(3, 1, 0, index, 0) for index in range(3000)]
-    noise = draw_noise(torch.zeros(3000, 4, 4, 4), keys, LossConfig())
+    noise = sample_noise(torch.zeros(3000, 4, 4, 4), keys, LossConfig())
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
-    channel_means = draw_noise(torch.zeros(3000, 4, 8, 8), keys, LossConfig(noise_offset=0.5)).mean(dim=(2, 3))
+    channel_means = sample_noise(torch.zeros(3000, 4, 8, 8), keys, LossConfig(noise_offset=0.5)).mean(dim=(2, 3))
     assert abs(channel_means.std() - math.sqrt(0.25 + 1 / 64)) < 0.02
-    steps = draw_timesteps(keys)
+    steps = sample_timesteps(keys)
     assert 0 <= steps.min() < 10
     assert 990 <= steps.max() < 1000
     assert abs(steps.float().mean() - 499.5) < 20
@@ -149,7 +149,7 @@ def test_multires_noise_is_smooth_and_of_unit_deviation():
 
 def test_timesteps_stay_in_their_range():
     keys = [(3, 1, 0, index, 0) for index in range(2000)]
-    steps = draw_timesteps(keys, 200, 210)
+    steps = sample_timesteps(keys, 200, 210)
     assert sorted(set(steps.tolist())) == list(range(200, 210))
 
 

@@ -58,7 +58,7 @@ def test_a_folder_takes_the_place_of_an_empty_one_or_of_one_that_may_go(tmp_path
 
 def test_write_failures_are_told_once_and_keep_their_number(tmp_path):
     path = tmp_path / "a"
-    once = r"^\S*a could not be written: [^:]*; what was saved before is whole$"
+    once = r"^\S*a could not be written: [^:]*; what was saved before is unchanged$"
     with pytest.raises(OSError, match=once) as caught, disk_errors(tmp_path), disk_errors(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.errno == errno.ENOSPC

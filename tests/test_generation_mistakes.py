@@ -23,7 +23,7 @@ NET = ["--network_module", "networks.lora", "--network_weights", "{tmp}/net.safe
 # Command line, where {tmp} is a folder with some files -> parts of the message.
 MISTAKES = [
     ([], ["--ckpt is missing: the base model"]),
-    (CKPT, ["what is to be drawn is missing: --prompt, --from_file, --from_picture or --interactive"]),
+    (CKPT, ["no prompt is given: use --prompt, --from_file, --from_picture or --interactive"]),
     (["--ckpt", "{tmp}/no.ckpt", "--prompt", "a"], ["--ckpt: {tmp}/no.ckpt does not exist, and nothing is downloaded"]),
     (["--ckpt", "{tmp}/*.safetensors", "--prompt", "a"], ["--ckpt: 2 files fit {tmp}/*.safetensors: name one"]),
     (["--ckpt", "{tmp}/*.ckpt", "--prompt", "a"], ["--ckpt: 0 files fit"]),

@@ -188,7 +188,7 @@ def test_secrets_are_not_recorded_and_gui_files_that_leave_the_hub_off_are_read(
     assert read("--config_file", str(path)).hub == HubConfig()
     path.write_text(f'[a]\nhuggingface_token = "x"\n[b]\nhuggingface_token = "{TOKEN}"\n', encoding="utf-8")
     assert read("--config_file", str(path)).hub.huggingface_token == TOKEN
-    assert "huggingface_token is given twice; the later value counts" in caplog.text
+    assert "huggingface_token is given twice; the later value is used" in caplog.text
     path.write_text(f'huggingface_token = ["{TOKEN}"]\n', encoding="utf-8")
     with pytest.raises(UserError) as caught:
         read("--config_file", str(path))

@@ -174,7 +174,7 @@ def test_missing_parts_are_named(model_store, tmp_path):
     save_file(
         {name: t for name, t in state.items() if not name.startswith(keys.VAE_PREFIX)}, tmp_path / "novae.safetensors"
     )
-    with pytest.raises(UserError, match="holds no VAE: name one with --vae"):
+    with pytest.raises(UserError, match="has no VAE: name one with --vae"):
         tiny.load(tmp_path / "novae.safetensors")
     name = keys.UNET_PREFIX + "middle_block.1.proj_in.weight"
     del state[name]

@@ -1,4 +1,4 @@
-"""What network modules must have: ours by type, and two others, one with the least and one with the most."""
+"""The methods of network modules: the suite's by type, and two others, one with the fewest and one with the most."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ if TYPE_CHECKING:
     OUR_READERS: list[protocol.ReadsFiles] = [networks.lora, networks.dylora]
     OUR_CHECKS: list[protocol.ChecksArguments] = [networks.lora, networks.dylora]
     OURS: list[type[protocol.Network]] = [networks.lora.LoRANetwork, networks.dylora.DyLoRANetwork]
-    LOADS: type[protocol.LoadsFiles] = networks.lora.LoRANetwork
-    CHECKPOINTS: type[protocol.Checkpoints] = networks.lora.LoRANetwork
-    RATES: type[protocol.HasRatesByTextEncoder] = networks.lora.LoRANetwork
     MULTIPLIER: type[protocol.HasMultiplier] = networks.lora.LoRANetwork
-    LIMITS: type[protocol.LimitsNorms] = networks.lora.LoRANetwork
-    UNET: type[protocol.DescribesUnet] = networks.lora.LoRANetwork
-    NORMS: type[protocol.HasDeltaNorms] = networks.lora.LoRANetwork
-    REMOVABLE: type[protocol.Removable] = networks.lora.LoRANetwork
-    MERGEABLE: type[protocol.Mergeable] = networks.lora.LoRANetwork
-    STEPS: type[protocol.FollowsOptimizerSteps] = networks.dylora.DyLoRANetwork
-    RANKS: type[protocol.HasRanks] = networks.dylora.DyLoRANetwork
+
+    class EveryMethod(networks.dylora.DyLoRANetwork):
+        """Ours with the two optional methods that it lacks."""
+
+        def prepare_network(self, args: object, /) -> None: ...
+        def on_step_start(self, text_encoder: object, unet: object, /) -> None: ...
+
+    OPTIONAL: type[protocol.OptionalMethods] = EveryMethod
 
 
 class Minimal(nn.Module):

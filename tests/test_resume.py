@@ -280,7 +280,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
     try:
-        with pytest.raises(OSError, match=r"could not be written: .*; what was saved before is whole") as caught:
+        with pytest.raises(OSError, match=r"could not be written: .*; what was saved before is unchanged") as caught:
             train_with(arguments(base, data, tmp_path, "--save_state", "--save_every_n_steps", "1"), limit, after=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -236,7 +236,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "file for a folder": ({"train_data_dir": __file__}, "is a file; name the folder above"),
     "zero rates": ({"learning_rate": 0}, "the learning rate of what is left is 0"),
     "pieces": ({"lr_scheduler": "piecewise_constant"}, "piecewise_constant needs step_rules"),
-    "v2": ({"v2": True}, "is an SD 1.x model: leave out --v2"),
+    "v2": ({"v2": True}, "is an SD 1.x model: omit --v2"),
     "weights": ({"network_weights": "absent.safetensors"}, "--network_weights: absent.safetensors does not exist"),
 }
 

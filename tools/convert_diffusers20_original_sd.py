@@ -195,7 +195,7 @@ def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, s
         own[CONFIGURATIONS] = json.dumps(unusual)
         if config.files.model_to_save.suffix.lower() != ".safetensors":
             logger.warning(
-                "%s is no Stable Diffusion of the usual sizes, and a %s has no place for its settings: "
+                "%s is not a Stable Diffusion model of the usual sizes, and a %s has no place for its settings: "
                 "only a .safetensors file can be converted back",
                 model.path,
                 config.files.model_to_save.suffix,
@@ -264,8 +264,8 @@ def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path,
     from library.pickles import load_pickle, write_pickle
     from library.safetensors_io import write_stream
 
-    infos = layout.infos_of(plan, model, written_type(config.saving))
-    made = layout.tensors_of(plan, model, infos)
+    infos = layout.planned_infos(plan, model, written_type(config.saving))
+    made = layout.planned_tensors(plan, model, infos)
     part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
     tensors = tqdm(made, total=len(plan), desc=part, unit="tensor")
     if path.suffix.lower() == ".safetensors":

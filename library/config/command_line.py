@@ -1,6 +1,6 @@
-"""The command line of a root of options: parser, abbreviations, options that are not known.
+"""Reads options from a command line: parser, abbreviations, unknown options.
 
-Parser defaults are suppressed, so that parsing yields only what was given and "defaults < TOML < command line" is one
+The parser has no defaults, so parsing yields only the given options, and "defaults < TOML < command line" is one
 dict union.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Root = TypeVar("Root")
 
-# What begins with a minus and is no option; argparse's own knows no exponents.
+# Numbers that are not options; the pattern of argparse has no exponents.
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def build_parser(root: type, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a root; it yields texts, and only for what was given."""
+    """Return the parser of a root; it yields texts, and only for the given options."""
     positionals = [entry.flag for entry in root_options(root).values() if entry.spec.positional]
     parser = _Parser(
         description=description,
@@ -56,7 +56,7 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
 
 
 def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
-    short = [name for name in entry.spec.aliases if len(name) == 1]  # -s; the option itself may be --W
+    short = [name for name in entry.spec.aliases if len(name) == 1]  # such as -s; the option itself may be --W
     names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
     text = help_text(entry).replace("%", "%%")
     if entry.spec.positional:
@@ -76,11 +76,10 @@ def parse(
     retired: Mapping[str, Retired] = RETIRED,
     rules: Sequence[Callable[[Root, Problems], None]] = (),
 ) -> Root:
-    """Return the configuration that a command line stands for: defaults < --config_file < command line.
+    """Return the configuration of a command line: defaults < --config_file < command line.
 
-    retired are the options of sd-scripts' script that this one does not have. rules add what does not fit together to
-    the problems that they are given, or raise UserError. Raises UserError for everything a user can get wrong; exits
-    with 0 after --help.
+    retired are the options that only the script of sd-scripts has. rules check options that depend on each other: they
+    add to problems or raise UserError. Raises one UserError for all mistakes; exits with 0 after --help.
     """
     problems = Problems()
     config = build(root, given_options(root, argv, description=description, retired=retired), problems)
@@ -97,9 +96,9 @@ def given_options(
     description: str | None = None,
     retired: Mapping[str, Retired] = RETIRED,
 ) -> dict[str, Any]:
-    """Return flag -> typed value for the options that were given, on the command line or in --config_file.
+    """Return flag -> typed value of the options given on the command line or in --config_file.
 
-    With --output_config the file is the one to be written, so it is not read.
+    With --output_config the file is the output, so it is not read.
     """
     options = root_options(root)
     words = with_whole_names(sys.argv[1:] if argv is None else argv, options, retired)
@@ -116,9 +115,9 @@ def given_options(
 def with_whole_names(
     words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired] = RETIRED
 ) -> list[str]:
-    """Return the words of a command line with the beginning of an option's name replaced by the name.
+    """Return the words of a command line with abbreviated option names written in full.
 
-    sd-scripts takes any beginning that fits one option only; so does this, with a warning, because a later
+    As in sd-scripts, an abbreviation is allowed if it fits only one option. It is logged as a warning, because a later
     version may have a second option that it fits.
     """
     named = [entry for entry in options.values() if not entry.spec.positional]
@@ -140,7 +139,7 @@ def _with_whole_name(word: str, names: Sequence[str]) -> str:
 def _explain_unknown(
     words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired]
 ) -> list[Retired]:
-    """Return the retired options among words that do no harm; raise for anything else that is not known."""
+    """Return the harmless retired options among words; raises UserError for anything else that is unknown."""
     ignored = []
     expects_value = False
     for word in words:
@@ -154,5 +153,5 @@ def _explain_unknown(
         elif expects_value:
             expects_value = False
         else:
-            raise UserError(f"unexpected argument {word!r}: give it with its option, and quotes round spaces")
+            raise UserError(f"unexpected argument {word!r}: put it after its option, with quotes around spaces")
     return ignored

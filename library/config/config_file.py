@@ -1,4 +1,4 @@
-"""Configuration files: TOML in, and a record of the options out."""
+"""Reads options from TOML files and writes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_RECORDED = {"config_file", "output_config"}
 
 
 def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return flag -> typed value from a TOML file; its sections only group, a later duplicate wins."""
+    """Return flag -> typed value from a TOML file; its tables only group keys, and a later duplicate wins."""
     path = with_toml_suffix(path)
     values: dict[str, Any] = {}
     names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
@@ -27,12 +27,12 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
         if key in values and values[key] != value:
             is_secret = key in names and names[key].spec.secret
             later = "the later value" if is_secret else f"the later value {value!r}"
-            logger.warning("%s: %s is given twice; %s counts", path, key, later)
+            logger.warning("%s: %s is given twice; %s is used", path, key, later)
         values[key] = value
     given = {}
     for key, value in values.items():
         if key in RETIRED and value in RETIRED[key].neutral:
-            continue  # it is off, as it is here
+            continue  # the option is off
         if key in RETIRED and RETIRED[key].harmless:
             logger.warning("%s: %s is ignored: %s", path, key, RETIRED[key].reason)
         elif key not in names:
@@ -43,7 +43,7 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
 
 
 def with_toml_suffix(path: Path) -> Path:
-    """Return the path with `.toml` appended where it is missing, as --config_file is read."""
+    """Return the path of --config_file, with `.toml` appended if it is missing."""
     return path if path.suffix.lower() == ".toml" else Path(f"{path}.toml")
 
 
@@ -56,7 +56,7 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def changed_options(config: object) -> dict[str, dict[str, Any]]:
-    """Return section title -> flag -> value for every option that differs from its default and is not missing."""
+    """Return section -> flag -> value for every option that differs from its default."""
     changed: dict[str, dict[str, Any]] = {}
     root: type = type(config)
     for name, section_class in sections_of(root):

@@ -1,7 +1,7 @@
-"""The dataset definition: from `--dataset_config` (TOML or JSON) or from the folder layout `N_name`.
+"""Reads the datasets of a run from `--dataset_config` (TOML or JSON) or from the folder layout `N_name`.
 
-Every value is looked up in the subset, its dataset, `[general]`, then on the command line. Keys and types
-come from the declarations in `library.config.dataset`; there is no second schema.
+A value is looked up in the subset, its dataset, `[general]`, then on the command line. Keys and types are those
+declared in `library.config.dataset`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from library.errors import Problems, UserError, shown
 
 logger = logging.getLogger(__name__)
 
-# Keys that change nothing here.
+# Keys of sd-scripts that have no effect.
 IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}
 
 DATASET_KEYS = {key.field: key for key in section_options(DatasetOptions)}
@@ -28,9 +28,9 @@ ALL_KEYS = DATASET_KEYS | SUBSET_KEYS
 
 
 def read_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
-    """Return the datasets of a run, every value looked up; dataset and subset hold the command line's values.
+    """Return the datasets of a run with all values looked up; dataset and subset hold the command line's values.
 
-    Raises UserError where there is nothing to train on.
+    Raises UserError if there is nothing to train on.
     """
     if data.dataset_config is not None:
         for name in ("train_data_dir", "reg_data_dir", "in_json"):
@@ -51,15 +51,11 @@ def read_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
     return datasets
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The file
-# --------------------------------------------------------------------------------------------------------------
-
-
 def read_dataset_file(path: Path, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
-    """Return the datasets that a definition file describes; dataset and subset supply what it leaves open."""
+    """Return the datasets of a definition file; dataset and subset supply the values that it omits."""
     table = _load(path)
-    _check_keys(table, {"general", "datasets"}, str(path))
+    for key in [key for key in table if key not in ("datasets", "general")]:
+        raise UserError(f"{path}: {key} is not known{nearest(key, ('datasets', 'general'))}")
     general = _expect_table(table.get("general", {}), f"{path}: general")
     _read_keys(general, "general", f"{path}: general")
     tables = table.get("datasets", [])
@@ -101,7 +97,7 @@ def _read_dataset(
 
 
 def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, Any]:
-    """Return field -> typed value of the keys in a table; raises for a key that does not belong there."""
+    """Return field -> typed value of the keys in a table; raises UserError for a key that does not belong there."""
     values = {}
     for key, value in table.items():
         if key in IGNORED:
@@ -122,27 +118,16 @@ def _known_key(key: str, level: str, place: str) -> Option:
     return option
 
 
-def _check_keys(table: Mapping[str, Any], known: set[str], place: str) -> None:
-    for key in table:
-        if key not in known:
-            raise UserError(f"{place}: {key} is not known{nearest(key, sorted(known))}")
-
-
 def _expect_table(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{place} must be a table, got {shown(value)}")
     return value
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The folder layout
-# --------------------------------------------------------------------------------------------------------------
-
-
 def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOptions]:
     """Return a subset for each sub-folder `N_name` (N repeats, class token name), sorted by name.
 
-    With --in_json there is one subset, of the pictures that the file lists.
+    With --in_json the only subset is that of the pictures listed in the file.
     """
     if data.in_json is not None:
         if data.reg_data_dir is not None:
@@ -164,7 +149,7 @@ def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOption
 
 
 def _folder_of_masks(parent: Path | None, folder: Path) -> Path | None:
-    """Return where the masks of a sub-folder lie: in the sub-folder of the same name, else all together."""
+    """Return the folder of a sub-folder's masks: the one of the same name, else the parent itself."""
     return parent / folder.name if parent is not None and (parent / folder.name).is_dir() else parent
 
 
@@ -173,7 +158,7 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
     try:
         folders = sorted(path for path in parent.iterdir() if path.is_dir())
     except OSError as error:
-        raise UserError(f"{parent} cannot be read ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{parent} cannot be read ({error.strerror}); check its permissions") from None
     for folder in folders:
         number, _, tokens = folder.name.partition("_")
         if number.isascii() and number.lstrip("-").isdigit():
@@ -185,28 +170,23 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checks
-# --------------------------------------------------------------------------------------------------------------
-
-
 def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, ...]:
     usable: list[SubsetOptions] = []
     for subset in subsets:
         if subset.num_repeats < 1:
             logger.warning("%s is skipped: num_repeats is %d", subset.source, subset.num_repeats)
         elif any(subset.source == other.source for other in usable):
-            logger.warning("%s stands twice in one dataset; the first counts", subset.source)
+            logger.warning("%s is in one dataset twice; only the first is used", subset.source)
         else:
             usable.append(subset)
     return tuple(usable)
 
 
 def check_dataset(options: DatasetOptions, problems: Problems) -> None:
-    """Add what is wrong with the resolution and the bucket sizes of a dataset to the problems."""
+    """Add wrong resolutions and bucket sizes of a dataset to problems."""
     if options.network_multiplier != 1.0:
         logger.warning(
-            "network_multiplier %g has no effect, as in sd-scripts: the loss is that at full strength",
+            "network_multiplier %g has no effect, as in sd-scripts: the loss is measured at full strength",
             options.network_multiplier,
         )
     if options.resolution is None:

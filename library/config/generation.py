@@ -20,11 +20,11 @@ class CheckpointConfig:
 
     ckpt: Path = option(
         REQUIRED,
-        "base model: .safetensors, .ckpt or Diffusers folder; or a pattern of one",
+        "base model: .safetensors, .ckpt or Diffusers folder; or a pattern that matches one",
         missing="the base model, a file or a Diffusers folder",
     )
     v2: bool = repeated(ModelConfig, "v2")
-    v_parameterization: bool = option(False, "the model predicts v; a Diffusers folder says so by itself")
+    v_parameterization: bool = option(False, "the model predicts v; found out from a Diffusers folder")
     vae: Path | None = repeated(ModelConfig, "vae")
     tokenizer_cache_dir: Path | None = repeated(ModelConfig, "tokenizer_cache_dir")
 
@@ -36,7 +36,7 @@ class SpeedConfig:
     fp16: bool = option(False, "compute in float16")
     bf16: bool = option(False, "compute in bfloat16")
     no_half_vae: bool = repeated(PrecisionConfig, "no_half_vae")
-    xformers: bool = option(False, "attention of xformers; where it is not installed, torch's own with a warning")
+    xformers: bool = option(False, "attention of xformers; if it is not installed, torch's own with a warning")
     sdpa: bool = repeated(PrecisionConfig, "sdpa")
     opt_channels_last: bool = option(False, "channels-last memory format")
     vae_batch_size: float | None = option(
@@ -44,8 +44,8 @@ class SpeedConfig:
     )
     vae_slices: int | None = option(None, "accepted: the VAE then decodes in tiles", minimum=1)
     vae_tiling: bool = option(False, "the VAE works in tiles: less memory for large pictures")
-    offload: bool = option(False, "parts of the model are on the GPU only while they work")
-    device: str | None = option(None, "device, such as cuda:1 or cpu; unset: the GPU where there is one")
+    offload: bool = option(False, "keep each part of the model on the GPU only while it is used")
+    device: str | None = option(None, "device, such as cuda:1 or cpu; unset: the GPU if there is one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,26 +54,25 @@ class PromptConfig:
 
     prompt: str | None = option(None, "one prompt, with prompt options")
     from_file: Path | None = option(None, "file with a prompt on each line; # begins a comment; wins over --prompt")
-    from_picture: tuple[Path, ...] | None = option(None, "draw pictures again by what their files say")
+    from_picture: tuple[Path, ...] | None = option(None, "generate pictures again from the metadata of their files")
     interactive: bool = option(False, "read prompts from the keyboard, one after the other")
-    no_preview: bool = option(False, "accepted: no window is opened; the path of each picture is shown")
+    no_preview: bool = option(False, "accepted: no window is opened; the path of each picture is logged")
     n_iter: int = option(1, "repeats of all prompts", minimum=1)
-    shuffle_prompts: bool = option(False, "another order of the prompts in each repeat")
+    shuffle_prompts: bool = option(False, "shuffle the prompts in each repeat")
     images_per_prompt: int = option(1, "pictures for each prompt", minimum=1)
-    batch_size: int = option(1, "pictures drawn at one time; which are drawn together changes no picture", minimum=1)
+    batch_size: int = option(1, "pictures generated at the same time; it does not change the pictures", minimum=1)
     max_embeddings_multiples: int | None = option(
-        None, "windows of 75 tokens that a prompt may fill; what is beyond is left out with a warning; unset: 1",
-        minimum=1, maximum=100,
-    )  # fmt: skip
-    emb_normalize_mode: Literal["original", "abs", "none"] = option(
-        "original", "after weighting, bring back the mean (original), the mean of absolute values (abs), or nothing"
+        None, "most windows of 75 tokens for a prompt; the rest is cut with a warning; unset: 1", minimum=1, maximum=100
     )
-    clip_skip: int | None = option(None, "take the n-th layer of the text encoder from its end", minimum=1, maximum=12)
+    emb_normalize_mode: Literal["original", "abs", "none"] = option(
+        "original", "after weighting, restore the mean (original), the mean of absolute values (abs), or nothing"
+    )
+    clip_skip: int | None = option(None, "use the n-th layer of the text encoder from its end", minimum=1, maximum=12)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawingConfig:
-    """Size and sampling, where a prompt says nothing."""
+    """Size and sampling, unless set in the prompt."""
 
     W: int | None = option(None, "width in pixels, a multiple of 8; unset: 512", minimum=64, maximum=MOST_PIXELS)
     H: int | None = option(None, "height in pixels, a multiple of 8; unset: 512", minimum=64, maximum=MOST_PIXELS)
@@ -81,10 +80,7 @@ class DrawingConfig:
     scale: float = option(7.5, "guidance scale; up to 1 the negative prompt has no effect")
     sampler: SamplerName = option("ddim", "sampler")
     seed: int | None = option(
-        None,
-        "seed; of several pictures, the seed of their seeds; unset: another each time",
-        minimum=0,
-        maximum=2**63 - 1,
+        None, "seed; of several pictures, the seed of their seeds; unset: random", minimum=0, maximum=2**63 - 1
     )
     iter_same_seed: bool = option(False, "one seed for all prompts of a repeat")
 
@@ -95,14 +91,11 @@ class NetworksConfig:
 
     network_module: tuple[str, ...] | None = option(None, "modules of the networks, such as networks.lora")
     network_weights: tuple[Path, ...] | None = option(None, "file of each network")
-    network_mul: tuple[float, ...] | None = option(None, "strength of each; what is missing is 1")
+    network_mul: tuple[float, ...] | None = option(None, "strength of each; unset: 1")
     network_args: tuple[dict[str, str], ...] | None = option(
-        None,
-        "arguments of each",
-        parse=parse_pair_lists,
-        form="key=value;key=value for each network",
+        None, "arguments of each", parse=parse_pair_lists, form="key=value;key=value for each network"
     )
-    network_show_meta: bool = option(False, "show what the files say of themselves")
+    network_show_meta: bool = option(False, "log the metadata of the files")
     network_merge: bool = option(False, "merge all networks into the model: faster, and --am has no effect")
     network_merge_n_models: int | None = option(None, "merge the first n networks only", minimum=1)
     network_pre_calc: bool = option(False, "add the networks to the weights before each change of strength: faster")
@@ -110,21 +103,19 @@ class NetworksConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """Pictures to begin with."""
+    """Init images."""
 
-    image_path: Path | None = option(None, "picture or folder to begin with (img2img)")
-    mask_path: Path | None = option(None, "mask or folder of masks: white is drawn anew (inpainting)")
-    strength: float | None = option(None, "how much of a picture is drawn anew; unset: 0.8", minimum=0, maximum=1)
-    highres_fix_scale: float | None = option(
-        None, "draw smaller first: the ratio of the first size", minimum=0.05, maximum=1
-    )
+    image_path: Path | None = option(None, "init image or folder of them (img2img)")
+    mask_path: Path | None = option(None, "mask or folder of masks: white is generated anew (inpainting)")
+    strength: float | None = option(None, "share of the init image to replace; unset: 0.8", minimum=0, maximum=1)
+    highres_fix_scale: float | None = option(None, "generate a picture of this scale first", minimum=0.05, maximum=1)
     highres_fix_steps: int = option(28, "steps of the first stage", minimum=1, maximum=1000)
     highres_fix_strength: float | None = option(
-        None, "strength of the first stage where it begins with a picture; unset: --strength", minimum=0, maximum=1
+        None, "strength of the first stage if it has an init image; unset: --strength", minimum=0, maximum=1
     )
-    highres_fix_save_1st: bool = option(False, "save the pictures of the first stage, too")
+    highres_fix_save_1st: bool = option(False, "also save the pictures of the first stage")
     highres_fix_latents_upscaling: bool = option(False, "enlarge latents instead of pixels")
-    highres_fix_disable_control_net: bool = option(False, "ControlNet in the first stage only")
+    highres_fix_disable_control_net: bool = option(False, "use ControlNet in the first stage only")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,15 +124,15 @@ class ControlConfig:
 
     control_net_models: tuple[Path, ...] | None = option(None, "ControlNet files or folders")
     control_net_preps: tuple[str, ...] | None = option(
-        None, "preparation of the guide pictures: none, canny or canny_T1_T2"
+        None, "preprocessing of control images: none, canny or canny_T1_T2"
     )
     control_net_weights: tuple[float, ...] | None = option(
-        None, "strength of each; what is missing is 1", aliases=("control_net_multipliers",)
+        None, "strength of each; unset: 1", aliases=("control_net_multipliers",)
     )
     control_net_ratios: tuple[float, ...] | None = option(
-        None, "share of the steps in which each acts; unset: 1", minimum=0, maximum=1
+        None, "share of the steps in which each is used; unset: 1", minimum=0, maximum=1
     )
-    guide_image_path: tuple[Path, ...] | None = option(None, "guide pictures or folders, one for each ControlNet")
+    guide_image_path: tuple[Path, ...] | None = option(None, "control images or folders, one for each ControlNet")
     textual_inversion_embeddings: tuple[Path, ...] | None = option(None, "embedding files; their names are their words")
 
 
@@ -151,9 +142,9 @@ class OutputConfig:
 
     outdir: Path = option(Path("outputs"), "folder for the pictures")
     sequential_file_name: bool = option(False, "number the files instead of the date")
-    use_original_file_name: bool = option(False, "name the files after the pictures that they began with")
+    use_original_file_name: bool = option(False, "name the files after their init images")
     grid: tuple[str, ...] | None = option(
-        None, "draw all combinations on a sheet: axes such as seed=1,2,3 am=0,0.5,1 (columns, rows, sheets)"
+        None, "all combinations on a contact sheet: axes such as seed=1,2,3 am=0,0.5,1 (columns, rows, sheets)"
     )
     html: bool = option(False, "write a page, gallery-DATE.html, with all pictures of the run and their prompts")
 

@@ -1,4 +1,4 @@
-"""Options of the Hugging Face Hub: where files are uploaded to, and where a state comes from."""
+"""Options of the Hugging Face Hub, for uploading files and for resuming from a state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATE_FORM = "USER/REPO/PATH[:REVISION[:TYPE]]"
 
 
 def read_repo_id(value: Any) -> str | None:
-    """Return the name of a repository, with that of its owner."""
+    """Return the name of a repository, OWNER/NAME."""
     text = parse_text(value)
     if text is not None and not REPO_ID.fullmatch(text):
         raise ValueError
@@ -31,7 +31,7 @@ def read_repo_type(value: Any) -> str | None:
 
 
 def read_switch(value: Any) -> bool:
-    """Return whether a switch is on; some GUIs have a text field for it, and write "" for off."""
+    """Return whether a switch is on; some GUIs have a text field for it and write "" for off."""
     return False if value == "" else read_bool(value)
 
 
@@ -52,9 +52,9 @@ class HubConfig:
     huggingface_repo_visibility: str | None = option(
         None, '"public" makes a public repository if there is none yet; anything else a private one', parse=parse_text
     )
-    save_state_to_huggingface: bool = option(False, "upload every saved state, too", parse=read_switch)
+    save_state_to_huggingface: bool = option(False, "also upload every saved state", parse=read_switch)
     resume_from_huggingface: bool = option(False, f"--resume names a state on the hub: {STATE_FORM}", parse=read_switch)
-    async_upload: bool = option(False, "go on training while files are uploaded", parse=read_switch)
+    async_upload: bool = option(False, "continue training while files are uploaded", parse=read_switch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,12 @@ class HubState:
 
     @property
     def name(self) -> str:
-        """Name of the folder."""
+        """Name of the folder in the repository."""
         return self.path.rpartition("/")[2]
 
 
 def parse_hub_state(text: str) -> HubState:
-    """Return the state that --resume names on the hub; raises ValueError if the text has not that form."""
+    """Return the state that --resume names on the hub; raises ValueError for a text of another form."""
     place, *more = text.split(":")
     revision, repo_type, *surplus = (*more, "", "")
     owner, name, path = (*place.strip("/").split("/", 2), "", "")[:3]

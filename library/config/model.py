@@ -1,4 +1,4 @@
-"""Options that say which base model is trained on."""
+"""Options of the base model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,4 @@ class ModelConfig:
     v2: bool = option(False, "the base model is SD 2.x; found out from the file, so giving it is only a check")
     v_parameterization: bool = option(False, "train with the v-prediction target")
     vae: Path | None = option(None, "VAE to use instead of the model's own: a file or a Diffusers folder")
-    tokenizer_cache_dir: Path | None = option(
-        None, "folder with tokenizers to use instead of the one that ships with the suite"
-    )
+    tokenizer_cache_dir: Path | None = option(None, "folder with tokenizers to use instead of the included one")

@@ -1,4 +1,4 @@
-"""Options that say what is trained: the network and what it starts from."""
+"""Options of the network that is trained."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class NetworkConfig:
     network_module: str = option(
         REQUIRED, "module of the network: networks.lora, lycoris.kohya, ...", missing="networks.lora trains a LoRA"
     )
-    network_dim: int | None = option(None, "rank; unset lets the module choose (4)", aliases=("networkdim",), minimum=1)
-    network_alpha: float = option(1.0, "alpha; the adapter acts with alpha / rank", minimum=0)
+    network_dim: int | None = option(None, "rank; unset: chosen by the module (4)", aliases=("networkdim",), minimum=1)
+    network_alpha: float = option(1.0, "alpha; the adapter is scaled by alpha / rank", minimum=0)
     network_dropout: float | None = option(None, "dropout on the output of the down layers", minimum=0, maximum=1)
     network_args: dict[str, str] | None = option(
         None, "further arguments of the module, each key=value", parse=parse_pairs, form="a list of key=value"
@@ -26,8 +26,6 @@ class NetworkConfig:
     dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
     network_train_unet_only: bool = option(False, "train only the U-Net's adapter")
     network_train_text_encoder_only: bool = option(False, "train only the text encoder's adapter")
-    scale_weight_norms: float | None = option(
-        None, "largest norm of a module's change; larger ones are scaled down", minimum=0
-    )
+    scale_weight_norms: float | None = option(None, "scale the change of a module down to this norm", minimum=0)
     base_weights: tuple[Path, ...] | None = option(None, "adapter files merged into the base before training")
-    base_weights_multiplier: tuple[float, ...] | None = option(None, "strengths of --base_weights; missing ones are 1")
+    base_weights_multiplier: tuple[float, ...] | None = option(None, "strengths of --base_weights; unset: 1")

@@ -36,7 +36,7 @@ class OptimizerConfig:
     )
     use_8bit_adam: bool = option(False, "old spelling of --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option(False, "old spelling of --optimizer_type Lion")
-    learning_rate: float = option(2e-6, "learning rate where no finer one is given; LoRA likes 1e-4 to 1e-3", minimum=0)
+    learning_rate: float = option(2e-6, "default learning rate; 1e-4 to 1e-3 suits a LoRA", minimum=0)
     unet_lr: float | None = option(None, "learning rate of the U-Net's adapter", minimum=0)
     text_encoder_lr: tuple[float, ...] | None = option(None, "learning rate of the text encoder's adapter", minimum=0)
     max_grad_norm: float = option(1.0, "clip the norm of the gradients to this; 0 does not clip", minimum=0)
@@ -55,9 +55,7 @@ class ScheduleConfig:
     lr_scheduler_min_lr_ratio: float | None = option(
         None, "lowest factor of cosine_with_min_lr and warmup_stable_decay", minimum=0, maximum=1
     )
-    lr_scheduler_type: str = option(
-        "", "class in torch.optim.lr_scheduler or package.module.Class, instead of the above"
-    )
+    lr_scheduler_type: str = option("", "torch.optim.lr_scheduler class or package.module.Class instead of the above")
     lr_scheduler_args: dict[str, str] | None = option(
         None, "arguments of the schedule, each key=value", parse=parse_pairs, form="a list of key=value"
     )

@@ -1,7 +1,7 @@
-"""One declaration per option: a frozen dataclass field is parser, TOML key, check, help and record.
+"""Declares an option once, as a dataclass field, for parser, TOML key, checks, help and record.
 
-A section is a frozen keyword-only dataclass whose fields are made with `option`; a root is a dataclass of
-sections. `command_line.parse` reads a root from the command line and `--config_file`; values from both pass through
+A section is a frozen keyword-only dataclass with fields from `option`; a root is a dataclass of sections.
+`command_line.parse` reads a root from the command line and `--config_file`; values from both are read by
 `Option.read`. Nothing here imports torch.
 """
 
@@ -30,34 +30,40 @@ class Spec:
     """What an option declares besides its name, type and default."""
 
     help: str
-    flag: str | None = None  # name on the command line, where it differs from the field's
+    flag: str | None = None  # name on the command line, if it differs from the field's
     aliases: tuple[str, ...] = ()
-    positional: bool = False  # given by its place, without a name
-    missing: str | None = None  # of a required option: what it is, for the message that it is missing; unset: help
+    positional: bool = False  # given by position, without a name
+    missing: str | None = None  # description of a required option in the message that it is missing; unset: help
     reads: Literal["a file", "a folder", "a file or a folder"] | None = None  # what must be at the path
-    parse: Callable[[Any], Any] | None = None  # own reading of a text or TOML value; raises ValueError
-    form: str | None = None  # how a value looks, in words, for the error and the help
+    parse: Callable[[Any], Any] | None = None  # parser of a text or TOML value; raises ValueError
+    form: str | None = None  # description of a valid value, for the error and the help
     minimum: float | None = None
     maximum: float | None = None
-    secret: bool = False  # a key or a token: neither recorded nor shown
+    secret: bool = False  # a key or a token: never recorded or shown
     file_only: bool = False  # a key of the dataset file, not a command line option
-    levels: tuple[str, ...] = ()  # where the dataset file takes it: "general", "datasets", "subsets"
+    levels: tuple[str, ...] = ()  # tables of the dataset file: "general", "datasets", "subsets"
 
 
 def option(default: Any, help: str, **spec: Any) -> Any:
-    """Return a dataclass field that is an option, REQUIRED or with a default; spec holds the other fields of `Spec`."""
+    """Return a dataclass field for an option, REQUIRED or with a default; spec has the other fields of `Spec`."""
     return dataclasses.field(default=default, metadata={"spec": Spec(help=help, **spec)})
 
 
+# Options that the dataset file takes too, by the tables in which they are keys.
+for_all = functools.partial(option, levels=("general", "datasets", "subsets"))
+for_datasets = functools.partial(option, levels=("general", "datasets"))
+for_subsets = functools.partial(option, levels=("subsets",))
+
+
 def repeated(section: type, name: str) -> Any:
-    """Return a dataclass field that repeats an option of another section, its default and its declaration."""
+    """Return a dataclass field with the default and the declaration of an option of another section."""
     field = next(field for field in dataclasses.fields(section) if field.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One option, resolved: where it lives, its kind and how a value is read."""
+    """One option with its section and the kind of its values."""
 
     section: str
     field: str
@@ -69,15 +75,15 @@ class Option:
 
     @property
     def label(self) -> str:
-        """The name as it stands in help and messages."""
+        """The name in help and messages."""
         return self.flag if self.spec.positional else f"--{self.flag}"
 
     def read(self, value: Any, label: str) -> Any:
-        """Return value (a text, or a TOML value) in the option's type; UserError names it by label."""
+        """Return a text or TOML value in the option's type; raises UserError, in which label names the option."""
         form = self.spec.form or self.kind.form
         try:
             result = (self.spec.parse or self.kind.read)(value)
-        except (ValueError, OverflowError) as error:  # the latter for a whole number that no float can hold
+        except (ValueError, OverflowError) as error:  # OverflowError: a whole number that is too large for a float
             detail = f" ({error})" if str(error) and self.spec.parse else ""
             got = "something else" if self.spec.secret else shown(value)
             raise UserError(f"{label} must be {form}, got {got}{detail}") from None
@@ -87,11 +93,11 @@ class Option:
 
     @property
     def missing_message(self) -> str:
-        """The line for a required option that was not given."""
+        """The message for a required option that was not given."""
         return f"{self.label} is missing: {self.spec.missing or self.spec.help}"
 
     def check_given(self, value: Any, problems: Problems) -> None:
-        """Add to problems if the value (None where none was given) is required, or the path of what is not there."""
+        """Add to problems if a required value is missing (None if not given) or if its path does not exist."""
         if self.is_required and value in (None, "", ()):
             problems.add(self.missing_message)
         elif self.spec.reads is not None and value is not None:
@@ -111,16 +117,11 @@ class Option:
 
 
 def is_there(path: Path, what: str) -> bool:
-    """Return whether there is "a file", "a folder" or "a file or a folder" at a path."""
+    """Return whether a path is "a file", "a folder" or "a file or a folder"."""
     try:
         return (path.is_file() and "file" in what) or (path.is_dir() and "folder" in what)
     except OSError:  # a name that is too long
         return False
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Kinds: how the values of a type are read
-# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Kind:
 
     name: str  # for tables: "int", "flag", "list of str"
     form: str  # for messages: "a whole number"
-    nargs: str | int | None  # as argparse has it; 0 is a switch
+    nargs: str | int | None  # of argparse; 0 for a switch
     read: Callable[[Any], Any]
 
 
@@ -154,7 +155,7 @@ def read_float(value: Any) -> float:
 def read_str(value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise ValueError
-    value.encode("utf-8")  # half a surrogate pair, as JSON can have it, could not be written to the record of the run
+    value.encode("utf-8")  # a lone surrogate, which JSON can contain, could not be written to the record of the run
     return value
 
 
@@ -178,7 +179,7 @@ SIMPLE_KINDS = {
     int: Kind("int", "a whole number", None, read_int),
     float: Kind("float", "a number", None, read_float),
     str: Kind("str", "a text", None, read_str),
-    # GUIs write "" for a path that is not set.
+    # GUIs write "" for unset paths.
     Path: Kind("path", "a path", None, lambda value: Path(read_str(value)) if value != "" else None),
     dict: Kind("table", "a table", None, lambda value: _expect(value, dict)),
 }
@@ -201,18 +202,13 @@ def kind_of(annotation: Any) -> Kind:
         return Kind(name, f"one of {words}", None, functools.partial(read_choice, choices=arguments))
     if origin is tuple:
         item = kind_of(arguments[0])
-        if arguments[-1] is not Ellipsis:  # a pair, written as one word
+        if arguments[-1] is not Ellipsis:  # a pair in one word
             return Kind(f"{item.name} or {item.name},{item.name}", "a pair", None, read_str)
         name = item.name.removeprefix("list of ")
         return Kind(f"list of {name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
-    if origin is dict:  # of texts, written key=value
+    if origin is dict:  # texts of the form key=value
         return Kind("list of str", "a list of key=value", "*", functools.partial(_expect, kind=dict))
     return SIMPLE_KINDS[annotation]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Tables of options
-# --------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -242,7 +238,7 @@ def sections_of(root: type) -> tuple[tuple[str, type], ...]:
 
 @functools.cache
 def root_options(root: type) -> dict[str, Option]:
-    """Return flag -> option for everything that the command line of a root takes."""
+    """Return flag -> option for all options on the command line of a root."""
     options = [
         entry
         for name, section in sections_of(root)
@@ -255,11 +251,11 @@ def root_options(root: type) -> dict[str, Option]:
 
 
 def build(root: type[Root], given: Mapping[str, Any], problems: Problems | None = None) -> Root:
-    """Return the root with its sections filled from flag -> value, where a value of None means "not given".
+    """Return the root with its sections filled from flag -> value; None means "not given".
 
-    Raises UserError for required options that are missing and for paths of what is not there. With problems these are
-    added to it instead, so that further checks can run and all mistakes are reported together; in such a root, reading
-    a value that is missing raises UserError.
+    Raises UserError for missing required options and for paths that do not exist. With problems they are added there
+    instead, so that further checks can run and all mistakes are reported together; reading a missing value from such
+    a root raises UserError.
     """
     found = Problems() if problems is None else problems
     kind: type = root
@@ -290,27 +286,22 @@ def _unreadable(entry: Option) -> property:
     return property(read)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Words for messages and help
-# --------------------------------------------------------------------------------------------------------------
-
-
 def unknown_message(label: str, name: str, known: Mapping[str, Any], retired: Mapping[str, Retired] = RETIRED) -> str:
-    """Return the line for a name that is no option: why it was retired, or the nearest known name."""
+    """Return the message for an unknown option: why it was retired, or the nearest known name."""
     if name in retired:
         return f"{label} is not available: {retired[name].reason}"
     return f"{label} is not known{nearest(name, known)}"
 
 
 def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Return "; did you mean X?" for the nearest of the known names, or nothing."""
+    """Return "; did you mean X?" for the nearest of the known names, or an empty text."""
     candidates = [candidate for candidate in known if candidate.startswith(name)] if len(name) > 3 else []
     candidates = candidates or difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {candidates[0]}?" if candidates else ""
 
 
 def help_text(entry: Option) -> str:
-    """Return the help of an option with the form of its value and its default."""
+    """Return the help of an option, with the form of its value and its default."""
     form = entry.spec.form or (entry.kind.form if entry.kind.form.startswith("one of") else "")
     has_default = entry.default not in (None, "", ()) and entry.default is not False
     return (
@@ -321,7 +312,7 @@ def help_text(entry: Option) -> str:
 
 
 def format_default(value: Any) -> str:
-    """Return a default as users write it on the command line."""
+    """Return a default as it is written on the command line."""
     if isinstance(value, tuple):
         return " ".join(format_default(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Options of the pictures drawn during training."""
+"""Options of the pictures generated during training."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
 class PreviewConfig:
     """Previews."""
 
-    sample_prompts: Path | None = option(None, "prompts to draw during training (.txt, .toml or .json)")
-    sample_every_n_steps: int | None = option(None, "draw after every n-th step")
-    sample_every_n_epochs: int | None = option(None, "draw after every n-th epoch; wins over steps")
-    sample_at_first: bool = option(False, "draw before the first step, too")
-    sample_sampler: SamplerName = option("ddim", "sampler of prompts that name none")
+    sample_prompts: Path | None = option(None, "prompts of the previews (.txt, .toml or .json)")
+    sample_every_n_steps: int | None = option(None, "generate after every n-th step")
+    sample_every_n_epochs: int | None = option(None, "generate after every n-th epoch; wins over steps")
+    sample_at_first: bool = option(False, "also generate before the first step")
+    sample_sampler: SamplerName = option("ddim", "sampler of prompts without their own")

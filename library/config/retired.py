@@ -1,27 +1,36 @@
-"""Options of sd-scripts that the suite does not have, each with the reason that a user is told.
+"""Options of sd-scripts that the suite does not have, each with the reason shown to the user.
 
-A harmless one can be left out without loss: it is accepted with a warning. Any other ends the run, because
-going on without it would do something else than was asked for.
+A harmless option can be omitted without loss: it is accepted with a warning. Any other ends the run, because without
+it the result would not be what was asked for.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
 class Retired:
-    """One option: its name, why it is gone, whether to go on without it, whether it takes a value, what is off."""
+    """An option that the suite does not have."""
 
     name: str
     reason: str
-    harmless: bool = False
+    harmless: bool = False  # whether the run continues without it
     takes_value: bool = True
-    neutral: tuple[object, ...] = ("", 0)  # values in a config file that mean "off"; 0 stands for false, too
+    neutral: tuple[object, ...] = ("", 0)  # values in a config file that mean "off"; 0 includes false
+
+
+def _rows(reasons: Mapping[str, str], *, harmless: bool = False, takes_value: bool = True) -> dict[str, Retired]:
+    """Return name -> option; names with the same reason are separated by spaces."""
+    return {
+        name: Retired(name, reason, harmless, takes_value)
+        for names, reason in reasons.items()
+        for name in names.split()
+    }
 
 
 ADAPTER_FITS = "an adapter over a frozen base needs no sharding; several GPUs run through accelerate (DDP)"
-SDXL = "SDXL is not trained by this version"
 
 _HARMLESS_SWITCHES = {
     "lowram": "models always load straight into place, tensor by tensor",
@@ -31,8 +40,7 @@ _HARMLESS_SWITCHES = {
     "console_log_simple": "log lines are always plain",
     "torch_compile": "the run is not compiled; the result is the same",
     "disable_mmap_load_safetensors": "files are never memory-mapped",
-    "ddp_gradient_as_bucket_view": "gradients travel in one flat buffer already",
-    "ddp_static_graph": "gradients travel in one flat buffer already",
+    "ddp_gradient_as_bucket_view ddp_static_graph": "gradients travel in one flat buffer already",
 }
 _HARMLESS_VALUES = {
     "ddp_timeout": "torch's own is kept",
@@ -41,91 +49,48 @@ _HARMLESS_VALUES = {
 _REFUSED_SWITCHES = {
     "fused_backward_pass": "it fuses the optimizer into the backward pass of whole models; an adapter gains nothing",
     "cpu_offload_checkpointing": "the U-Net of SD 1.x and 2.x has no such mode",
-    "deepspeed": ADAPTER_FITS,
-    "zero3_init_flag": ADAPTER_FITS,
-    "zero3_save_16bit_model": ADAPTER_FITS,
-    "fp16_master_weights_and_gradients": ADAPTER_FITS,
-    "cache_text_encoder_outputs": SDXL,
-    "cache_text_encoder_outputs_to_disk": SDXL,
+    "deepspeed zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": ADAPTER_FITS,
+    "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "SDXL is not trained by this version",
 }
 _REFUSED_VALUES = {
     "dataset_class": "a foreign dataset class cannot promise an order that is a function of seed and epoch",
     "zero_stage": ADAPTER_FITS,
-    "offload_optimizer_device": ADAPTER_FITS,
-    "offload_optimizer_nvme_path": ADAPTER_FITS,
-    "offload_param_device": ADAPTER_FITS,
-    "offload_param_nvme_path": ADAPTER_FITS,
+    "offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path": ADAPTER_FITS,
 }
+RETIRED: dict[str, Retired] = (
+    _rows(_HARMLESS_SWITCHES, harmless=True, takes_value=False)
+    | _rows(_HARMLESS_VALUES, harmless=True)
+    | _rows(_REFUSED_SWITCHES, takes_value=False)
+    | _rows(_REFUSED_VALUES)
+    # GUIs of sd-scripts write its default, 2, into their configuration files.
+    | {"zero_stage": Retired("zero_stage", ADAPTER_FITS, neutral=(2, "", 0))}
+)
 
-
-# Defaults of sd-scripts that configuration files of its GUIs write out.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "zero_stage": (2, "", 0),
-}
-
-
-def _rows() -> list[Retired]:
-    return [
-        *(Retired(name, reason, harmless=True, takes_value=False) for name, reason in _HARMLESS_SWITCHES.items()),
-        *(Retired(name, reason, harmless=True) for name, reason in _HARMLESS_VALUES.items()),
-        *(Retired(name, reason, takes_value=False) for name, reason in _REFUSED_SWITCHES.items()),
-        *(Retired(name, reason, neutral=NEUTRAL.get(name, ("", 0))) for name, reason in _REFUSED_VALUES.items()),
-    ]
-
-
-RETIRED: dict[str, Retired] = {row.name: row for row in _rows()}
-
-
-# --------------------------------------------------------------------------------------------------------------
-# gen_img_diffusers.py
-# --------------------------------------------------------------------------------------------------------------
-
+# Those of gen_img_diffusers.py.
 _NO_PIPELINE = "diffusers' pipelines have nothing of the kind"
-_DRAW_SMALL_FIRST = "not part of this suite: draw small first with --highres_fix_scale"
+_SMALL_FIRST = "not part of this suite: generate small pictures first with --highres_fix_scale"
 _GENERATION_REFUSED = {
     "negative_scale": f"three-way guidance: {_NO_PIPELINE}; --scale and negative prompts are there",
-    "clip_guidance_scale": _NO_PIPELINE,
-    "clip_image_guidance_scale": _NO_PIPELINE,
-    "vgg16_guidance_scale": _NO_PIPELINE,
-    "vgg16_guidance_layer": _NO_PIPELINE,
+    "clip_guidance_scale clip_image_guidance_scale vgg16_guidance_scale vgg16_guidance_layer": _NO_PIPELINE,
     "clip_vision_strength": "it is for SDXL",
     "XTI_embeddings": "embeddings for single layers are read by no other program any more",
-    "highres_fix_upscaler": "a foreign upscaler; pictures are enlarged with Lanczos",
-    "highres_fix_upscaler_args": "a foreign upscaler; pictures are enlarged with Lanczos",
+    "highres_fix_upscaler highres_fix_upscaler_args": "a foreign upscaler; pictures are enlarged with Lanczos",
     "control_net_lllite_models": "ControlNet-LLLite is for SDXL",
     "network_regional_mask_max_color_codes": "networks act on the whole picture; --mask_path is for inpainting",
-    "from_module": "a foreign module that writes prompts; write its lines to a file and give --from_file",
-    "prompter_module_args": "a foreign module that writes prompts; write its lines to a file and give --from_file",
-    "pyramid_noise_prob": "noise of other kinds is for training",
-    "pyramid_noise_discount_range": "noise of other kinds is for training",
-    "noise_offset_prob": "noise of other kinds is for training",
-    "noise_offset_range": "noise of other kinds is for training",
-    **dict.fromkeys(("ds_depth_1", "ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"), _DRAW_SMALL_FIRST),
-    **dict.fromkeys(
-        (
-            "gradual_latent_timesteps",
-            "gradual_latent_ratio",
-            "gradual_latent_ratio_step",
-            "gradual_latent_every_n_steps",
-            "gradual_latent_s_noise",
-            "gradual_latent_unsharp_params",
-        ),
-        _DRAW_SMALL_FIRST,
+    "from_module prompter_module_args": (
+        "a foreign module that writes prompts; write its lines to a file and give --from_file"
     ),
-    **dict.fromkeys(
-        (
-            "original_width",
-            "original_height",
-            "original_width_negative",
-            "original_height_negative",
-            "crop_top",
-            "crop_left",
-        ),
-        "it is for SDXL",
+    "pyramid_noise_prob pyramid_noise_discount_range noise_offset_prob noise_offset_range": (
+        "noise of other kinds is for training"
     ),
+    "ds_depth_1 ds_timesteps_1 ds_depth_2 ds_timesteps_2 ds_ratio": _SMALL_FIRST,
+    "gradual_latent_timesteps gradual_latent_ratio gradual_latent_ratio_step": _SMALL_FIRST,
+    "gradual_latent_every_n_steps gradual_latent_s_noise gradual_latent_unsharp_params": _SMALL_FIRST,
+    "original_width original_height original_width_negative original_height_negative": "it is for SDXL",
+    "crop_top crop_left": "it is for SDXL",
 }
 _GENERATION_REFUSED_SWITCHES = {
-    "sdxl": "this script draws with SD 1.x and 2.x",
+    "sdxl": "this script generates with SD 1.x and 2.x",
     "zero_terminal_snr": "give a Diffusers folder whose scheduler says rescale_betas_zero_snr",
 }
 _GENERATION_HARMLESS_SWITCHES = {
@@ -134,14 +99,8 @@ _GENERATION_HARMLESS_SWITCHES = {
     "force_scheduler_zero_steps_offset": "the first step of img2img is the right one without it",
     "console_log_simple": "log lines are always plain",
 }
-GENERATION: dict[str, Retired] = {
-    row.name: row
-    for row in (
-        *(Retired(name, reason) for name, reason in _GENERATION_REFUSED.items()),
-        *(Retired(name, reason, takes_value=False) for name, reason in _GENERATION_REFUSED_SWITCHES.items()),
-        *(
-            Retired(name, reason, harmless=True, takes_value=False)
-            for name, reason in _GENERATION_HARMLESS_SWITCHES.items()
-        ),
-    )
-}
+GENERATION: dict[str, Retired] = (
+    _rows(_GENERATION_REFUSED)
+    | _rows(_GENERATION_REFUSED_SWITCHES, takes_value=False)
+    | _rows(_GENERATION_HARMLESS_SWITCHES, harmless=True, takes_value=False)
+)

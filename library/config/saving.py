@@ -1,4 +1,4 @@
-"""Options of what is written: checkpoints, metadata and logs."""
+"""Options of saved networks, states, metadata and logs."""
 
 from __future__ import annotations
 
@@ -15,43 +15,41 @@ class SavingConfig:
     """Saving."""
 
     output_dir: Path = option(
-        REQUIRED, "folder for everything the run writes; made if absent", missing="the folder to write to"
+        REQUIRED, "folder for all files of the run; created if missing", missing="the folder to write to"
     )
     output_name: str | None = option(None, 'name of the files, without extension; unset: "last"')
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option("safetensors", "format of the files")
-    save_precision: Literal["float", "fp16", "bf16"] | None = option(
-        None, "type of the saved weights; unset: as trained"
-    )
+    save_precision: Literal["float", "fp16", "bf16"] | None = option(None, "type of saved weights; unset: as trained")
     save_every_n_epochs: int | None = option(None, "save after every n-th epoch", minimum=1)
     save_every_n_steps: int | None = option(None, "save after every n-th step", minimum=1)
     save_n_epoch_ratio: int | None = option(None, "save about n times in all, at epoch ends", minimum=1)
-    save_last_n_epochs: int | None = option(None, "of the epoch saves keep only the last n", minimum=1)
-    save_last_n_steps: int | None = option(None, "of the step saves keep only those of the last n steps", minimum=1)
+    save_last_n_epochs: int | None = option(None, "keep only the last n epoch saves", minimum=1)
+    save_last_n_steps: int | None = option(None, "keep only the step saves of the last n steps", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateConfig:
     """State and resuming."""
 
-    save_state: bool = option(False, "with every save and at the end, write a state from which --resume goes on")
+    save_state: bool = option(False, "with every save and at the end, write a state for --resume")
     save_state_on_train_end: bool = option(False, "write a state at the end only")
     save_last_n_epochs_state: int | None = option(
-        None, "of the epoch states keep only the last n; unset: --save_last_n_epochs", minimum=1
+        None, "keep only the last n epoch states; unset: --save_last_n_epochs", minimum=1
     )
     save_last_n_steps_state: int | None = option(
-        None, "of the step states keep only those of the last n steps; unset: --save_last_n_steps", minimum=1
+        None, "keep only the step states of the last n steps; unset: --save_last_n_steps", minimum=1
     )
-    resume: str | None = option(None, 'state folder to go on from, or "auto": the one furthest on of this output name')
-    initial_epoch: int | None = option(None, "epoch (from 1) at which to begin, without what led there", minimum=1)
+    resume: str | None = option(None, 'state folder to resume from, or "auto": the latest state of this output name')
+    initial_epoch: int | None = option(None, "epoch (from 1) to start at, without training the earlier ones", minimum=1)
     initial_step: int | None = option(None, "the same as a step; wins over the epoch", minimum=0)
-    skip_until_initial_step: bool = option(False, "accepted; the data always go on where they were")
+    skip_until_initial_step: bool = option(False, "accepted; the data always continue from that point")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetadataConfig:
     """Metadata in the saved file."""
 
-    no_metadata: bool = option(False, "leave out all ss_* values that readers do not need")
+    no_metadata: bool = option(False, "omit all ss_* values that readers do not need")
     training_comment: str | None = option(None, "free text for ss_training_comment")
     metadata_title: str | None = option(None, "title; unset: --output_name")
     metadata_author: str | None = option(None, "author")
@@ -61,7 +59,7 @@ class MetadataConfig:
     metadata_usage_hint: str | None = option(None, "usage hint")
     metadata_thumbnail: str | None = option(None, "thumbnail: a data URL, or a picture file to embed")
     metadata_merged_from: str | None = option(None, "what the model was merged from")
-    metadata_trigger_phrase: str | None = option(None, "words that call the subject")
+    metadata_trigger_phrase: str | None = option(None, "words that trigger the subject")
     metadata_preprocessor: str | None = option(None, "preprocessor")
     metadata_is_negative_embedding: str | None = option(None, "whether it is a negative embedding")
 
@@ -71,7 +69,7 @@ class ConsoleConfig:
     """Lines on the console."""
 
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
-        None, "least weight of the log lines that are shown; unset: INFO"
+        None, "lowest level of the log lines that are shown; unset: INFO"
     )
     console_log_file: Path | None = option(None, "write the log lines to this file instead of the console")
 
@@ -89,8 +87,8 @@ class LoggingConfig(ConsoleConfig):
     log_tracker_config: Path | None = option(
         None, "TOML file with arguments for the trackers, in the tables [tensorboard] and [wandb]"
     )
-    log_config: bool = option(False, "give the trackers the options, too, but for paths and keys")
-    wandb_run_name: str | None = option(None, "name of the run in wandb; unset: wandb makes one up", parse=parse_text)
+    log_config: bool = option(False, "also log the options to the trackers, except paths and keys")
+    wandb_run_name: str | None = option(None, "name of the run in wandb; unset: chosen by wandb", parse=parse_text)
     wandb_api_key: str | None = option(
         None, "key of wandb; unset: WANDB_API_KEY, or the login of this machine", parse=parse_text, secret=True
     )

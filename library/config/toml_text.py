@@ -1,7 +1,7 @@
-"""TOML in and out: the standard library reads, thirty lines of ours write. JSON in, in the same words.
+"""Reads TOML and JSON with one form of error messages, and writes TOML.
 
 The `toml` package, which sd-scripts uses, writes invalid files for Windows paths and refuses `[1e-4, 1]`.
-Python 3.10 has no `tomllib`; `tomli` is the same code as a package.
+Python 3.10 has no `tomllib`; the package `tomli` is the same code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from library.errors import UserError
 def load(path: Path) -> dict[str, Any]:
     """Return the table in a TOML file (UTF-8, with or without a byte order mark).
 
-    Raises UserError with one line that names the file and the place of the mistake.
+    Raises UserError with the file and the position of the mistake.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -32,7 +32,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_json(path: Path) -> Any:
-    """Return what a JSON file holds (UTF-8, with or without a byte order mark); UserError in one line if that fails."""
+    """Return the value in a JSON file (UTF-8, with or without a byte order mark); raises UserError if that fails."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -41,7 +41,7 @@ def load_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file (UTF-8, a byte order mark is dropped); UserError in one line if that fails."""
+    """Return the text of a file (UTF-8, without its byte order mark); raises UserError if that fails."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -70,5 +70,5 @@ def dump_value(value: Any) -> str:
         return text if any(mark in text for mark in ".en") else f"{text}.0"
     if isinstance(value, tuple | list):
         return f"[{', '.join(dump_value(item) for item in value)}]"
-    # JSON strings are TOML basic strings, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

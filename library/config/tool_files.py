@@ -71,9 +71,9 @@ def check_apart(flag: str, path: Path, inputs: Iterable[Path | None]) -> None:
         if source is None or not source.exists():
             continue
         if source.is_dir() and path.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"{flag}: {path} is within {source}, which is read: take another place")
+            raise UserError(f"{flag}: {path} is within {source}, which is an input: choose another path")
         if path.is_file() and source.samefile(path):
-            raise UserError(f"{flag}: {path} is one of the files to be read: take another name")
+            raise UserError(f"{flag}: {path} is one of the inputs: choose another name")
 
 
 def check_new_folder(flag: str, path: Path) -> None:
@@ -113,7 +113,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device: there is no {device} that torch can use here; leave it out for the CPU") from None
+        raise UserError(f"--device: there is no {device} that torch can use here; omit --device for the CPU") from None
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -121,3 +121,42 @@ def dtype_named(name: str) -> torch.dtype:
     import torch
 
     return getattr(torch, DTYPES[name])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """Ranks."""
+
+    new_rank: int = option(4, "rank of the written file; with --dynamic_method the largest", minimum=1)
+    new_conv_rank: int | None = option(
+        None, "the same for convolutions with kernels larger than 1x1; unset: --new_rank", minimum=1
+    )
+    dynamic_method: Literal["sv_ratio", "sv_fro", "sv_cumulative"] | None = option(
+        None, "choose the rank of each module by its singular values: ratio to the largest, Frobenius norm, sum"
+    )
+    dynamic_param: float | None = option(None, "target of --dynamic_method: above 1 for sv_ratio, else up to 1")
+
+    def rank_of(self, *, is_large_conv: bool) -> int:
+        """Return the rank for a linear layer or 1x1 convolution, or for a larger convolution."""
+        return self.new_conv_rank if is_large_conv and self.new_conv_rank is not None else self.new_rank
+
+
+def check_ranks(options: RankOptions) -> None:
+    """Raise UserError for --dynamic_method and --dynamic_param that do not fit together."""
+    method, target = options.dynamic_method, options.dynamic_param
+    if method is None and target is not None:
+        raise UserError(f"--dynamic_param {target:g} needs --dynamic_method: sv_ratio, sv_fro or sv_cumulative")
+    if method is not None and target is None:
+        raise UserError(f"--dynamic_method {method} needs --dynamic_param: its target")
+    if method is None or target is None:
+        return
+    if method == "sv_ratio" and not target > 1:
+        raise UserError(f"--dynamic_param must be above 1 for sv_ratio, got {target:g}")
+    if method != "sv_ratio" and not 0 < target <= 1:
+        raise UserError(f"--dynamic_param must be above 0 and at most 1 for {method}, got {target:g}")
+
+
+def check_quantile(quantile: float | None) -> None:
+    """Raise UserError for a --clamp_quantile outside (0, 1]."""
+    if quantile is not None and not 0 < quantile <= 1:
+        raise UserError(f"--clamp_quantile must be above 0 and at most 1, got {quantile:g}")

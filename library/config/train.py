@@ -1,4 +1,4 @@
-"""The configuration of a training run: all sections, and the rules between options."""
+"""The configuration of a training run: all sections, and the checks of options that depend on each other."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def parse_train_config(
 ) -> TrainConfig:
     """Return the complete configuration of a run; raises UserError for a value that cannot be read.
 
-    Options that are missing are added to problems; whether the rest fit together is for `check`. With --output_config
-    they are returned as given, since nothing will be run. when_read gets the options as given, before they are spoken
-    of. fixed are values that a script gives in place of the user.
+    Missing options are added to problems; `check` finds the options that do not fit together. With --output_config
+    the options are returned as given, since nothing will be run. when_read is called with the options as given, before
+    anything is logged. fixed are values that a script sets in place of the user.
     """
     given = given_options(TrainConfig, argv, description=description) | dict(fixed or {})
     if given.get("output_config"):
@@ -86,7 +86,7 @@ def parse_train_config(
 
 
 def falls_back_on_learning_rate(config: TrainConfig) -> bool:
-    """Return whether a part is trained at --learning_rate, by an optimizer that does not find its own."""
+    """Return whether a part is trained at --learning_rate, by an optimizer that does not estimate the rate."""
     optimizer, network = config.optimizer, config.network
     if optimizer.optimizer_type.lower().rpartition(".")[2].startswith(("adafactor", "prodigy", "dadapt")):
         return False
@@ -95,7 +95,7 @@ def falls_back_on_learning_rate(config: TrainConfig) -> bool:
 
 
 def write_config_file(config: TrainConfig) -> Path:
-    """Write the options of config to its --config_file and return the path; never overwrites."""
+    """Write the options to --config_file and return the path; raises UserError if the file exists."""
     if config.file.config_file is None:
         raise UserError("--output_config needs --config_file, the name of the file to write")
     path = with_toml_suffix(config.file.config_file)
@@ -113,7 +113,7 @@ OLD_SPELLINGS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Return config with everything that one option implies for another; each change is logged."""
+    """Return config with the options that others imply; each change is logged."""
     changes: list[tuple[str, str, Any, str]] = []
     if config.precision.cache_latents_to_disk and not config.precision.cache_latents:
         changes.append(("precision", "cache_latents", True, "--cache_latents_to_disk implies it"))
@@ -135,9 +135,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
-    """Return config with a seed, which the options may leave open.
+    """Return config with the seed of the run.
 
-    Pictures are held out before a seed is drawn, then by 0: that is kept, so that the record repeats the split.
+    Without --seed the validation split has the seed 0; it is recorded as such, so that the record repeats the split.
     """
     dataset = config.dataset
     if config.run.seed is None and dataset.validation_seed is None:
@@ -146,7 +146,7 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
 
 
 def check(config: TrainConfig, problems: Problems) -> None:
-    """Add to problems every option that contradicts another or names an absent file."""
+    """Add to problems every option that contradicts another or names a missing file."""
     _check_data(config.data, config.dataset, problems)
     _check_network(config.network, problems)
     _check_schedule(config.schedule, config.optimizer, problems)
@@ -156,8 +156,8 @@ def check(config: TrainConfig, problems: Problems) -> None:
         problems.add(f"--log_with {config.logs.log_with} needs --logging_dir, the folder for the logs")
     _check_hub(config.hub, config.state, problems)
     preview = config.preview
-    draws = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
-    if draws and preview.sample_prompts is None:
+    has_previews = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
+    if has_previews and preview.sample_prompts is None:
         problems.add("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
     _check_paths(config, problems)
     problems.run(_check_model, config.model)
@@ -214,7 +214,8 @@ def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, proble
     if schedule.lr_scheduler == "constant" and not schedule.lr_scheduler_type and schedule.lr_warmup_steps:
         problems.add("--lr_scheduler constant has no warm-up: use constant_with_warmup, or --lr_warmup_steps 0")
     if schedule.lr_warmup_steps and (schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"):
-        problems.add(f"--lr_warmup_steps does not go with {_schedule_option(schedule)}, which has no warm-up")
+        kind = "lr_scheduler_type" if schedule.lr_scheduler_type else "lr_scheduler"
+        problems.add(f"--lr_warmup_steps does not go with --{kind} {getattr(schedule, kind)}, which has no warm-up")
     if schedule.lr_scheduler == "polynomial" and optimizer.learning_rate <= POLYNOMIAL_END:
         problems.add(f"--lr_scheduler polynomial falls to {POLYNOMIAL_END:g}: --learning_rate must be above that")
     takes_arguments = schedule.lr_scheduler_type or schedule.lr_scheduler == "piecewise_constant"
@@ -227,14 +228,8 @@ def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, proble
         problems.add("--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio")
 
 
-def _schedule_option(schedule: ScheduleConfig) -> str:
-    if schedule.lr_scheduler_type:
-        return f"--lr_scheduler_type {schedule.lr_scheduler_type}"
-    return f"--lr_scheduler {schedule.lr_scheduler}"
-
-
 def _check_paths(config: TrainConfig, problems: Problems) -> None:
-    by_file = config.data.dataset_config is not None  # then the folders go unused
+    by_file = config.data.dataset_config is not None  # the folders are not used then
     paths = {
         "vae": config.model.vae,
         "tokenizer_cache_dir": config.model.tokenizer_cache_dir,

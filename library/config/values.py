@@ -1,11 +1,11 @@
-"""Readings of option values that are more than a number or a word. Each raises ValueError with the reason."""
+"""Parsers of option values with a syntax of their own. Each raises ValueError with the reason."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-MOST_PIXELS = 16384  # of a side; far beyond what these models draw, and a picture that still fits into memory
+MOST_PIXELS = 16384  # of a side; far beyond what these models generate, and such a picture still fits in memory
 LEAST_PIXELS = 64  # of a side
 MOST_SEED = 2**63 - 1  # that torch takes
 
@@ -16,7 +16,7 @@ def latent_side(pixels: int) -> int:
 
 
 def parse_text(value: Any) -> str | None:
-    """Return a text; None from "", which GUIs write for unset."""
+    """Return a text; None for "", which GUIs write for unset."""
     if not isinstance(value, str):
         raise ValueError
     return value.strip() or None
@@ -50,7 +50,7 @@ def parse_steps(value: Any) -> int | float:
 
 
 def parse_pairs(value: Any) -> dict[str, str]:
-    """Return key -> text of a list of key=value, split at the first "="."""
+    """Return key -> text for a list of key=value, split at the first "="."""
     words = value if isinstance(value, list | tuple) else [value]
     for word in words:
         if not isinstance(word, str) or "=" not in word or word.startswith("="):
@@ -59,7 +59,7 @@ def parse_pairs(value: Any) -> dict[str, str]:
 
 
 def parse_pair_lists(value: Any) -> tuple[dict[str, str], ...]:
-    """Return key -> text of each of several texts key=value;key=value."""
+    """Return key -> text for each of several texts key=value;key=value."""
     texts = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError
@@ -67,12 +67,12 @@ def parse_pair_lists(value: Any) -> tuple[dict[str, str], ...]:
 
 
 def written(value: Any) -> Any:
-    """Return a value as options take it: key -> text as the texts key=value, any other value as it is."""
+    """Return a value as options are written: a dict as the texts key=value, any other value unchanged."""
     return tuple(f"{key}={text}" for key, text in value.items()) if isinstance(value, dict) else value
 
 
 def parse_range(value: Any) -> tuple[float, float] | None:
-    """Return (low, high) from "2.0,4.0" or [2.0, 4.0]; None from "", which GUIs write for unset."""
+    """Return (low, high) from "2.0,4.0" or [2.0, 4.0]; None for "", which GUIs write for unset."""
     if value == "":
         return None
     parts = value.split(",") if isinstance(value, str) else value
@@ -94,7 +94,7 @@ def parse_extension(value: Any) -> str:
 
 
 def parse_separator(value: Any) -> str:
-    """Return a text that separates others: at least one character."""
+    """Return a separator of at least one character."""
     if not isinstance(value, str) or not value:
         raise ValueError
     return value

@@ -14,7 +14,7 @@ from library.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule
 def target_for(
     latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule, *, predicts_v: bool
 ) -> Tensor:
-    """Return what the U-Net should predict, (B, C, H, W): the noise, or v.
+    """Return the target of the U-Net, (B, C, H, W): the noise, or v.
 
     v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans and Ho 2022, arXiv 2202.00512).
     """
@@ -28,7 +28,7 @@ def target_for(
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": lambda d, c: d.square(),
     "l1": lambda d, c: d.abs(),
-    # pseudo-Huber, arXiv 2403.16728: near 0 like d squared, far away like 2 c |d|
+    # pseudo-Huber, arXiv 2403.16728: like d squared for small d, like 2 c |d| for large d
     "huber": lambda d, c: 2 * c * ((d.square() + c.square()).sqrt() - c),
     "smooth_l1": lambda d, c: 2 * ((d.square() + c.square()).sqrt() - c),
 }
@@ -59,7 +59,7 @@ def per_sample_loss(
 ) -> Tensor:
     """Return the mean distance of each sample, (B,), float32; masks (B, 1, H, W) weight its elements.
 
-    The mean is over all elements, as in sd-scripts: what a mask hides counts as a distance of 0.
+    The mean is over all elements, as in sd-scripts: masked elements have a distance of 0.
     """
     threshold = huber_threshold(timesteps, schedule, config)[:, None, None, None]
     difference = prediction.float() - target.float()
@@ -67,7 +67,7 @@ def per_sample_loss(
     return (distances if masks is None else distances * masks).mean(dim=(1, 2, 3))
 
 
-LARGEST_SNR = 1000.0  # bound of the SNR in the weightings that sd-scripts bounds so
+LARGEST_SNR = 1000.0  # bound of the SNR in some weightings, as in sd-scripts
 
 
 def min_snr(snr: Tensor, gamma: float, predicts_v: bool) -> Tensor:
@@ -76,14 +76,14 @@ def min_snr(snr: Tensor, gamma: float, predicts_v: bool) -> Tensor:
 
 
 def v_like_noise(snr: Tensor, is_on: float, predicts_v: bool) -> Tensor:
-    """Return SNR / (SNR + 1), (B,): the loss of v weighted like that of noise."""
+    """Return SNR / (SNR + 1), (B,): weights the loss of v like that of noise."""
     del is_on, predicts_v
     bounded = snr.clamp(max=LARGEST_SNR)
     return bounded / (bounded + 1)
 
 
 def noise_like_v(snr: Tensor, share: float, predicts_v: bool) -> Tensor:
-    """Return 1 + share (SNR + 1) / SNR, (B,): a share of the loss weighted like that of v comes on top."""
+    """Return 1 + share (SNR + 1) / SNR, (B,): adds a share of the loss with the weight of v."""
     del predicts_v
     bounded = snr.clamp(max=LARGEST_SNR)
     return 1 + share * (bounded + 1) / bounded
@@ -96,7 +96,7 @@ def debiased(snr: Tensor, is_on: float, predicts_v: bool) -> Tensor:
     return 1 / (bounded + 1) if predicts_v else bounded.rsqrt()
 
 
-# Option that turns it on -> weight of a sample's loss: (SNR (B,), value of the option, whether v is predicted) -> (B,).
+# Option -> weight of a sample's loss: (SNR (B,), value of the option, whether v is predicted) -> (B,).
 WEIGHTINGS: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
     "min_snr_gamma": min_snr,
     "scale_v_pred_loss_like_noise_pred": v_like_noise,
@@ -108,7 +108,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor, float, bool], Tensor]] = {
 def timestep_weights(timesteps: Tensor, schedule: NoiseSchedule, config: LossConfig, *, predicts_v: bool) -> Tensor:
     """Return the weight of each sample's loss, (B,): the product of all weightings that are on.
 
-    A timestep without signal (SNR 0) counts like the last one that has some, since weightings divide by it.
+    A timestep without signal (SNR 0) has the weight of the last one with signal, since weightings divide by the SNR.
     """
     all_snr = schedule.snr(torch.arange(NUM_TIMESTEPS, device=timesteps.device))
     snr = all_snr[timesteps].clamp_min(all_snr[all_snr > 0].min())

@@ -1,7 +1,7 @@
-"""What is drawn for a batch: posterior samples, noise and timesteps, each row from its sample's own key.
+"""Samples latents, noise and timesteps for a batch, each row by the key of its sample.
 
-Keyed by (seed, epoch, sample), a row depends neither on the batch it lies in nor on the process that draws
-it: one process with a batch of four and two with batches of two train on the same noise.
+Keyed by (seed, epoch, sample), a row depends neither on its batch nor on its process: one process with a batch of
+four and two with batches of two train on the same noise.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Key = tuple[int | str, ...]
 
 
 def sample_latents(moments: Tensor, keys: Sequence[Key]) -> Tensor:
-    """Return a draw (B, 4, H/8, W/8) from the VAE's posterior with moments (B, 8, H/8, W/8), unscaled."""
+    """Return samples (B, 4, H/8, W/8) of the VAE's posterior with moments (B, 8, H/8, W/8), unscaled."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     unit = randn_per_sample(mean.shape[1:], [(*key, "latents") for key in keys]).to(mean.device)
     return mean + (log_variance.clamp(-30.0, 20.0) / 2).exp() * unit  # the bounds are diffusers'
 
 
-def draw_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
+def sample_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
     """Return the noise for scaled latents (B, C, H, W), on their device, float32."""
     noise = randn_per_sample(latents.shape[1:], [(*key, "noise") for key in keys])
     if config.noise_offset is not None:
@@ -59,8 +59,8 @@ def offset_noise(latents: Tensor, keys: Sequence[Key], offset: float, config: Lo
 def multires_noise(noise: Tensor, key: Key, iterations: int, discount: float) -> Tensor:
     """Return noise (C, H, W) with coarser and coarser noise added, scaled to a standard deviation of 1.
 
-    Layer i is drawn at about 1/r^i of the size, r between 2 and 4, enlarged, and counts discount^i; the last
-    is the first with a side of one (https://wandb.ai/johnowhitaker/multires_noise).
+    Layer i is sampled at about 1/r^i of the size, r between 2 and 4, enlarged, and multiplied by discount^i. The last
+    layer is the first with a side of one (https://wandb.ai/johnowhitaker/multires_noise).
     """
     channels, height, width = noise.shape
     generator = generator_for(*key, "multires")
@@ -76,9 +76,9 @@ def multires_noise(noise: Tensor, key: Key, iterations: int, discount: float) ->
 
 
 def perturbed_noise(noise: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
-    """Return the noise that goes into the input, (B, C, H, W): with more of it than the target has.
+    """Return the noise of the U-Net's input, (B, C, H, W), which is more than that of the target.
 
-    Input perturbation (Ning et al. 2023, arXiv 2301.11706); the noise itself where --ip_noise_gamma is unset.
+    Input perturbation (Ning et al. 2023, arXiv 2301.11706); the unchanged noise if --ip_noise_gamma is unset.
     """
     if not config.ip_noise_gamma:
         return noise
@@ -94,6 +94,6 @@ def uniform_per_sample(keys: Sequence[Key], use: str) -> Tensor:
     return torch.stack([torch.rand((1, 1, 1), generator=generator_for(*key, use)) for key in keys])
 
 
-def draw_timesteps(keys: Sequence[Key], lowest: int = 0, limit: int = NUM_TIMESTEPS) -> Tensor:
+def sample_timesteps(keys: Sequence[Key], lowest: int = 0, limit: int = NUM_TIMESTEPS) -> Tensor:
     """Return a uniform timestep from [lowest, limit) for each sample, (B,), int64."""
     return torch.cat([torch.randint(lowest, limit, (1,), generator=generator_for(*key, "timestep")) for key in keys])

@@ -1,4 +1,4 @@
-"""The noise schedule of Stable Diffusion and what follows from it.
+"""The noise schedule of Stable Diffusion.
 
 Letters: B samples, T = 1000 timesteps, abar the product of 1 - beta up to a timestep
 (Ho et al. 2020, arXiv 2006.11239).
@@ -42,7 +42,7 @@ class NoiseSchedule:
 
 
 def stable_diffusion_schedule(*, zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """Return the schedule that SD 1.x, 2.x and XL were trained with: betas linear in their square root."""
+    """Return the schedule of SD 1.x, 2.x and XL: the square roots of beta are linear."""
     roots = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64)
     abar = (1 - roots**2).cumprod(0)
     return NoiseSchedule((with_zero_terminal_snr(abar) if zero_terminal_snr else abar).float())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.models.base import BaseModel
 from library.models.precision import move
 from library.weight_file import open_weights, read_weights
@@ -53,4 +53,4 @@ def load_control_net(path: Path, base: BaseModel) -> ControlNetModel:
     except UserError:
         raise
     except Exception as error:  # each library has its own
-        raise UserError(f"--control_net_models: {path} cannot be read as a ControlNet: {told(error)}") from error
+        raise UserError(f"--control_net_models: {path} cannot be read as a ControlNet: {message_of(error)}") from error

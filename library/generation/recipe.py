@@ -17,7 +17,7 @@ from library import NAME, VERSION
 from library.config.generation import DrawingConfig, GenerateConfig, PromptConfig
 from library.config.model import ModelConfig
 from library.config.prompts import PromptLine
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.files import file_sha256
 from library.generation import grid as grids
 from library.generation.control_nets import load_control_nets
@@ -106,7 +106,7 @@ def device_of(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
-        raise UserError(f"--device {name} cannot be used: {told(error)}; such as cpu, cuda or cuda:1") from None
+        raise UserError(f"--device {name} cannot be used: {message_of(error)}; such as cpu, cuda or cuda:1") from None
     return device
 
 

@@ -1,4 +1,4 @@
-"""Attention of xformers in place of torch's own."""
+"""Attention of xformers instead of torch's own."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ class HasAttention(Protocol):
 
 
 def use_xformers(device: torch.device, *models: HasAttention) -> None:
-    """Switch models to xformers where it works on their device; warns and leaves them as they are elsewhere."""
+    """Switch models to xformers if it works on their device; else warn and leave them unchanged."""
     reason = xformers_problem(device)
     if reason is not None:
-        logger.warning("--xformers: %s; torch's attention (SDPA) is used, which is as fast and sparing", reason)
+        logger.warning(
+            "--xformers: %s; torch's attention (SDPA) is used, which is as fast and needs as little memory", reason
+        )
         return
     for model in models:
         model.enable_xformers_memory_efficient_attention()
 
 
 def xformers_problem(device: torch.device) -> str | None:
-    """Return why xformers cannot be used on a device, or None if one small call works."""
+    """Return why xformers cannot be used on a device, or None if a small test call works."""
     if device.type != "cuda":
-        return "it needs a CUDA GPU, which is absent here"
+        return "it needs a CUDA GPU, and there is none"
     try:
         from xformers.ops import memory_efficient_attention
 

@@ -1,7 +1,7 @@
-"""A base model in memory, of any family: found by its files, built without memory, filled tensor by tensor.
+"""Loads a base model of any family: finds its files, builds it on the meta device, and fills it tensor by tensor.
 
-Loading needs little more than the weights in their final type. Nothing is downloaded, and of pickles only weights
-are read.
+Loading needs little more memory than the weights in their final type. Nothing is downloaded, and only weights are
+read from pickles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.config.model import ModelConfig
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.models import family as families
 from library.models.building import build_part
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, check_input_channels, open_checkpoint, open_vae
@@ -40,23 +40,23 @@ TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder with its tokenizer and the rules of its family; D is its width."""
+    """A text encoder with its tokenizer and the settings of its family; D is its width."""
 
     row: TextModel
     tokenizer: CLIPTokenizer
     module: TextModule
-    expand: Callable[[str], str] = str  # a word of a textual inversion -> the words of its vectors
+    expand: Callable[[str], str] = str  # prompt -> prompt with the tokens of textual inversions
 
     @property
     def num_layers(self) -> int:
-        """How many layers it has."""
+        """Number of layers."""
         return self.module.config.num_hidden_layers
 
     def encode(self, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (N, 77, D) and pooled output (N, P) for token ids (N, 77).
 
-        clip_skip n takes the n-th layer from the end; None takes the one that the family was trained with. The
-        pooled output is the projected state of the first EOS, None for an encoder without projection.
+        clip_skip n uses the n-th layer from the end; None uses the one that the family was trained with. The
+        pooled output is the projected state of the first EOS, or None for an encoder without projection.
         """
         layer, ids = clip_skip or self.row.layer, ids.to(self.module.device)
         if layer == 1 and self.row.has_final_norm:
@@ -72,7 +72,7 @@ class TextEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A base model in memory: frozen and in evaluation mode. Its modules change device and type in place."""
+    """A base model in memory, frozen and in evaluation mode. Its modules change device and type in place."""
 
     family: ModelFamily
     predicts_v: bool
@@ -82,29 +82,24 @@ class BaseModel:
 
     @property
     def text_modules(self) -> list[nn.Module]:
-        """The text encoders' modules."""
+        """The modules of the text encoders."""
         return [text.module for text in self.texts]
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseFiles:
-    """Where a base model comes from; nothing is loaded yet."""
+    """The files of a base model; nothing is loaded yet."""
 
     checkpoint: Checkpoint
-    vae: Checkpoint  # the same one, or what --vae names
-    tokenizers: tuple[Path | None, ...]  # folder for each text encoder; None is the vocabulary of the suite
+    vae: Checkpoint  # the same, or that of --vae
+    tokenizers: tuple[Path | None, ...]  # folder for each text encoder; None: the included vocabulary
     predicts_v: bool
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Finding
-# --------------------------------------------------------------------------------------------------------------
-
-
 def find_base(config: ModelConfig) -> BaseFiles:
-    """Return where the base model of the options is and what it predicts, from names and configurations alone.
+    """Return the files of the base model and what it predicts, from names and configurations alone.
 
-    Raises UserError where there is none, for a family that is not trained, and for options against the files.
+    Raises UserError if there is no model, for a family that is not trained, and for options that contradict the files.
     """
     path = Path(config.pretrained_model_name_or_path)
     checkpoint = open_checkpoint(path)
@@ -117,7 +112,7 @@ def find_base(config: ModelConfig) -> BaseFiles:
     if family is families.SD2 and not config.v2:
         logger.info("%s is an SD 2.x model: --v2 is set", path)
     if says_v and not config.v_parameterization:
-        logger.info("%s predicts v, says its scheduler: --v_parameterization is set", path)
+        logger.info("the scheduler of %s says that it predicts v: --v_parameterization is set", path)
     if config.v_parameterization and says_v is False:
         logger.warning("--v_parameterization was given, but the scheduler of %s says epsilon; v is trained", path)
     return BaseFiles(
@@ -135,26 +130,21 @@ def find_tokenizer(text: TextModel, model: Path, cache: Path | None) -> Path | N
         return folder if is_tokenizer(folder) else None
     places = [place for place in (cache, *sorted(cache.glob("*"))) if is_tokenizer(place)]
     if not places:
-        raise UserError(f"--tokenizer_cache_dir: {cache} holds no vocab.json or tokenizer.json")
+        raise UserError(f"--tokenizer_cache_dir: {cache} has no vocab.json or tokenizer.json")
     is_openclip = text.layout == "openclip"
     return next((place for place in places if ("stable-diffusion-2" in place.name) == is_openclip), places[0])
 
 
 def is_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds a tokenizer."""
+    """Return whether a folder contains a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Loading
-# --------------------------------------------------------------------------------------------------------------
-
-
 def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None = None) -> BaseModel:
-    """Return the base model on the CPU, its parts in the types of the run.
+    """Return the base model on the CPU, with its parts in the types of the run.
 
-    filled names the parts that get their weights (`unet`, `vae`, `text_encoder`, `text_encoder_2`), None for all;
-    the others stay on the meta device, without memory. Raises UserError for parts that are missing or damaged.
+    filled names the parts that are loaded (`unet`, `vae`, `text_encoder`, `text_encoder_2`), None for all; the others
+    stay on the meta device, without memory. Raises UserError for parts that are missing or damaged.
     """
     checkpoint = files.checkpoint
 
@@ -171,20 +161,20 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
 
 
 def load_vae(files: BaseFiles, types: Types) -> AutoencoderKL:
-    """Return the VAE of a base model without the rest."""
+    """Return only the VAE of a base model."""
     return cast("AutoencoderKL", load_part(files.vae, VAE, types.vae))
 
 
 def load_tokenizer(folder: Path | None, text: TextModel) -> CLIPTokenizer:
-    """Return the tokenizer of a folder, or of the suite, for a text encoder."""
+    """Return the tokenizer in a folder, or the included one, for a text encoder."""
     try:
         return load_clip_tokenizer(folder, pad_token=text.pad_token)
-    except Exception as error:  # transformers raises anything for a damaged one
-        raise UserError(f"tokenizer in {folder} cannot be read: {told(error)}") from error
+    except Exception as error:  # transformers raises any exception for a damaged tokenizer
+        raise UserError(f"tokenizer in {folder} cannot be read: {message_of(error)}") from error
 
 
 def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> nn.Module:
-    """Return a part of a model in a type, frozen; without a dtype it stays empty, on the meta device."""
+    """Return a part of a model in a type, frozen; without a dtype it stays on the meta device."""
     model = build_part(checkpoint, part)
     if dtype is not None:
         fill(model, part, checkpoint, dtype)
@@ -192,7 +182,7 @@ def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> n
 
 
 def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Give an empty model its weights; each tensor is read once and lies in memory of its own."""
+    """Load the weights into an empty model; each tensor is read once, into its own memory."""
     names = diffusers_names(model)  # Diffusers name -> name in the module
     expected = model.state_dict()
     plan = plan_of_part(checkpoint, part, {name: tuple(expected[own].shape) for name, own in names.items()})
@@ -204,7 +194,7 @@ def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype
             f"{paths}: {len(missing)} tensors of the {type(model).__name__} are missing "
             f"(such as {first.name.removeprefix(f'{part}/')})"
         )
-    targets: dict[str, list[str]] = {}  # name in the checkpoint -> what is made of it
+    targets: dict[str, list[str]] = {}  # name in the checkpoint -> Diffusers names
     for name, piece in plan.items():
         targets.setdefault(piece.places[0].name, []).append(name)
     state: dict[str, Tensor] = {}
@@ -217,9 +207,9 @@ def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype
 
 
 def diffusers_names(model: nn.Module) -> dict[str, str]:
-    """Return name in Diffusers folders -> name in a module, for all tensors that files hold.
+    """Return name in Diffusers folders -> name in a module, for all tensors that are in files.
 
-    From transformers 5.6 on, a CLIPTextModel has no level `text_model`.
+    Since transformers 5.6, CLIPTextModel has no submodule `text_model`.
     """
     from transformers import CLIPTextModel
 
@@ -228,12 +218,12 @@ def diffusers_names(model: nn.Module) -> dict[str, str]:
 
 
 def text_body(module: nn.Module) -> nn.Module:
-    """Return the module that holds embeddings and layers; from transformers 5.6 on it is CLIPTextModel itself."""
+    """Return the module of embeddings and layers; since transformers 5.6 it is CLIPTextModel itself."""
     return getattr(module, "text_model", module)
 
 
 def restore_position_ids(model: nn.Module) -> None:
-    """Fill the one buffer that files do not hold; everything else must have been filled."""
+    """Fill the only buffer that is not in files; every other tensor must have been loaded."""
     for module in model.modules():
         buffer = getattr(module, "position_ids", None)
         if isinstance(buffer, Tensor) and buffer.is_meta:

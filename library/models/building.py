@@ -1,4 +1,4 @@
-"""Configurations of a checkpoint's parts, from its shapes, and models without memory that are built from them."""
+"""Configurations of the parts of a checkpoint, from its shapes, and models built from them on the meta device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.models import keys
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, read_config, stored_configuration
-from library.models.family import ModelFamily, Shapes, TextModel
+from library.models.family import TEXT_HEAD_WIDTH, ModelFamily, Shapes, TextModel
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -18,18 +18,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-TEXT_HEAD_WIDTH = 64  # channels of an attention head in every CLIP text encoder of these families
 NUM_GROUPS = 32  # of the group norms of published models
-
-# --------------------------------------------------------------------------------------------------------------
-# Configurations
-# --------------------------------------------------------------------------------------------------------------
 
 
 def config_of(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
-    """Return the Diffusers configuration of a part: that of the folder, else by the shapes and what a file keeps.
+    """Return the Diffusers configuration of a part: of the folder, else from the shapes and the file's metadata.
 
-    Raises UserError for a part that is missing or not whole.
+    Raises UserError for a part that is missing or incomplete.
     """
     folder = checkpoint.folder_of(part)
     if folder is not None:
@@ -48,11 +43,10 @@ def config_of(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
         prefix = keys.first_prefix(text.prefixes, checkpoint.shapes)
         if prefix is None:
             raise UserError(
-                f"{checkpoint.path} holds no text encoder (nothing under {text.prefixes[0]}); name a whole checkpoint"
+                f"{checkpoint.path} has no text encoder (nothing under {text.prefixes[0]}); name a whole checkpoint"
             )
         with refused(checkpoint.path, "text encoder", prefix):
-            sizes = text_sizes(text, keys.without_prefix(checkpoint.shapes, prefix))
-            config = text_encoder_config(text, **sizes)
+            config = text_config(text, keys.without_prefix(checkpoint.shapes, prefix))
     if WHOLE in checkpoint.parts:
         config |= stored_configuration(checkpoint.metadata, part)
     check_groups(config, part, checkpoint.path)
@@ -66,18 +60,18 @@ def vae_shapes(checkpoint: Checkpoint) -> tuple[str, Shapes]:
         rule = keys.vae_rule(count(shapes, "encoder.down_blocks.", 2))
         return "", {rule(name): shape for name, shape in shapes.items()}
     if not keys.holds_vae(checkpoint.shapes):
-        raise UserError(f"{checkpoint.path} holds no VAE: name one with --vae")
+        raise UserError(f"{checkpoint.path} has no VAE: name one with --vae")
     prefix = keys.VAE_PREFIX if any(name.startswith(keys.VAE_PREFIX) for name in checkpoint.shapes) else ""
     return prefix, keys.without_prefix(checkpoint.shapes, prefix)
 
 
 def check_groups(config: Mapping[str, Any], part: str, path: Path) -> None:
-    """Raise UserError for a model of unusual sizes whose other settings are therefore not known."""
+    """Raise UserError for a model of unusual sizes, since its other settings are unknown."""
     groups = config.get("norm_num_groups", NUM_GROUPS)
     if any(channels % groups for channels in config.get("block_out_channels", ())):
         raise UserError(
-            f"{path} is no Stable Diffusion of the usual sizes ({part}: {config['block_out_channels']} channels), "
-            "and its groups and heads are not in the file; converting its folder to .safetensors keeps them"
+            f"{path} is not a Stable Diffusion model of the usual sizes ({part}: {config['block_out_channels']} "
+            "channels), and its groups and heads are not in the file; converting its folder to .safetensors keeps them"
         )
 
 
@@ -111,21 +105,20 @@ def unet_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
 
 def vae_config(family: ModelFamily, shapes: Shapes) -> dict[str, Any]:
     """Return the VAE's Diffusers configuration for the tensors (names without prefix) of a checkpoint."""
-    num_blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
+    num_blocks = count(shapes, "encoder.down.", 2)
     if not num_blocks:
         raise KeyError("encoder.down")
-    layers = len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")})
     channels = tuple(shapes[f"encoder.down.{block}.block.0.conv2.weight"][0] for block in range(num_blocks))
     return family.vae | {
         "block_out_channels": channels,
-        "layers_per_block": layers,
+        "layers_per_block": count(shapes, "encoder.down.0.block.", 4),
         "down_block_types": ("DownEncoderBlock2D",) * num_blocks,
         "up_block_types": ("UpDecoderBlock2D",) * num_blocks,
     }
 
 
 def text_encoder_config(text: TextModel, *, width: int, inner_width: int, num_layers: int) -> dict[str, Any]:
-    """Return a text encoder's configuration for its sizes: hidden width, width inside the MLP, layers."""
+    """Return a text encoder's configuration for hidden width, width inside the MLP, and number of layers."""
     return text.config | {
         "hidden_size": width,
         "intermediate_size": inner_width,
@@ -135,49 +128,38 @@ def text_encoder_config(text: TextModel, *, width: int, inner_width: int, num_la
     }
 
 
-def text_sizes(text: TextModel, shapes: Shapes) -> dict[str, int]:
-    """Return the sizes for text_encoder_config from the tensors (names without prefix) of an original file."""
-    if text.layout == "clip":
-        return {
-            "width": shapes["embeddings.token_embedding.weight"][1],
-            "inner_width": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            "num_layers": count(shapes, "encoder.layers.", 2),
-        }
-    blocks = count(shapes, "transformer.resblocks.", 2)
-    # Some converters leave out what is not used.
-    is_cut = blocks == text.config["num_hidden_layers"]
-    return {
-        "width": shapes["token_embedding.weight"][1],
-        "inner_width": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_layers": blocks if is_cut else blocks - text.unused_layers,
-    }
+def text_config(text: TextModel, shapes: Shapes) -> dict[str, Any]:
+    """Return a text encoder's configuration for the tensors (names without prefix) of an original file."""
+    embedding, mlp, layers = {
+        "clip": ("embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight", "encoder.layers."),
+        "openclip": ("token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight", "transformer.resblocks."),
+    }[text.layout]
+    width, inner_width, num_layers = shapes[embedding][1], shapes[mlp][0], count(shapes, layers, 2)
+    if num_layers != text.config["num_hidden_layers"]:  # some converters omit unused layers
+        num_layers -= text.unused_layers
+    return text_encoder_config(text, width=width, inner_width=inner_width, num_layers=num_layers)
 
 
 def count(shapes: Shapes, prefix: str, position: int) -> int:
-    """Return how many values stand at a position of the dotted names that begin with a prefix."""
+    """Return the number of different words at a position of the dotted names that begin with a prefix."""
     return len({name.split(".")[position] for name in shapes if name.startswith(prefix)})
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Empty models
-# --------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def refused(source: Path, part: str, prefix: str = "") -> Iterator[None]:
-    """Within it, what a file lacks or what diffusers and transformers refuse to build becomes a UserError."""
+    """Turn missing tensors of a file and configurations that cannot be built into a UserError."""
     try:
         yield
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{source} holds no whole {part}: {prefix}{error.args[0]} is missing") from None
-    except Exception as error:  # each library has its own
-        raise UserError(f"{source} describes no {part} that can be built: {told(error)}") from error
+        raise UserError(f"{source} has an incomplete {part}: {prefix}{error.args[0]} is missing") from None
+    except Exception as error:  # of diffusers and transformers
+        raise UserError(f"{source} describes no {part} that can be built: {message_of(error)}") from error
 
 
 def build_part(checkpoint: Checkpoint, part: str) -> nn.Module:
-    """Return the model of a part without memory (on the meta device); raises UserError where none can be built."""
+    """Return the model of a part on the meta device; raises UserError if it cannot be built."""
     config = config_of(checkpoint, part)
     folder = checkpoint.folder_of(part)
     source = checkpoint.path if folder is None else folder / "config.json"
@@ -190,7 +172,7 @@ def build_part(checkpoint: Checkpoint, part: str) -> nn.Module:
 
 
 def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """Return a U-Net without memory (on the meta device)."""
+    """Return a U-Net on the meta device."""
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -199,7 +181,7 @@ def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def build_vae(config: Mapping[str, Any]) -> AutoencoderKL:
-    """Return a VAE without memory (on the meta device)."""
+    """Return a VAE on the meta device."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -210,7 +192,7 @@ def build_vae(config: Mapping[str, Any]) -> AutoencoderKL:
 def build_text_encoder(
     config: Mapping[str, Any], *, has_projection: bool = False
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Return a text encoder without memory (on the meta device); has_projection: with a matrix on the pooled output."""
+    """Return a text encoder on the meta device; has_projection: with a matrix on the pooled output."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -1,7 +1,7 @@
-"""A base model on disk: an original-layout file, or the parts of a Diffusers folder. Reads names, not weights.
+"""A base model on disk: an original-layout file, or the parts of a Diffusers folder.
 
-Tensors of a folder are named after their part: `unet/conv_in.weight`. Nothing is built here and nothing is kept in
-memory, so that tools can go through a model of any size.
+Names of a folder's tensors begin with the part: `unet/conv_in.weight`. Weights are read one by one and not kept in
+memory, so that tools can process a model of any size.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ WHOLE = ""  # the one part of an original-layout file
 UNET, VAE = "unet", "vae"
 UNET_FILES = ("diffusion_pytorch_model",)
 TEXT_FILES = ("model", "pytorch_model")
-# What a checkpoint held and Diffusers has no place for: written by the conversion into the folder, read back by it.
+# Tensors of a checkpoint that Diffusers has no place for: the conversion keeps them in a file of the folder.
 EXTRAS, EXTRAS_FILE = "extras", "original_extras.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
-# Metadata of a checkpoint that was a Diffusers folder of unusual sizes: JSON, part -> its configuration.
+# Metadata of a checkpoint converted from a Diffusers folder of unusual sizes: JSON, part -> configuration.
 CONFIGURATIONS = "diffusers_configurations"
 V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V_SPREAD = 0.09  # standard deviation of that bias: above it in SD 2.x models that predict v, below in the others
+V_SPREAD = 0.09  # standard deviation of that bias: larger in SD 2.x models that predict v, smaller in the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The weight files of a part, opened when they are first asked for: a pickle is read whole then."""
+    """The weight files of a part, opened on first use; a pickle is read completely then."""
 
     paths: tuple[Path, ...]
-    folder: Path | None = None  # with its config.json; None where there is none
+    folder: Path | None = None  # with config.json; None if there is none
 
     @staticmethod
     def of(folder: Path, variant: str | None = None) -> Part:
-        """Return the part that a folder holds."""
+        """Return the part in a folder."""
         return Part(tuple(weight_files(folder, variant=variant)), folder)
 
     @functools.cached_property
@@ -60,8 +60,8 @@ class Checkpoint:
 
     path: Path
     family: ModelFamily
-    predicts_v: bool | None  # None where the files do not say
-    parts: Mapping[str, Part]  # by folder: unet, vae, text_encoder, text_encoder_2; an original file is all `WHOLE`
+    predicts_v: bool | None  # None: unknown from the files
+    parts: Mapping[str, Part]  # by folder: unet, vae, text_encoder, text_encoder_2; for an original file `WHOLE`
 
     @property
     def is_folder(self) -> bool:
@@ -75,11 +75,11 @@ class Checkpoint:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the file; of a folder that of the U-Net's first file."""
+        """Metadata of the file; for a folder, of the U-Net's first file."""
         return self.parts[UNET if self.is_folder else WHOLE].files[0].metadata
 
     def folder_of(self, part: str) -> Path | None:
-        """Return the folder with the configuration of a part, None for one that has none."""
+        """Return the folder with the configuration of a part, or None."""
         return self.parts[part].folder if part in self.parts else None
 
     def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -89,14 +89,14 @@ class Checkpoint:
                 yield tensor_name(part, name), dtype, shape
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, in memory of its own."""
+        """Return one tensor, in its own memory."""
         part, own = split_name(name)
         return next(file for file in self.parts[part].files if own in file.shapes).tensor(own)
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) for those of names that there are, in the order of the files' data.
+        """Yield (name, tensor) for the names that exist, in the order of the files' data.
 
-        A pickle lets go of what it yields, so that it is not held twice; it can be read only once.
+        A pickle releases each tensor that it yields, so it can be read only once.
         """
         wanted: dict[str, set[str]] = {}
         for part, own in map(split_name, names):
@@ -111,23 +111,18 @@ class Checkpoint:
 
 
 def tensor_name(part: str, name: str) -> str:
-    """Return the name of a part's tensor among those of the whole model."""
+    """Return the name of a part's tensor in the whole model."""
     return f"{part}/{name}" if part else name
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return part and own name of a tensor of a model."""
+    """Return the part and the name within it of a tensor of a model."""
     part, _, own = name.rpartition("/")
     return part, own
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Opening
-# --------------------------------------------------------------------------------------------------------------
-
-
 def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
-    """Return the model that a path holds; raises UserError where it holds none.
+    """Return the model at a path; raises UserError if there is none.
 
     variant chooses among the weights of a Diffusers folder, such as "fp16".
     """
@@ -147,10 +142,10 @@ def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
 
 
 def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
-    """Return what --vae names: a Diffusers folder or its parent, or a file in either layout, a whole model too.
+    """Return the model of --vae: a Diffusers folder or its parent, or a file in either layout, even a whole model.
 
-    Raises UserError where it is none, as far as names and configuration tell. Sizes that the file does not tell
-    are those of the family.
+    Raises UserError if its names and configuration are not those of a VAE. Sizes that the file does not determine are
+    those of the family.
     """
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / VAE
@@ -158,7 +153,7 @@ def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
         return Checkpoint(path, family, None, {VAE: Part.of(folder)})
     file = Part((path,))
     if not keys.holds_vae(file.files[0].shapes):
-        raise UserError(f"--vae: {path} holds no VAE; name a file or a Diffusers folder that does")
+        raise UserError(f"--vae: {path} has no VAE; name a file or a Diffusers folder with one")
     is_diffusers = any(name.startswith("encoder.down_blocks.") for name in file.files[0].shapes)
     return Checkpoint(path, family, None, {VAE if is_diffusers else WHOLE: file})
 
@@ -176,15 +171,15 @@ def folder_kind(path: Path) -> tuple[ModelFamily, bool | None]:
 
 
 def check_input_channels(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a file whose U-Net takes more than latents; a folder is refused when it is opened."""
+    """Raise UserError for a file whose U-Net has inputs besides latents; folders are checked when opened."""
     first = checkpoint.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
     families.check_channels(first[1] if len(first) == 4 else None, checkpoint.path)
 
 
 def guess_prediction(checkpoint: Checkpoint) -> bool | None:
-    """Return whether an original-layout file predicts v: what it says, else a guess for SD 2.x by a bias's spread.
+    """Return whether an original-layout file predicts v: from its metadata, else for SD 2.x by the spread of a bias.
 
-    ComfyUI guesses so too. None for SD 1.x and SDXL that say nothing.
+    ComfyUI uses the same criterion. None for SD 1.x and SDXL without metadata.
     """
     said = checkpoint.metadata.get("modelspec.prediction_type")
     if said is not None:
@@ -196,13 +191,8 @@ def guess_prediction(checkpoint: Checkpoint) -> bool | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Files of a folder
-# --------------------------------------------------------------------------------------------------------------
-
-
 def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
-    """Return the configuration of a part that a checkpoint keeps in its metadata, empty where it keeps none."""
+    """Return the configuration of a part from the metadata of a checkpoint; empty if there is none."""
     try:
         found = json.loads(metadata.get(CONFIGURATIONS, "{}")).get(part, {})
     except (ValueError, AttributeError):
@@ -213,12 +203,12 @@ def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, An
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a part of a Diffusers folder."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder.parent} is no Diffusers folder: {folder.name}/config.json is missing")
+        raise UserError(f"{folder.parent} is not a Diffusers folder: {folder.name}/config.json is missing")
     return read_json(folder / "config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
+    """Return the object in a JSON file."""
     table = toml_text.load_json(path)
     if not isinstance(table, dict):
         raise UserError(f"{path} must hold an object, got {shown(table)}")
@@ -226,12 +216,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_stems(part: str) -> tuple[str, ...]:
-    """Return the names that a part's weight files have, without endings; the first is the one to write."""
+    """Return the possible names of a part's weight files, without endings; the first is used for writing."""
     return TEXT_FILES if part.startswith("text_encoder") else UNET_FILES
 
 
 def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
-    """Return the weight files of a part: one, or the shards that an index lists; without a variant the full ones."""
+    """Return the weight files of a part: one, or the shards listed in an index; without a variant the full ones."""
     for stem in file_stems(folder.name):
         # In this order safetensors come before .bin.
         for index in sorted(folder.glob(f"{stem}*.index{f'.{variant}' if variant else ''}.json"), reverse=True):
@@ -242,11 +232,11 @@ def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
         for index in [] if variant else sorted(folder.glob(f"{stem}*.index.*.json"), reverse=True):
             return shards_of(index)
     kind = f" of the variant {variant}" if variant else ""
-    raise UserError(f"{folder} holds no weights{kind}: a .safetensors or .bin file is missing")
+    raise UserError(f"{folder} has no weights{kind}: a .safetensors or .bin file is missing")
 
 
 def shards_of(index: Path) -> list[Path]:
-    """Return the files that an index lists."""
+    """Return the files listed in an index."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise UserError(f'{index} has no "weight_map" of tensors and their files')
@@ -254,5 +244,5 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def names_in(checkpoint: Checkpoint, part: str) -> Iterable[str]:
-    """Return the names of a part's tensors without the part; none where the folder lacks it."""
+    """Return the names of a part's tensors without the part; empty if the folder lacks it."""
     return [name for file in checkpoint.parts[part].files for name in file.shapes] if part in checkpoint.parts else []

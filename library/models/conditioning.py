@@ -1,8 +1,8 @@
-"""Captions and prompts -> the text conditioning of the U-Net, with one set of rules for training and generation.
+"""Captions and prompts -> the text conditioning of the U-Net, for training and generation.
 
-A text fills windows of 75 tokens; each window is encoded by itself between BOS and EOS. Brackets can be weights, and
-BREAK can begin a new window, as in web UIs. Training drops the ends of inner windows when it joins them, as
-sd-scripts does; generation keeps all 77 positions of every window, as web UIs do.
+A text is split into windows of 75 tokens, each encoded separately between BOS and EOS. Optionally, brackets are
+weights and BREAK begins a new window, as in web UIs. Training removes BOS and EOS between joined windows, as in
+sd-scripts; generation keeps all 77 positions of every window, as in web UIs.
 
 Letters: B texts, K windows of a text, D width of the hidden states.
 """
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 PER_WINDOW = WINDOW - 2  # tokens of a window without BOS and EOS
 BREAK = re.compile(r"\bBREAK\b")
-LARGEST_SCALE = 10.0  # beyond it the mean of weighted states had come too close to zero to divide by
+LARGEST_SCALE = 10.0  # above it the mean of the weighted states is too close to zero for a division
 ENCODED_AT_ONCE = 16  # texts
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """What the U-Net is conditioned on, for B texts."""
+    """The text conditioning of the U-Net, for B texts."""
 
-    hidden: Tensor  # (B, N, D): N = 75 K + 2, or 77 K where windows are whole
+    hidden: Tensor  # (B, N, D): N = 75 K + 2, or 77 K with BOS and EOS of every window
     pooled: Tensor | None = None  # (B, P), of the text encoder with a projection
 
     def part(self, start: int, stop: int) -> Conditioning:
-        """Return the conditioning of the texts from start to before stop."""
+        """Return the conditioning of texts[start:stop]."""
         return Conditioning(self.hidden[start:stop], None if self.pooled is None else self.pooled[start:stop])
 
     def rows(self) -> list[Conditioning]:
-        """Return the conditioning of each text by itself, on the CPU."""
-        kept = Conditioning(self.hidden.cpu(), None if self.pooled is None else self.pooled.cpu())
-        return [kept.part(index, index + 1) for index in range(len(self.hidden))]
+        """Return the conditioning of each text, on the CPU."""
+        moved = Conditioning(self.hidden.cpu(), None if self.pooled is None else self.pooled.cpu())
+        return [moved.part(index, index + 1) for index in range(len(self.hidden))]
 
     @staticmethod
     def stacked(rows: Sequence[Conditioning]) -> Conditioning:
@@ -63,17 +63,17 @@ class Conditioning:
 class TextOptions(NamedTuple):
     """How texts are read and their windows joined."""
 
-    windows: int = 1  # of every text: shorter ones are padded, longer ones cut
+    windows: int = 1  # for every text: shorter texts are padded, longer ones cut
     clip_skip: int | None = None
-    # None: brackets are text. Otherwise they weigh, and a text's states are brought back to their mean (`original`),
-    # to the mean of their absolute values (`abs`), or to nothing (`none`).
+    # None: brackets are text. Otherwise they are weights, and the mean of a text's states (`original`), the mean of
+    # their absolute values (`abs`) or nothing (`none`) is restored.
     weights: Literal["none", "original", "abs"] | None = None
     has_breaks: bool = False  # whether BREAK begins a new window
-    keeps_ends: bool = False  # whether inner windows keep BOS and EOS when they are joined
+    keeps_ends: bool = False  # whether joined windows keep BOS and EOS between them
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens of a text are used."""
+        """Number of tokens of a text that are used."""
         return self.windows * PER_WINDOW
 
 
@@ -85,12 +85,12 @@ class Tokens(NamedTuple):
 
     @property
     def windows(self) -> int:
-        """How many windows it needs."""
+        """Number of windows that it needs."""
         return max(1, -(-len(self.ids) // PER_WINDOW))
 
 
 class Conditioner(Protocol):
-    """Gives texts their conditioning."""
+    """Computes or looks up the conditioning of texts."""
 
     def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
         """Return the conditioning of texts."""
@@ -98,12 +98,12 @@ class Conditioner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LiveConditioner:
-    """Computes the conditioning with the text encoders; where there are several, their states stand side by side."""
+    """Computes the conditioning with the text encoders; the states of several are concatenated along D."""
 
     encoders: tuple[TextEncoder, ...]
 
     def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
-        """Return the conditioning of texts; gradients flow where they are on."""
+        """Return the conditioning of texts; differentiable if gradients are on."""
         parts = [encode_with(encoder, texts, options) for encoder in self.encoders]
         hidden = [hidden for hidden, _ in parts]
         pooled = next((pooled for _, pooled in parts if pooled is not None), None)
@@ -112,7 +112,7 @@ class LiveConditioner:
 
 @dataclasses.dataclass(frozen=True)
 class RememberedConditioner:
-    """Looks up what was encoded before; raises KeyError for a text that was not."""
+    """Looks up texts that were encoded before; raises KeyError for others."""
 
     rows: dict[tuple[str, TextOptions], Conditioning]
 
@@ -123,7 +123,7 @@ class RememberedConditioner:
 
 @torch.no_grad()
 def remember(conditioner: Conditioner, wanted: Iterable[tuple[str, TextOptions]]) -> RememberedConditioner:
-    """Encode all texts that will ever be asked for, and return what looks them up."""
+    """Encode all texts of a run once, and return the conditioner that looks them up."""
     by_options: dict[TextOptions, list[str]] = {}
     for text, options in sorted(set(wanted), key=repr):
         by_options.setdefault(options, []).append(text)
@@ -153,14 +153,9 @@ def encode_with(encoder: TextEncoder, texts: Sequence[str], options: TextOptions
     return hidden, None if pooled is None else pooled.unflatten(0, ids.shape[:2])[:, 0]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Tokens
-# --------------------------------------------------------------------------------------------------------------
-
-
 def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> list[Tokens]:
-    """Return the tokens of texts, uncut; runs of equal weight are tokenized together, BREAK fills up its window."""
-    pieces: list[tuple[int, str, float, bool]] = []  # number of the text, words, weight, whether a window begins
+    """Return the tokens of texts, uncut; runs of equal weight are tokenized together, BREAK pads its window."""
+    pieces: list[tuple[int, str, float, bool]] = []  # index of the text, words, weight, whether a window begins
     for number, text in enumerate(texts):
         for run, weight in parse_weights(text) if options.weights is not None else [(text, 1.0)]:
             for index, words in enumerate(BREAK.split(run) if options.has_breaks else [run]):
@@ -180,15 +175,15 @@ def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -
 
 
 def windows_needed(encoder: TextEncoder, texts: Sequence[str], options: TextOptions, most: int) -> int:
-    """Return how many windows the longest of some texts needs, at most a number."""
+    """Return the number of windows that the longest of the texts needs, at most `most`."""
     return min(most, max(tokens.windows for tokens in tokenize(encoder, texts, options)))
 
 
 def windows_of(tokenizer: CLIPTokenizer, tokens: Tokens, windows: int) -> tuple[Tensor, Tensor]:
-    """Return token ids (K, 77) and weights (K, 77) of a text in K windows; BOS, EOS and padding weigh 1.
+    """Return token ids (K, 77) and weights (K, 77) of a text in K windows; BOS, EOS and padding have the weight 1.
 
-    Each window has its own BOS and an end, which is the last id of the whole padded text. Where padding is not EOS
-    (OpenCLIP), a window that is full of text ends with EOS, and one that holds nothing begins with it.
+    Each window has its own BOS, and ends with the last id of the whole padded text. If padding is not EOS (OpenCLIP),
+    a window that is full of text ends with EOS, and an empty window begins with it.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     length = windows * PER_WINDOW
@@ -205,13 +200,8 @@ def windows_of(tokenizer: CLIPTokenizer, tokens: Tokens, windows: int) -> tuple[
     return ids, weights
 
 
-# --------------------------------------------------------------------------------------------------------------
-# States
-# --------------------------------------------------------------------------------------------------------------
-
-
 def joined(windows: Tensor, *, keeps_ends: bool) -> Tensor:
-    """Return what windows (B, K, 77, ...) hold in a row: (B, 77 K, ...), or (B, 75 K + 2, ...) without inner ends."""
+    """Return windows (B, K, 77, ...) joined: (B, 77 K, ...), or (B, 75 K + 2, ...) without inner BOS and EOS."""
     if windows.shape[1] == 1:
         return windows[:, 0]
     if keeps_ends:
@@ -220,11 +210,10 @@ def joined(windows: Tensor, *, keeps_ends: bool) -> Tensor:
 
 
 def weighted(hidden: Tensor, weights: Tensor, normalize: str) -> Tensor:
-    """Return states (B, N, D) times the weights (B, N) of their positions, brought back to their mean.
+    """Return states (B, N, D) times the weights (B, N) of their positions, scaled back to their mean.
 
-    normalize: `original` keeps the mean over positions and channels, `abs` that of absolute values, `none` nothing.
-    Texts without weights stay as they are to the bit. Where a mean is so small that the quotient means nothing,
-    nothing is brought back.
+    normalize: `original` keeps the mean over positions and channels, `abs` that of absolute values, `none` neither.
+    Texts without weights stay bit-identical. If the mean is too close to zero, the states are not scaled back.
     """
     result = hidden.float() * weights[..., None]
     if normalize != "none":

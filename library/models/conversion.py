@@ -1,8 +1,8 @@
-"""What stands around the weights of a base model that is converted: configurations, scheduler, tokenizers, index.
+"""Converts base models: plan of the weights, and the configurations, scheduler, tokenizers and index around them.
 
-The weights themselves follow a plan of `layout.py`, so that a model of any size goes through one tensor at a time.
-What the original layout has and Diffusers does not (the last block of SD 2.x's text encoder, a logit scale) is kept
-in a file of the folder, so that the way there and back changes no bit.
+The weights follow a plan of `layout.py`, one tensor at a time, for models of any size. Tensors that only the original
+layout has (the last block of SD 2.x's text encoder, a logit scale) are kept in a file of the folder, so that
+converting back restores every bit.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from library.models.base import diffusers_names
 from library.models.building import NUM_GROUPS, build_part, config_of
 from library.models.checkpoint import UNET, VAE, Checkpoint, read_config, tensor_name
 from library.models.layout import Plan, plan_of_part, unplaced
-from library.models.tokenizer import WINDOW, shipped_vocabulary
+from library.models.tokenizer import BOS_TOKEN, EOS_TOKEN, WINDOW, shipped_vocabulary
 
-DIFFUSERS_VERSION = "0.30.0"  # the oldest that reads everything that is written here
+DIFFUSERS_VERSION = "0.30.0"  # the oldest version that reads these files
 
 
 def parts_of(checkpoint: Checkpoint) -> list[str]:
-    """Return the parts that the folder of an original-layout file has; a VAE may be missing."""
+    """Return the parts of an original-layout file as named in a folder; the VAE may be missing."""
     has_vae = keys.holds_vae(name for name in checkpoint.shapes if name.startswith(keys.VAE_PREFIX))
     return [UNET, *([VAE] if has_vae else []), *(text.folder for text in checkpoint.family.text_models)]
 
 
 def plan_to_folder(checkpoint: Checkpoint) -> tuple[Plan, list[str]]:
-    """Return the plan of a Diffusers folder (names as in `Checkpoint`), and the tensors that have no place there.
+    """Return the plan of a Diffusers folder (names as in `Checkpoint`), and the tensors without a place in it.
 
-    Raises UserError for a part that lacks a tensor.
+    Raises UserError for an incomplete part.
     """
     plan: Plan = {}
     for part in parts_of(checkpoint):
@@ -41,13 +41,13 @@ def plan_to_folder(checkpoint: Checkpoint) -> tuple[Plan, list[str]]:
         own = plan_of_part(checkpoint, part, {name: tuple(state[inner].shape) for name, inner in names.items()})
         missing = sorted(names.keys() - own.keys())
         if missing:
-            raise UserError(f"{checkpoint.path} is not whole: {part}/{missing[0]} (as Diffusers names it) is missing")
+            raise UserError(f"{checkpoint.path} is incomplete: {part}/{missing[0]} (as Diffusers names it) is missing")
         plan |= {tensor_name(part, name): piece for name, piece in own.items()}
     return plan, unplaced(checkpoint, plan)
 
 
 def folder_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return the configuration of each part of the folder of an original-layout file, by its shapes."""
+    """Return the Diffusers configuration of each part of an original-layout file, from its shapes."""
     kinds: dict[str, dict[str, Any]] = {
         UNET: {"_class_name": "UNet2DConditionModel"},
         VAE: {"_class_name": "AutoencoderKL"},
@@ -62,7 +62,7 @@ def folder_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def unusual_configurations(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a Diffusers folder that the shapes of its weights do not tell."""
+    """Return the configurations of a Diffusers folder that the shapes of its weights do not determine."""
     family, found = checkpoint.family, {}
     usual = {UNET: family.unet, VAE: family.vae} | {text.folder: text.config for text in family.text_models}
     for part, expected in usual.items():
@@ -76,7 +76,7 @@ def unusual_configurations(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def as_tuple(value: Any) -> Any:
-    """Return a list as a tuple, for JSON has no tuples."""
+    """Return a list as a tuple, since JSON has no tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -122,13 +122,12 @@ def scheduler_config(*, v_prediction: bool) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """Write the CLIP tokenizer from the shipped vocabulary."""
+    """Write the CLIP tokenizer from the included vocabulary."""
     vocabulary, merges = vocabulary_files()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special["pad_token"] = pad_token
+    special = {"bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN, "unk_token": EOS_TOKEN, "pad_token": pad_token}
     write_json(folder / "special_tokens_map.json", special)
     more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW, "do_lower_case": True, "errors": "replace"}
     write_json(folder / "tokenizer_config.json", special | more)
@@ -136,7 +135,7 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
 
 @functools.cache
 def vocabulary_files() -> tuple[str, str]:
-    """Return what vocab.json and merges.txt hold; a model of SDXL has them twice."""
+    """Return the content of vocab.json and merges.txt; SDXL has them twice."""
     vocabulary, merges = shipped_vocabulary()
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     return json.dumps(vocabulary, ensure_ascii=False) + "\n", "\n".join(lines) + "\n"

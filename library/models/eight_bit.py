@@ -1,7 +1,7 @@
-"""Weights of a frozen model in 8 bits: float8_e4m3fn in memory, the run's type in arithmetic.
+"""Weights of a frozen model in 8 bits: float8_e4m3fn in memory, the run's type in computations.
 
-Autograd would keep the widened weights until the backward pass, and with them the memory that was to be saved;
-so the two layers that hold nearly all weights widen them again there.
+Autograd would keep the converted weights until the backward pass and so use the memory that 8 bits save. Linear layers
+and convolutions, which have nearly all weights, therefore convert them again in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ STORAGE = torch.float8_e4m3fn
 
 
 def store_in_eight_bits(model: nn.Module) -> int:
-    """Round the weights of linear layers and convolutions to float8_e4m3fn; return the bytes that this saves.
+    """Round the weights of linear layers and convolutions to float8_e4m3fn; return the number of bytes saved.
 
-    Embeddings, norms and biases stay, for they are small. The model must be frozen.
+    Embeddings, norms and biases are small and stay as they are. The model must be frozen.
     """
     saved = 0
     for module in model.modules():
@@ -32,12 +32,12 @@ def store_in_eight_bits(model: nn.Module) -> int:
             continue
         saved += module.weight.numel() * (module.weight.element_size() - STORAGE.itemsize)
         module.weight.data = module.weight.data.to(STORAGE)
-        setattr(module, "forward", forward)  # noqa: B010 (the layer's own is a method, which cannot be assigned to)
+        setattr(module, "forward", forward)  # noqa: B010 (mypy refuses assignments to methods)
     return saved
 
 
 def _operands(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return input and bias in the type of the arithmetic."""
+    """Return input and bias in the type of the computation."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     bias: Tensor | None = layer.bias

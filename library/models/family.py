@@ -1,7 +1,7 @@
-"""Model families: everything in which SD 1.x, SD 2.x and SDXL differ, as data in one place.
+"""Model families: all differences between SD 1.x, SD 2.x and SDXL, as data.
 
-Sizes here are those of the published models; a checkpoint of other sizes takes them from its shapes. Adding
-a family means adding an instance and its detection in `detect_family`.
+Sizes are those of the published models; those of other checkpoints are read from their shapes. A new family needs an
+instance here and its detection in `detect_family`.
 """
 
 from __future__ import annotations
@@ -37,31 +37,43 @@ VAE_CONFIG: dict[str, Any] = {
     "latent_channels": 4,
     "scaling_factor": 0.18215,
 }
-TEXT_BASE: dict[str, Any] = {
-    "vocab_size": 49408,
-    "max_position_embeddings": WINDOW,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-}
+TEXT_HEAD_WIDTH = 64  # channels of an attention head in the text encoders of all families
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # equal to itself only, so it can be a key
+def clip_config(width: int, layers: int, *, activation: str, projection: int, padding: int) -> dict[str, Any]:
+    """Return the configuration of a text encoder; padding is the id of the padding token."""
+    return {
+        "vocab_size": 49408,
+        "max_position_embeddings": WINDOW,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // TEXT_HEAD_WIDTH,
+        "hidden_act": activation,
+        "projection_dim": projection,
+        "pad_token_id": padding,
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so hashable
 class TextModel:
-    """A text encoder of a family: where its tensors stand in files, and how it is built."""
+    """A text encoder of a family: its names in files, and its configuration."""
 
-    folder: str  # in Diffusers folders, and before its modules in PEFT's names
+    folder: str  # in Diffusers folders, and prefix of its modules in PEFT's names
     layout: str  # in original files: "clip" or "openclip"
-    prefixes: tuple[str, ...]  # in original files, in order of search
+    prefixes: tuple[str, ...]  # in original files, in the order of search
     lora_prefix: str  # of its modules in LoRA files
     config: dict[str, Any]
     pad_token: str = EOS_TOKEN
-    layer: int = 1  # from the end, whose states the U-Net was trained with
-    has_final_norm: bool = True  # whether the final layer norm follows, whichever layer is taken
-    has_projection: bool = False  # a matrix on the pooled output, which the U-Net is given too
-    unused_layers: int = 0  # at the end of original files, which training did not use
+    layer: int = 1  # counted from the end: the U-Net was trained with its states
+    has_final_norm: bool = True  # whether the final layer norm is applied to the states of any layer
+    has_projection: bool = False  # a matrix on the pooled output, an input of the U-Net
+    unused_layers: int = 0  # last layers of original files, which training did not use
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # equal to itself only, so it can be a key
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so hashable
 class ModelFamily:
     """One generation of Stable Diffusion."""
 
@@ -69,7 +81,7 @@ class ModelFamily:
     title: str
     context_width: int
     unet: dict[str, Any]
-    unet_head_width: int | None  # channels of an attention head; None: as many heads in every block
+    unet_head_width: int | None  # channels of an attention head; None: the same number of heads in every block
     vae: dict[str, Any]
     text_models: tuple[TextModel, ...]
     version: str
@@ -77,7 +89,7 @@ class ModelFamily:
     v_architecture: str
 
     def text_model(self, folder: str) -> TextModel:
-        """Return the text encoder of a folder's name."""
+        """Return the text encoder with a folder name."""
         return next(text for text in self.text_models if text.folder == folder)
 
     def base_version(self, *, predicts_v: bool) -> str:
@@ -89,15 +101,7 @@ class ModelFamily:
         return self.v_architecture if predicts_v else self.epsilon_architecture
 
 
-CLIP_L = TEXT_BASE | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-    "pad_token_id": 49407,
-}
+CLIP_L = clip_config(768, 12, activation="quick_gelu", projection=768, padding=49407)
 SD1 = ModelFamily(
     name="sd1",
     title="SD 1.x",
@@ -133,16 +137,7 @@ SD2 = ModelFamily(
             layout="openclip",
             prefixes=(f"{keys.TEXT_PREFIX}model.",),
             lora_prefix="lora_te_",
-            config=TEXT_BASE
-            | {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 23,
-                "num_attention_heads": 16,
-                "hidden_act": "gelu",
-                "projection_dim": 512,
-                "pad_token_id": 0,
-            },
+            config=clip_config(1024, 23, activation="gelu", projection=512, padding=0),
             pad_token="!",
             unused_layers=1,
         ),
@@ -186,16 +181,7 @@ SDXL = ModelFamily(
             layout="openclip",
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.1.model.",),
             lora_prefix="lora_te2_",
-            config=TEXT_BASE
-            | {
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 20,
-                "hidden_act": "gelu",
-                "projection_dim": 1280,
-                "pad_token_id": 1,
-            },
+            config=clip_config(1280, 32, activation="gelu", projection=1280, padding=1),
             pad_token="!",
             layer=2,
             has_final_norm=False,
@@ -209,13 +195,11 @@ SDXL = ModelFamily(
 FAMILIES = (SD1, SD2, SDXL)
 TRAINED = (SD1, SD2)
 
-TEXT_HEAD_WIDTH = 64  # channels of an attention head in every CLIP text encoder of these families
-
 
 def detect_family(shapes: Shapes, source: str) -> ModelFamily:
     """Return the family of an original-layout checkpoint from the names and shapes of its tensors."""
     if any(name.startswith(f"{keys.TEXT_PREFIX_XL}embedders.0.model.") for name in shapes):
-        raise UserError(f"{source} is an SDXL refiner, which no tool here works on; the base model is another file")
+        raise UserError(f"{source} is an SDXL refiner, which is not supported; the base model is another file")
     for family in (SDXL, SD2, SD1):
         if any(name.startswith(text.prefixes) for text in family.text_models for name in shapes):
             return family
@@ -225,7 +209,7 @@ def detect_family(shapes: Shapes, source: str) -> ModelFamily:
         if name.startswith(keys.UNET_PREFIX) and name.endswith("attn2.to_k.weight"):
             return SD2 if shape[1] == SD2.context_width else SD1
     raise UserError(
-        f"{source} is no Stable Diffusion checkpoint (1.x, 2.x or XL): it has no tensors under {keys.UNET_PREFIX} "
+        f"{source} is not a Stable Diffusion checkpoint (1.x, 2.x or XL): it has no tensors under {keys.UNET_PREFIX} "
         f"(its first is {min(shapes, default='none')})"
     )
 
@@ -234,14 +218,14 @@ def check_flags(family: ModelFamily, source: Path, *, v1: bool = False, v2: bool
     """Raise UserError for --v1, --v2 or --sdxl that was given with a model of another family."""
     for flag, given, expected in (("--v1", v1, SD1), ("--v2", v2, SD2), ("--sdxl", sdxl, SDXL)):
         if given and family is not expected:
-            raise UserError(f"{flag} was given, but {source} is an {family.title} model: leave out {flag}")
+            raise UserError(f"{flag} was given, but {source} is an {family.title} model: omit {flag}")
 
 
 OTHER_INPUTS = ((5, "a depth model"), (8, "an editing model"), (9, "an inpainting model"))
 
 
 def check_channels(channels: Any, source: Path) -> None:
-    """Raise UserError for a U-Net that takes more than latents, by its input channels; None is not known."""
+    """Raise UserError for a U-Net with inputs besides latents, by its number of input channels; None: unknown."""
     if channels in (None, UNET_BASE["in_channels"]):
         return
     kind = next((title for number, title in OTHER_INPUTS if number == channels), "another kind of model")

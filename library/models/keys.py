@@ -1,7 +1,7 @@
-"""Original checkpoint names <-> Diffusers names, one rule for each part of a model.
+"""Original checkpoint names <-> Diffusers names, with one rule for each part of a model.
 
-A rule says for a Diffusers name where the tensor stands in an original-layout file. Tables for a model are
-made by asking the rule for each of the model's own names, so the same rule serves loading and saving.
+A rule maps a Diffusers name to the name in an original-layout file. Applied to all names of a model it gives the
+table for loading and for saving.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-# Beginnings of the names in original files: U-Net, VAE, text encoders (of SD 1.x and 2.x, of SDXL).
+# Prefixes of the names in original files: U-Net, VAE, text encoders (of SD 1.x and 2.x, of SDXL).
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX, TEXT_PREFIX_XL = TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
@@ -66,23 +66,18 @@ OPENCLIP_TOP = {
 FUSED = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Rules
-# --------------------------------------------------------------------------------------------------------------
-
-
 def without_prefix(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Return the entries that begin with a prefix, under their names without it."""
+    """Return the shapes of the names with a prefix, under the names without it."""
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def first_prefix(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
-    """Return the first of prefixes with which a name begins."""
+    """Return the first of the prefixes that some name has."""
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
 def unet_rule(layers_per_block: int, upsampler_beside_attention: frozenset[int]) -> Callable[[str], str]:
-    """Return the rule of a U-Net; the set holds the up blocks whose upsampler follows an attention."""
+    """Return the rule of a U-Net; the set has the up blocks whose upsampler follows an attention."""
     per_block = layers_per_block + 1
 
     def rule(name: str) -> str:
@@ -113,7 +108,7 @@ def _with_resnet_names(name: str) -> str:
 
 
 def vae_rule(num_blocks: int) -> Callable[[str], str]:
-    """Return the rule of a VAE with num_blocks levels; the original counts the decoder's levels from below."""
+    """Return the rule of a VAE with num_blocks levels; the original numbers the levels of the decoder in reverse."""
 
     def rule(name: str) -> str:
         name = re.sub(r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block.", name)
@@ -128,28 +123,25 @@ def vae_rule(num_blocks: int) -> Callable[[str], str]:
 
 
 def vae_old_diffusers_name(name: str) -> str:
-    """Return the name that a Diffusers VAE from before 0.17 has for a present one."""
-    head, separator, tail = name.partition("mid_block.attentions.0.")
-    for ours, old in VAE_OLD_DIFFUSERS.items():
-        if separator and tail.startswith(f"{ours}."):
-            return f"{head}{separator}{old}{tail[len(ours) :]}"
-    return name
+    """Return the name before Diffusers 0.17 for a present name of the VAE."""
+    return _with_attention_names(name, VAE_OLD_DIFFUSERS)
 
 
 def vae_present_name(name: str) -> str:
-    """Return the present name of a tensor of a Diffusers VAE, for those from before 0.17 too."""
+    """Return the present name for a name of the VAE in any version of Diffusers."""
+    return _with_attention_names(name, {old: present for present, old in VAE_OLD_DIFFUSERS.items()})
+
+
+def _with_attention_names(name: str, renames: Mapping[str, str]) -> str:
     head, separator, tail = name.partition("mid_block.attentions.0.")
-    for ours, old in VAE_OLD_DIFFUSERS.items():
-        if separator and tail.startswith(f"{old}."):
-            return f"{head}{separator}{ours}{tail[len(old) :]}"
-    return name
+    layer, dot, kind = tail.rpartition(".")
+    return f"{head}{separator}{renames.get(layer, layer)}{dot}{kind}" if separator else name
 
 
 def openclip_name(name: str) -> str:
     """Return the OpenCLIP name for a name of the text model without `text_model.`.
 
-    Query, key and value stand fused in `attn.in_proj_weight` and `attn.in_proj_bias`: `fused_slice` tells
-    which third.
+    Query, key and value are fused in `attn.in_proj_weight` and `attn.in_proj_bias`; `fused_slice` returns the third.
     """
     if name in OPENCLIP_TOP:
         return OPENCLIP_TOP[name]
@@ -164,12 +156,12 @@ def openclip_name(name: str) -> str:
 
 
 def fused_slice(name: str) -> int | None:
-    """Return 0, 1 or 2 for a query, key or value of a text model, whose rows are that third of the fused tensor."""
+    """Return 0, 1 or 2 for query, key or value of a text model: the third of the fused tensor's rows."""
     fused = FUSED.fullmatch(name)
     return "qkv".index(fused[2]) if fused else None
 
 
 def holds_vae(names: Iterable[str]) -> bool:
-    """Return whether some of the names are those of a VAE, in a file of its own or of a whole model."""
+    """Return whether some of the names are those of a VAE, in a separate file or in a whole model."""
     starts = ("encoder.down.", "encoder.down_blocks.", f"{VAE_PREFIX}encoder.down.")
     return any(name.startswith(starts) for name in names)

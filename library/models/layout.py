@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint, or which part of one, holds a tensor of the Diffusers model: one plan for all uses.
+"""Maps tensors of the Diffusers model to tensors of a checkpoint, or to parts of them, as a plan.
 
-Loading pours a plan into empty modules, converting pours it into files, merging and extracting ask for single layers.
-`keys.py` has the naming rules themselves. Tensors of a part are known by their names in Diffusers folders: those of a
-text encoder begin with `text_model.`, its projection is `text_projection.weight`.
+Loading fills empty modules by a plan, and converting writes files by it; merging and extracting look up single layers.
+The naming rules are in `keys.py`. Tensors are named as in Diffusers folders: those of a text encoder begin with
+`text_model.`, and its projection is `text_projection.weight`.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_ROOT, PROJECTION = "text_model.", "text_projection.weight"
-# Beginnings of names that a Diffusers folder does not keep: weights of the training, not of the model.
-LEFT_OUT = ("model_ema.", f"{keys.VAE_PREFIX}loss.")
+# Prefixes of names that a Diffusers folder does not keep: weights used only in training.
+TRAINING_ONLY = ("model_ema.", f"{keys.VAE_PREFIX}loss.")
 
 Shape = tuple[int, ...]
 
 
 class Place(NamedTuple):
-    """A tensor of a checkpoint, or a part of one: third 0, 1, 2 of its rows is query, key, value of a fused one."""
+    """A tensor of a checkpoint, or a part of it: third 0, 1, 2 of its rows is query, key, value of a fused one."""
 
     name: str
     third: int | None = None
     is_transposed: bool = False
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the part of a tensor that lies at this place."""
+        """Return this part of a tensor."""
         part = tensor if self.third is None else tensor.chunk(3)[self.third]
         return part.T if self.is_transposed else part
 
     def shape_of(self, shape: Shape) -> Shape:
-        """Return the shape of the part, for the shape of the tensor."""
+        """Return the shape of this part, for the shape of the tensor."""
         part = shape if self.third is None else (shape[0] // 3, *shape[1:])
         return part[::-1] if self.is_transposed else part
 
 
-Rule = Callable[[str], Iterator[Place]]  # Diffusers name -> places in an original-layout file, the usual one first
+Rule = Callable[[str], Iterator[Place]]  # Diffusers name -> possible places in an original file, the usual one first
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """How a tensor of a result is made: the parts at some places, one below the other, in a shape; or a constant."""
+    """How a tensor of a result is made: from the parts at some places, concatenated and reshaped; or a constant."""
 
     places: tuple[Place, ...]
     shape: Shape
     constant: torch.Tensor | None = None
 
     def make(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """Return the tensor, made of those that have the names of the places."""
+        """Return the tensor, made from the tensors at the places."""
         import torch
 
         if self.constant is not None:
@@ -79,36 +79,31 @@ class Piece:
 Plan = dict[str, Piece]  # name in the result -> its piece
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Places
-# --------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The names of one checkpoint, asked for by those of Diffusers."""
+    """The places of Diffusers names in one checkpoint."""
 
     checkpoint: Checkpoint
 
     def find(self, part: str, name: str) -> Place | None:
-        """Return the place of a tensor of a part, None where the checkpoint has none."""
+        """Return the place of a tensor of a part, or None."""
         shapes = self.checkpoint.shapes
         return next((place for place in self.candidates(part, name) if place.name in shapes), None)
 
     def candidates(self, part: str, name: str) -> Iterator[Place]:
-        """Yield the places where a tensor of a part can be, the usual one first."""
+        """Yield the possible places of a tensor of a part, the usual one first."""
         if part in self.checkpoint.parts:
             names = (name, name.removeprefix(TEXT_ROOT), keys.vae_old_diffusers_name(name))
             yield from (Place(tensor_name(part, candidate)) for candidate in dict.fromkeys(names))
             return
         try:
             yield from self.rules[part](name)
-        except KeyError:  # no rule knows the name: it has no place
+        except KeyError:  # the name has no place
             return
 
     @functools.cached_property
     def rules(self) -> dict[str, Rule]:
-        """The naming rule of each part in original-layout files, for the structure that this model has."""
+        """The naming rule of each part in original-layout files, for the structure of this model."""
         family = self.checkpoint.family
         rules = {UNET: unet_rule(family, self._settings(UNET)), VAE: vae_rule(self._num_vae_levels())}
         return rules | {text.folder: text_rule(text) for text in family.text_models}
@@ -121,19 +116,14 @@ class Layout:
 
     def _num_vae_levels(self) -> int:
         if not self.checkpoint.is_folder:
-            return num_vae_levels(self.checkpoint.shapes)
+            names = {name.removeprefix(keys.VAE_PREFIX) for name in self.checkpoint.shapes}
+            return len({name.split(".")[2] for name in names if name.startswith("encoder.down.")})
         settings = self.checkpoint.family.vae | dict(self._settings(VAE))
         return len(settings["block_out_channels"])
 
 
-def num_vae_levels(shapes: Shapes) -> int:
-    """Return how many levels of resolution the VAE of an original-layout file has, 0 without one."""
-    levels = {name.removeprefix(keys.VAE_PREFIX) for name in shapes}
-    return len({name.split(".")[2] for name in levels if name.startswith("encoder.down.")})
-
-
 def unet_rule(family: ModelFamily, settings: Mapping[str, object]) -> Rule:
-    """Return the rule of a U-Net; settings are those in which its configuration differs from the family's."""
+    """Return the rule of a U-Net; settings override the configuration of the family."""
     config = family.unet | dict(settings)
     with_attention = frozenset(at for at, kind in enumerate(config["up_block_types"]) if "CrossAttn" in kind)
     rule = keys.unet_rule(config["layers_per_block"], with_attention)
@@ -141,21 +131,21 @@ def unet_rule(family: ModelFamily, settings: Mapping[str, object]) -> Rule:
 
 
 def vae_rule(num_levels: int) -> Rule:
-    """Return the rule of a VAE, which a file of its own has without prefix."""
+    """Return the rule of a VAE; in a separate file its names have no prefix."""
     rule = keys.vae_rule(num_levels)
     return lambda name: (Place(prefix + rule(keys.vae_present_name(name))) for prefix in (keys.VAE_PREFIX, ""))
 
 
 def text_rule(text: TextModel) -> Rule:
-    """Return the rule of a text encoder; OpenCLIP fuses query, key and value, and multiplies from the other side."""
+    """Return the rule of a text encoder; OpenCLIP fuses query, key and value, and transposes the projection."""
 
     def places(name: str) -> Iterator[Place]:
         own = name.removeprefix(TEXT_ROOT)
-        if text.layout == "openclip" and own.endswith("position_ids"):  # which OpenCLIP does not store
+        if text.layout == "openclip" and own.endswith("position_ids"):  # not stored by OpenCLIP
             return
         for prefix in text.prefixes:
             if text.layout == "clip":
-                if own != PROJECTION:  # of a CLIP model with projection, which the family does not use
+                if own != PROJECTION:  # a projection, which the family does not use
                     yield Place(prefix + own)
             elif own == PROJECTION:
                 yield Place(f"{prefix}text_projection", is_transposed=True)
@@ -166,15 +156,10 @@ def text_rule(text: TextModel) -> Rule:
     return places
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Plans
-# --------------------------------------------------------------------------------------------------------------
-
-
 def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
-    """Return Diffusers name -> piece for the tensors of a part, whose shapes are given; what has no place is left out.
+    """Return Diffusers name -> piece for the tensors of a part, by name and shape; those without a place are omitted.
 
-    Linear layers and 1x1 convolutions stand for each other. Raises UserError for other shapes.
+    A linear layer and a 1x1 convolution can replace each other. Raises UserError for other differences of shape.
     """
     layout, plan = Layout(checkpoint), {}
     for name, shape in shapes.items():
@@ -189,7 +174,7 @@ def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
 
 
 def plan_to_original(checkpoint: Checkpoint) -> Plan:
-    """Return the plan of an original-layout file of a Diffusers folder; raises UserError for names it does not know."""
+    """Return the plan of an original-layout file from a Diffusers folder; raises UserError for unknown names."""
     layout, shapes = Layout(checkpoint), checkpoint.shapes
     thirds: dict[str, dict[int, Place]] = {}
     plan: Plan = {}
@@ -199,7 +184,7 @@ def plan_to_original(checkpoint: Checkpoint) -> Plan:
             try:
                 place = next(rule(name), None)
             except KeyError:
-                raise UserError(f"{checkpoint.path} holds {name}, which has no place in a checkpoint") from None
+                raise UserError(f"{checkpoint.path} has {name}, which has no place in a checkpoint") from None
             if place is None:
                 continue
             if place.third is not None:
@@ -216,15 +201,15 @@ def plan_to_original(checkpoint: Checkpoint) -> Plan:
     kept = {
         name: Piece((Place(f"{EXTRAS}/{name}"),), shapes[f"{EXTRAS}/{name}"]) for name in names_in(checkpoint, EXTRAS)
     }
-    # What the folder holds counts most, then what was kept of a checkpoint, then what is filled in.
+    # Tensors of the folder take precedence over those kept from a checkpoint, and these over placeholders.
     more = placeholders(plan, checkpoint.family) | kept
     return plan | {name: piece for name, piece in more.items() if name not in plan}
 
 
 def placeholders(plan: Plan, family: ModelFamily) -> Plan:
-    """Return what original files of SD 2.x have besides, where the folder does not keep it: unused, but looked for.
+    """Return the unused tensors that readers of original SD 2.x files expect.
 
-    The last block is a copy of the one before; projection and scale are ones, as sd-scripts writes them.
+    The last block is a copy of the one before; projection and scale are ones, as in files of sd-scripts.
     """
     import torch
 
@@ -247,23 +232,20 @@ def placeholders(plan: Plan, family: ModelFamily) -> Plan:
 
 
 def copy_plan(checkpoint: Checkpoint) -> Plan:
-    """Return the plan that keeps every tensor under its name."""
+    """Return the plan that keeps every tensor and its name."""
     return {name: Piece((Place(name),), shape) for name, shape in checkpoint.shapes.items()}
 
 
 def unplaced(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """Return the tensors of an original-layout file that a plan does not use, those of its training left out."""
+    """Return the tensors of an original-layout file that a plan does not use, without those used only in training."""
     used = {place.name for piece in plan.values() for place in piece.places}
-    return [name for name in checkpoint.shapes if name not in used and not name.startswith(LEFT_OUT)]
+    return [name for name in checkpoint.shapes if name not in used and not name.startswith(TRAINING_ONLY)]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Reading by a plan
-# --------------------------------------------------------------------------------------------------------------
-
-
-def infos_of(plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, Shape]]:
-    """Return type and shape of each tensor of a plan; dtype None keeps those of the source."""
+def planned_infos(
+    plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Return type and shape of each tensor of a plan; dtype None keeps the types of the source."""
     import torch
 
     types = {name: own for name, own, _ in checkpoint.infos()}
@@ -275,9 +257,9 @@ def infos_of(plan: Plan, checkpoint: Checkpoint, dtype: torch.dtype | None) -> d
     return found
 
 
-def tensors_of(
+def planned_tensors(
     plan: Plan, checkpoint: Checkpoint, infos: Mapping[str, tuple[torch.dtype, Shape]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor by a plan, each made when it is asked for."""
+    """Yield name and tensor of a plan, one at a time."""
     for name, piece in plan.items():
         yield name, piece.make(*(checkpoint.read(place.name) for place in piece.places)).to(infos[name][0])

@@ -1,4 +1,4 @@
-"""Types of a run: what U-Net, VAE and adapter are kept in and compute in."""
+"""Types of a run: those of U-Net, VAE and adapter, in memory and in computations."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Types(NamedTuple):
-    """The types of a run; the text encoders have that of the U-Net."""
+    """The types of a run; the text encoders have the type of the U-Net."""
 
     unet: torch.dtype
     vae: torch.dtype
-    adapter: torch.dtype  # of the network's weights and of their gradients
+    adapter: torch.dtype  # of the network's weights and their gradients
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Return the context of a forward pass on a device: mixed precision, where it is on."""
+        """Return the autocast context of a forward pass on a device, enabled for half precision."""
         return torch.autocast(device.type, self.unet, enabled=self.unet is not torch.float32)
 
 
 def move(module: nn.Module, to: torch.device | torch.dtype | str) -> None:
-    """Move a model to a device, or its weights into a type; the method that diffusers has for it cannot be checked."""
+    """Move a model to a device or convert its weights; typed, unlike `to` of diffusers' models."""
     module.to(to)
 
 
@@ -39,7 +39,7 @@ def types_of(mixed_precision: str, *, half_vae: bool = True, half_adapter: bool 
 
 
 def supported_precision(mixed_precision: str, device: torch.device) -> str:
-    """Return the mixed precision that a device can do; warns where it is not the one asked for.
+    """Return the mixed precision that a device supports; warns if it is not the requested one.
 
     Raises UserError for bf16 on a GPU without it.
     """

@@ -1,21 +1,21 @@
-"""Attention weights in a prompt: `(word:1.2)`, `(word)`, `[word]`, as users know them from web UIs."""
+"""Attention weights in a prompt, as in web UIs: `(word:1.2)`, `(word)`, `[word]`."""
 
 from __future__ import annotations
 
 import re
 
-STEP = 1.1  # what a pair of brackets multiplies by, or divides by
+STEP = 1.1  # factor of a pair of brackets
 TOKENS = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    """Return (text, weight) for the runs of a prompt, neighbours of equal weight joined.
+    """Return (text, weight) for the runs of a prompt; adjacent runs of equal weight are joined.
 
-    `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested brackets multiply; a backslash makes a bracket
-    literal; a bracket that is not closed reaches to the end, one that was not opened is text.
+    The weight of `(x)` is 1.1, of `[x]` 1 / 1.1, of `(x:1.3)` 1.3; nested brackets multiply. A bracket after a
+    backslash is text. An unclosed bracket extends to the end, an unopened one is text.
     """
     runs: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # number of the first run inside each open bracket
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # index of the first run inside each open bracket
 
     def close(bracket: str, factor: float) -> None:
         start = opened[bracket].pop()

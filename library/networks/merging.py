@@ -1,4 +1,4 @@
-"""Networks from files into the weights of the models."""
+"""Merges networks from files into the weights of the models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
-from library.networks.protocol import Mergeable
+from library.networks.protocol import optional_method
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def merge_file(
     base: BaseModel,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Merge a file into the models; weights are its tensors, where they have been read."""
+    """Merge a file into the models; weights are its tensors, if they have been read already."""
 
     def merge(multiplier: float) -> None:
         text_encoder, parameter = text_encoder_for_networks(base), next(base.unet.parameters())
@@ -45,14 +45,15 @@ def merge_file(
         network, tensors = module.read(
             path, base, text_encoder, multiplier=multiplier, weights=weights, arguments={"for_inference": True}
         )
-        if not isinstance(network, Mergeable):
+        merge_to = optional_method(network, "merge_to")
+        if merge_to is None:
             raise UserError(f"{path}: the network of {module.name} has no merge_to, which merging needs")
-        network.merge_to(text_encoder, base.unet, tensors, parameter.dtype, parameter.device)
+        merge_to(text_encoder, base.unet, tensors, parameter.dtype, parameter.device)
 
     if not module.is_foreign:
         merge(multiplier)
         return
-    # At full strength, which every module does, and the multiplier here: lycoris drops it.
+    # Every module merges at full strength, but lycoris ignores the multiplier, so it is applied here.
     bases = nn.ModuleList([*base.text_modules, base.unet])
     before = {name: parameter.detach().clone() for name, parameter in bases.named_parameters()}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Network modules, ours and third parties' (lycoris.kohya, ...): finding them, calling them, and their errors."""
+"""Network modules, the suite's and third parties' (lycoris.kohya, ...): import, calls, and errors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from library.models.base import BaseModel
 from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles, TextEncoders
 from library.weight_file import check_adapter
 
-PACKAGES = {"lycoris": "lycoris-lora"}  # of foreign modules whose package has another name
-# What to do about failures that are known: first part of the module's name, part of the message, advice.
+PACKAGES = {"lycoris": "lycoris-lora"}  # module -> package on PyPI, if its name differs
+# Advice for known failures: first part of the module's name, part of the message, advice.
 HINTS = (
     (
         "lycoris",
@@ -32,7 +32,7 @@ HINTS = (
 
 
 class CanonicalTextEncoder(nn.Module):
-    """A text encoder under the module path that files name: `text_model.…`, whichever transformers made it."""
+    """A text encoder under the module path used in files, `text_model.…`, for every version of transformers."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CanonicalTextEncoder(nn.Module):
 
 
 def text_encoder_for_networks(base: BaseModel) -> TextEncoders:
-    """Return the text encoders as network modules get them: one by itself, several in a list."""
+    """Return the text encoders in the form that network modules take: one alone, several in a list."""
     encoders = [
         encoder if hasattr(encoder, "text_model") else CanonicalTextEncoder(encoder) for encoder in base.text_modules
     ]
@@ -56,21 +56,18 @@ class ImportedModule:
 
     @property
     def name(self) -> str:
-        """The name that --network_module gives."""
         return self.options.network_module
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the module is a third party's."""
         return is_foreign(self.options)
 
     @property
     def arguments(self) -> dict[str, str]:
-        """The --network_args by name."""
         return self.options.network_args or {}
 
     def create(self, base: BaseModel, text_encoder: TextEncoders) -> Network | None:
-        """Return a fresh network with rank, alpha, dropout and arguments of the options."""
+        """Return a new network with rank, alpha, dropout and arguments of the options."""
         options = self.options
         with module_errors(options, "create_network"):
             return self.module.create_network(
@@ -94,7 +91,7 @@ class ImportedModule:
         weights: Mapping[str, Tensor] | None = None,
         arguments: Mapping[str, Any],
     ) -> tuple[Network | None, Mapping[str, Tensor]]:
-        """Return (network with the shapes of a file, the file's tensors); weights are these, where they were read."""
+        """Return (network with the shapes of a file, the file's tensors); weights are these, if read already."""
         if not isinstance(self.module, ReadsFiles):
             raise UserError(f"--network_module {self.name} has no create_network_from_weights, which reads files")
         return self.module.create_network_from_weights(
@@ -102,13 +99,13 @@ class ImportedModule:
         )
 
     def prepare_reading(self, base: BaseModel, text_encoder: TextEncoders) -> None:
-        """Let lycoris know its preset: it keeps it in a class, where only create_network puts it."""
+        """Set the preset of lycoris: it is stored in a class, and only create_network sets it."""
         if self.is_foreign:
             self.create(base, text_encoder)
 
 
 def find_module(config: NetworkConfig) -> ImportedModule:
-    """Return the network module of the options; raises UserError if there is none."""
+    """Import and return the network module of the options; raises UserError if that fails."""
     name = config.network_module
     try:
         module = importlib.import_module(name)
@@ -126,7 +123,7 @@ def find_module(config: NetworkConfig) -> ImportedModule:
 
 
 def check_network(config: NetworkConfig) -> None:
-    """Raise UserError for a module that is none, arguments that one of ours does not know, or damaged adapters."""
+    """Raise UserError for no network module, for unknown arguments, or for damaged adapter files."""
     found = find_module(config)
     module = found.module
     if isinstance(module, ChecksArguments):
@@ -141,11 +138,6 @@ def check_network(config: NetworkConfig) -> None:
             check_adapter(path)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Failures
-# --------------------------------------------------------------------------------------------------------------
-
-
 def is_foreign(config: NetworkConfig) -> bool:
     """Return whether the network module is a third party's."""
     return not config.network_module.startswith("networks.")
@@ -153,10 +145,10 @@ def is_foreign(config: NetworkConfig) -> bool:
 
 @contextlib.contextmanager
 def module_errors(config: NetworkConfig, doing: str, file: Path | None = None) -> Iterator[None]:
-    """Turn what a network module raises into a UserError.
+    """Turn exceptions of a network module into a UserError.
 
-    Of a module of ours that is a ValueError, in its own words; anything else is a mistake of ours and shows. What
-    a foreign module means by an exception is not known: it is told with its place and with what was asked for.
+    A ValueError of the suite's own modules becomes its message; any other exception of theirs is a bug and passes.
+    Any exception of a foreign module is reported with its line of code and the arguments.
     """
     try:
         yield
@@ -172,10 +164,10 @@ def module_errors(config: NetworkConfig, doing: str, file: Path | None = None) -
 
 
 def failure(config: NetworkConfig, doing: str, error: Exception) -> str:
-    """Return in a line what a foreign module could not do, where, with which arguments, and what may help."""
+    """Return one line: what failed in a foreign module, where, with which arguments, and advice."""
     package = config.network_module.split(".")[0]
     frames = traceback.extract_tb(error.__traceback__)
-    # Of the frames that are the module's own the last one; below it are torch and the like.
+    # The last frame in the module's own package; the frames below it are those of torch and others.
     own = [frame for frame in frames if package in Path(frame.filename).with_suffix("").parts]
     place = (own or frames)[-1]
     message = " ".join(str(error).split()) or place.line or "no message"

@@ -1,13 +1,13 @@
-"""What a network module and its network must have, and what they may have besides, as types.
+"""The required and the optional methods of network modules and of their networks, as types.
 
-Ours hold it by type check. A foreign one (lycoris.kohya, ...) is asked at run time: `missing_methods` for what
-every network has, `isinstance` with one of the small classes for what only some offer. Arguments of methods go by
-position, so that their names are free.
+mypy checks those of the suite. Foreign ones (lycoris.kohya, ...) are checked at run time: `missing_methods` for
+the required methods of a network, `optional_method` and `isinstance` for the optional ones. Arguments are passed by
+position, so a module can name its parameters freely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from argparse import Namespace
 
-TextEncoders: TypeAlias = nn.Module | list[nn.Module]  # as network modules get them: one by itself, several in a list
+TextEncoders: TypeAlias = nn.Module | list[nn.Module]  # one text encoder, or a list of several
 Groups: TypeAlias = Iterable[dict[str, Any]]  # parameter groups of an optimizer
 NamedGroups: TypeAlias = tuple[Groups, Sequence[str] | None]
 
 
 class TorchModule(Protocol):
-    """What is used of torch.nn.Module, which every network is."""
+    """The part of torch.nn.Module that is used; every network is one."""
 
     training: bool
 
@@ -40,29 +40,29 @@ class TorchModule(Protocol):
 
 
 class Network(TorchModule, Protocol):
-    """The modules that are trained, over one set of models."""
+    """The modules that are trained, attached to one set of models."""
 
     def apply_to(
         self, text_encoder: TextEncoders, unet: nn.Module, apply_text_encoder: bool, apply_unet: bool, /
     ) -> object:
-        """Attach to the models the network was made for; a part that is not applied is not trained."""
+        """Attach to the models; a part that is not applied is not trained."""
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float, unet_lr: float, learning_rate: float = 0.0, /
     ) -> Groups | NamedGroups:
-        """Return parameter groups with their rates, and perhaps their names; older modules take no learning_rate."""
+        """Return parameter groups, optionally with their names; older modules take no learning_rate."""
 
     def prepare_grad_etc(self, text_encoder: TextEncoders, unet: nn.Module, /) -> object:
-        """Make trainable what is trained."""
+        """Turn on the gradients of the trained parameters."""
 
     def on_epoch_start(self, text_encoder: TextEncoders, unet: nn.Module, /) -> object:
-        """Go into training mode."""
+        """Switch to training mode."""
 
     def get_trainable_params(self) -> Iterable[nn.Parameter]:
         """Return the parameters whose gradients are clipped."""
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str], /) -> object:
-        """Write a file in dtype (None: as it is)."""
+        """Write a file, with the tensors in dtype; None keeps their type."""
 
 
 def missing_methods(network: object) -> list[str]:
@@ -70,102 +70,45 @@ def missing_methods(network: object) -> list[str]:
     return [name for name in vars(Network) if not name.startswith("_") and not hasattr(network, name)]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What only some networks offer
-# --------------------------------------------------------------------------------------------------------------
+class OptionalMethods(Protocol):
+    """What only some networks offer; `optional_method` looks one up."""
 
+    def prepare_network(self, args: Namespace, /) -> object:
+        """Read the options of the run; called before apply_to."""
 
-@runtime_checkable
-class PreparesItself(Protocol):
-    """Reads the options of the run before it is applied."""
+    def load_weights(self, file: str, /) -> object:
+        """Load a file that the network wrote."""
 
-    def prepare_network(self, args: Namespace, /) -> object: ...
-
-
-@runtime_checkable
-class LoadsFiles(Protocol):
-    """Goes on from its own file."""
-
-    def load_weights(self, file: str, /) -> object: ...
-
-
-@runtime_checkable
-class Checkpoints(Protocol):
-    """Has to know of gradient checkpointing."""
-
-    def enable_gradient_checkpointing(self) -> object: ...
-
-
-@runtime_checkable
-class HasRatesByTextEncoder(Protocol):
-    """Takes a learning rate for each text encoder."""
+    def enable_gradient_checkpointing(self) -> object:
+        """Adapt to gradient checkpointing, which is on."""
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lrs: list[float], unet_lr: float, learning_rate: float = 0.0, /
-    ) -> Groups | NamedGroups: ...
+    ) -> Groups | NamedGroups:
+        """Return parameter groups with a learning rate for each text encoder."""
 
+    def on_optimizer_step(self, key: int, /) -> object:
+        """Prepare for an optimizer step; key depends on seed and step alone."""
 
-@runtime_checkable
-class FollowsOptimizerSteps(Protocol):
-    """Has to know that an optimizer step begins; key depends on seed and step alone."""
-
-    def on_optimizer_step(self, key: int, /) -> object: ...
-
-
-@runtime_checkable
-class FollowsBatches(Protocol):
-    """Has to know that a micro-batch begins."""
-
-    def on_step_start(self, text_encoder: TextEncoders, unet: nn.Module, /) -> object: ...
-
-
-@runtime_checkable
-class HasMultiplier(Protocol):
-    """Has a strength that can change at any time; 0 leaves the models as they were."""
-
-    def set_multiplier(self, multiplier: float, /) -> object: ...
-
-
-@runtime_checkable
-class LimitsNorms(Protocol):
-    """Scales changes down to a largest norm; returns (number scaled, mean norm, largest norm)."""
+    def on_step_start(self, text_encoder: TextEncoders, unet: nn.Module, /) -> object:
+        """Prepare for a micro-batch."""
 
     def apply_max_norm_regularization(
         self, max_norm: float, device: torch.device, /
-    ) -> tuple[int | Tensor, float | Tensor, float | Tensor]: ...
+    ) -> tuple[int | Tensor, float | Tensor, float | Tensor]:
+        """Scale changes down to a largest norm; return (number scaled, mean norm, largest norm)."""
 
+    def describe_unet(self) -> list[tuple[str, int, float]]:
+        """Return name, rank and weight of the learning rate of each module over the U-Net."""
 
-@runtime_checkable
-class DescribesUnet(Protocol):
-    """Tells name, rank and weight of the learning rate of each module over the U-Net."""
+    def delta_norms(self) -> Tensor:
+        """Return the Frobenius norm of each module's change, (modules,)."""
 
-    def describe_unet(self) -> list[tuple[str, int, float]]: ...
+    def set_rank(self, rank: int, /) -> object:
+        """Use a rank up to the network's own."""
 
-
-@runtime_checkable
-class HasDeltaNorms(Protocol):
-    """Tells the Frobenius norm of each module's change, (modules,)."""
-
-    def delta_norms(self) -> Tensor: ...
-
-
-@runtime_checkable
-class HasRanks(Protocol):
-    """Acts with any rank up to its own."""
-
-    def set_rank(self, rank: int, /) -> object: ...
-
-
-@runtime_checkable
-class Removable(Protocol):
-    """Can be detached from the models, which are then as before."""
-
-    def remove(self) -> object: ...
-
-
-@runtime_checkable
-class Mergeable(Protocol):
-    """Can be added to the weights of the models."""
+    def remove(self) -> object:
+        """Detach from the models, which are then as before."""
 
     def merge_to(
         self,
@@ -175,17 +118,26 @@ class Mergeable(Protocol):
         dtype: torch.dtype,
         device: torch.device,
         /,
-    ) -> object: ...
+    ) -> object:
+        """Add the tensors of a file to the weights of the models."""
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Modules
-# --------------------------------------------------------------------------------------------------------------
+def optional_method(network: object, name: str) -> Callable[..., Any] | None:
+    """Return a method of OptionalMethods, or None if a network lacks it."""
+    assert name in vars(OptionalMethods), name
+    return getattr(network, name, None)
+
+
+@runtime_checkable
+class HasMultiplier(Protocol):
+    """A network with a strength that can change at any time; 0 leaves the models as they were."""
+
+    def set_multiplier(self, multiplier: float, /) -> object: ...
 
 
 @runtime_checkable
 class NetworkModule(Protocol):
-    """A Python module that makes networks: what `--network_module` names."""
+    """A Python module that creates networks, as named by `--network_module`."""
 
     def create_network(
         self,
@@ -198,12 +150,12 @@ class NetworkModule(Protocol):
         neuron_dropout: float | None = None,
         **network_args: Any,
     ) -> Network | None:
-        """Return a fresh network; network_args are texts."""
+        """Return a new network; network_args are texts."""
 
 
 @runtime_checkable
 class ReadsFiles(Protocol):
-    """A network module that makes networks from files."""
+    """A network module that creates networks from files."""
 
     def create_network_from_weights(
         self,
@@ -216,14 +168,14 @@ class ReadsFiles(Protocol):
         for_inference: bool = False,
         **network_args: Any,
     ) -> tuple[Network | None, Mapping[str, Tensor]]:
-        """Return (network, tensors of the file); the tensors are not in the network yet."""
+        """Return (network, tensors of the file); the tensors are not loaded into the network yet."""
 
 
 @runtime_checkable
 class ChecksArguments(Protocol):
-    """A network module that can say what is wrong with its arguments before there are models."""
+    """A network module that can check its arguments before a model is loaded."""
 
     def check_network_args(
         self, network_dim: int | None, network_args: Mapping[str, str], /, *, from_file: bool
     ) -> object:
-        """Raise ValueError for arguments that it does not know or cannot read; a file's ranks are its own."""
+        """Raise ValueError for unknown or unreadable arguments; with from_file the ranks come from a file."""

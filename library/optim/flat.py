@@ -1,8 +1,8 @@
-"""All parameters of a group in one tensor, for optimizers that treat every number by itself.
+"""Puts all parameters of a group in one tensor, for element-wise optimizers.
 
-A LoRA has hundreds of small matrices; an optimizer that visits each spends its time on the visits. Laid out
-in one flat tensor, of which the matrices and their gradients are views, a step is a handful of operations,
-clipping one norm, and averaging over processes one message without copies.
+A LoRA has hundreds of small matrices, and most of the time of a step is overhead for each. If they and their gradients
+are views of one flat tensor, a step takes a few operations, clipping one norm, and averaging over processes one
+message without copies.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import nn
 
 
 def flatten_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return groups with one flat parameter for each type in place of the many, which become views of it.
+    """Return groups with one flat parameter for each type; the former parameters become views of it.
 
-    Values stay; gradients are views as well, so they must be set to zero in place, never to None.
+    Values do not change. Gradients are views too, so they must be set to zero in place, never to None.
     """
     flat_groups = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""Optimizers as rows of a table; packages are imported when a row is chosen."""
+"""Optimizers as rows of a table; packages are imported when an optimizer is chosen."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ import torch
 
 from library.config.optimizer import OptimizerConfig
 from library.config.options import nearest
-from library.errors import UserError, shown, told
+from library.errors import UserError, message_of, shown
 
 logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class AveragesWeights(Protocol):
-    """A schedule-free optimizer: its parameters are those of training, or the averaged ones."""
+    """A schedule-free optimizer, which switches the parameters between those of training and averaged ones."""
 
     def train(self) -> None:
-        """Let the parameters be those of training."""
+        """Set the parameters of training."""
 
     def eval(self) -> None:
-        """Let the parameters be the averaged ones."""
+        """Set the averaged parameters."""
 
 
 @runtime_checkable
 class DerivesRate(Protocol):
-    """An optimizer like transformers' Adafactor, which has no public way to ask for the rate."""
+    """An optimizer like transformers' Adafactor, which has no public method for the rate."""
 
     def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
         """Return the learning rate of a parameter."""
@@ -42,9 +42,9 @@ class DerivesRate(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Substitute:
-    """The same algorithm in pytorch-optimizer, for machines without the package that a name comes from.
+    """The same algorithm in pytorch-optimizer, for machines without the original package.
 
-    renames maps arguments of the original to its own; defaults are the original's where the two differ.
+    renames maps arguments of the original to those of the substitute; defaults are the original's if they differ.
     """
 
     path: str
@@ -54,10 +54,9 @@ class Substitute:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRow:
-    """A name users know, the class it stands for, arguments that apply unless given.
+    """A name, its class, and the defaults of its arguments.
 
-    An elementwise optimizer treats all numbers alike, whatever matrix they are in, so that parameters can be
-    laid out flat.
+    An elementwise optimizer ignores which matrix a number is in, so parameters can be laid out flat.
     """
 
     name: str
@@ -68,7 +67,7 @@ class OptimizerRow:
 
 
 def _adaptive(name: str, package: str, renames: dict[str, str], defaults: dict[str, Any]) -> OptimizerRow:
-    """Return the row of an optimizer that finds its step size, by D-adaptation."""
+    """Return the row of an optimizer that estimates its step size by D-adaptation."""
     substitute = Substitute(f"pytorch_optimizer.{name}", renames, defaults)
     return OptimizerRow(name, f"{package}.{name}", elementwise=True, substitute=substitute)
 
@@ -116,7 +115,7 @@ BY_NAME = {row.name.lower(): row for row in ROWS}
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerChoice:
-    """An optimizer that is known to exist, with all its arguments: what --optimizer_type and _args mean."""
+    """The optimizer of --optimizer_type and --optimizer_args: an existing class, with all its arguments."""
 
     path: str
     kind: type
@@ -125,12 +124,12 @@ class OptimizerChoice:
 
     @property
     def sets_own_rate(self) -> bool:
-        """Whether the optimizer derives its learning rate itself (Adafactor with relative_step)."""
+        """Whether the optimizer computes its learning rate (Adafactor with relative_step)."""
         return bool(self.arguments.get("relative_step"))
 
     @property
     def is_schedule_free(self) -> bool:
-        """Whether the optimizer averages weights in place of a schedule (Defazio et al. 2024, arXiv 2405.15682)."""
+        """Whether the optimizer averages weights instead of a schedule (Defazio et al. 2024, arXiv 2405.15682)."""
         return "schedulefree" in self.kind.__name__.lower()
 
     @property
@@ -140,7 +139,7 @@ class OptimizerChoice:
 
     @property
     def record(self) -> str:
-        """The text for ss_optimizer: class, and the arguments that were given."""
+        """The text for ss_optimizer: class and arguments."""
         arguments = ",".join(f"{key}={value}" for key, value in self.arguments.items())
         return f"{self.kind.__module__}.{self.kind.__qualname__}" + (f"({arguments})" if arguments else "")
 
@@ -167,10 +166,10 @@ def _substituted(row: OptimizerRow, substitute: Substitute, given: dict[str, Any
     arguments = substitute.defaults | {substitute.renames.get(key, key): value for key, value in given.items()}
     known = list(inspect.signature(kind).parameters)
     for key in arguments:
-        if key not in known:  # the class would take it without a word
+        if key not in known:  # the class would accept it silently
             raise UserError(f"--optimizer_args: {kind.__name__} has no {key}{nearest(key, known)}")
     package = row.path.split(".")[0]
-    logger.info("%s is that of pytorch-optimizer, since %s is not installed", row.name, package)
+    logger.info("%s of pytorch-optimizer is used, since %s is not installed", row.name, package)
     return OptimizerChoice(substitute.path, kind, arguments, row.elementwise)
 
 
@@ -184,25 +183,25 @@ def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_literal(key: str, text: str, option: str = "--optimizer_args") -> Any:
-    """Return the value of key=text as Python writes it: a number, True, None, (0.9, 0.999), 'a text'."""
+    """Return the value of key=text in Python syntax: a number, True, None, (0.9, 0.999), 'a text'."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as its documentation has it
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # those in its documentation
         raise UserError(
             f"{option}: {key} must be a number, True, False, None, a list or a quoted text, got {shown(text)}"
         ) from None
 
 
 def import_class(path: str, option: str, *, package: str | None = None) -> type:
-    """Return the class at a dotted path; raises UserError that names the option and what to install or to write."""
+    """Return the class at a dotted path; raises UserError with the option and what to install or to write."""
     module_name, _, class_name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         package = package or module_name.split(".")[0].replace("_", "-")
         raise UserError(f"{option} {path}: {error}; try `pip install {package}`") from None
-    except Exception as error:  # ".", or a module that fails as it is imported
-        raise UserError(f"{option} {path} cannot be imported: {told(error)}") from error
+    except Exception as error:  # ".", or a module that fails during import
+        raise UserError(f"{option} {path} cannot be imported: {message_of(error)}") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         near = nearest(class_name, [row.name for row in ROWS] if option == "--optimizer_type" else dir(module))
@@ -213,7 +212,7 @@ def import_class(path: str, option: str, *, package: str | None = None) -> type:
 def build_optimizer(
     choice: OptimizerChoice, groups: list[dict[str, Any]], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer over parameter groups; raises UserError for arguments that it does not take."""
+    """Return the optimizer over parameter groups; raises UserError for arguments that it does not accept."""
     groups = [group | {"params": list(group["params"])} for group in groups]
     if choice.sets_own_rate:
         groups = [{key: value for key, value in group.items() if key != "lr"} for group in groups]
@@ -222,8 +221,8 @@ def build_optimizer(
         optimizer = choice.kind(groups, lr=rate, **choice.arguments)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of packages' own classes, too
-        raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {told(error)}") from error
+    except Exception as error:  # also of other packages' classes
+        raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {message_of(error)}") from error
     if isinstance(optimizer, AveragesWeights):
         optimizer.train()
     return optimizer
@@ -231,28 +230,27 @@ def build_optimizer(
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it the parameters are those that a schedule-free optimizer stands for; no change with any other.
+    """Within this context the parameters are the averages of a schedule-free optimizer; no change with any other.
 
-    The way there and back rounds, and a run that saves would differ from one that does not; so afterwards the
-    parameters are put back from a copy.
+    Switching there and back rounds. The parameters are restored from a copy, so that saving does not change a run.
     """
     if not isinstance(optimizer, AveragesWeights):
         yield
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    kept = [parameter.detach().clone() for parameter in parameters]
+    copies = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()
         with torch.no_grad():
-            for parameter, values in zip(parameters, kept, strict=True):
+            for parameter, values in zip(parameters, copies, strict=True):
                 parameter.copy_(values)
 
 
 def warn_of_rates(choice: OptimizerChoice, config: OptimizerConfig) -> None:
-    """Warn of learning rates that make little sense with an optimizer that finds its own step size."""
+    """Warn of unsuitable learning rates for an optimizer that estimates its step size."""
     if not choice.finds_step_size:
         return
     given = (config.learning_rate, config.unet_lr, *(config.text_encoder_lr or ()))
@@ -270,12 +268,12 @@ def warn_of_rates(choice: OptimizerChoice, config: OptimizerConfig) -> None:
 
 
 def adapted_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return learning rate times estimated step size of each group; empty for optimizers that estimate none."""
+    """Return learning rate times estimated step size of each group; empty for optimizers that do not estimate it."""
     return [float(group["d"] * group["lr"]) for group in optimizer.param_groups if group.get("d") is not None]
 
 
 def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer over one small matrix after a step; raises UserError if it cannot be used so."""
+    """Return the optimizer over one small matrix after a step; raises UserError if the step fails."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = torch.nn.Parameter(torch.ones(2, 2, device=device))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
@@ -283,12 +281,12 @@ def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.opti
     try:
         optimizer.step()
     except Exception as error:
-        raise UserError(f"--optimizer_type {choice.kind.__name__} does not work here: {told(error)}") from error
+        raise UserError(f"--optimizer_type {choice.kind.__name__} does not work here: {message_of(error)}") from error
     return optimizer
 
 
 def current_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the learning rate of each group, also where the optimizer derives it; 0 where that is not known."""
+    """Return the learning rate of each group, also if the optimizer computes it; 0 if unknown."""
     return [_current_rate(optimizer, group) for group in optimizer.param_groups]
 
 

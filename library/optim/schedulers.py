@@ -1,7 +1,7 @@
 """Learning-rate schedules: functions from the step to a factor, as rows of a table.
 
-w is the warm-up, n all steps of the run, s a step. The schedule advances once with each optimizer step,
-whatever the number of processes. The curves are those of diffusers and transformers.
+The schedule advances once with each optimizer step, for any number of processes. The curves are those of diffusers and
+transformers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from library.config.optimizer import POLYNOMIAL_END, ScheduleConfig
-from library.errors import UserError, told
+from library.errors import UserError, message_of
 from library.optim.optimizers import AveragesWeights, import_class, read_literal
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """What the factor functions take: all lengths in steps."""
+    """The parameters of the factor functions; all lengths are in steps."""
 
     num_steps: int
     warmup: int
@@ -33,46 +33,46 @@ class Curve:
     pieces: tuple[tuple[float, float], ...] = ()  # (factor, up to this step)
 
     def progress(self, step: int) -> float:
-        """Return how much of the time after the warm-up has gone, from 0."""
+        """Return the share of the steps after the warm-up that are done, from 0."""
         return (step - self.warmup) / max(1, self.num_steps - self.warmup)
 
 
 def linear(step: int, curve: Curve) -> float:
-    """Fall in a straight line to 0."""
+    """Decrease linearly to 0."""
     return max(0.0, (curve.num_steps - step) / max(1, curve.num_steps - curve.warmup))
 
 
 def cosine(step: int, curve: Curve) -> float:
-    """Fall along half a cosine to 0 (arXiv 1608.03983)."""
+    """Decrease along half a cosine to 0 (arXiv 1608.03983)."""
     return max(0.0, (1 + math.cos(math.pi * curve.progress(step))) / 2)
 
 
 def cosine_with_restarts(step: int, curve: Curve) -> float:
-    """Fall along half a cosine, several times."""
+    """Decrease along half a cosine, several times."""
     progress = curve.progress(step)
     return 0.0 if progress >= 1 else (1 + math.cos(math.pi * ((curve.cycles * progress) % 1.0))) / 2
 
 
 def polynomial(step: int, curve: Curve) -> float:
-    """Fall along a power of the remaining time to a rate of 1e-7."""
+    """Decrease with a power of the remaining time to a rate of 1e-7."""
     rate = curve.learning_rate
     remaining = (1 - min(1.0, curve.progress(step))) ** curve.power
     return ((rate - POLYNOMIAL_END) * remaining + POLYNOMIAL_END) / rate
 
 
 def inverse_sqrt(step: int, curve: Curve) -> float:
-    """Fall with the square root of time."""
+    """Decrease with the inverse square root of time."""
     return ((step + curve.timescale - curve.warmup) / curve.timescale) ** -0.5
 
 
 def cosine_with_min_lr(step: int, curve: Curve) -> float:
-    """Fall along a cosine to a share of the rate."""
+    """Decrease along a cosine to a share of the rate."""
     wave = (1 + math.cos(math.pi * curve.cycles * curve.progress(step))) / 2
     return max(0.0, wave * (1 - curve.min_ratio) + curve.min_ratio)
 
 
 def warmup_stable_decay(step: int, curve: Curve) -> float:
-    """Stay, then fall along a cosine over the last steps."""
+    """Stay at 1, then decrease along a cosine over the last steps."""
     start = curve.num_steps - curve.decay
     if step < start:
         return 1.0
@@ -83,7 +83,7 @@ def warmup_stable_decay(step: int, curve: Curve) -> float:
 
 
 def piecewise_constant(step: int, curve: Curve) -> float:
-    """Take the factor of the first piece that has not ended."""
+    """Return the factor of the first piece that has not ended."""
     return next(factor for factor, end in curve.pieces if step < end)
 
 
@@ -102,7 +102,7 @@ FACTORS: dict[str, Callable[[int, Curve], float]] = {
 
 
 def curve_for(config: ScheduleConfig, num_steps: int, learning_rate: float) -> Curve:
-    """Return the curve of a run; steps given as a share are of num_steps."""
+    """Return the curve of a run; steps below 1 are shares of num_steps."""
     warmup = _in_steps(config.lr_warmup_steps, num_steps)
     return Curve(
         num_steps=num_steps,
@@ -122,7 +122,7 @@ def _in_steps(value: int | float, num_steps: int) -> int:
 
 
 def _pieces(config: ScheduleConfig) -> tuple[tuple[float, float], ...]:
-    """Return the pieces of step_rules='1:10,0.1:20,0.01': factor 1 up to step 10, 0.1 up to 20, then 0.01."""
+    """Return the pieces of step_rules='1:10,0.1:20,0.01': factor 1 before step 10, 0.1 before 20, then 0.01."""
     text = (config.lr_scheduler_args or {}).get("step_rules", "").strip("'\"")
     try:
         pieces = []
@@ -139,37 +139,39 @@ def _pieces(config: ScheduleConfig) -> tuple[tuple[float, float], ...]:
 
 
 def factor(name: str, step: int, curve: Curve) -> float:
-    """Return the factor on the learning rate at a step (from 0), linear warm-up included."""
+    """Return the factor of the learning rate at a step (from 0), including the linear warm-up."""
     if step < curve.warmup and name not in ("constant", "piecewise_constant"):
         return step / max(1, curve.warmup)
     return FACTORS[name](step, curve)
 
 
-MOST_REHEARSED = 10_000  # steps; a tenth of a second
+MOST_CHECKED = 10_000  # steps; a tenth of a second
 
 
 def check_scheduler(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, learning_rate: float, num_steps: int
 ) -> None:
-    """Raise UserError for a schedule that cannot be made, or does not advance by itself through num_steps.
+    """Raise UserError for a schedule that cannot be created, or that fails within num_steps.
 
-    A class of torch or of a package is rehearsed, for some end before the run does.
+    Classes of torch and of packages are run through, since some end before the run does.
     """
     schedule = build_scheduler(config, optimizer, num_steps, learning_rate)
     if schedule is None:
         return
     try:
-        optimizer.step()  # torch warns of a schedule that goes first
-        for _ in range(min(num_steps, MOST_REHEARSED) if config.lr_scheduler_type else 1):
+        optimizer.step()  # torch warns if the schedule advances first
+        for _ in range(min(num_steps, MOST_CHECKED) if config.lr_scheduler_type else 1):
             schedule.step()
     except Exception as error:
-        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type} cannot be used: {told(error)}") from error
+        raise UserError(
+            f"--lr_scheduler_type {config.lr_scheduler_type} cannot be used: {message_of(error)}"
+        ) from error
 
 
 def build_scheduler(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, num_steps: int, learning_rate: float
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the schedule over an optimizer; None where the optimizer sets its own rate, or averages instead."""
+    """Return the schedule over an optimizer; None if the optimizer computes its rate or is schedule-free."""
     if any(group["lr"] is None for group in optimizer.param_groups) or isinstance(optimizer, AveragesWeights):
         return None
     if config.lr_scheduler_type:
@@ -182,8 +184,10 @@ def build_scheduler(
         kind = import_class(path, "--lr_scheduler_type")
         try:
             return kind(optimizer, **arguments)
-        except Exception as error:  # of packages' own classes, too
-            raise UserError(f"--lr_scheduler_args: {config.lr_scheduler_type} refuses them: {told(error)}") from error
+        except Exception as error:  # also of other packages' classes
+            raise UserError(
+                f"--lr_scheduler_args: {config.lr_scheduler_type} refuses them: {message_of(error)}"
+            ) from error
     if config.lr_scheduler == "adafactor":
         raise UserError("--lr_scheduler adafactor goes with --optimizer_type AdaFactor and relative_step=True only")
     curve = curve_for(config, num_steps, learning_rate)

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from library.data import images
 from library.data.buckets import Size
-from library.errors import told
+from library.errors import message_of
 
 # What is said at the end where copies could not keep all: kind -> words before the number and names of the pictures.
 NOTICES = {
@@ -78,7 +78,7 @@ def read_picture(path: Path) -> Picture:
     except images.UnreadablePictureError:
         raise
     except Exception as error:  # noqa: BLE001 (decoders raise whatever a damaged file leads them to)
-        raise images.UnreadablePictureError(told(error)) from None
+        raise images.UnreadablePictureError(message_of(error)) from None
 
 
 def with_profile(picture: Picture, file: Image.Image) -> Picture:

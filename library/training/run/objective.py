@@ -11,7 +11,7 @@ from torch import Tensor
 from library.config.loss import LossConfig
 from library.data.batches import Batch
 from library.diffusion.losses import per_sample_loss, target_for, timestep_weights
-from library.diffusion.noise import Key, draw_noise, draw_timesteps, perturbed_noise, sample_latents
+from library.diffusion.noise import Key, perturbed_noise, sample_latents, sample_noise, sample_timesteps
 from library.diffusion.schedule import NoiseSchedule
 from library.models.base import BaseModel
 from library.models.conditioning import Conditioner, Conditioning, TextOptions
@@ -52,7 +52,7 @@ class Objective:
         """Return the mean loss of a batch at timesteps drawn for it (0-D, float32)."""
         # Keyed by seed, epoch and sample: neither the batch nor the process it falls to changes what is drawn.
         keys = [(self.seed, batch.epoch, *sample) for sample in batch.samples]
-        timesteps = draw_timesteps(keys, *self.loss.timestep_range).to(self.device)
+        timesteps = sample_timesteps(keys, *self.loss.timestep_range).to(self.device)
         return self.losses(self.prepare(batch, keys), keys, timesteps).mean()
 
     def prepare(self, batch: Batch, keys: Sequence[Key]) -> Prepared:
@@ -63,7 +63,7 @@ class Objective:
         return Prepared(
             batch=batch,
             latents=latents,
-            noise=draw_noise(latents, keys, self.loss),
+            noise=sample_noise(latents, keys, self.loss),
             text=text,
             masks=None if batch.masks is None else batch.masks.to(self.device),
             weights=batch.loss_weights.to(self.device),

@@ -21,7 +21,7 @@ import torch
 
 from library.config.saving import SavingConfig
 from library.data.batches import RunPlan
-from library.errors import UserError, shown, told
+from library.errors import UserError, message_of, shown
 from library.files import new_folder
 from library.optim.optimizers import averaged_weights
 from library.pickles import load_pickle
@@ -79,7 +79,7 @@ class TrainState:
             self.scaler.load_state_dict(tensors["scaler"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--resume: the state does not fit this run ({told(error)}); use the options it has"
+                f"--resume: the state does not fit this run ({message_of(error)}); use the options it has"
             ) from None
 
 
@@ -148,7 +148,7 @@ def check_state(folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"--resume: {path} is damaged ({told(error)}); take another state") from None
+        raise UserError(f"--resume: {path} is damaged ({message_of(error)}); take another state") from None
     if damaged is not None:
         raise UserError(f"--resume: {path} is damaged (checksum of {damaged}); take another state")
 
@@ -173,7 +173,7 @@ def read_progress(folder: Path) -> Progress:
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"--resume: {path} is damaged ({told(error)}); take another state") from None
+        raise UserError(f"--resume: {path} is damaged ({message_of(error)}); take another state") from None
 
 
 def _count(record: dict[str, Any], name: str) -> int:
