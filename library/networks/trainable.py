@@ -87,11 +87,10 @@ class TrainableNetwork:
         network, common = self.network, config.learning_rate
         rates = list(config.text_encoder_lr or [common])
         unet_rate = common if config.unet_lr is None else config.unet_lr
-        result: Groups | NamedGroups
         by_encoder = optional_method(network, "prepare_optimizer_params_with_multiple_te_lrs")
-        prepare, text_rates = (by_encoder, rates) if by_encoder else (network.prepare_optimizer_params, rates[0])
-        # Older modules take no common rate.
-        result = prepare(text_rates, unet_rate, common) if takes(prepare, 3) else prepare(text_rates, unet_rate)
+        prepare: Callable[..., Groups | NamedGroups] = by_encoder or network.prepare_optimizer_params
+        arguments = (rates if by_encoder else rates[0], unet_rate, common)
+        result = prepare(*arguments) if takes(prepare, 3) else prepare(*arguments[:2])  # older modules: no common rate
         groups, names = result if isinstance(result, tuple) else (result, None)
         return [group | {"params": list(group["params"])} for group in groups], list(names) if names else None
 
