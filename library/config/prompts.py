@@ -7,23 +7,14 @@ previews of a training, which take those of `PREVIEW_KEYS`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from library.config import toml_text
-from library.config.options import (
-    REQUIRED,
-    Option,
-    option,
-    read_float,
-    read_int,
-    section_options,
-    unknown_message,
-)
+from library.config.options import REQUIRED, Option, option, read_float, read_int, section_options, unknown_message
 from library.config.preview import SamplerName
 from library.config.retired import Retired
 from library.config.values import MOST_PIXELS, MOST_SEED, latent_side
@@ -32,15 +23,38 @@ from library.errors import Problems, UserError, shown
 logger = logging.getLogger(__name__)
 
 
+def _without_reason(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a reading whose ValueError has no text: what int() and float() say of a word is not for users."""
+
+    def parse(value: Any) -> Any:
+        try:
+            return read(value)
+        except ValueError:
+            raise ValueError from None
+
+    return parse
+
+
+@_without_reason
 def parse_step_count(value: Any) -> int:
     """Return a number of steps, brought into 1 to 1000 as sd-scripts does."""
     return min(1000, max(1, read_int(value)))
 
 
-def parse_items(value: Any, *, item: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """Return one value or several: a text with commas between them, or a list."""
-    values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    return tuple(item(entry) for entry in values)
+@_without_reason
+def parse_whole_numbers(value: Any) -> tuple[int, ...]:
+    """Return whole numbers from a text with commas between them, a list, or one number."""
+    return tuple(read_int(item) for item in _items(value))
+
+
+@_without_reason
+def parse_numbers(value: Any) -> tuple[float, ...]:
+    """Return numbers from a text with commas between them, a list, or one number."""
+    return tuple(read_float(item) for item in _items(value))
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,13 +65,13 @@ class PromptLine:
     negative_prompt: str | None = option(None, "what the image does not show", flag="n")
     width: int | None = option(None, "width in pixels", flag="w", minimum=1, maximum=MOST_PIXELS)
     height: int | None = option(None, "height in pixels", flag="h", minimum=1, maximum=MOST_PIXELS)
-    steps: int | None = option(None, "steps of the sampler", flag="s", parse=parse_step_count)
+    steps: int | None = option(None, "steps of the sampler", flag="s", parse=parse_step_count, form="a whole number")
     seeds: tuple[int, ...] | None = option(
         None,
         "seeds, one for each image; the last is for all that are left",
         flag="d",
-        parse=functools.partial(parse_items, item=read_int),
-        form="seeds with commas between",
+        parse=parse_whole_numbers,
+        form="seeds from 0 on, with commas between",
         minimum=0,
         maximum=MOST_SEED,
     )
@@ -67,7 +81,7 @@ class PromptLine:
         None,
         "strengths of the networks; the last is for all that are left",
         flag="am",
-        parse=functools.partial(parse_items, item=read_float),
+        parse=parse_numbers,
         form="numbers with commas between",
     )
     file_name: str | None = option(None, "name of the file", flag="f")

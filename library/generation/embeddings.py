@@ -6,13 +6,15 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.errors import UserError
-from library.models.base import TextEncoder, TextModule
 from library.weight_file import read_weights
+
+if TYPE_CHECKING:
+    from library.models.base import TextEncoder, TextModule
 
 logger = logging.getLogger(__name__)
 
