@@ -184,7 +184,7 @@ def write_lora(base: Path, path: Path, rank: int, seed: int) -> None:
     model, generator = open_checkpoint(base), torch.Generator().manual_seed(seed)
     shapes, changes = model.shapes, {}
     for layer, place in layers.places(model).items():
-        if layers.is_attention_layer(layer):
+        if layer.part != layers.UNET or ".attentions." in layer.path:
             shape = place.shape_of(shapes[place.name])
             up, down = (torch.randn(size, generator=generator) * 0.01 for size in ((shape[0], rank), (rank, shape[1])))
             down_shape = (rank, *shape[1:])

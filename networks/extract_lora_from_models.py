@@ -151,10 +151,14 @@ def check_kind(kind: KindConfig, original: Checkpoint, tuned: Checkpoint) -> Non
 
 def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions: bool) -> Pairs:
     """Return the layers that a LoRA changes, with their places in both models; raises UserError for unequal shapes."""
-    from library.adapters.layers import UNET, is_attention_layer, is_block_layer, places
+    from library.adapters.layers import UNET, places
 
     first, second = places(original), places(tuned)
-    wanted = is_block_layer if with_convolutions else is_attention_layer
+    inside = "_block" if with_convolutions else ".attentions."  # of the U-Net; of text encoders all layers
+
+    def wanted(layer: Layer) -> bool:
+        return layer.part != UNET or inside in layer.path
+
     pairs = {layer: (place, second[layer]) for layer, place in first.items() if layer in second and wanted(layer)}
     only_one = sorted(f"{layer.part}.{layer.path}" for layer in {*first, *second} - pairs.keys() if wanted(layer))
     if any(name.startswith(UNET) for name in only_one):

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from library.models import keys
 from library.models.checkpoint import Checkpoint
-from library.models.family import SDXL, ModelFamily, TextModel
+from library.models.family import SDXL, ModelFamily
 from library.models.layout import TEXT_ROOT, Layout, Place, unet_rule
 
 UNET = "unet"
@@ -96,7 +96,12 @@ class Layer:
 def layers_of(family: ModelFamily) -> tuple[Layer, ...]:
     """Return all layers that models of a family may have."""
     unet = [Layer(UNET, path) for path in _unet_paths(len(family.unet["block_out_channels"]))]
-    text = [Layer(text.folder, path) for text in family.text_models for path in _text_paths(text)]
+    text = [
+        Layer(text.folder, f"encoder.layers.{index}.{layer}")
+        for text in family.text_models
+        for index in range(text.config["num_hidden_layers"])
+        for layer in TEXT_LAYER
+    ]
     return (*unet, *text)
 
 
@@ -111,21 +116,6 @@ def _unet_paths(num_blocks: int) -> Iterator[str]:
                 yield from (f"{attention}.transformer_blocks.{depth}.{layer}" for layer in TRANSFORMER)
         if block != "mid_block":
             yield f"{block}.{'downsamplers' if block.startswith('down') else 'upsamplers'}.0.conv"
-
-
-def _text_paths(text: TextModel) -> Iterator[str]:
-    for index in range(text.config["num_hidden_layers"]):
-        yield from (f"encoder.layers.{index}.{layer}" for layer in TEXT_LAYER)
-
-
-def is_attention_layer(layer: Layer) -> bool:
-    """Return whether a LoRA without convolutions changes a layer: it is in a transformer or a text encoder."""
-    return layer.part != UNET or ".attentions." in layer.path
-
-
-def is_block_layer(layer: Layer) -> bool:
-    """Return whether a LoRA with convolutions changes a layer: all but the first and last of the U-Net."""
-    return layer.part != UNET or "_block" in layer.path
 
 
 # --------------------------------------------------------------------------------------------------------------
