@@ -107,9 +107,7 @@ def read_tensors(
     with path.open("rb", buffering=0) as file:
         for name in sorted(wanted, key=lambda name: header.tensors[name].start):
             info = header.tensors[name]
-            if info.dtype not in DTYPE_NAMES:
-                raise UserError(f"{path}: {name} has the type {info.dtype}, which is not supported")
-            dtype = getattr(torch, DTYPE_NAMES[info.dtype])
+            dtype = dtype_of(info, name, path)
             needed = math.prod(info.shape) * dtype.itemsize
             if needed != info.end - info.start:
                 raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {needed}")
@@ -120,6 +118,15 @@ def read_tensors(
                 while buffer:
                     buffer = buffer[file.readinto(buffer) :]
             yield name, tensor
+
+
+def dtype_of(info: TensorInfo, name: str, path: Path) -> torch.dtype:
+    """Return the type of a tensor in a file; raises UserError for one that is not supported."""
+    import torch
+
+    if info.dtype not in DTYPE_NAMES:
+        raise UserError(f"{path}: {name} has the type {info.dtype}, which is not supported")
+    return getattr(torch, DTYPE_NAMES[info.dtype])
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from library.errors import UserError, message_of
 from library.files import file_sha256
 from library.pickles import PICKLE_SUFFIXES, read_pickle, write_pickle
-from library.safetensors_io import DTYPE_NAMES, Header, bytes_of, read_header, read_tensors, write_stream
+from library.safetensors_io import DTYPE_NAMES, Header, bytes_of, dtype_of, read_header, read_tensors, write_stream
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +35,9 @@ class WeightFile:
 
     def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and shape of each tensor, in the order in which `tensors` yields them."""
-        import torch
-
         if isinstance(self.content, Header):
             for name, info in sorted(self.content.tensors.items(), key=lambda entry: entry[1].start):
-                yield name, getattr(torch, DTYPE_NAMES[info.dtype]), info.shape
+                yield name, dtype_of(info, name, self.path), info.shape
         else:
             for name, tensor in self.content.items():
                 yield name, tensor.dtype, tuple(tensor.shape)

@@ -35,7 +35,7 @@ def entry(**more):
 
 DAMAGED = "header is damaged; copy or download it again"
 UNREADABLE = "is not a weight file that torch can read, or it is damaged; copy or download it again"
-EVIL = "is refused: it carries more than weights (posix.mkdir)" if os.name == "posix" else "is refused: it carries more"
+EVIL = "is refused: it contains more than weights (posix.mkdir)" if os.name == "posix" else "is refused: it contains more"
 # Suffix, content from the tensors of a sound file, what is told. These are damaged whatever they should be.
 DAMAGED_FILES = {
     "empty": (".safetensors", lambda _: b"", "f.safetensors", DAMAGED),
@@ -88,7 +88,7 @@ UP = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.w
 ADAPTERS = {
     "holds nothing": (".safetensors", lambda _: {}, "f.safetensors has no weights"),
     "nothing but metadata": (".safetensors", lambda _: raw({"__metadata__": {"a": "b"}}), "has no weights"),
-    "another type": (".safetensors", lambda _: raw(entry(dtype="Q3"), bytes(4)), "has the type Q3, which is not read"),
+    "another type": (".safetensors", lambda _: raw(entry(dtype="Q3"), bytes(4)), "has the type Q3, which is not supported"),
     "another size": (".safetensors", lambda _: raw(entry(shape=[2]), bytes(4)), "has 4 bytes, its shape needs 8"),
     "vast size": (".safetensors", lambda _: raw(entry(shape=[10**12]), bytes(4)), "has 4 bytes, its shape needs 40000"),
     "more than it tells": (
@@ -184,10 +184,10 @@ CHECKPOINTS = {
     ),
     "another architecture": (
         lambda _: {"double_blocks.0.x": torch.zeros(1)},
-        "is no Stable Diffusion",
+        "is not a Stable Diffusion",
         "double_blocks",
     ),
-    "nothing": (lambda _: {}, "is no Stable Diffusion", "its first is none"),
+    "nothing": (lambda _: {}, "is not a Stable Diffusion", "its first is none"),
     "an inpainting model": (
         changed(STEM, lambda stem: torch.zeros(len(stem), 9, 3, 3)),
         "is an inpainting model: its U-Net takes 9 channels, and only those that take 4 are trained",

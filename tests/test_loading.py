@@ -122,7 +122,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
 
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "callback": Evil()}, path)
-    with pytest.raises(UserError, match=r"carries more than weights .*mkdir.*could run code"):
+    with pytest.raises(UserError, match=r"contains more than weights .*mkdir.*could run code"):
         tiny.load(path)
     assert not marker.exists()
 

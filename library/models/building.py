@@ -27,6 +27,8 @@ def config_of(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
     Raises UserError for a part that is missing or incomplete.
     """
     folder = checkpoint.folder_of(part)
+    if folder is None and checkpoint.is_folder and part not in checkpoint.parts:
+        folder = checkpoint.path / part
     if folder is not None:
         return read_config(folder)
     family = checkpoint.family
