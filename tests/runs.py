@@ -80,12 +80,17 @@ def train(base: Path, pictures: Path | None, out: Path, **more: object) -> dict[
 def train_with(argv: list[str], act: Callable[[Progress], object], *, after: int) -> None:
     """Train from a command line, and call act once a step and all that follows it are done."""
     from library.training.recipe import train
-    from library.training.run.events import Event, Every
+    from library.training.run.events import Event, Every, Moment
 
     problems = Problems()
     config = parse_train_config(argv, problems)
     problems.raise_if_any()
-    event = Event("test", Every(1), lambda moment: act(moment.progress) if moment.progress.step == after else None)
+
+    def act_once(moment: Moment) -> None:
+        if moment.progress.step == after:
+            act(moment.progress)
+
+    event = Event("test", Every(1), act_once)
     train(config, load_datasets(config), train_network.load_prompts(config.preview), further_events=[event])
 
 

@@ -118,7 +118,7 @@ def test_of_several_states_a_damaged_one_is_passed_over(state, tmp_path, caplog)
         shutil.copytree(state, tmp_path / f"x-step{step:08d}-state")
         position(current_step=step)(tmp_path / f"x-step{step:08d}-state")
     one_bit(tmp_path / "x-step00000004-state")
-    assert find_state("auto", SavingConfig(output_dir=tmp_path, output_name="x")).name == "x-step00000003-state"
+    assert find_state("auto", SavingConfig(output_dir=tmp_path, output_name="x")) == tmp_path / "x-step00000003-state"
     assert "x-step00000004-state" in caplog.text
 
 
@@ -163,6 +163,13 @@ CAPTIONS = {
     "UTF-16": ("a dog".encode("utf-16"), "0.txt is not UTF-8 text (invalid start byte at byte 0): save it as UTF-8"),
     "binary": (bytes(range(256)), "0.txt is not UTF-8 text (invalid start byte at byte 128)"),
 }
+
+
+def into_a_file(folder):
+    shutil.rmtree(folder.parent)
+    write(folder.parent, "")
+
+
 TRAINING_FOLDERS = {
     "absent": (lambda f: shutil.rmtree(f.parent), "--train_data_dir: ", "train does not exist"),
     "empty": (shutil.rmtree, "no subset to train on in ", "(sub-folders are named like 10_name)"),
@@ -173,7 +180,7 @@ TRAINING_FOLDERS = {
         "_dog: num_repeats must be at most 1000000, got 1000000000000",
     ),
     "without pictures": (lambda f: [path.unlink() for path in f.glob("*.png")], "no pictures (.png, .jpg", "1_sks dog"),
-    "a file": (lambda f: (shutil.rmtree(f.parent), write(f.parent, "")), "is a file; name the folder above the N_name"),
+    "a file": (into_a_file, "is a file; name the folder above the N_name"),
 }
 
 

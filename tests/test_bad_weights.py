@@ -127,9 +127,12 @@ def test_adapters_to_start_from(refused, tmp_path, adapters, case):
     refused({"network_weights": as_file(tmp_path / f"f{suffix}", change(adapters["sd1"]))}, *fragments)
 
 
-@pytest.mark.parametrize("name", ["empty", "data cut short", "pickle that runs code", "holds nothing", "NaN"])
-def test_adapters_to_merge(refused, tmp_path, adapters, name):
-    suffix, change, *fragments = (DAMAGED_FILES | ADAPTERS)[name]
+FOR_MERGING = ("empty", "data cut short", "pickle that runs code", "holds nothing", "NaN")
+
+
+@rows({name: (DAMAGED_FILES | ADAPTERS)[name] for name in FOR_MERGING})
+def test_adapters_to_merge(refused, tmp_path, adapters, case):
+    suffix, change, *fragments = case
     sound = as_file(tmp_path / "sound.safetensors", adapters["sd1"])
     refused({"base_weights": [sound, as_file(tmp_path / f"f{suffix}", change(adapters["sd1"]))]}, *fragments)
 

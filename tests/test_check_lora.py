@@ -34,7 +34,7 @@ def test_modules_ranks_norms_and_metadata_are_those_of_the_file(model_store, tmp
     assert set(part["ranks"]) == {"3", "4"}
     assert set(part["alphas"]) == {"2", "1"}
     assert part["mean_norm"] == pytest.approx(sum(unet.values()) / len(unet))
-    assert part["largest"] == max(unet, key=unet.get)
+    assert part["largest"] == max(unet, key=unet.__getitem__)
     assert part["largest_norm"] == pytest.approx(max(unet.values()))
     assert found["kinds"] == {"LoRA": len(load_file(file))}
     assert found["hash_is_true"] is True

@@ -247,7 +247,7 @@ def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
         tensor = true_read(self, name)
         holder = tensor.untyped_storage()
         alive.add(holder)
-        tensor.holder = holder  # a storage object lives as long as a tensor that knows it
+        tensor.__dict__["holder"] = holder  # a storage object lives as long as a tensor that knows it
         most, number = max(most, len(alive)), number + 1
         return tensor
 

@@ -39,8 +39,13 @@ def test_a_dry_run_loads_no_weights_and_trains_nothing(base, pictures, tmp_path,
     from library.training.rehearse import dry_run
 
     real = dry_run.load_base
-    monkeypatch.setattr(dry_run, "load_base", lambda *a, **k: empty.append(real(*a, **k)) or empty[-1])
     empty: list[BaseModel] = []
+
+    def spying(*given, **named):
+        empty.append(real(*given, **named))
+        return empty[-1]
+
+    monkeypatch.setattr(dry_run, "load_base", spying)
     dry(base, pictures, tmp_path)
     assert len(empty) == 1
     assert all(parameter.is_meta for parameter in empty[0].vae.parameters())
@@ -62,9 +67,12 @@ def test_it_counts_as_the_run_does(base, pictures, tmp_path):
 def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatch):
     fed = []
     real = LiveConditioner.encode
-    monkeypatch.setattr(
-        LiveConditioner, "encode", lambda self, texts, options: fed.extend(texts) or real(self, texts, options)
-    )
+
+    def spying(self, texts, options):
+        fed.extend(texts)
+        return real(self, texts, options)
+
+    monkeypatch.setattr(LiveConditioner, "encode", spying)
     more = {"shuffle_caption": True, "caption_dropout_rate": 0.3, "max_train_steps": 4}
     text = dry(base, pictures, tmp_path / "dry", **more)
     train(base, pictures, tmp_path / "run", **more)

@@ -194,8 +194,8 @@ def test_in_half_precision_the_scale_of_a_rank_is_not_rounded():
     for module in network.modules_in_order():
         torch.nn.init.constant_(module.lora_up.weight, 1.0)
         torch.nn.init.constant_(module.lora_down.weight, 1.0)
-        torch.nn.init.zeros_(module.org_module.weight)
-        torch.nn.init.zeros_(module.org_module.bias)
+        for parameter in module.org_module.parameters():
+            torch.nn.init.zeros_(parameter)
     network.apply_to(None, toy)
     network.eval()
     network.set_rank(12)
@@ -329,7 +329,7 @@ def test_training_goes_on_from_a_dylora_file_and_takes_its_rank(base, pictures, 
 
 def test_convolutions_have_the_networks_alpha_unless_another_is_given():
     for arguments, alpha in (({}, 3.0), ({"conv_alpha": "2"}, 2.0)):
-        network = dylora.create_network(1.0, 4, 3.0, None, None, Toy(), conv_dim="4", **arguments)
+        network = dylora.create_network(1.0, 4, 3.0, None, None, Toy(), None, conv_dim="4", **arguments)
         assert {module.lora_name: float(module.alpha) for module in network.modules_in_order()} == {
             "lora_unet_resnet_conv": alpha,
             "lora_unet_attention_proj": 3.0,

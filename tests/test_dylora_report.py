@@ -123,9 +123,9 @@ def oracle(models, weights, files, timesteps, draws):
         caption = path.with_suffix(".txt").read_text(encoding="utf-8")
         tokens = load_clip_tokenizer()(caption, padding="max_length", max_length=77, return_tensors="pt").input_ids
         text = text_encoder(tokens)[0]
-        columns = []
+        columns: list[list[float]] = []
         for draw in range(draws):
-            key = (SEED, "validation", 0, index, 0, *([draw] if draw else []))
+            key: tuple[int | str, ...] = (SEED, "validation", 0, index, 0, *([draw] if draw else []))
             unit = torch.randn(mean.shape[1:], generator=generator_for(*key, "latents"))
             noise = torch.randn(mean.shape[1:], generator=generator_for(*key, "noise"))
             latents = (mean + (log_variance / 2).exp() * unit) * models["vae"].config.scaling_factor

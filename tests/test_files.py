@@ -67,8 +67,8 @@ def test_write_failures_are_told_once_and_keep_their_number(tmp_path):
 
 
 def test_weights_are_laid_out_as_the_package_safetensors_does(tmp_path):
-    kinds = ("int64", "float64", "float32", "int32", "bfloat16", "float16", "int16", "int8", "uint8", "bool")
-    kinds += ("float8_e4m3fn", "float8_e5m2")
+    kinds = ["int64", "float64", "float32", "int32", "bfloat16", "float16", "int16", "int8", "uint8", "bool"]
+    kinds += ["float8_e4m3fn", "float8_e5m2"]
     tensors = {f"{kind}.{shape}": torch.ones(shape).to(getattr(torch, kind)) for kind in kinds for shape in ((), 0, 3)}
     metadata = {"名": 'a "b"\n\x7f\x01'}
     write_weights(tmp_path / "own.safetensors", tensors, metadata)

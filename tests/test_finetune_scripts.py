@@ -304,13 +304,13 @@ def test_a_table_of_ones_own_takes_the_place_of_the_built_in_one(tmp_path):
         assert clean(source, out, "--replacements", table) == 0
         assert read(out) == {"a": {"caption": expected}}
     before = out.read_bytes()
-    for rows, message in (
+    for wrong, message in (
         ({"woman": "woman woman"}, "never come to an end: 'A  woman"),
         ({"woman": "lady", "lady": "woman"}, "never come to an end"),
         (["woman"], 'must be an object such as {"woman": "girl"}'),
         ({" ": "x"}, "must be an object such as"),
     ):
-        table.write_text(json.dumps(rows), encoding="utf-8")
+        table.write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             clean(source, out, "--replacements", table)
     with pytest.raises(UserError, match="in_json: .*gone.json is not a file\nout_json must be the name of a .json"):

@@ -186,32 +186,24 @@ def test_the_diffusers_example_of_the_documentation_runs(fresh_models, model_sto
     pipe = pipe_of(model_store(family_name)[0] | {"text_encoder": text_encoder, "unet": unet}, family=family_name)
     plain = outputs(text_encoder, unet)[1]
 
-    sd = load_file(paths[0])
-    network1, sd = create_network_from_weights(0.5, None, pipe.vae, text_encoder, unet, sd)
-    network1.apply_to(text_encoder, unet)
-    network1.load_state_dict(sd)
-    network1.to("cpu", dtype=torch.float32)
-    sd = load_file(paths[1])
-    network2, sd = create_network_from_weights(0.7, None, pipe.vae, text_encoder, unet, sd)
-    network2.apply_to(text_encoder, unet)
-    network2.load_state_dict(sd)
-    sd3 = load_file(paths[2])
-    network3, sd3 = create_network_from_weights(0.5, None, pipe.vae, text_encoder, unet, sd3)
-    network3.apply_to(text_encoder, unet)
-    network3.load_state_dict(sd3)
-    network1.set_multiplier(0.8)
-    network2.set_multiplier(0.8)
-    network3.set_multiplier(0.8)
+    networks = []
+    for path, multiplier in zip(paths, (0.5, 0.7, 0.5), strict=True):
+        network, weights = create_network_from_weights(multiplier, None, pipe.vae, text_encoder, unet, load_file(path))
+        network.apply_to(text_encoder, unet)
+        network.load_state_dict(weights)
+        network.to("cpu", dtype=torch.float32)
+        networks.append(network)
+    for network in networks:
+        network.set_multiplier(0.8)
     stacked = outputs(text_encoder, unet)[1]
     image = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
-    for network in (network1, network2, network3):
+    for network in networks:
         network.remove()
     assert torch.equal(outputs(text_encoder, unet)[1], plain)
     for path in paths:
-        sd = load_file(path)
-        network, sd = create_network_from_weights(0.8, None, pipe.vae, text_encoder, unet, sd)
-        network.merge_to(text_encoder, unet, sd)
+        network, weights = create_network_from_weights(0.8, None, pipe.vae, text_encoder, unet, load_file(path))
+        network.merge_to(text_encoder, unet, weights)
     merged = outputs(text_encoder, unet)[1]
     torch.testing.assert_close(merged, stacked, rtol=0, atol=1e-4 * float(stacked.abs().max()))
 

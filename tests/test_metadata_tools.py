@@ -133,6 +133,7 @@ def test_edges_are_those_of_opencv(drawing, tmp_path):
     assert done.returncode == 0, done.stderr
     edges = np.asarray(opened(tmp_path / "出力" / "線.png"))
     gray = cv2.imdecode(np.fromfile(drawing, np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert gray is not None
     assert (edges == cv2.Canny(gray, 32, 224)).all()
     assert set(np.unique(edges)) == {0, 255}
 

@@ -80,7 +80,7 @@ class Complete(Minimal):
     def prepare_network(self, args):
         assert (args.network_dim, args.unet_lr, args.network_module) == (3, 0.5, "complete_network")
 
-    def prepare_optimizer_params(self, text_encoder_lr, unet_lr, learning_rate):
+    def prepare_optimizer_params(self, text_encoder_lr, unet_lr, learning_rate=None):
         raise AssertionError("the one for several rates is preferred")
 
     def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lrs, unet_lr, learning_rate):
@@ -103,6 +103,7 @@ class Complete(Minimal):
         return torch.tensor(1), torch.tensor(0.5), 0.75
 
     def update_grad_norms(self):
+        assert self.unet.grad is not None
         self.norm = self.unet.grad.norm()
         assert self.norm > 0
 
@@ -126,7 +127,7 @@ def minimal(monkeypatch):
         return Minimal(text_encoder, unet)
 
     module = types.ModuleType("minimal_network")
-    module.create_network = create_network
+    vars(module)["create_network"] = create_network
     monkeypatch.setitem(sys.modules, "minimal_network", module)
     return module
 
@@ -165,7 +166,7 @@ def complete(monkeypatch):
         return network, weights
 
     module = types.ModuleType("complete_network")
-    module.create_network, module.create_network_from_weights = create_network, create_network_from_weights
+    vars(module).update(create_network=create_network, create_network_from_weights=create_network_from_weights)
     monkeypatch.setitem(sys.modules, "complete_network", module)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_pictures_of_8_bits_are_turned_and_laid_on_white_as_by_pillow(tmp_path, 
     exif = Image.Exif()
     exif[images.ORIENTATION_TAG] = 6
     path = tmp_path / f"a{suffix}"
-    options = {} if suffix == ".bmp" else {"exif": exif}
+    options: dict[str, Any] = {} if suffix == ".bmp" else {"exif": exif}
     options |= {"transparency": 3} if mode in ("P", "L") and suffix == ".png" else {}
     NOISE.convert(mode).save(path, **options)
     for wanted in ("RGB", "L"):

@@ -8,6 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL, AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from runs import options, same, train
 from safetensors.torch import load_file
@@ -19,6 +21,7 @@ from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.eight_bit import STORAGE, store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
+from library.models.precision import move
 from library.training.prepare import caches
 from library.training.run import objective
 from library.training.run.runtime import GradientScaler
@@ -86,6 +89,7 @@ def test_gradients_in_fp16_can_be_unscaled():
     scaler = GradientScaler("cpu", init_scale=1024.0)
     scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)).sum()).backward()
     scaler.unscale_(optimizer)
+    assert parameter.grad is not None
     assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
     scaler.step(optimizer)
     assert parameter.tolist() == [0.5, 0.0, -0.5]
@@ -153,30 +157,25 @@ def test_a_run_that_never_comes_back_gives_up(base, pictures, tmp_path, monkeypa
         train_network.main(options(base, pictures, tmp_path, on_nan="skip", max_train_steps=30))
 
 
-class OverflowingVae(torch.nn.Module):
+class OverflowingVae(AutoencoderKL):
     """A VAE that gives infinities in half precision for bright pictures."""
 
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        self.device = torch.device("cpu")
-
     def encode(self, pixels):
-        moments = torch.nn.functional.avg_pool2d(pixels.float(), 8).repeat(1, 3, 1, 1)[:, :8] * self.weight.float()
+        moments = torch.nn.functional.avg_pool2d(pixels.float(), 8).repeat(1, 3, 1, 1)[:, :8]
         if pixels.dtype != torch.float32:
             bright = pixels.float().mean(dim=(1, 2, 3)) > 0
             moments = torch.where(bright[:, None, None, None], float("inf"), moments)
-        moments = moments.to(pixels.dtype)
-        return type("Output", (), {"latent_dist": type("Distribution", (), {"parameters": moments})})
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments.to(pixels.dtype)))
 
 
 def test_pictures_that_overflow_in_half_precision_are_encoded_in_float32(caplog):
-    vae = OverflowingVae().to(torch.bfloat16)
+    vae = OverflowingVae()
+    move(vae, torch.bfloat16)
     pixels = torch.cat([torch.full((1, 3, 16, 16), value) for value in (-0.5, 0.5, -0.25)])
     moments = LatentEncoder(vae, torch.bfloat16).moments(pixels)
     assert moments.dtype == torch.bfloat16
     assert moments[:, 0, 0, 0].tolist() == [-0.5, 0.5, -0.25]
-    assert vae.weight.dtype == torch.bfloat16
+    assert vae.dtype == torch.bfloat16
     assert any("--no_half_vae" in record.message for record in caplog.records)
 
 
@@ -221,10 +220,12 @@ def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(ba
 def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
     seen = []
     real = caches.remember
-    monkeypatch.setattr(
-        "library.training.prepare.caches.remember",
-        lambda live, wanted: (seen.append(live), real(live, wanted))[1],
-    )
+
+    def spying(live, wanted):
+        seen.append(live)
+        return real(live, wanted)
+
+    monkeypatch.setattr(caches, "remember", spying)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog --w 64 --h 64 --s 2 --n bad", encoding="utf-8")
     more = {"network_train_unet_only": True, "sample_prompts": prompts, "sample_every_n_steps": 3}

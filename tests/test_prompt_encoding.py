@@ -47,7 +47,7 @@ def encoders(model_store):
     made = {}
     for name in ("sd1", "sd2"):
         encoder = copy.deepcopy(model_store(name)[0]["text_encoder"])
-        text_body(encoder).final_layer_norm.bias.data.fill_(-0.2)
+        text_body(encoder).get_parameter("final_layer_norm.bias").data.fill_(-0.2)
         text = tiny.FAMILIES[name].text_models[0]
         made[name] = TextEncoder(text, load_clip_tokenizer(pad_token=text.pad_token), encoder)
     return made

@@ -148,13 +148,13 @@ def test_old_states_go_and_auto_takes_the_one_furthest_on(base, data, tmp_path):
     found = sorted(path.name for path in tmp_path.glob("x-step*-state"))
     assert found == ["x-step00000003-state", "x-step00000004-state", "x-step00000005-state"]
     saving = SavingConfig(output_dir=tmp_path, output_name="x")
-    assert state.find_state("auto", saving).name == "x-step00000005-state"
+    assert state.find_state("auto", saving) == tmp_path / "x-step00000005-state"
     shutil.rmtree(tmp_path / "x-state")
     (tmp_path / "x-step00000005-state" / state.TENSOR_FILE).unlink()
-    assert state.find_state("auto", saving).name == "x-step00000004-state"
+    assert state.find_state("auto", saving) == tmp_path / "x-step00000004-state"
     assert state.find_state("auto", SavingConfig(output_dir=tmp_path, output_name="y")) is None
     (tmp_path / "x-other-state").mkdir()
-    assert state.find_state("auto", saving).name == "x-step00000004-state"
+    assert state.find_state("auto", saving) == tmp_path / "x-step00000004-state"
 
 
 def test_a_state_that_does_not_fit_or_is_damaged_is_told(base, data, tmp_path):
@@ -215,26 +215,28 @@ def server():
         stderr=subprocess.PIPE,
         text=True,
     )
-    errors = threading.Thread(target=process.stderr.read, daemon=True)
-    errors.start()
-    assert process.stdout.readline() == "ready\n"
+    given, printed, errors = process.stdin, process.stdout, process.stderr
+    assert given and printed and errors
+    reading = threading.Thread(target=errors.read, daemon=True)
+    reading.start()
+    assert printed.readline() == "ready\n"
 
     def run_for(argv, seconds):
-        process.stdin.write(json.dumps(argv) + "\n")
-        process.stdin.flush()
-        child = int(process.stdout.readline())
+        given.write(json.dumps(argv) + "\n")
+        given.flush()
+        child = int(printed.readline())
         killer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
         killer.start()
-        status = int(process.stdout.readline())
+        status = int(printed.readline())
         killer.cancel()
         return status
 
     yield run_for
-    process.stdin.close()
+    given.close()
     process.wait(timeout=60)
-    errors.join()
-    process.stdout.close()
-    process.stderr.close()
+    reading.join()
+    printed.close()
+    errors.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -287,7 +289,10 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, 
     name = "x-step00000002.safetensors" if limited == "network" else "x-step00000002-state"
     assert str(tmp_path / name) in str(caught.value)
     assert load_file(tmp_path / "x-step00000001.safetensors")
-    assert state.find_state("auto", SavingConfig(output_dir=tmp_path, output_name="x")).name == "x-step00000001-state"
+    assert (
+        state.find_state("auto", SavingConfig(output_dir=tmp_path, output_name="x"))
+        == tmp_path / "x-step00000001-state"
+    )
     assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
     run(base, data, tmp_path, "--resume", "auto")
 

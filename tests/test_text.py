@@ -90,7 +90,7 @@ def test_remembered_texts_are_those_that_would_be_computed(encoder):
 
 @torch.no_grad()
 def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(model_store):
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     made, paths = model_store("sdxl")
     files = open_checkpoint(paths["safetensors"])
@@ -105,11 +105,13 @@ def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(mo
         unet=made["unet"],
         scheduler=build_sampler("ddim", predicts_v=False),
     )
-    expected, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
+    encoded = [pipeline.encode_prompt(text, do_classifier_free_guidance=False) for text in texts]
+    expected, pooled = (torch.cat([parts[index] for parts in encoded]) for index in (0, 2))
     found = LiveConditioner(base.texts).encode(texts, TextOptions())
     torch.testing.assert_close(found.hidden, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.pooled, pooled, rtol=1e-5, atol=1e-5)
     (row,) = remember(LiveConditioner(base.texts), [(texts[1], TextOptions())]).rows.values()
+    assert row.pooled is not None
     assert row.pooled.shape == (1, pooled.shape[1])
 
 

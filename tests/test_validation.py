@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import options, same, train
 from tensors import metadata
@@ -50,7 +51,7 @@ def test_measuring_changes_nothing_about_the_training(base, pictures, tmp_path):
 
 
 def test_the_loss_is_the_mean_over_pictures_and_timesteps(base, pictures, tmp_path, monkeypatch):
-    seen = []
+    seen: list[tuple[int, torch.Tensor]] = []
     losses_of = validation.HeldOut.losses
 
     def spying(self, objective, request, timesteps, *more):
@@ -95,9 +96,12 @@ def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictur
 def test_max_validation_steps_measures_fewer_batches(base, pictures, tmp_path, monkeypatch):
     sizes = []
     measure = validation.Validation.measure
-    monkeypatch.setattr(
-        validation.Validation, "measure", lambda self: sizes.append(len(self.pictures.requests)) or measure(self)
-    )
+
+    def spying(self):
+        sizes.append(len(self.pictures.requests))
+        return measure(self)
+
+    monkeypatch.setattr(validation.Validation, "measure", spying)
     train(base, pictures, tmp_path, validation_split=0.5, max_validation_steps=1, max_train_steps=1)
     assert sizes == [1]
 
