@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
-from library.config.preview import SAMPLER_NAMES
+from library.config.samplers import SAMPLER_NAMES
 from library.generation import infotext, recipe
 from library.models.base import BaseFiles, BaseModel
 from library.models.precision import Types

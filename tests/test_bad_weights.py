@@ -35,7 +35,9 @@ def entry(**more):
 
 DAMAGED = "header is damaged; copy or download it again"
 UNREADABLE = "is not a weight file that torch can read, or it is damaged; copy or download it again"
-EVIL = "is refused: it contains more than weights (posix.mkdir)" if os.name == "posix" else "is refused: it contains more"
+EVIL = (
+    "is refused: it contains more than weights (posix.mkdir)" if os.name == "posix" else "is refused: it contains more"
+)
 # Suffix, content from the tensors of a sound file, what is told. These are damaged whatever they should be.
 DAMAGED_FILES = {
     "empty": (".safetensors", lambda _: b"", "f.safetensors", DAMAGED),
@@ -88,7 +90,11 @@ UP = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.w
 ADAPTERS = {
     "holds nothing": (".safetensors", lambda _: {}, "f.safetensors has no weights"),
     "nothing but metadata": (".safetensors", lambda _: raw({"__metadata__": {"a": "b"}}), "has no weights"),
-    "another type": (".safetensors", lambda _: raw(entry(dtype="Q3"), bytes(4)), "has the type Q3, which is not supported"),
+    "another type": (
+        ".safetensors",
+        lambda _: raw(entry(dtype="Q3"), bytes(4)),
+        "has the type Q3, which is not supported",
+    ),
     "another size": (".safetensors", lambda _: raw(entry(shape=[2]), bytes(4)), "has 4 bytes, its shape needs 8"),
     "vast size": (".safetensors", lambda _: raw(entry(shape=[10**12]), bytes(4)), "has 4 bytes, its shape needs 40000"),
     "more than it tells": (

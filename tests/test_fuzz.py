@@ -20,9 +20,9 @@ from runs import NEEDED
 from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import ALL_KEYS, read_datasets
 from library.config.options import root_options, sections_of
-from library.config.preview import SAMPLER_NAMES
 from library.config.prompts import PREVIEW_OPTIONS, RETIRED_OPTIONS, Prompt, parse_preview, preview_of
 from library.config.retired import RETIRED
+from library.config.samplers import SAMPLER_NAMES
 from library.config.train import TrainConfig, parse_train_config
 from library.data.captions import Moment, possible_captions, sample_caption, split_tags
 from library.errors import Problems, UserError

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import gen_img_diffusers
 from library.config.command_line import parse
 from library.config.generation import GenerateConfig
-from library.config.preview import SAMPLER_NAMES
 from library.config.retired import GENERATION
+from library.config.samplers import SAMPLER_NAMES
 from library.generation import checks, image_generator
 from library.generation.requests import MOST_DRAWN_SEED, all_requests
 from library.sampling.samplers import ROWS

@@ -12,15 +12,14 @@ import tiny
 import torch
 from drawing import pipe_of, pixels_of
 
-from library.config.preview import SAMPLER_NAMES
 from library.config.prompts import Prompt, parse_preview, preview_of, read_prompts
+from library.config.samplers import SAMPLER_NAMES, SAMPLERS
 from library.errors import UserError
 from library.models.base import TextEncoder, text_body
 from library.models.conditioning import LiveConditioner, TextOptions, tokenize, windows_of
 from library.models.tokenizer import EOS_TOKEN, load_clip_tokenizer, shipped_vocabulary
 from library.sampling.contact_sheet import draw_sheet
 from library.sampling.previews import generate_previews
-from library.sampling.samplers import ROWS
 
 EOS = 49407
 
@@ -222,7 +221,7 @@ def test_a_prompt_is_drawn_alike_alone_and_among_others(models):
 
 
 def test_the_table_of_samplers_is_the_list_of_the_option():
-    assert set(ROWS) == set(SAMPLER_NAMES)
+    assert set(SAMPLERS) == set(SAMPLER_NAMES)
 
 
 def test_a_contact_sheet_has_each_picture_in_its_cell():

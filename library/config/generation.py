@@ -8,7 +8,7 @@ from typing import Literal
 
 from library.config.model import ModelConfig
 from library.config.options import REQUIRED, option, repeated
-from library.config.preview import SamplerName
+from library.config.samplers import SamplerName
 from library.config.saving import ConsoleConfig
 from library.config.training import PrecisionConfig
 from library.config.values import MOST_PIXELS, parse_pair_lists

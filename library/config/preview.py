@@ -4,29 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
 
 from library.config.options import option
-
-SamplerName = Literal[
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
-]
-SAMPLER_NAMES: tuple[SamplerName, ...] = get_args(SamplerName)
+from library.config.samplers import SamplerName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

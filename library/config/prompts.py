@@ -15,8 +15,8 @@ from typing import Any
 
 from library.config import toml_text
 from library.config.options import REQUIRED, Option, option, read_float, read_int, section_options, unknown_message
-from library.config.preview import SamplerName
 from library.config.retired import Retired
+from library.config.samplers import SamplerName
 from library.config.values import MOST_PIXELS, MOST_SEED, latent_side
 from library.errors import Problems, UserError, shown
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.config.preview import SAMPLER_NAMES, SamplerName
+from library.config.samplers import SAMPLER_NAMES, SAMPLERS, SamplerName
 from library.errors import UserError
 from library.generation.init_images import floored
 from library.generation.requests import Request
@@ -25,19 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY = "generation"
-# Samplers in AUTOMATIC1111's words; names that it has not are written as they are.
-SAMPLER_WORDS: dict[str, str] = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_a": "DPM2 a",
-    "dpmsolver++": "DPM++ 2M",
-}
-SAMPLERS = {word: name for name, word in SAMPLER_WORDS.items()}
+# AUTOMATIC1111's names of samplers -> ours, without the k_ of the older ones.
+SAMPLER_OF_TITLE = {row.title: name for name, row in reversed(SAMPLERS.items()) if row.title is not None}
 # Values with which a key of `generation` is left out; of any other key it is None.
 DEFAULTS = {"max_windows": 1, "normalize": "original", "latents_upscaling": False}
 
@@ -115,7 +104,7 @@ def parameters_text(job: Job, facts: RunFacts, networks: list[dict[str, Any]]) -
     request, used = job.request, job.settings
     settings: dict[str, Any] = {
         "Steps": used.steps,
-        "Sampler": SAMPLER_WORDS.get(used.sampler.removeprefix("k_"), used.sampler),
+        "Sampler": SAMPLERS[used.sampler].title or used.sampler,
         "CFG scale": f"{used.scale:g}",
         "Seed": request.seed,
         "Size": f"{used.width}x{used.height}",
@@ -275,7 +264,7 @@ def sampler_named(word: str, schedule: str, path: Path) -> SamplerName:
         word, schedule = word.removesuffix(" Karras"), "Karras"
     if schedule not in ("", "Automatic"):
         logger.warning("%s: the schedule %s is not here; that of the sampler %s is taken", path, schedule, word)
-    return known_sampler(SAMPLERS.get(word, word), path)
+    return known_sampler(SAMPLER_OF_TITLE.get(word, word), path)
 
 
 def known_sampler(name: str, path: Path) -> SamplerName:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from library.config.generation import DrawingConfig, ImageConfig, PromptConfig
-from library.config.preview import SamplerName
+from library.config.samplers import SamplerName
 from library.generation.init_images import ImageList, floored, load_image
 from library.generation.networks import LoadedNetworks
 from library.generation.requests import Request

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.config.generation import DrawingConfig, GenerateConfig, PromptConfig
-from library.config.preview import SamplerName
 from library.config.prompts import OPTIONS, PromptLine, parse_line, parse_lines
+from library.config.samplers import SamplerName
 from library.config.values import LEAST_PIXELS
 from library.errors import UserError, shown
 from library.files import WRITTEN_FORMATS
@@ -90,7 +90,7 @@ def _check_file_name(name: str, label: str) -> None:
         )
 
 
-def _check_sampler(name: str, label: str) -> None:
+def _check_sampler(name: SamplerName, label: str) -> None:
     try:
         check_sampler(name)
     except UserError as error:

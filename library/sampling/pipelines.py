@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from library.config.samplers import SamplerName
 from library.models.base import BaseModel
 from library.models.conditioning import Conditioning
 from library.sampling.samplers import build_sampler
@@ -46,7 +47,7 @@ class PipelineInputs:
     height: int
     steps: int
     scale: float
-    sampler: str
+    sampler: SamplerName
     strength: float = 1.0  # of the change, where there are init images
     init_images: Sequence[Image] | None = None  # of that size
     init_latents: Tensor | None = None  # (B, 4, H/8, W/8), scaled; in the place of init_images

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from library.config.prompts import Prompt
+from library.config.samplers import SamplerName
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import Conditioner, TextOptions, windows_needed
 from library.sampling.pipelines import PipelineInputs, decode_latents, sample_latents
@@ -36,7 +37,7 @@ def generate_previews(
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     *,
-    sampler: str,
+    sampler: SamplerName,
     clip_skip: int | None = None,
 ) -> Iterator[PreviewImage]:
     """Yield one preview for each prompt, generated with its seed; sampler serves prompts that name none.

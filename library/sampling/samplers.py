@@ -1,31 +1,14 @@
-"""Samplers as rows: the name users know -> the scheduler of diffusers and its settings."""
+"""The schedulers of diffusers that samplers are; `config/samplers.py` has the table."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from library.config.samplers import LMS, SAMPLERS, SamplerName
 from library.errors import UserError
 
-# clip_sample would cut latents to [-1, 1], which is for models of pixels.
-DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", DDIM),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
-}
-ROWS |= {f"k_{name}": ROWS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
-
-
-def build_sampler(name: str, *, predicts_v: bool) -> Any:
+def build_sampler(name: SamplerName, *, predicts_v: bool) -> Any:
     """Return a fresh diffusers scheduler for a sampler's name."""
     import inspect
 
@@ -33,8 +16,8 @@ def build_sampler(name: str, *, predicts_v: bool) -> Any:
 
     from library.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 
-    class_name, settings = ROWS[name]
-    kind = getattr(diffusers, class_name)
+    row = SAMPLERS[name]
+    kind = getattr(diffusers, row.scheduler)
     wanted = {
         "num_train_timesteps": NUM_TIMESTEPS,
         "beta_start": BETA_START,
@@ -42,14 +25,14 @@ def build_sampler(name: str, *, predicts_v: bool) -> Any:
         "beta_schedule": "scaled_linear",
         "steps_offset": 1,
         "prediction_type": "v_prediction" if predicts_v else "epsilon",
-    } | settings
+    } | row.settings
     known = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in wanted.items() if key in known})
 
 
-def check_sampler(name: str) -> None:
+def check_sampler(name: SamplerName) -> None:
     """Raise UserError for a sampler whose package is missing."""
-    if ROWS[name][0] == "LMSDiscreteScheduler":
+    if SAMPLERS[name] is LMS:
         import importlib.util
 
         if importlib.util.find_spec("scipy") is None:

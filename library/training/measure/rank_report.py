@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.config.prompts import Prompt
+from library.config.samplers import SamplerName
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
 from library.models.precision import move
@@ -91,7 +92,7 @@ def draw_ranks(
     prompts: Sequence[Prompt],
     *,
     seed: int,
-    sampler: str,
+    sampler: SamplerName,
 ) -> Image.Image:
     """Return the sheet with a row for each prompt and a column for each rank; the seeds are those of previews.
 

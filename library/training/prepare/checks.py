@@ -10,6 +10,7 @@ from pathlib import Path
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.prompts import Prompt
+from library.config.samplers import SamplerName
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
 from library.errors import Problems, UserError, shown
@@ -56,7 +57,7 @@ def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
 
 
 def check_base(
-    problems: Problems, model: ModelConfig, loss: LossConfig, prompts: Sequence[Prompt], sampler: str
+    problems: Problems, model: ModelConfig, loss: LossConfig, prompts: Sequence[Prompt], sampler: SamplerName
 ) -> BaseFiles:
     """Return what kind of model will be loaded; raises UserError for all problems, those found before included.
 

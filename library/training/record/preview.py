@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from library.config.prompts import Prompt
+from library.config.samplers import SamplerName
 from library.files import replacing
 from library.models.precision import move
 from library.randomness import seed_for
@@ -33,7 +34,7 @@ MOST_COLUMNS = 12  # of the contact sheet: first and last sampling, and evenly c
 class Preview:
     """Generates pictures of the run's prompts; the seed of a prompt that names none is the same throughout the run."""
 
-    sampler: str  # of prompts that name none
+    sampler: SamplerName  # of prompts that name none
     prompts: Sequence[Prompt]
     files: RunFiles
     objective: Objective  # whose base model has the network in it
