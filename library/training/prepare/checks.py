@@ -81,7 +81,7 @@ def check_output(saving: SavingConfig) -> None:
     """Make the output folder; raises UserError where the files of the run cannot be written to it."""
     files = RunFiles(saving)
     final = files.network
-    check_folder("output_dir", files.folder)
+    check_folder("output_dir", saving.output_dir)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=final.parent, prefix=f".{files.after_step(0).name}"):
