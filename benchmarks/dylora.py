@@ -274,17 +274,19 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
     config = parse_train_config(given, problems)
     problems.raise_if_any()
     datasets = to_measure(load_datasets(config))
-    return load_measurement(config, datasets, find_base(config.model), num_timesteps=args.timesteps, draws=args.draws)
+    files = find_base(config.model)
+    return load_measurement(config, datasets, files, seed=args.seed, num_timesteps=args.timesteps, draws=args.draws)
 
 
 def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> Losses:
     """Return the losses with a LoRA file applied, or of the base model."""
     from library.config.network import NetworkConfig
+    from library.config.optimizer import OptimizerConfig
     from library.networks.trainable import build_network
 
     network = build_network(
         NetworkConfig(network_module="networks.lora", network_weights=path, dim_from_weights=True),
-        measurement.config.optimizer,
+        OptimizerConfig(),
         measurement.base,
         checkpointing=False,
         device=measurement.runtime.device,

@@ -10,7 +10,7 @@ from pathlib import Path
 from library.data.batches import RunPlan, samples_by_bucket
 from library.data.records import Dataset
 from library.networks.trainable import TrainableNetwork
-from library.training.charts.loss_curve import draw_loss_curve
+from library.training.charts.loss_curve import plot_loss_curve
 from library.training.record.run_files import RunFiles, state_folder
 from library.training.run.events import At, Moment
 
@@ -81,5 +81,5 @@ class Outcome:
         describe_result(self.network, self.files.network)
         if moment.progress.columns:
             logger.info("pictures: %s", self.files.contact_sheet)
-        if draw_loss_curve(self.files.metrics, self.files.loss_curve):
+        if plot_loss_curve(self.files.metrics, self.files.loss_curve):
             logger.info("course of the loss: %s", self.files.loss_curve)
