@@ -75,7 +75,7 @@ class Task:
 
     @property
     def outputs(self) -> list[Path]:
-        return [output.path for output in (*self.copies, *self.reduced)]
+        return [*(copy.path for copy in self.copies), *(copy.path for copy in self.reduced)]
 
 
 class Listing(NamedTuple):
