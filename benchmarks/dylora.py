@@ -274,9 +274,8 @@ def load(args: argparse.Namespace, folder: Path) -> Measurement:
     config = parse_train_config(given, problems)
     problems.raise_if_any()
     datasets = to_measure(load_datasets(config))
-    return load_measurement(
-        config, datasets, find_base(config.model), seed=args.seed, num_timesteps=args.timesteps, draws=args.draws
-    )
+    files = find_base(config.model)
+    return load_measurement(config, datasets, files, seed=args.seed, num_timesteps=args.timesteps, draws=args.draws)
 
 
 def losses_of(measurement: Measurement, path: Path, *, absent: bool = False) -> Losses:

@@ -316,10 +316,10 @@ def test_the_dry_run_draws_the_blocks(base, pictures, tmp_path, monkeypatch):
 def test_bars_are_as_high_as_the_rates():
     import numpy as np
 
-    from library.training.charts.block_chart import BAR_COLOUR, CHART_HEIGHT, draw_blocks
+    from library.training.charts.block_chart import BAR_COLOUR, CHART_HEIGHT, plot_blocks
 
     blocks = [BlockRow(n, w, {4}, 3) for n, w in enumerate((0.5, 1.0, 0.25))]
-    pixels = np.asarray(draw_blocks(blocks, 1e-4))
+    pixels = np.asarray(plot_blocks(blocks, 1e-4))
     blue = (pixels == [int(BAR_COLOUR[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2).sum(axis=0)
     heights = [blue[110 + 46 * number] for number in range(3)]
     assert heights == [pytest.approx(share * CHART_HEIGHT, abs=1) for share in (0.5, 1.0, 0.25)]

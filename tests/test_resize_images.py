@@ -16,7 +16,7 @@ from resizing import names, noise, run, smooth
 from tensors import opened
 
 from library.data import images
-from library.data.resizing import reduce
+from library.data.resizing import picture as pictures
 from library.data.resizing.picture import read_picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -48,7 +48,7 @@ def block_mean(array, size):
 @given(SIDES, SIDES, st.integers(1, 600), st.integers(1, 600))
 @settings(max_examples=200, deadline=None)
 def test_sizes_are_the_formula_rounded_down_and_never_larger(width, height, w, h):
-    size = reduce.reduced_size((width, height), w * h)
+    size = pictures.reduced_size((width, height), w * h)
     if width * height <= w * h:
         assert size == (width, height)
         return
@@ -66,15 +66,15 @@ def test_sizes_are_the_formula_rounded_down_and_never_larger(width, height, w, h
 
 
 def test_the_sizes_of_the_document():
-    assert reduce.reduced_size((1000, 600), 384 * 384) == (495, 297)
-    assert reduce.reduced_size((600, 1000), 384 * 384) == (297, 495)
-    assert reduce.reduced_size((1536, 1536), 512 * 512) == (512, 512)
+    assert pictures.reduced_size((1000, 600), 384 * 384) == (495, 297)
+    assert pictures.reduced_size((600, 1000), 384 * 384) == (297, 495)
+    assert pictures.reduced_size((1536, 1536), 512 * 512) == (512, 512)
 
 
 @given(SIDES, SIDES, st.integers(1, 64))
 @settings(max_examples=100, deadline=None)
 def test_cuts_take_the_middle_and_leave_multiples(width, height, divisor):
-    frame = reduce.middle_frame((width, height), 512 * 512, divisor)
+    frame = pictures.middle_frame((width, height), 512 * 512, divisor)
     for side, start, length in zip(frame.resized, frame.corner, frame.size, strict=True):
         assert length % divisor == 0
         assert side - length < divisor
@@ -119,7 +119,7 @@ def test_each_size_is_made_from_the_picture_in_whatever_order(folders, tmp_path)
 @pytest.mark.parametrize("channels", [0, 3, 4])
 def test_area_is_the_mean_of_what_a_pixel_covers(size, channels):
     array = noise(200, 100, channels)
-    found = reduce.area_mean(array, size)
+    found = pictures.area_mean(array, size)
     assert found.dtype == np.uint8
     expected = block_mean(array.reshape(100, 200, -1).astype(float), size)
     assert np.abs(found.reshape(expected.shape) - expected).max() <= 0.5 + 1e-3
@@ -133,7 +133,7 @@ def test_area_is_that_of_opencv_to_one_level(width, height, w, h):
     size = min(w, width), min(h, height)
     array = noise(width, height)
     expected = cv2.resize(array, size, interpolation=cv2.INTER_AREA).reshape(size[1], size[0], 3)
-    assert np.abs(reduce.area_mean(array, size).astype(int) - expected).max() <= 1
+    assert np.abs(pictures.area_mean(array, size).astype(int) - expected).max() <= 1
 
 
 def test_interpolations_are_those_of_their_names(folders):
@@ -230,7 +230,7 @@ def test_copies_are_upright(folders, orientation, suffix):
     assert (np.asarray(ImageOps.exif_transpose(large)) == upright).all()
 
 
-@pytest.mark.parametrize("interpolation", sorted(reduce.RESIZERS))
+@pytest.mark.parametrize("interpolation", sorted(pictures.RESIZERS))
 def test_what_lies_beneath_transparency_does_not_shine_through(folders, interpolation):
     array = np.zeros((90, 90, 4), np.uint8)
     array[:, :] = (255, 0, 0, 0)  # red, but unseen

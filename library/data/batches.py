@@ -1,8 +1,7 @@
-"""Batches: the order of an epoch, and what a batch holds. Both are pure functions of seed and position.
+"""Batches: the order of an epoch, and the content of a batch. Both are pure functions of seed and position.
 
-The plan of an epoch is a list of batches, each a tuple of samples of one bucket. A loader is asked for a
-`BatchRequest`, which says all that a batch depends on; so workers keep no state, live for the whole run, and
-a run can begin at any position.
+The plan of an epoch is a list of batches, each a tuple of samples of one bucket. A `BatchRequest` has everything that
+a batch depends on, so workers keep no state, exist for the whole run, and a run can start at any position.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from library.randomness import random_for
 
 
 class Sample(NamedTuple):
-    """One picture as it is seen once in an epoch."""
+    """One use of a picture in an epoch."""
 
     dataset: int
     record: int
@@ -95,8 +94,8 @@ def num_batches(datasets: Sequence[Dataset]) -> int:
 class RunPlan:
     """The whole run as a sequence of batch requests for one of the processes.
 
-    Batches are dealt to the processes in turn; where they do not come out even, the first ones of the epoch
-    fill up, so that every process makes the same number of steps.
+    Batches are distributed to the processes in turn; the first ones of the epoch are repeated if necessary, so that
+    every process makes the same number of steps.
     """
 
     datasets: list[Dataset]
@@ -146,7 +145,7 @@ class RunPlan:
 
 @dataclasses.dataclass(frozen=True)
 class BatchMaker(torch.utils.data.Dataset):
-    """Makes the batch that a request describes; indexed by requests, so that torch's loader can carry it."""
+    """Creates the batch of a request; requests are its indices, so that torch's loader can use it."""
 
     datasets: list[Dataset]
     seed: int
@@ -195,9 +194,9 @@ class BatchMaker(torch.utils.data.Dataset):
 
 
 def sample_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
-    """Return what of a picture is seen in one sample.
+    """Return the frame of one sample of a picture.
 
-    Without buckets a random crop is a window of the picture as it is, unless it is too small for one.
+    Without buckets a random crop is a window of the picture in its own size, unless it is too small for that.
     """
     subset, placement = record.subset, record.placement
     if subset.face_crop_aug_range and not bucketed:
@@ -249,6 +248,6 @@ def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.uti
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which finishes its step and needs the workers for it."""
+    """Ignore Ctrl-C in workers: the main process finishes its step and needs them for it."""
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)

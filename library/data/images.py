@@ -1,4 +1,4 @@
-"""Pictures as people have them: read from any file, resized, cropped, mirrored, varied in colour.
+"""Pictures: read from any file, resized, cropped, and varied in colour.
 
 A picture is uint8 RGB (H, W, 3). EXIF orientation is applied both to sizes and to pixels, and 16-bit gray is scaled
 to 8 bits. This is the one reader of pictures: for training, for generation, and for the scripts in `tools/`.
@@ -65,7 +65,7 @@ def read_size(path: Path) -> Size:
 
 
 def read_all(paths: Collection[Path], read: Callable[[Path], T], progress: str | None = None) -> dict[Path, T]:
-    """Return path -> what read returns of it, in threads; progress is the title of a bar.
+    """Return path -> read(path), read in threads; progress is the title of a progress bar.
 
     Raises UserError that lists all paths for which read raises UnreadablePictureError.
     """
@@ -191,7 +191,7 @@ class Mask:
         return "its transparency" if self.channel == "alpha" else str(self.path)
 
     def key(self, hashes: Mapping[Path, str]) -> str:
-        """Return what tells masks of one picture apart in the fingerprint of a cache; hashes are those of files."""
+        """Return the part of a cache fingerprint that identifies the mask; hashes are those of files."""
         return "alpha" if self.channel == "alpha" else hashes[self.path]
 
 
@@ -211,7 +211,7 @@ def canny(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 class Frame(NamedTuple):
-    """What of a picture is seen: it is resized, then a window of a size is cut out at a corner (left, top)."""
+    """How a picture is resized and then cropped: a window of a size, with its corner at (left, top)."""
 
     resized: Size
     corner: Size
@@ -224,12 +224,12 @@ class Frame(NamedTuple):
 
 
 def centre_frame(placement: Placement) -> Frame:
-    """Return the window in the middle."""
+    """Return the frame in the middle of a picture."""
     return Frame(placement.resized, (placement.surplus[0] // 2, placement.surplus[1] // 2), placement.bucket)
 
 
 def random_frame(placement: Placement, rng: random.Random) -> Frame:
-    """Return a window from anywhere."""
+    """Return a frame at a random place of a picture."""
     corner = rng.randint(0, placement.surplus[0]), rng.randint(0, placement.surplus[1])
     return Frame(placement.resized, corner, placement.bucket)
 
@@ -258,11 +258,11 @@ SMALLEST_SHIFTED_FACE = 40  # pixels; a smaller one stays in the middle of its c
 def face_frame(
     size: Size, face: Face, target: Size, times: tuple[float, float], *, anywhere: bool, rng: random.Random
 ) -> Frame:
-    """Return a window of the target size round a face, as large as between `times[0]` and `times[1]` faces.
+    """Return a frame of the target size round a face, between `times[0]` and `times[1]` times as large as the face.
 
-    The picture is never enlarged for it, unless it would not fill the window. The face is in the middle,
-    give or take a twentieth of it where the range is one, or anywhere near the middle with `anywhere`; the
-    window stays within the picture.
+    The picture is enlarged only if it would not fill the frame. The face is in the middle, shifted by up to a
+    twentieth of it if the two times differ, or shifted further at random with `anywhere`; the frame stays within the
+    picture.
     """
     cover = max(target[0] / size[0], target[1] / size[1])
     face_side = max(face.width, face.height)
@@ -276,7 +276,7 @@ def face_frame(
     for position, length, window in zip((face.x, face.y), resized, target, strict=True):
         centre = int(position * scale + 0.5)
         if anywhere:
-            reach = max(length - centre, centre)  # the sum of two draws favours the middle
+            reach = max(length - centre, centre)  # the sum of two random numbers favours the middle
             centre += rng.randint(0, reach) + rng.randint(0, reach) - reach
         elif low != high and side > min(target) // 10 and side >= SMALLEST_SHIFTED_FACE:
             centre += rng.randint(-(side // 20), side // 20)
@@ -330,7 +330,7 @@ def resize(pixels: np.ndarray, size: Size, interpolation: str | None = None) -> 
 
 
 def vary_colour(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Return the pixels, in a third of the draws with hue shifted by up to 8 degrees of 180, or gamma 0.95-1.05."""
+    """Return the pixels, a third of the time with hue shifted by up to 8 of 180 degrees, or gamma 0.95-1.05."""
     if rng.random() > 0.33:
         return pixels
     if rng.random() > 0.5:

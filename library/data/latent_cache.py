@@ -1,9 +1,9 @@
 """Cached latents: each picture is encoded once; entries can be kept on disk beside the pictures.
 
-What is kept are the moments (mean and log-variance) of the VAE's posterior, not one sample of it, so that
-training from the cache draws the same latents as training without. An entry is valid only for exactly the
-bytes of the picture file, the resize, the crop, the VAE's weights and the precision it was made from: their
-hash is stored in it. Files of sd-scripts (`*_sd.npz`) do not say what they were made from and are not read.
+An entry has the moments (mean and log-variance) of the VAE's posterior, not one sample of it, so that training
+samples the same latents with and without the cache. It is valid only for the same bytes of the picture file,
+resize, crop, VAE weights and precision, whose hash it stores. Files of sd-scripts (`*_sd.npz`) have no such hash and
+are not read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Loaded = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3) and mask (H/8,
 
 
 class Encoder(Protocol):
-    """What makes latents of pictures: `library.models.latent_encoder.LatentEncoder`."""
+    """Encodes pictures as latents: `library.models.latent_encoder.LatentEncoder`."""
 
     def identity(self) -> str:
         """Return what the moments of a picture depend on: the weights and their type."""
@@ -51,7 +51,7 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One entry to be made: a record, its fingerprint, and whether the mirrored picture is wanted, too."""
+    """The source of one entry: a record, its fingerprint, and whether it is encoded mirrored, too."""
 
     record: ImageRecord
     fingerprint: str
@@ -64,7 +64,7 @@ class Source:
 
     @property
     def file(self) -> Path:
-        """Where the entry lies on disk; the name tells the picture and the bucket."""
+        """The path of the entry on disk, from the names of picture and bucket."""
         width, height = self.record.placement.bucket
         return self.record.path.with_name(f"{self.record.path.name}.{width:04d}x{height:04d}.latents.safetensors")
 
@@ -90,7 +90,7 @@ class LatentCache:
 
 
 def pixels_key(record: ImageRecord) -> PixelsKey:
-    """Return what tells records with different pixels or masks apart within a run."""
+    """Return a key that differs for records with different pixels or masks within a run."""
     return record.path, record.placement, record.subset.resize_interpolation, record.mask
 
 
@@ -131,7 +131,7 @@ def build_cache(
     records = all_records(datasets)
     if on_disk:
         fingerprints = fingerprints_of(records, encoder)
-    else:  # within a run the path tells what is in a file, so that none is read for its hash
+    else:  # within a run the path identifies the file, so that no hash is needed
         fingerprints = {key: repr(key) for key in map(pixels_key, records)}
     sources = sources_of(records, fingerprints)
     entries: dict[str, Entry] = {}

@@ -49,7 +49,7 @@ class ImageRecord:
         return (self.path,) if self.mask is None else (self.path, self.mask.path)
 
     def read(self, frame: Frame) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return what a frame shows: pixels, uint8 (H, W, 3), and loss mask, float32 (H/8, W/8), or None.
+        """Return pixels of a frame, uint8 (H, W, 3), and its loss mask, float32 (H/8, W/8), or None.
 
         Raises UnreadablePictureError.
         """
@@ -57,7 +57,7 @@ class ImageRecord:
         return pixels, None if self.mask is None else fit_mask(self.mask.load(), frame)
 
     def unvaried(self) -> ImageRecord:
-        """Return the record for validation: it is seen once, and neither picture nor caption is varied."""
+        """Return the record for validation: one repeat, without augmentation of picture and caption."""
         subset = dataclasses.replace(
             self.subset,
             num_repeats=1,
@@ -89,7 +89,7 @@ class Dataset:
 
     @property
     def validation(self) -> Dataset:
-        """The pictures that are held out, as a dataset of their own."""
+        """The held-out pictures as a dataset."""
         return Dataset(self.options, self.held_out)
 
     def num_images(self, *, is_reg: bool) -> int:
@@ -103,14 +103,14 @@ def all_records(datasets: Sequence[Dataset]) -> list[ImageRecord]:
 
 
 def load_datasets(config: TrainConfig) -> list[Dataset]:
-    """Return the pictures to train on; none where it is open which, as `check` tells."""
+    """Return the datasets; [] if the options do not say which, which `check` reports."""
     data = config.data
     if data.dataset_config is not None:
-        is_told = data.dataset_config.is_file()
+        is_known = data.dataset_config.is_file()
     else:
         folder = data.train_data_dir or (data.in_json and data.in_json.parent)
-        is_told = folder is not None and folder.is_dir() and config.dataset.resolution is not None
-    if not is_told:
+        is_known = folder is not None and folder.is_dir() and config.dataset.resolution is not None
+    if not is_known:
         return []
     return build_datasets(
         read_datasets(data, config.dataset, config.subset),
@@ -125,11 +125,16 @@ def build_datasets(
 ) -> list[Dataset]:
     """Return the datasets with their records; reads headers and captions, no pixels.
 
-    seed serves datasets that hold pictures out and have no validation_seed. Raises UserError that lists folders
-    that are not there, pictures whose header cannot be read, and options that contradict each other.
+    seed is for datasets without a validation_seed. Raises UserError that lists missing folders, pictures whose header
+    cannot be read, and options that contradict each other.
     """
     subsets = [subset for config in configs for subset in config.subsets]
-    check_subsets(subsets, latents_cached=latents_cached, masked_loss=masked_loss)
+    problems = Problems()
+    for subset in subsets:
+        check_subset(subset, problems, latents_cached=latents_cached, masked_loss=masked_loss)
+    if masked_loss and not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
+        problems.add("--masked_loss needs masks: conditioning_data_dir of a subset, or --alpha_mask")
+    problems.raise_if_any()
     found = [[list_subset(subset) for subset in config.subsets] for config in configs]
     pictures = [listed for of_dataset in found for of_subset in of_dataset for listed in of_subset]
     sizes = read_all({path for listed in pictures for path in listed.files}, read_size)
@@ -144,18 +149,8 @@ def build_datasets(
     return datasets
 
 
-def check_subsets(subsets: Sequence[SubsetOptions], *, latents_cached: bool, masked_loss: bool) -> None:
-    """Raise UserError that lists what is wrong with the options of the subsets."""
-    problems = Problems()
-    for subset in subsets:
-        check_subset(subset, problems, latents_cached=latents_cached, masked_loss=masked_loss)
-    if masked_loss and not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
-        problems.add("--masked_loss needs masks: conditioning_data_dir of a subset, or --alpha_mask")
-    problems.raise_if_any()
-
-
 def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: bool, masked_loss: bool) -> None:
-    """Add what is wrong with the options of a subset to the problems; warn of what goes unused."""
+    """Add what is wrong with the options of a subset to problems; warn of unused options."""
     if subset.image_dir is not None and not subset.image_dir.is_dir():
         problems.add(f"image_dir {subset.image_dir} is not a folder")
     if subset.metadata_file is not None and not subset.metadata_file.is_file():
@@ -175,7 +170,7 @@ def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: b
 def split_validation(
     configs: Sequence[DatasetConfig], found: Sequence[Sequence[Sequence[Listed]]], seed: int | None
 ) -> set[Path]:
-    """Return the pictures that are held out, as whole paths: of each subset its share, chosen by a shuffle of its own.
+    """Return the resolved paths of the held-out pictures: a share of each subset, chosen at random.
 
     found holds the pictures by dataset and subset. A picture that one subset holds out is trained on in none.
     Regularisation pictures are never held out.
@@ -190,7 +185,7 @@ def split_validation(
 
 
 def share_of(paths: set[Path], share: float, seed: int) -> set[Path]:
-    """Return a share (0 to 1) of the paths; which ones depends on the seed only. Warns where that is none."""
+    """Return a share (0 to 1) of the paths, which depends only on the seed; warns if the share rounds to none."""
     number = round(len(paths) * share)
     if paths and share and not number:
         logger.warning("validation_split %g of %d pictures is none: nothing is held out", share, len(paths))
@@ -208,7 +203,7 @@ def verify_pictures(datasets: Sequence[Dataset]) -> None:
 def build_dataset(
     config: DatasetConfig, found: Sequence[Sequence[Listed]], sizes: Mapping[Path, Size], held_out: set[Path]
 ) -> Dataset:
-    """Return a dataset of the pictures found in each subset; sizes are (width, height) of pictures and masks."""
+    """Return the dataset of the pictures in each subset; sizes are (width, height) of pictures and masks."""
     for subset, of_subset in zip(config.subsets, found, strict=True):
         if not of_subset:
             logger.warning("%s has no pictures; it is skipped", subset.source)
@@ -244,7 +239,7 @@ def check_masks(records: Sequence[ImageRecord], sizes: Mapping[Path, Size]) -> N
 
 
 def check_shapes(records: Sequence[ImageRecord]) -> None:
-    """Raise UserError for pictures so small or so long that covering a bucket would blow them up beyond measure."""
+    """Raise UserError for pictures so small or so narrow that covering a bucket would enlarge them too much."""
     small = [record for record in records if min(record.size) < LEAST_SIDE]
     _refuse(map(_with_size, small), f"pictures have a side of less than {LEAST_SIDE} pixels; remove them")
     extreme = [
@@ -267,8 +262,8 @@ def _refuse(lines: Iterable[str], reason: str) -> None:
 def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[tuple[Listed, int]]:
     """Return the regularisation pictures in use with their repeats.
 
-    Each is taken with its own repeats, in order, until there are as many as training pictures; if they are
-    too few, they get one more repeat each, in turn. The rest goes unused.
+    They are used in order, with their own repeats, until there are as many as training pictures; the others are
+    unused. If there are too few, they get one more repeat each, in turn.
     """
     repeats = [0] * len(found)
     count = 0
@@ -284,7 +279,7 @@ def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[t
 
 
 def place_picture(size: Size, options: DatasetOptions) -> Placement:
-    """Return where a picture of a size goes under the options of its dataset."""
+    """Return the placement of a picture of a size with the options of its dataset."""
     if not options.enable_bucket:
         return buckets.place(size, [options.size])
     if options.bucket_no_upscale:

@@ -1,4 +1,4 @@
-"""Where pictures come from: folders with caption files, and metadata files that list pictures with captions."""
+"""The sources of pictures: folders with caption files, and metadata files that list pictures with captions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Listed(NamedTuple):
 
 
 def list_subset(subset: SubsetOptions) -> list[Listed]:
-    """Return the pictures of a subset, sorted by path; raises UserError for folders and files that do not serve."""
+    """Return the pictures of a subset, sorted by path; raises UserError for folders and files that cannot be used."""
     if subset.metadata_file is not None:
         captions = sorted(read_metadata(subset.metadata_file, subset), key=lambda row: row[0])
     else:
@@ -64,7 +64,7 @@ def read_metadata(file: Path, subset: SubsetOptions) -> list[tuple[Path, Caption
 
     A `.json` file is an object of picture -> {"caption", "tags"}, a `.jsonl` file has an object with
     "image_path", "caption" and "tags" on each line. A picture is a path, absolute or below image_dir; its
-    extension may be left out. Raises UserError for a damaged file and for pictures that are not there.
+    extension may be missing. Raises UserError for a damaged file and for missing pictures.
     """
     found, missing = [], []
     entries = read_entries(file)

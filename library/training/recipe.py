@@ -232,6 +232,6 @@ def make_events(
         Event("network", checkpoints.due, checkpoints.write_network),
         Event("preview", Every(by_steps, given.sample_every_n_epochs, first), preview.generate),
         Event("state", states, checkpoints.write_state),
-        Event("outcome", Every(once=(At.STOP, At.END)), outcome.tell),
+        Event("outcome", Every(once=(At.STOP, At.END)), outcome.log),
         Event("uploads", Every(once=(At.STOP,)), lambda moment: checkpoints.uploads.wait()),
     ]

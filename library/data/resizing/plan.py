@@ -1,4 +1,4 @@
-"""The plan of a run: which copies of which files are written, under which names."""
+"""Which copies of which files are written, under which names."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Literal, NamedTuple
 from library.errors import UserError
 from library.files import PICTURE_SUFFIXES
 
-CACHES = (".npz", ".safetensors")  # latents and text encodings: those of a picture are not those of its smaller copy
+CACHES = (".npz", ".safetensors")  # latents and text encodings, which are not those of a smaller copy
 MOST_NAMED = 5
 
 
 class Target(NamedTuple):
-    """A size that copies are made in: its name, and its area in pixels."""
+    """A size of copies: its name, and its area in pixels."""
 
     name: str
     area: int
 
 
 def targets(text: str) -> list[Target]:
-    """Return the sizes that a text such as "512x512,256x256" names; raises ValueError."""
+    """Return the sizes in a text such as "512x512,256x256"; raises ValueError."""
     found: dict[str, Target] = {}
     for name in (part.strip() for part in text.split(",")):
         match = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", name)
@@ -45,7 +45,7 @@ class Layout:
     source: Path
     destination: Path
     targets: Sequence[Target]
-    suffix: str  # of the copies that are made
+    suffix: str  # of the smaller copies
     has_companions: bool  # whether captions and other files of a picture's name are copied for each size
 
 
@@ -59,7 +59,7 @@ class Copy(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """A copy in a size that is to be made."""
+    """A smaller copy."""
 
     target: Target
     path: Path
@@ -67,7 +67,7 @@ class Reduced(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is written for one file; without `reduced` it need not be a picture."""
+    """The files to write for one file; without `reduced` it need not be a picture."""
 
     source: Path
     copies: tuple[Copy, ...]
@@ -75,24 +75,23 @@ class Task:
 
     @property
     def outputs(self) -> list[Path]:
-        """The files to be written."""
-        return [*(copy.path for copy in self.copies), *(entry.path for entry in self.reduced)]
+        return [*(copy.path for copy in self.copies), *(copy.path for copy in self.reduced)]
 
 
 class Listing(NamedTuple):
-    """The files of a folder, and what else is in it: path -> why it is left out."""
+    """The files of a folder, and path -> reason for everything that is skipped."""
 
     files: list[Path]
     left_out: dict[Path, str]
 
 
 def list_files(source: Path) -> Listing:
-    """Return all files in a folder and its subfolders, in order; raises UserError if there is no picture."""
+    """Return all files in a folder and its subfolders, sorted; raises UserError if there is no picture."""
     files: list[Path] = []
     left_out: dict[Path, str] = {}
     for folder, subfolders, names in os.walk(source, onerror=_unreadable_folder):
         for name in subfolders:
-            if (Path(folder) / name).is_symlink():  # it may lead back to here
+            if (Path(folder) / name).is_symlink():  # it may link to a parent folder
                 left_out[Path(folder) / name] = "a link to a folder; copy what it links to"
         for path in (Path(folder) / name for name in names):
             if path.is_file():
@@ -110,13 +109,13 @@ def _unreadable_folder(error: OSError) -> None:
 
 
 def is_picture(path: Path) -> bool:
-    """Tell from its name whether a file is a picture."""
+    """Return whether the name of a file is that of a picture."""
     return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def make_tasks(files: Iterable[Path], layout: Layout) -> list[Task]:
-    """Return what is to be written for each of the files."""
-    companions = collections.defaultdict(list)  # picture's path without its extension -> files that go with it
+    """Return the task of each of the files."""
+    companions = collections.defaultdict(list)  # picture's path without its extension -> files of that name
     if layout.has_companions:
         for path in files:
             if path.suffix and path.suffix.lower() not in (*PICTURE_SUFFIXES, *CACHES):
@@ -129,22 +128,24 @@ def make_tasks(files: Iterable[Path], layout: Layout) -> list[Task]:
             tasks.append(Task(path, (Copy(path, place, "other"),)))
             continue
         copies = [Copy(path, place, "original")]
-        for target in layout.targets:
-            for other in companions[path.with_suffix("")]:
-                copies.append(Copy(other, sized_name(place, target, other.suffix), "associated", target))
+        copies += [
+            Copy(other, sized_name(place, target, other.suffix), "associated", target)
+            for target in layout.targets
+            for other in companions[path.with_suffix("")]
+        ]
         reduced = tuple(Reduced(target, sized_name(place, target, layout.suffix)) for target in layout.targets)
         tasks.append(Task(path, tuple(copies), reduced))
     return tasks
 
 
 def sized_name(path: Path, target: Target, suffix: str) -> Path:
-    """Return the path of what belongs to a picture in a size, such as photo+512x512.jpg."""
+    """Return the path of a copy in a size, such as photo+512x512.jpg."""
     return path.with_name(f"{path.stem}+{target.name}{suffix}")
 
 
 def check_names(tasks: Iterable[Task]) -> None:
-    """Raise UserError where two files would be written to one name."""
-    # Where the system does not tell them apart, PHOTO and photo are one name.
+    """Raise UserError if two files would be written to the same path."""
+    # Some systems ignore case: PHOTO and photo are the same name there.
     same = str.lower if sys.platform in ("win32", "darwin") else str
     origins: dict[str, Path] = {}
     clashes: dict[tuple[Path, Path], Path] = {}
@@ -159,31 +160,22 @@ def check_names(tasks: Iterable[Task]) -> None:
 
 
 def existing(tasks: Iterable[Task]) -> set[Path]:
-    """Return which of the files to be written are there; one that is empty, as after a power cut, is not."""
-    return {path for task in tasks for path in task.outputs if os.path.lexists(path) and not is_empty(path)}
+    """Return which of the files to write exist already; an empty one, as after a power cut, does not count."""
+    found = (path for task in tasks for path in task.outputs if os.path.lexists(path))
+    return {path for path in found if not path.is_file() or path.stat().st_size}
 
 
-def is_empty(path: Path) -> bool:
-    """Tell whether path is a file without content."""
-    return path.is_file() and path.stat().st_size == 0
+def without(task: Task, existing: set[Path]) -> Task:
+    """Return a task without the files that exist."""
+    return select(task, lambda output: output.path not in existing)
 
 
-def without(task: Task, there: set[Path]) -> Task:
-    """Return what is left of a task when some of its files are there."""
-    return keeping(task, lambda entry: entry.path not in there)
-
-
-def without_larger(task: Task, area: int) -> Task:
-    """Return a task without the copies in sizes that a picture of an area in pixels does not exceed."""
-    return keeping(task, lambda entry: entry.target is None or entry.target.area < area)
-
-
-def keeping(task: Task, keeps: Callable[[Copy | Reduced], bool]) -> Task:
-    """Return a task with those of its files that are to be kept."""
+def select(task: Task, keeps: Callable[[Copy | Reduced], bool]) -> Task:
+    """Return a task with only those of its files for which keeps returns True."""
     return Task(task.source, tuple(filter(keeps, task.copies)), tuple(filter(keeps, task.reduced)))
 
 
 def named(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first few names, and how many more there are."""
+    """Return the first few names, and the number of the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return separator.join(names[:MOST_NAMED]) + more

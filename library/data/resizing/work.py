@@ -1,4 +1,4 @@
-"""The work of a run: copies are made in threads, within a bound on memory."""
+"""Writing the copies, in threads and with limited memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from PIL import Image
 
 from library.data import images
 from library.data.buckets import Size
-from library.data.resizing.picture import OutputFormat, Picture, read_picture
-from library.data.resizing.plan import Copy, Reduced, Task, without_larger
-from library.data.resizing.reduce import middle_frame, reduce
+from library.data.resizing.picture import OutputFormat, Picture, middle_frame, read_picture, reduce
+from library.data.resizing.plan import Copy, Reduced, Task, select
 from library.files import replacing
 
-MOST_BYTES = 4 * 2**30  # of all pictures in work at one time; a larger one is in work alone
-BYTES_PER_PIXEL = 12  # at most, while a picture is in work: as decoded, as an array, parts of it in float32
-# Where one write is refused for these, all will be.
+MOST_BYTES = 4 * 2**30  # of all pictures processed at the same time; a larger one is processed alone
+BYTES_PER_PIXEL = 12  # at most, while a picture is processed: decoded, as an array, parts of it in float32
+# After one of these, every further write fails, too.
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Item = TypeVar("Item")
@@ -34,44 +33,45 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Making:
-    """How copies are made."""
+    """Options of the copies."""
 
     format: OutputFormat
     interpolation: str  # of RESIZERS
-    divisible_by: int  # margins are cut so that both sides are multiples of it
-    skip_small: bool  # whether sizes that a picture does not exceed are left out
+    divisible_by: int  # margins are cropped so that both sides are multiples of it
+    skip_small: bool  # whether to skip sizes that are no smaller than the picture
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a file: what was written for it, and what has to be said of it."""
+    """The result for one file: what was written, and what to report."""
 
     source: Path
     copied: list[Copy] = dataclasses.field(default_factory=list)
     reduced: list[Reduced] = dataclasses.field(default_factory=list)
-    num_unreduced: int = 0  # those of reduced that are as large as their picture
-    num_too_small: int = 0  # copies that were not made, as the picture is no larger
+    num_unreduced: int = 0  # of reduced, those as large as their picture
+    num_too_small: int = 0  # copies skipped because the picture is no larger
     notices: tuple[str, ...] = ()  # keys of NOTICES
-    error: str | None = None  # why something was left out
+    error: str | None = None  # why something was skipped
 
 
 def carry_out(tasks: Sequence[Task], making: Making, destination: Path, workers: int | None) -> list[Outcome]:
-    """Do all tasks, by default as many at one time as there are cores; raises OSError where the disk is full.
+    """Do all tasks, by default as many at the same time as there are cores; raises OSError if the disk is full.
 
-    The workers are threads: reading, resizing and writing of pictures are done outside the interpreter's lock,
-    and threads start at once and share the bound on memory.
+    The workers are threads: they read, resize and write pictures without holding Python's global lock, start
+    quickly and share the limit on memory.
     """
     import cv2
     from tqdm import tqdm
 
-    Image.init()  # now, for all formats: two threads that do it at one time see half of them
+    Image.init()  # loads all formats; not safe in two threads at the same time
     work = functools.partial(carry_out_one, making=making, gate=MemoryGate(MOST_BYTES))
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each worker has a core; threads within threads would wait for each other
     try:
-        # The longest work first: at the end no worker waits for another.
+        # The longest work first, so that all workers end at about the same time.
         ordered = sorted(tasks, key=lambda task: task.source.stat().st_size if task.reduced else 0, reverse=True)
-        results = in_parallel(work, ordered, workers or available_cores())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        results = in_parallel(work, ordered, workers or cores)
         return list(tqdm(results, total=len(tasks), desc="resizing", unit="file"))
     except HopelessError as error:
         raise OSError(
@@ -82,13 +82,8 @@ def carry_out(tasks: Sequence[Task], making: Making, destination: Path, workers:
         cv2.setNumThreads(threads)
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield function(item) for all items, as they become ready; few are begun ahead, so that stopping is quick."""
+    """Yield function(item) for all items as they complete; few are queued ahead, so that stopping is quick."""
     waiting: set[Future[Result]] = set()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -103,7 +98,7 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], worke
 
 
 class MemoryGate:
-    """Lets work on pictures begin while all in work need no more than `most` bytes together."""
+    """Delays pictures so that those processed at the same time need no more than `most` bytes in total."""
 
     def __init__(self, most: int) -> None:
         self.most = self.free = most
@@ -111,7 +106,7 @@ class MemoryGate:
 
     @contextlib.contextmanager
     def holding(self, size: Size) -> Iterator[None]:
-        """Wait until there is room for a picture of size (width, height), and take it meanwhile."""
+        """Wait for the memory of a picture of size (width, height); hold it within the context."""
         need = min(size[0] * size[1] * BYTES_PER_PIXEL, self.most)
         with self.changed:
             self.changed.wait_for(lambda: self.free >= need)
@@ -125,30 +120,31 @@ class MemoryGate:
 
 
 class HopelessError(Exception):
-    """A refusal of the disk that every other write would meet as well; the message is the reason."""
+    """A failed write after which every other would fail, too; the message is the reason."""
 
 
 class TooNarrowError(Exception):
-    """A picture of which the cut to multiples would leave nothing; the message says at what size."""
+    """A picture that has nothing left after cropping to multiples; the message gives the size."""
 
 
 def carry_out_one(task: Task, *, making: Making, gate: MemoryGate) -> Outcome:
-    """Write the files of a task; what is wrong with its source is in the outcome. Raises HopelessError."""
+    """Write the files of a task; an error of its source is in the outcome. Raises HopelessError."""
     outcome = Outcome(task.source)
     try:
         if task.reduced:
             size = images.read_size(task.source)
             with gate.holding(size):
                 picture = read_picture(task.source)
-                hides = picture.shines_through and making.format.name == "JPEG"
-                outcome.notices = (*picture.notices, *(["alpha"] if hides else []))
+                loses_alpha = picture.is_transparent and making.format.name == "JPEG"
+                outcome.notices = (*picture.notices, *(["alpha"] if loses_alpha else []))
                 if making.skip_small:
-                    whole, task = task, without_larger(task, size[0] * size[1])
+                    whole, area = task, size[0] * size[1]
+                    task = select(whole, lambda output: output.target is None or output.target.area < area)
                     outcome.num_too_small = len(whole.reduced) - len(task.reduced)
                 write_reduced(picture, task, making, outcome)
-        for entry in task.copies:
-            copy_file(entry.source, entry.path)
-            outcome.copied.append(entry)
+        for copy in task.copies:
+            copy_file(copy.source, copy.path)
+            outcome.copied.append(copy)
     except (images.UnreadablePictureError, TooNarrowError) as problem:
         outcome.error = str(problem)
     except OSError as problem:
@@ -160,27 +156,24 @@ def carry_out_one(task: Task, *, making: Making, gate: MemoryGate) -> Outcome:
 
 
 def write_reduced(picture: Picture, task: Task, making: Making, outcome: Outcome) -> None:
-    """Write the copies of a picture in the sizes, each of which is added to the outcome.
-
-    Raises TooNarrowError before the first one.
-    """
-    frames = [middle_frame(picture.size, entry.target.area, making.divisible_by) for entry in task.reduced]
-    for entry, frame in zip(task.reduced, frames, strict=True):
+    """Write the smaller copies of a picture and add each to the outcome; raises TooNarrowError before the first."""
+    frames = [(copy, middle_frame(picture.size, copy.target.area, making.divisible_by)) for copy in task.reduced]
+    for copy, frame in frames:
         if 0 in frame.size:
-            narrow = f"at {entry.target.name} it is {frame.resized[0]}x{frame.resized[1]}"
+            narrow = f"at {copy.target.name} it is {frame.resized[0]}x{frame.resized[1]}"
             raise TooNarrowError(f"{narrow}, too narrow for --divisible_by {making.divisible_by}")
-    for entry, frame in zip(task.reduced, frames, strict=True):
+    for copy, frame in frames:
         if frame.size == picture.size and picture.is_as_written(making.format.name):
-            copy_file(task.source, entry.path)  # to write the same pixels anew would lose quality
+            copy_file(task.source, copy.path)  # encoding the same pixels again would lose quality
         else:
-            with replacing(entry.path, durable=False) as temporary:
+            with replacing(copy.path, durable=False) as temporary:
                 making.format.write(reduce(picture, frame, making.interpolation), picture.profile, temporary)
-        outcome.reduced.append(entry)
+        outcome.reduced.append(copy)
         outcome.num_unreduced += frame.resized == picture.size
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a file byte for byte, with its time of change."""
+    """Copy a file byte for byte, with its modification time."""
     with replacing(path, durable=False) as temporary:
         shutil.copyfile(source, temporary)
         status = source.stat()

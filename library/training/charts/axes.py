@@ -1,4 +1,4 @@
-"""Axes of the plots: where a point stands, the grid, lines and their colours."""
+"""Axes of the plots: the place of a point, the grid, lines and their colours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """A plot of losses: margins in pixels, and the range of values between them; x begins at 0."""
+    """The axes of a plot of losses: margins in pixels, and the ranges between them; x starts at 0."""
 
     last: float  # value of x at the right edge
     low: float
@@ -31,13 +31,13 @@ class Axes:
     bottom: int
 
     def place(self, x: float, loss: float) -> Point:
-        """Return the pixel of a point; a loss beyond the axes is put at their edge."""
+        """Return the pixel of a point; a loss outside the range is put at the edge."""
         share = (min(max(loss, self.low), self.high) - self.low) / (self.high - self.low)
         width, height = WIDTH - self.left - self.right, HEIGHT - self.top - self.bottom
         return self.left + x / self.last * width, HEIGHT - self.bottom - share * height
 
     def draw_grid(self, pen: ImageDraw.ImageDraw, form: str) -> None:
-        """Draw a line for each of some losses, with the loss in a format."""
+        """Draw horizontal lines, labelled with their loss in a format."""
         font = label_font(FONT_SIZE)
         for index in range(NUM_TICKS + 1):
             loss = self.low + (self.high - self.low) * index / NUM_TICKS
@@ -49,13 +49,13 @@ class Axes:
     def draw_labels(
         self, pen: ImageDraw.ImageDraw, labels: Iterable[tuple[float, str]], line: int = 0, colour: str = INK
     ) -> None:
-        """Write texts under the axis, each at its value of x; line counts the lines of texts from 0."""
+        """Write texts under the axis, each at its x; line is the number of the line of text, from 0."""
         for x, text in labels:
             place, _ = self.place(x, self.low)
             pen.text((place, self._below(line)), text, fill=colour, font=label_font(FONT_SIZE), anchor="mt")
 
     def draw_title(self, pen: ImageDraw.ImageDraw, title: str, line: int = 0, colour: str = INK) -> None:
-        """Write what a line of texts under the axis shows, to its left."""
+        """Write the title of a line of text under the axis, to its left."""
         place = (self.left - LABEL_GAP, self._below(line))
         pen.text(place, title, fill=colour, font=label_font(FONT_SIZE), anchor="rt")
 
@@ -64,12 +64,12 @@ class Axes:
 
 
 def new_plot() -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Return an empty picture of a plot's size and a pen for it."""
+    """Return an empty plot and a pen to draw on it."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     return picture, ImageDraw.Draw(picture)
 
 
 def draw_line(pen: ImageDraw.ImageDraw, points: Sequence[Point], colour: str, width: int = 3) -> None:
-    """Draw a line through points, if there are two."""
+    """Draw a line through points, if there are at least two."""
     if len(points) > 1:
         pen.line(points, fill=colour, width=width, joint="curve")

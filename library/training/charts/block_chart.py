@@ -1,4 +1,4 @@
-"""A picture of the U-Net's blocks: learning rate, rank and number of modules of each."""
+"""A bar chart of the U-Net's blocks: learning rate, rank and number of modules of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABEL_WIDTH = 70
 
 @dataclasses.dataclass
 class BlockRow:
-    """The modules over a block of the U-Net."""
+    """The modules of the adapter in a block of the U-Net."""
 
     index: int
     weight: float = 1.0  # of the learning rate
@@ -28,7 +28,7 @@ class BlockRow:
 
 
 def count_blocks(modules: Iterable[tuple[str, int, float]]) -> list[BlockRow]:
-    """Return a row for each block from name, rank and weight of the rate of the modules; none without modules."""
+    """Return a row for each block from the (name, rank, weight of the rate) of the modules; [] without modules."""
     rows = [BlockRow(index) for index in range(SD.count)]
     for name, rank, weight in modules:
         row = rows[SD.index_of(name)]
@@ -37,8 +37,8 @@ def count_blocks(modules: Iterable[tuple[str, int, float]]) -> list[BlockRow]:
     return rows if any(row.count for row in rows) else []
 
 
-def draw_blocks(blocks: Sequence[BlockRow], rate: float) -> Image.Image:
-    """Return a bar for each block, as high as its learning rate; a block without modules is gray."""
+def plot_blocks(blocks: Sequence[BlockRow], rate: float) -> Image.Image:
+    """Return a chart with a bar for each block, as high as its learning rate; gray without modules."""
     width = 2 * MARGIN + LABEL_WIDTH + len(blocks) * (BAR + GAP)
     height = 2 * MARGIN + CHART_HEIGHT + len(ROWS) * LINE
     picture = Image.new("RGB", (width, height), BACKGROUND)
@@ -49,17 +49,16 @@ def draw_blocks(blocks: Sequence[BlockRow], rate: float) -> Image.Image:
         pen.text((MARGIN, base + LINE * (line + 0.5)), name, fill=INK, font=font, anchor="lm")
     for number, block in enumerate(blocks):
         left = MARGIN + LABEL_WIDTH + number * (BAR + GAP)
-        has_modules = block.count > 0
-        share = block.weight / highest if has_modules else 0.02
+        share, colour = (block.weight / highest, BAR_COLOUR) if block.count else (0.02, EMPTY_COLOUR)
         top = base - max(2, round(share * CHART_HEIGHT))
-        pen.rectangle([left, top, left + BAR, base], fill=BAR_COLOUR if has_modules else EMPTY_COLOUR)
+        pen.rectangle([left, top, left + BAR, base], fill=colour)
         for line, text in enumerate(texts_of(block, rate)):
             pen.text((left + BAR / 2, base + LINE * (line + 0.5)), text, fill=INK, font=font, anchor="mm")
     return picture
 
 
 def texts_of(block: BlockRow, rate: float) -> tuple[str, str, str, str]:
-    """Return what stands under the bar of a block."""
+    """Return the texts under the bar of a block, in the order of ROWS."""
     if not block.count:
         return str(block.index), "-", "-", "0"
     ranks = "/".join(str(rank) for rank in sorted(block.ranks))
@@ -67,6 +66,6 @@ def texts_of(block: BlockRow, rate: float) -> tuple[str, str, str, str]:
 
 
 def short(rate: float) -> str:
-    """Return a rate in as many letters as fit under a bar: 6.4e-4."""
+    """Return a rate in two digits, such as 6.4e-4, which fit under a bar."""
     digits, exponent = f"{rate:.1e}".split("e")
     return f"{digits}e{int(exponent)}"

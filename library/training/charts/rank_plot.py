@@ -1,19 +1,11 @@
-"""The loss of a DyLoRA by rank, as a plot."""
+"""A plot of the loss of a DyLoRA by rank."""
 
 from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
 from library.sampling.contact_sheet import INK, label_font
-from library.training.charts.axes import (
-    ACCENT_COLOUR,
-    FONT_SIZE,
-    LINE_COLOUR,
-    WIDTH,
-    Axes,
-    draw_line,
-    new_plot,
-)
+from library.training.charts.axes import ACCENT_COLOUR, FONT_SIZE, LINE_COLOUR, WIDTH, Axes, draw_line, new_plot
 from library.training.measure.rank_results import RankResult, RankResults
 
 MARGINS = {"left": 92, "right": 28, "top": 44, "bottom": 62}
@@ -22,7 +14,7 @@ MOST_LABELS = 16  # of ranks
 
 
 def draw_plot(results: RankResults) -> Image.Image:
-    """Return the loss by rank; the bars are the intervals of the difference to the best, which decide."""
+    """Return the plot; its bars are the intervals of the difference to the best rank, which decide the choice."""
     axes = _axes_for(results)
     picture, pen = new_plot()
     axes.draw_grid(pen, ".5g")
@@ -51,7 +43,7 @@ def draw_plot(results: RankResults) -> Image.Image:
 
 
 def _axes_for(results: RankResults) -> Axes:
-    """Return axes over all ranks; the base model is inside only where it does not press the ranks together."""
+    """Return axes over all ranks; the base model is included only if the ranks stay apart then."""
     low = min(row.loss.mean - row.to_best.half for row in results.ranks)
     high = max(row.loss.mean + row.to_best.half for row in results.ranks)
     base = results.rows[0].loss.mean
@@ -62,7 +54,7 @@ def _axes_for(results: RankResults) -> Axes:
 
 
 def _draw_base(pen: ImageDraw.ImageDraw, axes: Axes, base: RankResult) -> None:
-    """Draw the loss of the base model as a line, or at the edge a note of how far off it is."""
+    """Draw the loss of the base model as a line, or as a note at the edge if it is outside the axes."""
     _, y = axes.place(0, base.loss.mean)
     is_inside = axes.low < base.loss.mean < axes.high
     for x in range(axes.left, WIDTH - axes.right, 12) if is_inside else ():

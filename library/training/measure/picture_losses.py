@@ -1,7 +1,7 @@
-"""The loss of each picture under a network: many timesteps, always the same noise, so that networks can be compared.
+"""The loss of each picture with a network, at many timesteps and always with the same noise, to compare networks.
 
-Networks that are measured on the same pictures with the same noise are pairs. The difference between two is known
-far better than the loss of either, because what makes one picture harder than another drops out of it.
+The difference between two networks on the same pictures and noise is far more precise than the loss of either,
+because the difficulty of the pictures cancels out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Losses = dict[str, list[float]]  # picture -> loss at each timestep
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What networks are measured with: the base model, pictures, timesteps and noise."""
+    """Measures networks over a base model, on the same pictures, timesteps and noise."""
 
     runtime: Runtime
     base: BaseModel
@@ -49,7 +49,7 @@ class Measurement:
     draws: int  # noises for each picture and timestep
 
     def losses(self, network: TrainableNetwork, label: str) -> Losses:
-        """Return the losses of all pictures with a network, which is over the base model; the mean over the draws."""
+        """Return the losses of all pictures with a network over the base model, as means over the draws."""
         from tqdm import tqdm
 
         schedule = stable_diffusion_schedule(zero_terminal_snr=self.loss.zero_terminal_snr)
@@ -82,7 +82,7 @@ class Measurement:
 def load_measurement(
     config: TrainConfig, datasets: list[Dataset], files: BaseFiles, *, seed: int, num_timesteps: int, draws: int
 ) -> Measurement:
-    """Load the models and encode the pictures; return the measurement of datasets that come from `to_measure`."""
+    """Load the models and encode the pictures of datasets from `to_measure`; return their measurement."""
     runtime = start_runtime(config.precision, config.logs)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
@@ -99,7 +99,7 @@ def load_measurement(
 
 
 def pictures_of(config: TrainConfig, datasets: list[Dataset], seed: int, cache: LatentCache | None) -> HeldOut:
-    """Return what is measured of datasets that come from `to_measure`; raises UserError where that is nothing."""
+    """Return the pictures to measure of datasets from `to_measure`; raises UserError if there are none."""
     seed, most = validation_seed(config.dataset, seed), config.validation.max_validation_steps
     pictures = held_out(datasets, seed, cache, config.data.prior_loss_weight, most)
     if pictures is None:
@@ -108,7 +108,7 @@ def pictures_of(config: TrainConfig, datasets: list[Dataset], seed: int, cache: 
 
 
 def to_measure(datasets: list[Dataset]) -> list[Dataset]:
-    """Return the datasets with what is measured held out: what is held out already, else every picture, as it is."""
+    """Return the datasets with only the pictures to measure, as held out: those held out already, else all."""
     if any(dataset.held_out for dataset in datasets):
         return [Dataset(dataset.options, (), dataset.held_out) for dataset in datasets]
     return [
@@ -123,7 +123,7 @@ def to_measure(datasets: list[Dataset]) -> list[Dataset]:
 
 
 class Interval(NamedTuple):
-    """A mean, and what its 95 % interval reaches to both sides."""
+    """A mean, and half the width of its 95 % confidence interval."""
 
     mean: float
     half: float
@@ -133,7 +133,7 @@ class Interval(NamedTuple):
 
 
 def picture_means(losses: Losses) -> list[float]:
-    """Return the mean loss of each picture; of these the pictures are independent, of its single losses not."""
+    """Return the mean loss of each picture; these are independent, the losses of one picture are not."""
     return [statistics.fmean(row) for row in losses.values()]
 
 
@@ -152,7 +152,7 @@ def paired(losses: Losses, others: Losses) -> Interval:
 
 @functools.cache
 def t_quantile(degrees: int) -> float:
-    """Return t such that 95 % of Student's t distribution lie between -t and t."""
+    """Return t such that 95 % of Student's t distribution with these degrees of freedom are between -t and t."""
     low, high = 1.9, 12.8
     while high - low > 1e-7:
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""A report on the ranks of a DyLoRA: every rank measured, generated with and written down."""
+"""The report on the ranks of a DyLoRA: measurements, files and pictures of every rank."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ MOST_COLUMNS = 10  # of the contact sheet, the base model among them
 
 @contextlib.contextmanager
 def at_rank(network: TrainableNetwork, rank: int) -> Iterator[None]:
-    """Within it the network, which is in evaluation mode, has a rank; with BASE the models are without it."""
-    if rank != BASE:
+    """Within it the network, in evaluation mode, has a rank; with BASE the models are without the network."""
+    if rank == BASE:
+        with network.absent():
+            yield
+    else:
         network.set_rank(rank)
-    with network.absent() if rank == BASE else contextlib.nullcontext():
         yield
 
 
 def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Sequence[int]) -> dict[int, Losses]:
-    """Return rank -> losses, of the base model and of every rank."""
+    """Return rank -> losses of every rank, and of the base model as BASE."""
     losses = {}
     for rank in tqdm([BASE, *ranks], desc="ranks", unit="rank"):
         with at_rank(network, rank):
@@ -48,7 +50,7 @@ def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Se
 
 
 def write_table(path: Path, title: str, results: RankResults, measurement: Measurement) -> None:
-    """Write which rank to take, the table, and how it was measured, as Markdown."""
+    """Write the recommended rank, the table and the method as Markdown."""
     how = (
         f"Mean loss of {results.num_pictures} pictures at {len(measurement.timesteps)} timesteps with "
         f"{measurement.draws} noises, with 95 % intervals (Student's t over the pictures). Differences are taken "
@@ -60,13 +62,9 @@ def write_table(path: Path, title: str, results: RankResults, measurement: Measu
 
 
 def write_record(
-    path: Path,
-    source: Mapping[str, Any],
-    results: RankResults,
-    measurement: Measurement,
-    losses: Mapping[int, Losses],
+    path: Path, source: Mapping[str, Any], results: RankResults, measurement: Measurement, losses: Mapping[int, Losses]
 ) -> None:
-    """Write every number as JSON; source is what was measured and on what."""
+    """Write all numbers as JSON; source names the measured file and its base model."""
     record = results.record() | {
         **source,
         "seed": measurement.pictures.seed,
@@ -79,7 +77,7 @@ def write_record(
 
 
 def ranks_to_draw(ranks: list[int], needed: set[int]) -> list[int]:
-    """Return the ranks of the contact sheet: the base model, evenly chosen ranks, and those that are needed."""
+    """Return the ranks of the contact sheet: BASE, evenly spaced ranks, and the needed ones."""
     if len(ranks) < MOST_COLUMNS:
         return [BASE, *ranks]
     return [BASE, *sorted({*spread(ranks, MOST_COLUMNS - 1 - len(needed)), *needed})]
@@ -94,16 +92,16 @@ def draw_ranks(
     seed: int,
     sampler: SamplerName,
 ) -> Image.Image:
-    """Return the sheet with a row for each prompt and a column for each rank; the seeds are those of previews.
+    """Return a contact sheet with a row for each prompt and a column for each rank.
 
-    seed is that of the run; sampler serves prompts that name none.
+    seed is that of the run, from which those of prompts follow as in previews; sampler is for prompts without one.
     """
     base, runtime = measurement.base, measurement.runtime
     move(base.vae, runtime.device)
     conditioner, clip_skip = LiveConditioner(base.texts), measurement.text.clip_skip
     seeds = preview_seeds(prompts, seed)
     cells: list[list[Image.Image | None]] = [[] for _ in prompts]
-    with tqdm(total=len(ranks) * len(prompts), desc="drawing", unit="picture") as bar:
+    with tqdm(total=len(ranks) * len(prompts), desc="generating", unit="picture") as bar:
         for rank in ranks:
             with at_rank(network, rank), runtime.types.autocast(runtime.device):
                 for picture in generate_previews(

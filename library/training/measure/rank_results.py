@@ -1,4 +1,4 @@
-"""What the losses of a DyLoRA's ranks say: which rank to take, as a sentence and a table."""
+"""The losses of a DyLoRA's ranks compared: the recommended rank, as a sentence and a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from library.training.measure.picture_losses import Interval, Losses, interval, paired, picture_means
 
-BASE = 0  # in place of a rank: the base model without the adapter
+BASE = 0  # the rank that means the base model without the adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +19,15 @@ class RankResult:
     size: int  # of its file, in bytes
     loss: Interval  # over the pictures
     to_best: Interval  # the loss less that of the best rank, picture by picture
-    gain: float | None  # share of what the best rank gains over the base model; None where that is nothing
+    gain: float | None  # share of the best rank's gain over the base model; None if that has none
 
     @property
     def name(self) -> str:
-        """What it is called in table and plot."""
         return name_of(self.rank)
 
     @property
     def is_within_noise(self) -> bool:
-        """Whether the interval of the difference to the best reaches 0."""
+        """Whether the interval of the difference to the best rank includes 0."""
         return self.to_best.mean <= self.to_best.half
 
 
@@ -46,7 +45,6 @@ class RankResults:
 
     @property
     def best(self) -> RankResult:
-        """The rank with the lowest loss."""
         return min(self.ranks, key=lambda row: row.loss.mean)
 
     @property
@@ -55,7 +53,7 @@ class RankResults:
         return next(row for row in self.ranks if row.is_within_noise)
 
     def sentence(self) -> str:
-        """Return which rank to take and why, in one sentence."""
+        """Return the recommended rank and the reason, in one sentence."""
         base, best, choice = self.rows[0], self.best, self.choice
         if choice is best:
             why = "it has the lowest loss, and every smaller rank loses more than the noise"
@@ -81,7 +79,7 @@ class RankResults:
         return lines
 
     def record(self) -> dict[str, Any]:
-        """Return everything as JSON has it."""
+        """Return all results as values for JSON."""
         return {
             "choice": self.choice.rank,
             "best": self.best.rank,
@@ -104,7 +102,7 @@ class RankResults:
 
 
 def compare_ranks(losses: Mapping[int, Losses], sizes: Mapping[int, int]) -> RankResults:
-    """Return the results of ranks, of which one is BASE, from their losses and the sizes of their files."""
+    """Return the results from rank -> losses, with BASE among the ranks, and rank -> bytes of its file."""
     means = {rank: interval(picture_means(found)) for rank, found in losses.items()}
     best = min((rank for rank in means if rank != BASE), key=lambda rank: means[rank].mean)
     whole = means[BASE].mean - means[best].mean
@@ -124,10 +122,10 @@ def compare_ranks(losses: Mapping[int, Losses], sizes: Mapping[int, int]) -> Ran
 
 
 def megabytes(size: int) -> str:
-    """Return a size as people read it."""
+    """Return a number of bytes as text in MB."""
     return f"{size / 1e6:.2f} MB"
 
 
 def name_of(rank: int) -> str:
-    """Return what a rank, or the base model, is called."""
+    """Return the name of a rank, or of the base model."""
     return "base model" if rank == BASE else f"rank {rank}"

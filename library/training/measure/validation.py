@@ -1,4 +1,4 @@
-"""The loss on pictures that are not trained on, always with the same noise at the same timesteps."""
+"""The loss on held-out pictures, always with the same noise at the same timesteps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_TIMESTEPS = 4  # at which each picture is measured: evenly spaced, 200, 400,
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Pictures that are measured, in batches whose order and noise depend on a seed only."""
+    """Pictures to measure, in batches whose order and noise depend only on a seed."""
 
     maker: BatchMaker
     requests: list[BatchRequest]
@@ -36,7 +36,7 @@ class HeldOut:
     def losses(
         self, objective: Objective, request: BatchRequest, timesteps: Sequence[int], draw: int = 0
     ) -> tuple[Batch, list[Tensor]]:
-        """Return a batch of these with its losses (B,) at each timestep; draw numbers the noises of a picture."""
+        """Return a batch with its losses, (B,) for each timestep; draw is the number of the noise, from 0."""
         further = (draw,) if draw else ()
         keys = [(self.seed, "validation", *sample, *further) for sample in request.samples]
         batch = self.maker[request]
@@ -48,28 +48,28 @@ class HeldOut:
 def held_out(
     datasets: list[Dataset], seed: int, cache: LatentCache | None, prior_loss_weight: float, most: int | None
 ) -> HeldOut | None:
-    """Return the pictures that the datasets hold out, in at most a number of batches; None if there are none."""
+    """Return the held-out pictures of the datasets, in at most `most` batches; None if there are none."""
     measured = [dataset.validation for dataset in datasets]
     if not any(dataset.records for dataset in measured):
         return None
     requests = [BatchRequest(0, 0, samples) for samples in plan_epoch(measured, seed, 0)][:most]
-    # The number of steps serves the token warm-up only, which is off here.
+    # The number of steps, 1, matters only for the token warm-up, which held-out pictures do not have.
     return HeldOut(BatchMaker(measured, seed, 1, prior_loss_weight, cache), requests, seed)
 
 
 def validation_seed(dataset: DatasetOptions, seed: int) -> int:
-    """Return the seed of what is held out and of its noise; that of the run where the options name none."""
+    """Return the seed of the split and the noise: --validation_seed, else that of the run."""
     return seed if dataset.validation_seed is None else dataset.validation_seed
 
 
 def spread_timesteps(timestep_range: tuple[int, int], number: int) -> list[int]:
-    """Return evenly spaced timesteps, the ends of the range left out."""
+    """Return evenly spaced timesteps within a range, without its ends."""
     return torch.linspace(*timestep_range, number + 2)[1:-1].long().tolist()
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The measurement during training: when it is made, the mean loss is logged and the lowest one kept."""
+    """Measures and logs the validation loss during training, and records the lowest one."""
 
     pictures: HeldOut
     objective: Objective
@@ -89,14 +89,13 @@ class Validation:
         self.metrics.write(progress.step, {f"loss/validation/{kind}_{name}": value for name, value in values.items()})
 
     def measure(self) -> float:
-        """Return the mean loss over all pictures and timesteps; each process measures its share."""
+        """Return the mean loss over all pictures and timesteps; each process measures a part."""
         runtime = self.runtime
         timesteps = spread_timesteps(self.objective.loss.timestep_range, NUM_TIMESTEPS)
         share = self.pictures.requests[runtime.rank :: runtime.num_processes]
         total = torch.zeros(2, dtype=torch.float64)
         for request in share:
-            _, columns = self.pictures.losses(self.objective, request, timesteps)
-            for losses in columns:
+            for losses in self.pictures.losses(self.objective, request, timesteps)[1]:
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
         if runtime.num_processes > 1:
             on_device = total.float().to(runtime.device)

@@ -1,4 +1,4 @@
-"""What is encoded once before the first step: pictures, and captions that cannot change."""
+"""Encoding once, before the first step: pictures, and captions that do not vary."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from library.models.precision import move
 from library.sampling.previews import text_options
 from library.training.run.runtime import Runtime
 
-LARGEST_MEMORY = 2 * 2**30  # bytes of text conditioning that are kept rather than computed in every step
+LARGEST_MEMORY = 2 * 2**30  # bytes of text conditioning that are stored; more is computed in every step
 
 
 def cache_latents(
     precision: PrecisionConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime
 ) -> LatentCache:
-    """Return the cache of all pictures; entries on disk are made by all processes together."""
+    """Return the cache of all pictures; the processes share the encoding of entries on disk."""
     on_disk = precision.cache_latents_to_disk
     move(encoder.vae, runtime.device)
 
@@ -42,9 +42,9 @@ def build_conditioner(
     *,
     trains_text_encoder: bool,
 ) -> Conditioner:
-    """Return what gives captions and prompts their conditioning.
+    """Return the conditioner of captions and prompts.
 
-    Where no text can change, all are encoded now, and the text encoders' memory is released.
+    If no caption varies, all texts are encoded now, and the text encoders' memory is released.
     """
     live = LiveConditioner(base.texts)
     captions = None if trains_text_encoder else all_captions(datasets)
@@ -65,7 +65,7 @@ def build_conditioner(
 
 
 def all_captions(datasets: list[Dataset]) -> set[str] | None:
-    """Return every text that a caption can be in the run, or None where captions change as they are drawn."""
+    """Return every text of a caption in the run, or None if captions vary randomly."""
     captions: set[str] = set()
     for record in all_records(datasets):
         possible = possible_captions(record.caption, record.subset)

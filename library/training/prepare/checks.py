@@ -1,4 +1,4 @@
-"""Checks that need torch but no model: everything that shows before anything large is loaded."""
+"""Checks that need torch but no model; they run before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> BaseFiles:
-    """Return what kind of model will be loaded; raises UserError for everything that shows without loading it."""
+    """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
     problems.run(trained_parts, config.network, config.optimizer)
@@ -41,7 +41,7 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
     files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
-    # Last, for it makes the folders.
+    # Last, because it creates the folders.
     check_output(config.saving)
     if tracker_names(config.logs) and config.logs.logging_dir is not None:
         check_folder("logging_dir", config.logs.logging_dir)
@@ -49,9 +49,9 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
 
 
 def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
-    """Raise UserError for an optimizer or a schedule that refuses its arguments."""
+    """Raise UserError for an optimizer or a schedule that does not accept its arguments."""
     probe = check_optimizer(choice, config.optimizer.learning_rate)
-    # How many steps epochs are is not known yet.
+    # The number of steps in an epoch is not known yet.
     num_steps = config.run.max_train_steps if config.run.max_train_epochs is None else 1
     check_scheduler(config.schedule, probe, config.optimizer.learning_rate, num_steps)
 
@@ -59,30 +59,25 @@ def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
 def check_base(
     problems: Problems, model: ModelConfig, loss: LossConfig, prompts: Sequence[Prompt], sampler: SamplerName
 ) -> BaseFiles:
-    """Return what kind of model will be loaded; raises UserError for all problems, those found before included.
+    """Return the files of the base model; raises UserError for all problems, including those found before.
 
-    sampler serves prompts that name none.
+    sampler is for prompts without their own.
     """
     for name in {prompt.sampler or sampler for prompt in prompts}:
         problems.run(check_sampler, name)
-    files = problems.run(checked_base, model, loss)
+    files = problems.run(find_base, model)
+    if files is not None:
+        problems.run(check_prediction, loss, predicts_v=files.predicts_v)
     problems.raise_if_any()
     assert files is not None  # else there was a problem
     return files
 
 
-def checked_base(model: ModelConfig, loss: LossConfig) -> BaseFiles:
-    """Return what kind of model will be loaded; raises UserError for one that does not go with the options."""
-    files = find_base(model)
-    check_prediction(loss, predicts_v=files.predicts_v)
-    return files
-
-
 def check_output(saving: SavingConfig) -> None:
-    """Make the output folder; raises UserError where the files of the run cannot be written to it."""
+    """Create the output folder; raises UserError if the files of the run cannot be written to it."""
     files = RunFiles(saving)
     final = files.network
-    check_folder("output_dir", files.folder)
+    check_folder("output_dir", saving.output_dir)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=final.parent, prefix=f".{files.after_step(0).name}"):
@@ -96,7 +91,7 @@ def check_output(saving: SavingConfig) -> None:
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Make a folder; raises UserError where nothing can be written to it, which would show only in training."""
+    """Create a folder; raises UserError if nothing can be written to it, which would otherwise fail in training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -108,7 +103,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
-    """Raise UserError for a weighting that belongs to the other kind of prediction."""
+    """Raise UserError for a loss weighting of the other prediction type."""
     if loss.scale_v_pred_loss_like_noise_pred and not predicts_v:
         raise UserError("--scale_v_pred_loss_like_noise_pred needs --v_parameterization")
     if loss.v_pred_like_loss and predicts_v:

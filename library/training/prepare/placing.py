@@ -1,4 +1,4 @@
-"""The base model of a run, ready for its steps: loaded, merged, on the device, with attention and storage as asked."""
+"""The base model of a run, loaded, merged, on the device, with the chosen attention and storage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def open_base(
     files: BaseFiles, network: NetworkConfig, precision: PrecisionConfig, clip_skip: int | None, runtime: Runtime
 ) -> BaseModel:
-    """Return the base model of a run, with what is merged into it, where every step needs it; the VAE is on the CPU."""
+    """Return the base model of a run with networks merged in, on the device; the VAE is on the CPU."""
     base = load_base(files, runtime.types)
     check_clip_skip(clip_skip, base)
     merge_base_weights(network, base)
@@ -34,7 +34,7 @@ def open_base(
 
 
 def place_models(precision: PrecisionConfig, base: BaseModel, device: torch.device) -> None:
-    """Move what every step needs to the device, with the attention and the storage that were asked for."""
+    """Move U-Net and text encoders to the device, with the attention and the storage of the options."""
     if precision.xformers:
         use_xformers(device, base.unet, base.vae)
     in_eight_bits: list[nn.Module] = [base.unet] if precision.fp8_base or precision.fp8_base_unet else []
@@ -48,7 +48,7 @@ def place_models(precision: PrecisionConfig, base: BaseModel, device: torch.devi
 
 
 def caption_options(text: TextConfig) -> TextOptions:
-    """Return how captions are read."""
+    """Return the options with which captions are encoded."""
     return TextOptions(
         windows=(text.max_token_length or PER_WINDOW) // PER_WINDOW,
         clip_skip=text.clip_skip,
@@ -57,34 +57,31 @@ def caption_options(text: TextConfig) -> TextOptions:
 
 
 def check_clip_skip(clip_skip: int | None, base: BaseModel) -> None:
-    """Raise UserError for a --clip_skip beyond the layers of a text encoder."""
+    """Raise UserError for a --clip_skip above the number of layers of a text encoder."""
     layers = min(text.num_layers for text in base.texts)
     if (clip_skip or 1) > layers:
         raise UserError(f"--clip_skip must be at most {layers}, the layers of this text encoder, got {clip_skip}")
 
 
 def warn_of_cut_captions(datasets: list[Dataset], base: BaseModel, options: TextOptions) -> None:
-    """Warn of captions longer than what the text encoder is given."""
+    """Warn of captions that have more tokens than are encoded."""
     captions = sorted({text for record in all_records(datasets) for text in record.caption})
     number = sum(tokens.windows > options.windows for tokens in tokenize(base.texts[0], captions, options))
     if number:
-        logger.warning(
-            "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225",
-            number,
-            options.num_tokens,
-        )
+        text = "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225"
+        logger.warning(text, number, options.num_tokens)
 
 
 def enable_gradient_checkpointing(base: BaseModel, network: TrainableNetwork) -> None:
-    """Compute activations again in the backward pass; transformers does so only in training mode.
+    """Make the models recompute activations in the backward pass, which transformers does only in training mode.
 
-    Neither model has a dropout, so training mode changes nothing else.
+    Training mode has no other effect, because neither model has a dropout.
     """
     base.unet.enable_gradient_checkpointing()
     base.unet.train()
     if network.trains_text_encoder:
         for encoder in base.text_modules:
-            # Older transformers have only the second name; newer ones warn of it.
+            # Older versions of transformers have only the second name; newer ones warn of it.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable = next(getattr(encoder, name) for name in names if hasattr(encoder, name))
             enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Where a run begins and how long it is: the state that is resumed, the seed, the plan of its steps."""
+"""The start and the length of a run: the state to resume, the seed, the plan of its steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOWNLOADED = "from_hub"  # folder in --output_dir for states from the hub
 
 
 def find_resumed(resume: str | None, saving: SavingConfig, hub: HubConfig, runtime: Runtime) -> Path | None:
-    """Return the state to go on from; the first process downloads one that is on the hub."""
+    """Return the state to resume; the first process downloads one that is on the Hub."""
     if resume is None or not hub.resume_from_huggingface:
         return find_state(resume, saving) if resume else None
     place = parse_hub_state(resume)
@@ -37,7 +37,7 @@ def find_resumed(resume: str | None, saving: SavingConfig, hub: HubConfig, runti
 
 
 def choose_seed(given: int | None, resumed: Path | None) -> int:
-    """Return the seed of the options, else of the state that is resumed, else a new one."""
+    """Return the seed of the options, else of the resumed state, else a new one."""
     if resumed is not None:
         seed = read_progress(resumed).seed
         if given not in (None, seed):
@@ -47,7 +47,7 @@ def choose_seed(given: int | None, resumed: Path | None) -> int:
 
 
 def start_step(state: StateConfig, saving: SavingConfig, resumed: Path | None, steps_per_epoch: int) -> int:
-    """Return how many steps were made before this run begins."""
+    """Return the number of steps made before this run."""
     if state.initial_step is not None:
         return state.initial_step
     if state.initial_epoch is not None:
@@ -58,7 +58,7 @@ def start_step(state: StateConfig, saving: SavingConfig, resumed: Path | None, s
 
 
 def plan_steps(run: RunConfig, datasets: list[Dataset], seed: int, *, rank: int = 0, num_processes: int = 1) -> RunPlan:
-    """Return the plan of a whole run for one process; --max_train_epochs takes the place of --max_train_steps."""
+    """Return the plan of a whole run for one process; --max_train_epochs overrides --max_train_steps."""
     plan = RunPlan(
         datasets=datasets,
         seed=seed,
@@ -73,9 +73,9 @@ def plan_steps(run: RunConfig, datasets: list[Dataset], seed: int, *, rank: int 
 
 
 def resume_plan(plan: RunPlan, state: StateConfig, saving: SavingConfig, resumed: Path | None) -> RunPlan:
-    """Return what is left of a plan, after a state or from where the options say."""
+    """Return the plan from the step of the resumed state, or of the options; raises UserError if no step is left."""
     plan = dataclasses.replace(plan, start_step=start_step(state, saving, resumed, plan.steps_per_epoch))
-    # A run that was stopped between its last step and its file has only the file left to write.
+    # A run that was stopped after its last step, before its file, has only the file left to write.
     is_through = RunFiles(saving).network.exists()
     if plan.start_step > plan.num_steps or (plan.start_step == plan.num_steps and is_through):
         raise UserError(
@@ -89,5 +89,5 @@ def resume_plan(plan: RunPlan, state: StateConfig, saving: SavingConfig, resumed
 
 
 def num_workers(most: int, *, is_cached: bool) -> int:
-    """Return how many processes load pictures, at most a number; cached latents need none."""
+    """Return the number of processes that load pictures, at most `most`; 0 with cached latents."""
     return 0 if is_cached else min(most, max(0, (os.cpu_count() or 1) - 1))

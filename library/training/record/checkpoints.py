@@ -1,4 +1,4 @@
-"""Networks and states that a run writes on its way and at its end, and those that go."""
+"""Saves the networks and states of a run, and removes outdated ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Writes the files of networks and the folders of states; only the first process does."""
+    """Writes the files of networks and the folders of states, on the first process only."""
 
     files: RunFiles
     state: TrainState
@@ -34,7 +34,7 @@ class Checkpoints:
     is_main: bool
 
     def write_options(self, moment: Moment) -> None:
-        """Write all options of the run beside its files, as a --config_file that repeats it."""
+        """Write all options of the run as a --config_file, beside its other files."""
         del moment
         if not self.is_main:
             return
@@ -43,12 +43,12 @@ class Checkpoints:
         logger.info("the options of this run are in %s", self.files.options)
 
     def write_network(self, moment: Moment) -> None:
-        """Write the network's file with its metadata, and remove the one that is now outdated."""
+        """Write the network with its metadata, and remove the file that is outdated by it."""
         if not self.is_main:
             return
         progress, saving = moment.progress, self.files.saving
         path = self.path_at(moment)
-        # An epoch counts once it is through.
+        # Only complete epochs count.
         num_epochs = progress.epoch - (moment.at in (At.STEP, At.STOP))
         with self.state.evaluation():
             self.state.network.save(path, SAVE_DTYPES[saving.save_precision], self.metadata.at(progress, num_epochs))
@@ -58,9 +58,9 @@ class Checkpoints:
             self.uploads.after(lambda: old.unlink(missing_ok=True))
 
     def write_state(self, moment: Moment) -> None:
-        """Write the state that belongs to the network of the moment, and remove the one that is now outdated.
+        """Write the state of the run, and remove the one that is outdated by it.
 
-        The processes agree in everything, so the state of the first one is that of all.
+        All processes have the same state, so the first one writes it for all.
         """
         if not self.is_main:
             return
@@ -77,7 +77,7 @@ class Checkpoints:
             self.uploads.after(lambda: shutil.rmtree(state_folder(old), ignore_errors=True))
 
     def path_at(self, moment: Moment) -> Path:
-        """Return the path of the network that is written at a moment."""
+        """Return the path of the network that is saved at a moment."""
         if moment.at is At.END:
             return self.files.network
         if moment.at is At.EPOCH:
@@ -85,9 +85,9 @@ class Checkpoints:
         return self.files.after_step(moment.progress.step)
 
     def _outdated(self, moment: Moment, last_steps: int | None, last_epochs: int | None) -> Path | None:
-        """Return the file that goes now that a new one is written, or None.
+        """Return the network file that is outdated by the one of this moment, or None.
 
-        Kept are the files of the last steps, which is a number of steps, and of the last epochs, a number of files.
+        last_steps is a number of steps whose files are kept; last_epochs is a number of files.
         """
         if moment.at is At.STEP and last_steps is not None and self.due.steps is not None:
             old = (moment.progress.step - last_steps - 1) // self.due.steps * self.due.steps

@@ -1,4 +1,4 @@
-"""The numbers of a run: a line of JSON for each step and each measurement, and the same for the trackers."""
+"""The metrics of a run: one line of JSON for each step and each validation, and the same values for the trackers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Writes the numbers of a run to its file and to the trackers; only the first process does."""
+    """Writes the metrics of a run to its file and to the trackers, on the first process only."""
 
     def __init__(self, path: Path, config: TrainConfig, accelerator: Accelerator) -> None:
         self._path, self._config, self._accelerator = path, config, accelerator
         self._epoch: list[float] = []  # losses of the epoch so far
 
     def log(self, moment: Moment) -> None:
-        """Begin, go on or end, as the moment asks."""
+        """Start the trackers, write the values of a step or an epoch, or end the trackers, depending on the moment."""
         if moment.at is At.START and self._accelerator.is_main_process:
             start_trackers(self._config, self._accelerator)
             cut_metrics(self._path, moment.progress.step)
@@ -38,7 +38,7 @@ class Metrics:
             self._accelerator.end_training()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write values by name, as they are after a number of steps."""
+        """Write named values as of a number of steps."""
         if not self._accelerator.is_main_process:
             return
         with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ class Metrics:
 
     def _log_step(self, moment: Moment) -> None:
         result, progress = moment.result, moment.progress
-        assert result is not None  # there is one after every step
+        assert result is not None  # every step has one
         self._epoch += result.losses
         values: dict[str, float] = {"left_out": 1}
         if result.losses:
@@ -58,7 +58,7 @@ class Metrics:
 
 
 def cut_metrics(path: Path, num_steps: int) -> None:
-    """Keep of a metrics file what was before the run begins or goes on: lines of up to num_steps steps."""
+    """Remove lines after num_steps steps from a metrics file: the run starts or resumes there."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and 0 < json.loads(line)["step"] <= num_steps]

@@ -1,4 +1,4 @@
-"""Pictures during training: with which seeds, where they go, and the contact sheet over all of them."""
+"""Previews during training: their seeds, their files, and the contact sheet of all of them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from library.training.run.state import TrainState
 
 Item = TypeVar("Item")
 
-MOST_COLUMNS = 12  # of the contact sheet: first and last sampling, and evenly chosen ones between
+MOST_COLUMNS = 12  # of the contact sheet: the first and the last previews, and evenly spaced ones between them
 
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """Generates pictures of the run's prompts; the seed of a prompt that names none is the same throughout the run."""
+    """Generates previews of the run's prompts; a prompt without a seed has the same one throughout the run."""
 
-    sampler: SamplerName  # of prompts that name none
+    sampler: SamplerName  # for prompts without their own
     prompts: Sequence[Prompt]
     files: RunFiles
     objective: Objective  # whose base model has the network in it
@@ -42,9 +42,9 @@ class Preview:
     runtime: Runtime
 
     def generate(self, moment: Moment) -> None:
-        """Generate all prompts and bring the contact sheet up to date; the first process does, the others wait.
+        """Generate all prompts and update the contact sheet on the first process; the others wait.
 
-        No random state of the training is touched, because training seeds each micro-batch by its position.
+        This does not change the training, because each micro-batch is seeded by its position.
         """
         if self.runtime.is_main:
             label = label_of(moment)
@@ -66,12 +66,8 @@ class Preview:
             pictures = generate_previews(
                 base, self.objective.conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip
             )
-            paths = [
-                self._save(picture, moment)
-                for picture in tqdm(
-                    pictures, total=len(self.prompts), desc=f"drawing ({label})", unit="picture", leave=False
-                )
-            ]
+            bar = tqdm(pictures, f"generating ({label})", len(self.prompts), leave=False, unit="picture")
+            paths = [self._save(picture, moment) for picture in bar]
         move(base.vae, vae_device)
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them
@@ -93,14 +89,14 @@ class Preview:
 
 
 def label_of(moment: Moment) -> str:
-    """Return what stands over a column of the contact sheet."""
+    """Return the label of a column of the contact sheet."""
     if moment.at is At.START:
         return "start"
     return f"step {moment.progress.step}" if moment.at is At.STEP else f"epoch {moment.progress.epoch}"
 
 
 def preview_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
-    """Return the seed of each prompt: its own, or one that follows from the seed of the run."""
+    """Return the seed of each prompt: its own, or one derived from the seed of the run."""
     return [
         seed_for(seed, "preview", index) % 2**32 if prompt.seed is None else prompt.seed
         for index, prompt in enumerate(prompts)
@@ -113,7 +109,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def spread(items: list[Item], most: int) -> list[Item]:
-    """Return at most a number of items, evenly chosen, the first and the last among them."""
+    """Return at most `most` evenly spaced items, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

@@ -1,4 +1,4 @@
-"""What a run tells a person: at the start in numbers what it will do, at the end whether it learned."""
+"""Log lines about a run: its data and steps at the start, what changed at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from library.data.batches import RunPlan, samples_by_bucket
 from library.data.records import Dataset
 from library.networks.trainable import TrainableNetwork
-from library.training.charts.loss_curve import draw_loss_curve
+from library.training.charts.loss_curve import plot_loss_curve
 from library.training.record.run_files import RunFiles, state_folder
 from library.training.run.events import At, Moment
 
@@ -20,21 +20,15 @@ MOST_BUCKETS = 12  # listed one by one
 
 
 def describe_data(datasets: list[Dataset]) -> None:
-    """Log pictures, repeats and buckets of each dataset."""
+    """Log the pictures, repeats and buckets of each dataset."""
     for index, dataset in enumerate(datasets):
         training = [record for record in dataset.records if not record.subset.is_reg]
         regularisation = len(dataset.records) - len(training)
-        width, height = dataset.options.size
-        logger.info(
-            "dataset %d: %d pictures (%d with repeats)%s at %dx%d, batches of %d",
-            index + 1,
-            len(training),
-            dataset.num_images(is_reg=False),
-            f" and {regularisation} for regularisation ({dataset.num_images(is_reg=True)})" if regularisation else "",
-            width,
-            height,
-            dataset.options.batch_size,
-        )
+        pictures = f"{len(training)} pictures ({dataset.num_images(is_reg=False)} with repeats)"
+        if regularisation:
+            pictures += f" and {regularisation} for regularisation ({dataset.num_images(is_reg=True)})"
+        size, batch_size = "{}x{}".format(*dataset.options.size), dataset.options.batch_size
+        logger.info("dataset %d: %s at %s, batches of %d", index + 1, pictures, size, batch_size)
         buckets = sorted(samples_by_bucket(dataset, index).items())
         if dataset.options.enable_bucket:
             listed = ", ".join(f"{w}x{h}: {len(samples)}" for (w, h), samples in buckets[:MOST_BUCKETS])
@@ -43,54 +37,40 @@ def describe_data(datasets: list[Dataset]) -> None:
 
 
 def describe_run(plan: RunPlan, network: TrainableNetwork, names: Sequence[str], final: Path) -> None:
-    """Log steps, epochs, what is trained and where the file will be."""
+    """Log the number of parameters, the steps and epochs, the seed and the path of the file."""
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    modules = len(network.delta_norms())
-    logger.info(
-        "adapter: %s%s trained parameters in %s",
-        f"{modules} modules, " if modules else "",
-        f"{parameters:,}",
-        ", ".join(names),
-    )
-    logger.info(
-        "steps: %d in %d epoch%s of %d batches%s%s",
-        plan.num_steps,
-        plan.num_epochs,
-        "" if plan.num_epochs == 1 else "s",
-        plan.batches_per_epoch,
-        f", {plan.accumulation} to a step" if plan.accumulation > 1 else "",
-        f", on each of {plan.num_processes} processes" if plan.num_processes > 1 else "",
-    )
+    number = len(network.delta_norms())
+    modules = f"{number} modules, " if number else ""
+    logger.info("adapter: %s%s trained parameters in %s", modules, f"{parameters:,}", ", ".join(names))
+    steps = f"{plan.num_steps} in {plan.num_epochs} epoch{'' if plan.num_epochs == 1 else 's'}"
+    batches = f"{plan.batches_per_epoch} batches"
+    batches += f", {plan.accumulation} to a step" if plan.accumulation > 1 else ""
+    batches += f", on each of {plan.num_processes} processes" if plan.num_processes > 1 else ""
+    logger.info("steps: %s of %s", steps, batches)
     logger.info("seed %d; the file will be %s", plan.seed, final)
 
 
 def describe_result(network: TrainableNetwork, final: Path) -> None:
-    """Log how much of the adapter changed, and where it is; warn if nothing did."""
+    """Log how many modules of the adapter changed, and its path; warn if none did."""
     norms = network.delta_norms()
     if norms:
-        learned = [norm for norm in norms if norm > 0]
-        report = logger.info if learned else logger.warning
-        report(
-            "learned: %d of %d modules (%.0f %%) changed; norm of a change from %.3g to %.3g",
-            len(learned),
-            len(norms),
-            100 * len(learned) / len(norms),
-            min(learned, default=0.0),
-            max(norms),
-        )
+        changed = [norm for norm in norms if norm > 0]
+        share = f"{len(changed)} of {len(norms)} modules ({100 * len(changed) / len(norms):.0f} %)"
+        level, smallest = logging.INFO if changed else logging.WARNING, min(changed, default=0.0)
+        logger.log(level, "learned: %s changed; norm of a change from %.3g to %.3g", share, smallest, max(norms))
     logger.info("saved %s", final)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What is told once the steps are over; only the first process tells it."""
+    """Logs the outcome of a run after its steps, on the first process only."""
 
     network: TrainableNetwork
     files: RunFiles
     is_main: bool
 
-    def tell(self, moment: Moment) -> None:
-        """Log how a run ended that is through, or how one goes on that was stopped; plot its loss."""
+    def log(self, moment: Moment) -> None:
+        """Log the result of a finished run and plot its loss, or log how to resume a stopped run."""
         if not self.is_main:
             return
         if moment.at is At.STOP:
@@ -101,5 +81,5 @@ class Outcome:
         describe_result(self.network, self.files.network)
         if moment.progress.columns:
             logger.info("pictures: %s", self.files.contact_sheet)
-        if draw_loss_curve(self.files.metrics, self.files.loss_curve):
+        if plot_loss_curve(self.files.metrics, self.files.loss_curve):
             logger.info("course of the loss: %s", self.files.loss_curve)

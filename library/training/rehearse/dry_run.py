@@ -1,4 +1,4 @@
-"""`--dry_run`: everything is checked, and what the run would do is told, without weights and without a step."""
+"""`--dry_run`: check everything and report what the run would do, without loading weights or making a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from library.config.dataset import DataConfig
 from library.config.train import TrainConfig
 from library.config.training import RunConfig
 from library.data import images
@@ -27,7 +26,7 @@ from library.models.precision import Types
 from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
-from library.training.charts.block_chart import count_blocks, draw_blocks
+from library.training.charts.block_chart import count_blocks, plot_blocks
 from library.training.prepare.caches import all_captions
 from library.training.prepare.placing import caption_options, check_clip_skip, enable_gradient_checkpointing
 from library.training.prepare.plan import choose_seed, plan_steps, resume_plan
@@ -38,24 +37,24 @@ from library.training.run.state import find_state
 
 logger = logging.getLogger(__name__)
 
-MOST_CAPTIONS, MOST_CUT_CAPTIONS, MOST_PICTURES = 8, 8, 3  # shown on the screen; the file has all
+MOST_CAPTIONS, MOST_CUT_CAPTIONS, MOST_PICTURES = 8, 8, 3  # on the screen; the file has all
 SHEET_COLUMNS, MOST_SHEET_ROWS = 8, 12
 GIGA = 1e9
 
 
 @dataclasses.dataclass
 class Report:
-    """Lines for the file, of which some are for the screen as well."""
+    """The lines of the report; some of them are logged, too."""
 
     lines: list[str] = dataclasses.field(default_factory=list)
 
     def say(self, text: str) -> None:
-        """Add a line and show it."""
+        """Add a line and log it."""
         self.lines.append(text)
         logger.info("%s", text)
 
     def say_some(self, lines: list[str], most: int) -> None:
-        """Add lines and show the first ones."""
+        """Add lines and log the first ones."""
         for line in lines[:most]:
             self.say(line)
         self.lines += lines[most:]
@@ -64,9 +63,9 @@ class Report:
 
 
 def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerChoice, files: BaseFiles) -> Path:
-    """Tell what the run would do; return the path of the whole report, beside which the pictures' sheet lies."""
+    """Report what the run would do; return the path of the full report. The contact sheet is beside it."""
     report, names = Report(), RunFiles(config.saving)
-    is_here = not config.hub.resume_from_huggingface  # nothing is downloaded for a rehearsal
+    is_here = not config.hub.resume_from_huggingface  # a dry run downloads nothing
     resumed = find_state(config.state.resume, config.saving) if config.state.resume and is_here else None
     seed = choose_seed(config.run.seed, resumed)
     plan = plan_steps(config.run, datasets, seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
@@ -77,19 +76,19 @@ def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerCh
     text = caption_options(config.text)
     check_clip_skip(text.clip_skip, base)
 
-    tell_steps(report, config.run, plan)
-    tell_pictures(report, datasets)
-    tell_captions(report, config.data, plan, base.texts[0], text)
+    report_steps(report, config.run, plan)
+    report_pictures(report, datasets)
+    report_captions(report, plan, base.texts[0], text)
     if on_disk:
         valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae))
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
-    network = tell_network(report, config, base)
+    network = report_network(report, config, base)
     blocks = count_blocks(network.describe_unet())
     if blocks and network.trains_unet:
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
-        save_sheet(draw_blocks(blocks, rate), names.block_chart)
+        save_sheet(plot_blocks(blocks, rate), names.block_chart)
         report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
-    tell_memory(report, estimate_memory(config, datasets, base, network, choice=choice, types=types))
+    report_memory(report, estimate_memory(config, datasets, base, network, choice=choice, types=types))
     save_sheet(draw_pictures(datasets), names.dry_run_pictures)
     path = names.dry_run_report
     with replacing(path) as temporary:
@@ -103,8 +102,8 @@ def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerCh
 # --------------------------------------------------------------------------------------------------------------
 
 
-def tell_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
-    """Tell how pictures become steps, with the arithmetic."""
+def report_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
+    """Report how many steps the pictures give, with the arithmetic."""
     total = num_batches(plan.datasets)
     draws = sum(record.repeats for dataset in plan.datasets for record in dataset.records)
     divisors = f" / {plan.num_processes} processes" if plan.num_processes > 1 else ""
@@ -118,8 +117,8 @@ def tell_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
     )
 
 
-def tell_pictures(report: Report, datasets: list[Dataset]) -> None:
-    """Tell each dataset's buckets with the pictures in them, how each is fitted, and which regularisation is used."""
+def report_pictures(report: Report, datasets: list[Dataset]) -> None:
+    """Report each dataset's buckets, how their pictures are resized and cropped, and which are held out."""
     for index, dataset in enumerate(datasets):
         width, height = dataset.options.size
         report.say(f"dataset {index + 1}, {width}x{height}, batches of {dataset.options.batch_size}:")
@@ -138,7 +137,7 @@ def tell_pictures(report: Report, datasets: list[Dataset]) -> None:
 
 
 def describe_picture(record: ImageRecord) -> str:
-    """Return what happens to a picture, in a line."""
+    """Return one line about a picture: how it is resized and cropped, and its repeats and mask."""
     placement = record.placement
     size, resized = ("x".join(map(str, pair)) for pair in (record.size, placement.resized))
     steps = [size] if size == resized else [size, f"resized to {resized}"]
@@ -150,9 +149,9 @@ def describe_picture(record: ImageRecord) -> str:
     return f"{record.path}: {', '.join(steps + notes)}"
 
 
-def tell_captions(report: Report, data: DataConfig, plan: RunPlan, encoder: TextEncoder, options: TextOptions) -> None:
-    """Tell the first captions as they will be fed, with their numbers of tokens, and those that are cut."""
-    maker = BatchMaker(plan.datasets, plan.seed, plan.num_steps, data.prior_loss_weight, None)
+def report_captions(report: Report, plan: RunPlan, encoder: TextEncoder, options: TextOptions) -> None:
+    """Report the captions of the first epoch with their numbers of tokens, and those that are cut."""
+    maker = BatchMaker(plan.datasets, plan.seed, plan.num_steps, 1.0, None)  # whose captions need no weight of a loss
     epoch = plan.start_step // plan.steps_per_epoch + 1
     fed = []
     for request in plan.requests(epoch):
@@ -174,8 +173,8 @@ def tell_captions(report: Report, data: DataConfig, plan: RunPlan, encoder: Text
         report.say_some(cut, MOST_CUT_CAPTIONS)
 
 
-def tell_network(report: Report, config: TrainConfig, base: BaseModel) -> TrainableNetwork:
-    """Tell modules, parameters and learning rates; return the network over the empty models."""
+def report_network(report: Report, config: TrainConfig, base: BaseModel) -> TrainableNetwork:
+    """Report modules, parameters and learning rates; return the network over models without weights."""
     checkpointing = config.precision.gradient_checkpointing
     network = build_network(
         config.network, config.optimizer, base, checkpointing=checkpointing, device=torch.device("meta")
@@ -192,9 +191,9 @@ def tell_network(report: Report, config: TrainConfig, base: BaseModel) -> Traina
     return network
 
 
-def tell_memory(report: Report, estimate: MemoryEstimate) -> None:
-    """Tell what the training will hold in memory, by part."""
-    parts = ((field.name.replace("_", " "), getattr(estimate, field.name)) for field in dataclasses.fields(estimate))
+def report_memory(report: Report, estimate: MemoryEstimate) -> None:
+    """Report how much memory the training will need, by part."""
+    parts = ((name.replace("_", " "), size) for name, size in vars(estimate).items())
     report.say(f"memory on the device: {estimate.total / GIGA:.2f} GB and what the GPU needs for itself (0.5 to 1 GB)")
     report.say("  " + ", ".join(f"{name} {size / GIGA:.2f}" for name, size in parts))
 
@@ -208,21 +207,20 @@ def estimate_memory(
     choice: OptimizerChoice,
     types: Types,
 ) -> MemoryEstimate:
-    """Return what the training will hold; models and network are on the meta device, and of no use afterwards."""
+    """Return the memory of the training; models and network are on the meta device and unusable afterwards."""
     precision = config.precision
     trained = sum(parameter.numel() for parameter in network.parameters())
     keeps_text = network.trains_text_encoder or all_captions(datasets) is None
     fp8_text = precision.fp8_base and not precision.fp8_base_unet
-    # Taken before the step below makes the models fake.
+    # Measured before step_activations replaces the weights.
     unet = weight_bytes(base.unet, types.unet, in_eight_bits=precision.fp8_base or precision.fp8_base_unet)
     text = sum(weight_bytes(encoder, types.unet, in_eight_bits=fp8_text) for encoder in base.text_modules)
-    vae = 0 if precision.cache_latents else weight_bytes(base.vae, types.vae)
     size, batch = largest_batch(datasets)
     windows = caption_options(config.text).windows
     return MemoryEstimate(
         unet=unet,
         text_encoder=text if keeps_text else 0,
-        vae=vae,
+        vae=0 if precision.cache_latents else weight_bytes(base.vae, types.vae),
         adapter=sum(parameter.numel() for parameter in network.all_parameters()) * types.adapter.itemsize,
         gradients=trained * types.adapter.itemsize,
         optimizer=int(trained * state_bytes_per_parameter(choice, config.optimizer.learning_rate)),
@@ -231,7 +229,7 @@ def estimate_memory(
 
 
 def largest_batch(datasets: list[Dataset]) -> tuple[Size, int]:
-    """Return (size, pictures) of the batch with most pixels."""
+    """Return (size, number of pictures) of the batch with the most pixels."""
     found = [
         (bucket, min(len(samples), dataset.options.batch_size))
         for index, dataset in enumerate(datasets)
@@ -241,25 +239,19 @@ def largest_batch(datasets: list[Dataset]) -> tuple[Size, int]:
 
 
 def draw_pictures(datasets: list[Dataset]) -> Image.Image:
-    """Return a sheet with the first pictures of each bucket, as training sees them."""
-    rows = [
-        (f"{'x'.join(map(str, bucket))}\ndataset {index + 1}", [dataset.records[n] for n in numbers])
-        for index, dataset in enumerate(datasets)
-        for bucket, numbers in sorted(_records_by_bucket(dataset, index).items())
-    ][:MOST_SHEET_ROWS]
-    shown = [[_as_seen(record) for record in records[:SHEET_COLUMNS]] for _, records in rows]
+    """Return a sheet of the first pictures of each bucket, resized and cropped as in training."""
+    rows: dict[str, list[ImageRecord]] = {}
+    for index, dataset in enumerate(datasets):
+        for record in sorted(dataset.records, key=lambda record: record.placement.bucket):
+            label = "{}x{}\ndataset {}".format(*record.placement.bucket, index + 1)
+            rows.setdefault(label, []).append(record)
+    labels = list(rows)[:MOST_SHEET_ROWS]
+    shown = [[_as_trained(record) for record in rows[label][:SHEET_COLUMNS]] for label in labels]
     width = max(len(row) for row in shown)
     cells = [[*row, *[None] * (width - len(row))] for row in shown]
-    return draw_sheet(cells, [label for label, _ in rows], [""] * width)
+    return draw_sheet(cells, labels, [""] * width)
 
 
-def _records_by_bucket(dataset: Dataset, index: int) -> dict[Size, list[int]]:
-    return {
-        bucket: sorted({sample.record for sample in samples})
-        for bucket, samples in samples_by_bucket(dataset, index).items()
-    }
-
-
-def _as_seen(record: ImageRecord) -> Image.Image:
+def _as_trained(record: ImageRecord) -> Image.Image:
     frame = images.centre_frame(record.placement)
     return Image.fromarray(images.fit(images.load_picture(record.path), frame, record.subset.resize_interpolation))

@@ -1,8 +1,8 @@
-"""How much memory a run will need, found by making one step with tensors that have sizes and no contents.
+"""How much memory a run will need, measured in one step with tensors that have shapes and no contents.
 
-Torch's FakeTensorMode runs the true forward and backward pass, gradient checkpointing and attention kernels
-included, on shapes alone; what is alive at each operation is added up. The figures are those of the tensors:
-a GPU's own context and the gaps between allocations (together some 0.5 to 1 GB) come on top.
+Torch's FakeTensorMode runs the real forward and backward pass on shapes, with gradient checkpointing and attention
+kernels; the tensors that exist at each operation are added up. A GPU's context and the gaps between allocations
+(some 0.5 to 1 GB in total) are not included.
 """
 
 from __future__ import annotations
@@ -27,29 +27,28 @@ from library.models.tokenizer import WINDOW
 from library.networks.trainable import TrainableNetwork
 from library.optim.optimizers import OptimizerChoice, build_optimizer
 
-PROBE_SIDE = 128  # of the matrix on which an optimizer's state is measured; 8-bit ones keep smaller ones in 32 bits
+PROBE_SIDE = 128  # of the matrix to measure an optimizer's state; 8-bit ones keep smaller matrices in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part, in float32 or the run's types, and the most that a step holds besides."""
+    """Bytes of each part of a run."""
 
     unet: int
     text_encoder: int
-    vae: int  # 0 where latents are cached: it leaves the device
+    vae: int  # 0 if latents are cached, because it leaves the device
     adapter: int
     gradients: int
     optimizer: int
-    activations: int  # of the step that needs most: forward and backward of the largest batch
+    activations: int  # the peak over forward and backward pass of the largest batch
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors made within it: how many are alive, and how many were at most."""
+    """Counts the bytes of all tensors created within it: those alive now, and the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave tensors out that were there before."""
+        """Do not count tensors that existed before."""
         for tensor in tensors:
             self._known[tensor.untyped_storage()._cdata] = 0
 
@@ -82,7 +81,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype, *, in_eight_bits: bool = False) -> int:
-    """Return the bytes of a model's weights in a type; in 8 bits those of linear layers and convolutions."""
+    """Return the bytes of a model's weights in a dtype; with in_eight_bits, linear layers and convolutions have 8."""
     total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
     if in_eight_bits:
         layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -91,7 +90,7 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, *, in_eight_bits: bool = 
 
 
 def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float) -> float:
-    """Return the bytes of state that an optimizer keeps for each trained number."""
+    """Return the bytes of an optimizer's state for each trained parameter."""
     probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
     probe.grad = torch.ones_like(probe)
@@ -103,10 +102,10 @@ def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float) -> 
 def step_activations(
     base: BaseModel, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
 ) -> int:
-    """Return the most bytes that a forward and backward pass holds besides weights and gradients.
+    """Return the peak bytes of a forward and backward pass without weights and gradients.
 
-    The batch has pictures of a size (width, height) and captions of windows of 77 tokens. base and network are
-    on the meta device; they get fake weights here, and are of no other use afterwards.
+    The batch has pictures of size (width, height) and captions of a number of windows of 77 tokens. base and network
+    are on the meta device; their weights are replaced by fake ones, so they are unusable afterwards.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -124,7 +123,7 @@ def step_activations(
 def _make_step(
     base: BaseModel, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
 ) -> None:
-    """Go forward and backward through text encoder and U-Net."""
+    """Run text encoder and U-Net forward and backward."""
     width, height = size
     is_half = dtype is not torch.float32
     with (
@@ -144,12 +143,12 @@ def _make_step(
 
 @contextlib.contextmanager
 def _norms_in_float32(models: list[nn.Module], is_half: bool) -> Iterator[None]:
-    """Let norms compute in float32, as autocast has it on CUDA; on the CPU, whose rules count here, it does not."""
+    """Let norms compute in float32, as autocast does on CUDA; here the rules of the CPU apply, where it does not."""
     norms = [
         module for model in models for module in model.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
     ]
     for norm in norms if is_half else ():
-        vars(norm)["forward"] = functools.partial(_in_float32, norm)  # in front of the method of its class
+        vars(norm)["forward"] = functools.partial(_in_float32, norm)  # hides the method of its class
     try:
         yield
     finally:
@@ -166,13 +165,13 @@ def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield the parameters and buffers of modules, without those of the modules in them."""
+    """Yield the parameters and buffers of modules, without those of their submodules."""
     for module in modules:
         yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
 
 
 def _make_fake(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Give modules on the meta device weights that claim to be on the CPU, whose kernels are then assumed."""
+    """Replace weights on the meta device by fake ones on the CPU, so that the CPU's kernels are measured."""
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:

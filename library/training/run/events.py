@@ -1,6 +1,6 @@
-"""What happens in a run besides its steps, as rows of a table: a name, when it is due, what to do.
+"""What happens in a run besides its steps, as rows of a table: name, when it is due, action.
 
-The table is walked from the top at each moment of the run, so steps and epochs have one order of events.
+At each moment of the run the due events happen in the order of the table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from library.training.run.step import StepResult
 
 
 class At(enum.Enum):
-    """A point of the run at which events are looked for."""
+    """A point of the run at which events can be due."""
 
     START = "before the first step"
     STEP = "after a step"
@@ -25,11 +25,11 @@ class At(enum.Enum):
 
 
 class Moment(NamedTuple):
-    """A point of the run, and where the run is then."""
+    """A point of the run with the progress there."""
 
     at: At
     progress: Progress
-    result: StepResult | None = None  # of the step that was made, after a step
+    result: StepResult | None = None  # of the step, at STEP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Every:
     steps: int | None = None
     epochs: int | None = None
     once: tuple[At, ...] = ()
-    but_epoch: int | None = None  # the last epoch, for what the end of the run does anyway
+    but_epoch: int | None = None  # not after this epoch: the last one, for what happens at the end of the run anyway
 
     def is_due(self, moment: Moment) -> bool:
-        """Return whether the moment is one of these."""
+        """Return whether the event is due at a moment."""
         progress = moment.progress
         if moment.at is At.STEP:
             return self.steps is not None and progress.step % self.steps == 0
@@ -52,7 +52,7 @@ class Every:
 
 
 class Event(NamedTuple):
-    """A row of the table. All processes walk it together; what only one of them may do, the action restricts."""
+    """A row of the table, which is the same on all processes; actions of the first process check that themselves."""
 
     name: str
     due: Every
@@ -60,7 +60,7 @@ class Event(NamedTuple):
 
 
 def happen(events: Iterable[Event], moment: Moment) -> None:
-    """Do what is due at a moment, in the order of the table."""
+    """Run the actions of all due events, in the order of the table."""
     for event in events:
         if event.due.is_due(moment):
             event.act(moment)

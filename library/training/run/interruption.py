@@ -1,4 +1,4 @@
-"""Stopping in order: the first Ctrl-C or SIGTERM lets the step finish, a second one stops at once."""
+"""Stopping a run: the first Ctrl-C or SIGTERM lets the step finish, a second one stops immediately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class StopRequest:
-    """While it is entered, remembers that a signal asked the run to stop."""
+    """Records, within its context, whether a signal asked the run to stop."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -44,7 +44,7 @@ class StopRequest:
         logger.warning("stopping after this step; once more stops at once, and loses what was not saved")
 
     def asked(self, runtime: Runtime) -> bool:
-        """Return whether any process was asked; all of them must call this, and get the same answer."""
+        """Return whether any process was asked to stop; all processes must call this."""
         if runtime.num_processes == 1:
             return self._asked
         flag = torch.tensor(float(self._asked), device=runtime.device)

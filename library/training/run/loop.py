@@ -1,4 +1,4 @@
-"""The loop of a training: epochs, steps, and what happens between them. `step` has a step, `events` the rest."""
+"""The training loop: epochs, steps (`run.step`), and the events between them (`run.events`)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ def run(
     events: Sequence[Event],
     runtime: Runtime,
 ) -> None:
-    """Train from where progress is to the last step of the plan.
+    """Train from the step of progress to the last step of the plan.
 
-    Raises KeyboardInterrupt after a step, once its events have happened, if a signal asked the run to stop.
+    Raises KeyboardInterrupt after the events of a step if a signal asked the run to stop.
     """
     network.on_epoch_start()
     happen(events, Moment(At.START, progress))
     batches = zip(plan, loader, strict=True)
-    with _progress_bar(plan, runtime) as bar, StopRequest() as stop:
+    bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
+    with bar, StopRequest() as stop:
 
         def stop_if_asked() -> None:
-            if stop.asked(runtime) and progress.step < plan.num_steps:  # a run that is through ends as usual
+            if stop.asked(runtime) and progress.step < plan.num_steps:  # after the last step the run ends as usual
                 happen(events, Moment(At.STOP, progress))
                 raise KeyboardInterrupt
 
@@ -52,15 +53,5 @@ def run(
                 if progress.step % plan.steps_per_epoch:
                     stop_if_asked()
             happen(events, Moment(At.EPOCH, progress))
-            stop_if_asked()  # only now, so that a whole epoch has its file and its pictures
+            stop_if_asked()  # after the events, so that a complete epoch has its file and its previews
     happen(events, Moment(At.END, progress))
-
-
-def _progress_bar(plan: RunPlan, runtime: Runtime) -> tqdm:
-    return tqdm(
-        total=plan.num_steps,
-        initial=plan.start_step,
-        desc="steps",
-        disable=not runtime.is_main,
-        smoothing=0.1,
-    )

@@ -1,4 +1,4 @@
-"""From a batch to its loss. Everything drawn is a function of the batch's position, so nothing here keeps state."""
+"""From a batch to its loss. Everything random is a function of the batch's position, so nothing here keeps state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from library.networks.trainable import TrainableNetwork
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the U-Net is trained on, before noise is mixed in; B pictures."""
+    """The inputs of the U-Net before noise is added; B pictures."""
 
     batch: Batch
     latents: Tensor  # (B, 4, H/8, W/8), scaled
@@ -49,8 +49,8 @@ class Objective:
     vae_batch_size: int  # pictures in a call of the encoder
 
     def training_loss(self, batch: Batch) -> Tensor:
-        """Return the mean loss of a batch at timesteps drawn for it (0-D, float32)."""
-        # Keyed by seed, epoch and sample: neither the batch nor the process it falls to changes what is drawn.
+        """Return the mean loss of a batch at timesteps sampled for it (0-D, float32)."""
+        # Keyed by seed, epoch and sample, so that random numbers depend neither on the batch nor on the process.
         keys = [(self.seed, batch.epoch, *sample) for sample in batch.samples]
         timesteps = sample_timesteps(keys, *self.loss.timestep_range).to(self.device)
         return self.losses(self.prepare(batch, keys), keys, timesteps).mean()

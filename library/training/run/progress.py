@@ -1,4 +1,4 @@
-"""Where a run is: the counts and results that it carries from step to step, and that a state stores."""
+"""The progress of a run: counts and results from step to step, which a state stores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come, and what it shows of itself."""
+    """The position of a run, and its results so far."""
 
     step: int  # optimizer steps made
-    epoch: int  # that the last of these steps belongs to, from 1
+    epoch: int  # of the last of these steps, from 1
     seed: int
     losses: deque[float] = dataclasses.field(default_factory=deque)  # of the micro-batches of the last steps
     best: tuple[float, int] | None = None  # lowest validation loss, and its step
@@ -26,11 +26,11 @@ class Progress:
         return mean(self.losses)
 
     def advance(self, step: int, losses: Sequence[float]) -> None:
-        """Record that a step (from 0) was made with these losses of its micro-batches."""
+        """Record a step (from 0) with the losses of its micro-batches."""
         self.step = step + 1
         self.losses.extend(losses)
 
 
 def mean(values: Collection[float]) -> float:
-    """Return the mean; NaN of nothing, as when all steps were skipped."""
+    """Return the mean; NaN of no values, as when all steps were skipped."""
     return sum(values) / len(values) if values else math.nan

@@ -1,8 +1,8 @@
-"""Where a run happens: processes, device, types of arithmetic, gradients across processes.
+"""The processes of a run: device, dtypes, gradients across processes.
 
-Accelerate starts the processes and carries the trackers. Autocast, the gradient scaler and the averaging of
-gradients are ours: accelerate takes fp16 on a CPU for fp32 without a word, and DistributedDataParallel does
-not see a network whose own forward is never called.
+Accelerate starts the processes and the trackers. Autocast, the gradient scaler and the averaging of gradients are
+ours: accelerate silently replaces fp16 on a CPU by fp32, and DistributedDataParallel ignores a network whose own
+forward is never called.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16"
 
 
 class GradientScaler(torch.amp.GradScaler):
-    """Torch's scaler, for gradients in fp16 as well: torch refuses those, lest their own range be overlooked."""
+    """Torch's scaler, which also accepts gradients in fp16 (torch raises an error for them)."""
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
@@ -52,7 +52,6 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """The device of this process."""
         return self.accelerator.device
 
     @property
@@ -62,12 +61,11 @@ class Runtime:
 
     @property
     def num_processes(self) -> int:
-        """Number of processes."""
         return self.accelerator.num_processes
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and logs."""
         return self.accelerator.is_main_process
 
     def barrier(self) -> None:
@@ -76,7 +74,7 @@ class Runtime:
 
 
 def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
-    """Join the processes of the run and decide device and types."""
+    """Join the processes of the run and choose device and dtypes."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(
@@ -85,22 +83,15 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
         project_dir=None if logs.logging_dir is None else str(log_folder(logs.logging_dir, logs.log_prefix)),
     )
     types = types_of_run(precision, accelerator.device)
-    logger.info(
-        "runs on %s, %d process%s (%s)",
-        accelerator.device,
-        accelerator.num_processes,
-        "" if accelerator.num_processes == 1 else "es",
-        str(types.unet).removeprefix("torch."),
-    )
-    return Runtime(
-        accelerator=accelerator,
-        types=types,
-        scaler=GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16),
-    )
+    processes = f"{accelerator.num_processes} process{'' if accelerator.num_processes == 1 else 'es'}"
+    dtype = str(types.unet).removeprefix("torch.")
+    logger.info("runs on %s, %s (%s)", accelerator.device, processes, dtype)
+    scaler = GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16)
+    return Runtime(accelerator, types, scaler)
 
 
 def types_of_run(precision: PrecisionConfig, device: torch.device | None = None) -> Types:
-    """Return the types of a run on a device, or on one that can do all that is asked for."""
+    """Return the dtypes of a run on a device; without one, those of a device that supports all of them."""
     asked = precision.mixed_precision
     return types_of(
         asked if device is None else supported_precision(asked, device),
@@ -110,7 +101,7 @@ def types_of_run(precision: PrecisionConfig, device: torch.device | None = None)
 
 
 def log_folder(folder: Path, prefix: str | None) -> Path:
-    """Return the folder of this run's logs: prefix and date under --logging_dir."""
+    """Return the folder of this run's logs under --logging_dir, named by prefix and date."""
     return folder / f"{prefix or ''}{datetime.now().strftime('%Y%m%d%H%M%S')}"
 
 
@@ -122,11 +113,10 @@ def shared(value: int, runtime: Runtime) -> int:
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seed torch's global generators for one micro-batch.
+    """Seed the global generators of torch and Python for one micro-batch.
 
-    Dropouts, ours and those of foreign network modules, draw from the global generators, some of them from
-    Python's. Keyed by position, they are the same whether or not a run was interrupted, and previews cannot
-    disturb them.
+    Dropouts, ours and those of foreign network modules, use them. Seeded by position, they do not depend on
+    interruptions and previews.
     """
     key = seed_for(seed, "micro-batch", step, micro_batch, rank)
     torch.manual_seed(key)
@@ -134,19 +124,19 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
 
 
 def broadcast_parameters(parameters: Iterable[nn.Parameter], num_processes: int) -> None:
-    """Give every process the first one's values."""
+    """Copy the first process's values to all processes."""
     if num_processes > 1:
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, 0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], num_processes: int) -> None:
-    """Replace each gradient by its mean over the processes, all in one message for each type."""
+    """Replace each gradient by its mean over the processes, in one message for each dtype."""
     if num_processes == 1:
         return
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
     for parameter in parameters:
-        # A process in whose batches a module was left out must still send its share, or the others wait.
+        # A process whose batches did not use a module must still send its part, or the others wait.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)

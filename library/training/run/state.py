@@ -1,8 +1,8 @@
-"""The state of a run: what it takes to go on as if it had never stopped.
+"""The state of a run, from which it resumes as if it had never stopped.
 
-A state is a folder with `state.pt` (adapter, optimizer, schedule, gradient scaler), `train_state.json` (where
-the run is) and `options.toml`. It holds no random numbers: everything random is keyed by position. It
-appears under its name by one rename, so that a state that is there is complete.
+A state is a folder with `state.pt` (adapter, optimizer, schedule, gradient scaler), `train_state.json` (progress)
+and `options.toml`. It holds no state of random generators: everything random is keyed by position. It gets its name
+by one rename, so that a state that exists is complete.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POSITION_FILE, TENSOR_FILE, OPTIONS_FILE = "train_state.json", "state.pt", "opti
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The parts of a run that its steps change. A state holds all of them."""
+    """The objects that the steps of a run change; a state stores all of them."""
 
     network: TrainableNetwork
     optimizer: torch.optim.Optimizer
@@ -48,14 +48,14 @@ class TrainState:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Within it the network is what a reader of its file will have: no dropouts, averaged weights."""
+        """Within it the network is as in its file: without dropouts, with averaged weights."""
         self.network.eval()
         with averaged_weights(self.optimizer):
             yield
         self.network.train()
 
     def tensors(self) -> dict[str, Any]:
-        """Return what a state holds besides the progress."""
+        """Return the content of `state.pt`."""
         schedule = {} if self.scheduler is None else self.scheduler.state_dict()
         return {
             "network": self.network.state_dict(),
@@ -66,10 +66,10 @@ class TrainState:
         }
 
     def restore(self, tensors: dict[str, Any]) -> None:
-        """Take over what a state holds; raises UserError where the parts do not fit it."""
+        """Load the content of `state.pt`; raises UserError if it does not fit."""
         try:
             made_by, own = tensors.get("optimizer_class"), type(self.optimizer).__qualname__
-            if made_by not in (None, own):  # torch would take over numbers that mean something else
+            if made_by not in (None, own):  # torch would load values of another meaning
                 raise ValueError(f"its optimizer is {made_by}, this one {own}")
             self.network.load_state_dict(tensors["network"])
             self.optimizer.load_state_dict(tensors["optimizer"])
@@ -84,7 +84,7 @@ class TrainState:
 
 
 def begin(plan: RunPlan, resumed: Path | None) -> Progress:
-    """Return the progress with which a run begins; after a state, with the losses and pictures of before."""
+    """Return the progress at the start of a run, with the losses and previews of the resumed state."""
     before = Progress(0, 0, plan.seed) if resumed is None else read_progress(resumed)
     return Progress(
         step=plan.start_step,
@@ -97,16 +97,16 @@ def begin(plan: RunPlan, resumed: Path | None) -> Progress:
 
 
 def write_state(folder: Path, state: TrainState, progress: Progress, options: str) -> None:
-    """Write a state under a temporary name and rename it; one that was there under the name goes."""
+    """Write a state under a temporary name and rename it; replaces a state of the same name."""
     with new_folder(folder, replace=True) as temporary:
         torch.save(state.tensors(), temporary / TENSOR_FILE)
-        record = json.dumps({"version": FORMAT_VERSION, **_record(progress)})
-        (temporary / POSITION_FILE).write_text(record, encoding="utf-8")
+        (temporary / POSITION_FILE).write_text(json.dumps(_record(progress)), encoding="utf-8")
         (temporary / OPTIONS_FILE).write_text(options, encoding="utf-8")
 
 
 def _record(progress: Progress) -> dict[str, Any]:
     return {
+        "version": FORMAT_VERSION,
         "current_step": progress.step,
         "current_epoch": progress.epoch,
         "seed": progress.seed,
@@ -117,7 +117,7 @@ def _record(progress: Progress) -> dict[str, Any]:
 
 
 def find_state(resume: str, saving: SavingConfig) -> Path | None:
-    """Return the folder that --resume means; for "auto" the one furthest on under this output name, or None."""
+    """Return the state of --resume; for "auto" the one with the most steps under this output name, or None."""
     if resume != "auto":
         check_state(Path(resume))
         return Path(resume)
@@ -141,7 +141,7 @@ def find_state(resume: str, saving: SavingConfig) -> Path | None:
 
 
 def check_state(folder: Path) -> None:
-    """Raise UserError for a folder that is no state, or one whose tensors are not as they were written."""
+    """Raise UserError for a folder that is not a state, or whose tensors are damaged."""
     read_progress(folder)
     path = folder / TENSOR_FILE
     try:
@@ -154,7 +154,7 @@ def check_state(folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Return where the run of a state is; raises UserError for a folder that is no state of this suite."""
+    """Return the progress of a state; raises UserError for a folder that is not a state of this suite."""
     path = folder / POSITION_FILE
     if not path.is_file() or not (folder / TENSOR_FILE).is_file():
         raise UserError(f"--resume: {folder} is no state of this suite: it has no {POSITION_FILE} or no {TENSOR_FILE}")
@@ -187,5 +187,5 @@ def _best(loss: Any, step: Any) -> tuple[float, int]:
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
-    """Return the tensors of a state; of the pickle only weights are read."""
+    """Return the content of `state.pt`, read without running code of the pickle."""
     return load_pickle(folder / TENSOR_FILE)

@@ -26,7 +26,7 @@ MOST_SKIPPED = 10  # steps in a row that are not finite before a run with --on_n
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave."""
+    """The results of one optimizer step."""
 
     losses: list[float]  # of its micro-batches, without those that are not finite
     gradient_norm: float  # before clipping
@@ -37,7 +37,7 @@ class StepResult:
 
 
 class Step(Protocol):
-    """Makes optimizer steps. A compiled or captured step is another implementation."""
+    """Makes optimizer steps; `EagerStep` is the one implementation so far."""
 
     def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Make a step (from 0) from the mean gradient of some micro-batches; raises UserError to end the run."""
@@ -45,7 +45,7 @@ class Step(Protocol):
 
 
 class EagerStep:
-    """The step as it is written here, one operation of torch after another."""
+    """Makes steps in PyTorch's eager mode."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class EagerStep:
         return norm.float()
 
     def _not_finite(self, step: int, losses: list[float], norm: float, batches: Sequence[Batch]) -> str | None:
-        """Return what is not a finite number and with which pictures, or None.
+        """Return what is not finite and with which pictures, or None.
 
         A gradient that overflows under a scaler is left to the scaler, which skips the step.
         """
