@@ -221,7 +221,7 @@ INCOMPLETE_CHECKPOINTS = {
     "one number for a matrix": (changed(STEM, lambda _: torch.zeros(())), "describes no U-Net that can be built"),
     "odd width": (
         changed(f"{keys.UNET_PREFIX}input_blocks.1.0.out_layers.3.weight", lambda _: torch.zeros(33, 3, 3, 3)),
-        "describes no U-Net that can be built: num_channels (33) must be divisible",
+        "is not a Stable Diffusion model of the usual sizes (unet: (33, 64, 96, 96) channels)",
     ),
     "another type": (
         changed(TO_Q, lambda t: t.to(torch.complex64)),
@@ -308,11 +308,16 @@ FOLDERS = {
         "config.json describes no text_encoder that can be built",
         "wide",
     ),
-    "another VAE": ("vae/config.json", "{}", True, "has the shape (32,), (64,) is needed"),
+    "another VAE": ("vae/config.json", "{}", True, "has the shape (32, 3, 3, 3), (64, 3, 3, 3) is needed"),
     "shards without a map": (f"{UNET_FILE}.index.json", "{}", True, 'index.json has no "weight_map" of tensors'),
     "an absent shard": (f"{UNET_FILE}.index.json", '{"weight_map": {"a": "b.safetensors"}}', True, "does not exist"),
     "damaged tokenizer": ("tokenizer/tokenizer.json", "{}", True, "tokenizer in ", "cannot be read"),
-    "SDXL": ("text_encoder_2/config.json", "{}", False, "is an SDXL model; this version trains SD 1.x and SD 2.x"),
+    "SDXL": (
+        "unet/config.json",
+        '{"addition_embed_type": "text_time"}',
+        False,
+        "is an SDXL model; this version trains SD 1.x and SD 2.x",
+    ),
 }
 
 

@@ -172,7 +172,7 @@ def test_metadata_go_along_and_hashes_are_those_of_the_file(model_store, tmp_pat
 def test_mistakes(model_store, tmp_path):
     models, _ = model_store("sd1")
     file = make_lora(models, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="is one of the files to be read"):
+    with pytest.raises(UserError, match="is one of the inputs"):
         convert(file, file)
     with pytest.raises(UserError, match="--keep_alpha is for --to diffusers"):
         convert(file, tmp_path / "b.safetensors", "--keep_alpha")

@@ -74,7 +74,7 @@ MISTAKES = [
     ([*PROMPT, "word"], ["unexpected argument 'word'", "quotes"]),
     ([*PROMPT, "--negative_scale", "3"], ["--negative_scale is not available: three-way guidance"]),
     ([*PROMPT, "--ds_depth_1", "3"], ["--ds_depth_1 is not available", "--highres_fix_scale"]),
-    ([*PROMPT, "--sdxl"], ["--sdxl is not available: this script draws with SD 1.x and 2.x"]),
+    ([*PROMPT, "--sdxl"], ["--sdxl is not available: this script generates with SD 1.x and 2.x"]),
     ([*PROMPT, "--outdir", "{tmp}/plain.png"], ["--outdir: {tmp}/plain.png is not a folder"]),
 ]  # fmt: skip
 

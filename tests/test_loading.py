@@ -164,7 +164,7 @@ def test_sdxl_and_other_files_are_told_by_name(tmp_path):
     with pytest.raises(UserError, match="is an SDXL model"):
         tiny.load(tmp_path / "xl.safetensors")
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="no Stable Diffusion"):
+    with pytest.raises(UserError, match="is not a Stable Diffusion"):
         tiny.load(tmp_path / "lora.safetensors")
 
 

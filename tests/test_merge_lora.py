@@ -312,7 +312,7 @@ def test_what_is_read_is_never_written_over_even_within_a_folder(model_store, tm
     models, paths = model_store("sd1")
     file = make_lora(models, tmp_path / "a.safetensors")
     for target in (paths["folder"] / "unet" / "diffusion_pytorch_model.safetensors", paths["folder"] / "merged"):
-        with pytest.raises(UserError, match="is within .*, which is read"):
+        with pytest.raises(UserError, match="is within .*, which is an input"):
             merge("--sd_model", paths["folder"], "--save_to", target, "--models", file, "--ratios", 1)
     (tmp_path / "a_file").write_text("x")
     with pytest.raises(UserError, match="a_file is a file, so"):

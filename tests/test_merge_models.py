@@ -171,14 +171,14 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, m
     lines = str(caught.value).splitlines()
     parts = (
         "a number for each of the 3",
-        "is one of the files to be read",
+        "is one of the inputs",
         "gone.safetensors is not",
         "README.md must end",
     )
     assert all(any(part in line for line in lines) for part in parts)
     assert one.read_bytes() == before
     # The ending that is appended is minded, too.
-    with pytest.raises(UserError, match="is one of the files to be read"):
+    with pytest.raises(UserError, match="is one of the inputs"):
         merge("--models", one, two, "--output", one.with_suffix(""))
     with pytest.raises(UserError, match="--models is missing"):
         merge("--output", tmp_path / "x")

@@ -133,7 +133,7 @@ def check_models(config: MergeConfig, problems: Problems) -> None:
             problems.add(f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}")
     output = output_path(config.files.output)
     if output.exists() and any(path.samefile(output) for path in existing):
-        problems.add(f"--output {output} is one of the files to be read: take another name")
+        problems.add(f"--output {output} is one of the inputs: choose another name")
 
 
 def check_family(models: Sequence[WeightedCheckpoint]) -> None:
