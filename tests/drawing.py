@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
-from library.config.samplers import SAMPLER_NAMES
+from library.config.samplers import SAMPLER_NAMES, SamplerName
 from library.generation import infotext, recipe
 from library.models.base import BaseFiles, BaseModel
 from library.models.precision import Types
@@ -96,7 +96,7 @@ def pipe_of(
     kind: str = "",
     *,
     family: str = "sd1",
-    sampler: str = "ddim",
+    sampler: SamplerName = "ddim",
     predicts_v: bool = False,
     changed: bool = False,
     **more: Any,

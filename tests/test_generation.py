@@ -15,10 +15,9 @@ import gen_img_diffusers
 from library.config.command_line import parse
 from library.config.generation import GenerateConfig
 from library.config.retired import GENERATION
-from library.config.samplers import SAMPLER_NAMES
+from library.config.samplers import SAMPLERS, Sampler
 from library.generation import checks, image_generator
 from library.generation.requests import MOST_DRAWN_SEED, all_requests
-from library.sampling.samplers import ROWS
 
 
 def with_skip(pipe, skip):
@@ -47,7 +46,8 @@ def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(draw, model_st
 
 
 def test_names_with_k_are_the_same_samplers():
-    assert all(ROWS[name] == ROWS[name.removeprefix("k_")] for name in SAMPLER_NAMES)
+    rows: dict[str, Sampler] = {**SAMPLERS}
+    assert all(row is rows[name.removeprefix("k_")] for name, row in rows.items())
 
 
 @pytest.mark.parametrize(
