@@ -12,10 +12,10 @@ from drawing import LONG, SAMPLERS, SIZE, differ, pipe_of, pixels_of, same_pixel
 from safetensors.torch import save_file
 
 import gen_img_diffusers
+from library.config import samplers
 from library.config.command_line import parse
 from library.config.generation import GenerateConfig
 from library.config.retired import GENERATION
-from library.config.samplers import SAMPLERS, Sampler
 from library.generation import checks, image_generator
 from library.generation.requests import MOST_DRAWN_SEED, all_requests
 
@@ -46,7 +46,7 @@ def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(draw, model_st
 
 
 def test_names_with_k_are_the_same_samplers():
-    rows: dict[str, Sampler] = {**SAMPLERS}
+    rows: dict[str, samplers.Sampler] = {**samplers.SAMPLERS}
     assert all(row is rows[name.removeprefix("k_")] for name, row in rows.items())
 
 
