@@ -1,4 +1,4 @@
-"""TensorBoard and wandb: which of them a run logs to, with what arguments, and what they are told of it."""
+"""TensorBoard and wandb: which of them a run logs to, their arguments, and the options they record."""
 
 from __future__ import annotations
 
@@ -82,22 +82,22 @@ def _maker(name: str) -> Callable[..., Any]:
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
     """Begin the logs of a run; the first process calls this."""
     names, project = tracker_names(config.logs), config.logs.log_tracker_name or "network_train"
-    told = loggable_options(config) if config.logs.log_config else None
+    options = loggable_options(config) if config.logs.log_config else None
     arguments = tracker_arguments(config.logs)
     if "wandb" not in names:
-        accelerator.init_trackers(project, told, arguments)
+        accelerator.init_trackers(project, options, arguments)
         return
 
     import wandb
 
     arguments["wandb"] = wandb_arguments(config, arguments.get("wandb", {}))
     try:
-        accelerator.init_trackers(project, told, arguments)
+        accelerator.init_trackers(project, options, arguments)
     except wandb.Error as error:
         logger.warning("wandb does not answer (%s): the run is logged offline", str(error).splitlines()[0])
         accelerator.trackers.clear()
         arguments["wandb"]["mode"] = "offline"
-        accelerator.init_trackers(project, told, arguments)
+        accelerator.init_trackers(project, options, arguments)
     settings = accelerator.get_tracker("wandb", unwrap=True).settings
     if settings.mode == "offline":
         logger.info("wandb logs offline; this sends the run later: wandb sync %s", settings.sync_dir)

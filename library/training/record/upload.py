@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: saved files and states go there, and a state to go on from comes from there.
+"""The Hugging Face Hub: uploads of saved files and states, and the download of a state to resume.
 
-An upload that fails is told in one line and never stops the training: everything is on this disk as well.
+A failed upload is logged in one line and never stops the training, because everything is on this disk, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Uploads:
-    """The uploads of a run, in order: at once, or with --async_upload in a thread while training goes on."""
+    """The uploads of a run, in order: immediately, or with --async_upload in a thread during training."""
 
     def __init__(self, config: HubConfig, *, is_main: bool) -> None:
         self._config = config
@@ -49,7 +49,7 @@ class Uploads:
         self._jobs.put(job)
 
     def after(self, job: Callable[[], Any]) -> None:
-        """Do something once everything before it is uploaded: what is removed here must be there first."""
+        """Run a job after all uploads so far: a file must be uploaded before it is removed here."""
         if self._thread is None:
             job()
         else:
@@ -78,7 +78,7 @@ class Uploads:
 
 
 def attempt(job: Callable[[], Any], failure: str, config: HubConfig) -> None:
-    """Do something; log one line that begins with failure if it does not work."""
+    """Run a job; if it fails, log one line that begins with failure."""
     try:
         job()
     # The network, the service and its client fail in many ways, and none is worth a training.
