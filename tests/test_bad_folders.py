@@ -238,7 +238,7 @@ def test_folders_of_pictures(refused, pictures, case):
 def test_folders_that_cannot_be_read(refused, tmp_path, folder):
     (tmp_path / folder).chmod(0o000)
     try:
-        refused({}, f"{folder} cannot be read (Permission denied); check its permissions", readable=False)
+        refused({}, f"{folder} cannot be read (Permission denied); mend its permissions", readable=False)
     finally:
         (tmp_path / folder).chmod(0o700)
 
