@@ -22,7 +22,7 @@ WORDS = {
     "nothing at all": ([], "--pretrained_model_name_or_path is missing", "--network_module is missing: networks.lora"),
     "unknown option": (["--lerning_rate", "1"], "--lerning_rate is not known; did you mean learning_rate?"),
     "half a name": (["--save_every", "1"], "--save_every is not known; it could be --save_every_n_epochs"),
-    "two values": (["--output_name", "my", "model"], "unexpected argument 'model': give it with its option"),
+    "two values": (["--output_name", "my", "model"], "unexpected argument 'model': put it after its option"),
     "no value": (["--seed"], "--seed: expected one argument"),
     "retired": (["--deepspeed"], "--deepspeed is not available: an adapter over a frozen base needs no sharding"),
     "config file to write": (["--output_config"], "--output_config needs --config_file"),

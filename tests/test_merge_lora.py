@@ -251,7 +251,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(model_store, tmp_
     lines = str(caught.value).splitlines()
     for part in (
         "a number for each of the 2",
-        "is one of the files",
+        "is one of the inputs",
         "gone is not a file",
         "x is not a file",
         "--conc",

@@ -158,7 +158,7 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
     try:
         folders = sorted(path for path in parent.iterdir() if path.is_dir())
     except OSError as error:
-        raise UserError(f"{parent} cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{parent} cannot be read ({error.strerror}); mend its permissions") from None
     for folder in folders:
         number, _, tokens = folder.name.partition("_")
         if number.isascii() and number.lstrip("-").isdigit():
