@@ -48,7 +48,7 @@ MISTAKES = [
     ([*CKPT, "--from_picture", "{tmp}/empty.txt"], ["empty.txt is not a picture that can be read"]),
     ([*CKPT, "--from_picture", "{tmp}/comfy.png"], ["comfy.png: what it says of itself cannot be read"]),
     ([*CKPT, "--from_picture", "{tmp}/damaged.png"], ["damaged.png: its text 'generation' is damaged"]),
-    ([*CKPT, "--from_picture", "{tmp}/other.png"], ["other.png was drawn with the sampler 'UniPC', which is not here"]),
+    ([*CKPT, "--from_picture", "{tmp}/other.png"], ["other.png was drawn with the sampler 'Wobbly', which is not here"]),
     ([*PROMPT, "--mask_path", "{tmp}/plain.png"], ["--mask_path needs --image_path"]),
     ([*PROMPT, "--image_path", "{tmp}/no"], ["--image_path: {tmp}/no is not a file or a folder"]),
     ([*PROMPT, "--image_path", "{tmp}/nothing"], ["--image_path: {tmp}/nothing holds no pictures (.png, .jpg"]),
@@ -89,7 +89,7 @@ def mistaken(tmp_path):
         "plain": {},
         "comfy": {"prompt": '{"3": {"class_type": "KSampler"}}'},
         "damaged": {"generation": "[1]"},
-        "other": {"parameters": "a\nSteps: 3, Sampler: UniPC, CFG scale: 7, Seed: 1, Size: 64x64"},
+        "other": {"parameters": "a\nSteps: 3, Sampler: Wobbly, CFG scale: 7, Seed: 1, Size: 64x64"},
     }
     for name, keys in texts.items():
         info = PngImagePlugin.PngInfo()

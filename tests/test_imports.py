@@ -133,7 +133,12 @@ def places_on_the_map():
 
     A name is below the folder of its heading; without a folder of its own it is beside the one before it.
     """
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The map")[1].split("\nWho may import")[0]
+    text = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .split("## The map")[1]
+        .split("\n## Where a change goes")[0]
+    )
     folder = Path()
     for row in text.splitlines():
         cell = row.split("|")[1] if row.startswith("|") else ""

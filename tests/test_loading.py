@@ -7,11 +7,15 @@ import os
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from library.config.model import ModelConfig
 from library.errors import UserError
-from library.models import building, keys, layout
+from library.models import building, checkpoint, keys, layout
 from library.models import family as families
+from library.models.base import find_base, load_vae
+from library.models.precision import types_of
+from library.weight_file import open_weights
 
 
 def parts(loaded):
@@ -181,3 +185,28 @@ def test_missing_parts_are_named(model_store, tmp_path):
     save_file(state, tmp_path / "hole.safetensors")
     with pytest.raises(UserError, match="1 tensors of the UNet2DConditionModel are missing"):
         tiny.load(tmp_path / "hole.safetensors")
+
+
+def test_only_the_parts_that_are_needed_are_read(model_store, tmp_path, monkeypatch):
+    """A pickle is read completely when it is opened, so opening one more costs its memory."""
+    models, _ = model_store("sd1")
+    folder = tiny.write_folder(models, "sd1", tmp_path / "folder")
+    for path in list(folder.glob("*/*.safetensors")):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    opened: list[str] = []
+
+    def open_and_note(path):
+        opened.append(path.parent.name)
+        return open_weights(path)
+
+    monkeypatch.setattr(checkpoint, "open_weights", open_and_note)
+    config = ModelConfig(pretrained_model_name_or_path=str(folder))
+    vae = load_vae(find_base(config), types_of("no"))
+    assert opened == ["vae"]
+    assert torch.equal(vae.state_dict()["decoder.conv_in.weight"], models["vae"].state_dict()["decoder.conv_in.weight"])
+    (folder / "vae" / "diffusion_pytorch_model.bin").unlink()  # its own VAE need not be there if there is another
+    models["vae"].save_pretrained(tmp_path / "other")
+    opened.clear()
+    tiny.load(folder, vae=tmp_path / "other")
+    assert sorted(opened) == ["other", "text_encoder", "unet"]

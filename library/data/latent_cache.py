@@ -196,7 +196,7 @@ def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterato
         return
     from tqdm import tqdm
 
-    results: list[tuple[Path, Loaded | images.UnreadablePictureError]] = []
+    results: list[tuple[Path, images.UnreadablePictureError | None]] = []
     not_finite: list[Path] = []
     with (
         ThreadPoolExecutor(images.NUM_THREADS) as pool,
@@ -208,7 +208,10 @@ def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterato
             if index + 2 < len(batches):
                 ahead.append(pool.map(_load, batches[index + 2]))
             loaded = list(zip(batch, ahead.pop(0), strict=True))
-            results += [(source.record.path, layers) for source, layers in loaded]
+            results += [
+                (source.record.path, layers if isinstance(layers, images.UnreadablePictureError) else None)
+                for source, layers in loaded  # not the pixels, which would all stay in memory
+            ]
             readable = [
                 (source, *layers) for source, layers in loaded if not isinstance(layers, images.UnreadablePictureError)
             ]

@@ -157,6 +157,8 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
     )
     unet = cast("UNet2DConditionModel", part(UNET, types.unet))
     vae = load_part(files.vae, VAE, types.vae if filled is None or VAE in filled else None)
+    checkpoint.close()  # with the weights of a pickle that no part uses
+    files.vae.close()
     return BaseModel(checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts)
 
 
@@ -178,6 +180,8 @@ def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> n
     model = build_part(checkpoint, part)
     if dtype is not None:
         fill(model, part, checkpoint, dtype)
+    if part in checkpoint.parts:
+        checkpoint.parts[part].close()
     return model.requires_grad_(False).eval()
 
 

@@ -38,20 +38,32 @@ V_SPREAD = 0.09  # standard deviation of that bias: larger in SD 2.x models that
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The weight files of a part, opened on first use; a pickle is read completely then."""
+    """The weights of a part, found and opened on first use; a pickle is read completely then."""
 
-    paths: tuple[Path, ...]
-    folder: Path | None = None  # with config.json; None if there is none
+    file: Path | None = None  # one that is the whole part
+    folder: Path | None = None  # or a folder with config.json and weights
+    variant: str | None = None  # of the weights in the folder
 
-    @staticmethod
-    def of(folder: Path, variant: str | None = None) -> Part:
-        """Return the part in a folder."""
-        return Part(tuple(weight_files(folder, variant=variant)), folder)
+    @property
+    def paths(self) -> list[Path]:
+        """The weight files; raises UserError for a folder without them."""
+        if self.folder is not None:
+            return weight_files(self.folder, variant=self.variant)
+        return [] if self.file is None else [self.file]
 
     @functools.cached_property
     def files(self) -> tuple[WeightFile, ...]:
         """The opened files."""
         return tuple(open_weights(path) for path in self.paths)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its tensors."""
+        return {name: shape for file in self.files for name, shape in file.shapes.items()}
+
+    def close(self) -> None:
+        """Release the files, with what a pickle still holds; they are opened again if they are needed."""
+        self.__dict__.pop("files", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,16 @@ class Checkpoint:
     def folder_of(self, part: str) -> Path | None:
         """Return the folder with the configuration of a part, or None."""
         return self.parts[part].folder if part in self.parts else None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor, None if there is none of this name; opens no other part."""
+        part, own = split_name(name)
+        return self.parts[part].shapes.get(own) if part in self.parts else None
+
+    def close(self) -> None:
+        """Release the files of all parts."""
+        for part in self.parts.values():
+            part.close()
 
     def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and shape of each tensor."""
@@ -127,17 +149,17 @@ def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
     variant chooses among the weights of a Diffusers folder, such as "fp16".
     """
     if path.is_file():
-        whole = Part((path,))
+        whole = Part(path)
         shapes = whole.files[0].shapes
         return Checkpoint(path, families.detect_family(shapes, str(path)), None, {WHOLE: whole})
     family, predicts_v = folder_kind(path)
     parts = {
-        part: Part.of(path / part, variant)
+        part: Part(folder=path / part, variant=variant)
         for part in (UNET, VAE, *(text.folder for text in family.text_models))
         if (path / part).is_dir()
     }
     if (path / EXTRAS_FILE).is_file():
-        parts[EXTRAS] = Part((path / EXTRAS_FILE,))
+        parts[EXTRAS] = Part(path / EXTRAS_FILE)
     return Checkpoint(path, family, predicts_v, parts)
 
 
@@ -150,8 +172,8 @@ def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / VAE
         read_config(folder)
-        return Checkpoint(path, family, None, {VAE: Part.of(folder)})
-    file = Part((path,))
+        return Checkpoint(path, family, None, {VAE: Part(folder=folder)})
+    file = Part(path)
     if not keys.holds_vae(file.files[0].shapes):
         raise UserError(f"--vae: {path} has no VAE; name a file or a Diffusers folder with one")
     is_diffusers = any(name.startswith("encoder.down_blocks.") for name in file.files[0].shapes)
@@ -245,4 +267,4 @@ def shards_of(index: Path) -> list[Path]:
 
 def names_in(checkpoint: Checkpoint, part: str) -> Iterable[str]:
     """Return the names of a part's tensors without the part; empty if the folder lacks it."""
-    return [name for file in checkpoint.parts[part].files for name in file.shapes] if part in checkpoint.parts else []
+    return checkpoint.parts[part].shapes if part in checkpoint.parts else ()

@@ -49,6 +49,9 @@ class LatentEncoder:
                 "the VAE overflows in half precision and is run in float32: --no_half_vae does so from the start"
             )
             move(self.vae, torch.float32)
-            moments[overflowed] = self.vae.encode(pixels[overflowed].float()).latent_dist.parameters.to(moments.dtype)
-            move(self.vae, self.dtype)  # lossless, since the weights had this type before
+            try:
+                again = self.vae.encode(pixels[overflowed].float()).latent_dist.parameters
+            finally:
+                move(self.vae, self.dtype)  # lossless, since the weights had this type before
+            moments[overflowed] = again.to(moments.dtype)
         return moments

@@ -87,8 +87,8 @@ class Layout:
 
     def find(self, part: str, name: str) -> Place | None:
         """Return the place of a tensor of a part, or None."""
-        shapes = self.checkpoint.shapes
-        return next((place for place in self.candidates(part, name) if place.name in shapes), None)
+        has = self.checkpoint.shape_of
+        return next((place for place in self.candidates(part, name) if has(place.name) is not None), None)
 
     def candidates(self, part: str, name: str) -> Iterator[Place]:
         """Yield the possible places of a tensor of a part, the usual one first."""
@@ -164,9 +164,10 @@ def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
     layout, plan = Layout(checkpoint), {}
     for name, shape in shapes.items():
         place = layout.find(part, name)
-        if place is None:
+        whole = None if place is None else checkpoint.shape_of(place.name)
+        if place is None or whole is None:
             continue
-        found = place.shape_of(checkpoint.shapes[place.name])
+        found = place.shape_of(whole)
         if [size for size in found if size != 1] != [size for size in shape if size != 1]:
             raise UserError(f"{checkpoint.path}: {place.name} has the shape {found}, {shape} is needed")
         plan[name] = Piece((place,), shape)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from library.config.network import NetworkConfig
 from library.config.optimizer import OptimizerConfig
+from library.config.values import written
 from library.errors import UserError, shortened
 from library.files import replacing
 from library.models.base import BaseModel
@@ -237,7 +238,8 @@ def build_network(
     trains_text_encoder, trains_unet = trained_parts(config, optimizer)
     with module_errors(config, "apply_to"):
         if prepare := optional_method(network, "prepare_network"):
-            prepare(argparse.Namespace(**dataclasses.asdict(optimizer), **dataclasses.asdict(config)))
+            options = dataclasses.asdict(optimizer) | dataclasses.asdict(config)
+            prepare(argparse.Namespace(**{name: written(value) for name, value in options.items()}))
         network.apply_to(text_encoder, base.unet, trains_text_encoder, trains_unet)
         if config.network_weights is not None:
             with module_errors(config, "load_weights", config.network_weights):

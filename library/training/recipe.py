@@ -76,7 +76,6 @@ def train(
     if runtime.is_main:
         make_repository(config.hub)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
-    del files  # with what it holds of a pickle
     text = caption_options(config.text)
     warn_of_cut_captions(datasets, base, text)
 

@@ -83,7 +83,7 @@ class Preview:
 
     def _update_sheet(self, columns: list[tuple[str, list[Path]]]) -> None:
         chosen = spread(columns, MOST_COLUMNS)
-        cells = [[_read(paths[row]) for _, paths in chosen] for row in range(len(self.prompts))]
+        cells = [[_read(paths, row) for _, paths in chosen] for row in range(len(self.prompts))]
         labels = [prompt.prompt for prompt in self.prompts]
         save_sheet(draw_sheet(cells, labels, [label for label, _ in chosen]), self.files.contact_sheet)
 
@@ -103,8 +103,11 @@ def preview_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
     ]
 
 
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
+def _read(paths: Sequence[Path], row: int) -> Image.Image | None:
+    """Return a preview; None if it was removed, or its prompt came later than the column."""
+    if row >= len(paths) or not paths[row].is_file():
+        return None
+    with Image.open(paths[row]) as picture:
         return picture.convert("RGB")
 
 
