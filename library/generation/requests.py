@@ -29,7 +29,7 @@ WITH_TEXTS = tuple(suffix for suffix in WRITTEN_FORMATS if suffix != ".bmp")  # 
 class Request:
     """One image as it is asked for; None leaves a value to the run. Sizes are in pixels, multiples of 8.
 
-    The fields after `strength` come from images that are made again, except for the name of the file and the line.
+    `clip_skip` to `latents_upscaling` come only from the file of an image that is generated again.
     """
 
     prompt: str

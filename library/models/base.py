@@ -186,7 +186,7 @@ def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> n
 
 
 def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Load the weights into an empty model; each tensor is read once, into its own memory."""
+    """Load the weights into an empty model; each tensor is read once, and no memory is shared with the file."""
     names = diffusers_names(model)  # Diffusers name -> name in the module
     expected = model.state_dict()
     plan = plan_of_part(checkpoint, part, {name: tuple(expected[own].shape) for name, own in names.items()})
