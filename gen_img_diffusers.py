@@ -9,22 +9,27 @@ python gen_img_diffusers.py --ckpt examples/pocket_model --prompt "a unicorn --w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from library.config.command_line import given_options
+from library.config.effects import idle_options
 from library.config.generation import GenerateConfig
-from library.config.options import build
+from library.config.options import all_options, build, flag_values
 from library.config.retired import GENERATION
+from library.config.saving import ConsoleConfig
 from library.errors import Problems, UserError
 from library.logs import choose_log_lines, run_script
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     problems = Problems()
-    given = given_options(GenerateConfig, argv, description=__doc__, retired=GENERATION)
-    config = build(GenerateConfig, given, problems)
-    choose_log_lines(config.console.console_log_level, config.console.console_log_file)
+    given = given_options(GenerateConfig, argv, problems, description=__doc__, retired=GENERATION)
+    config = build(GenerateConfig, given.values, problems, given.unreadable)
+    problems.run(choose_logs, config.console)
 
     from library.generation import checks  # these read pictures; --help does not
 
@@ -36,13 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks.warn_of_strengths(config.networks, lines)
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("no prompt is given: use --prompt, --from_file, --from_picture or --interactive")
-    checks.warn_of_idle(config)
+    options = all_options(GenerateConfig)
+    for text in idle_options(options.values(), flag_values(config), options):
+        logger.warning("%s", text)
 
     # Torch takes seconds to import, so all mistakes are reported before.
     from library.generation.recipe import generate
 
     generate(config, lines, recorded)
     return 0
+
+
+def choose_logs(console: ConsoleConfig) -> None:
+    """Configure the log lines by the options."""
+    choose_log_lines(console.console_log_level, console.console_log_file)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt, read_prompts
-from library.config.train import TrainConfig, check, parse_train_config, write_config_file
+from library.config.train import TrainConfig, check, parse_train_config, warn_of_idle_options, write_config_file
 from library.errors import Problems
 from library.logs import choose_log_lines, run_script
 
@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("wrote %s", write_config_file(config))
         return 0
     check(config, problems)
-    from library.data.records import load_datasets  # reads pictures; --help does not
+    from library.data.records import load_datasets, subsets_of  # these read pictures; --help does not
 
     prompts = problems.run(load_prompts, config.preview) or []
     datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
+    warn_of_idle_options(config, subsets_of(datasets))
 
     # Torch takes seconds to import, so all mistakes are reported before.
     from library.training.recipe import train
@@ -48,9 +49,9 @@ def choose_logs(config: TrainConfig) -> None:
 
 
 def load_prompts(preview: PreviewConfig) -> list[Prompt]:
-    """Return the prompts of the previews; empty without a file, which `check` reports."""
+    """Return the prompts of the previews, if there are to be any; empty without a file, which `check` reports."""
     path = preview.sample_prompts
-    return read_prompts(path) if path is not None and path.is_file() else []
+    return read_prompts(path) if preview.are_wanted and path is not None and path.is_file() else []
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -9,11 +10,26 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
+LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # and other control characters
+
+
 class UserError(ValueError):
-    """A mistake of the user: one line for each, with what is wrong, the value received and what to do.
+    """One or several mistakes of the user, each a line with what is wrong, the value received and what to do.
 
     Entry scripts print it without a traceback and exit with code 2.
     """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.lines = tuple(in_one_line(line) for line in lines)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def in_one_line(text: str) -> str:
+    """Return a text with its control characters as escapes: a value in a message must not break its line."""
+    return LINE_BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shortened(text: str, most: int = 300) -> str:
@@ -38,19 +54,23 @@ class Problems:
     def __init__(self) -> None:
         self._lines: dict[str, None] = {}
 
-    def add(self, text: str) -> None:
-        """Add one or several lines."""
-        self._lines.update(dict.fromkeys(text.split("\n")))
+    def add(self, *lines: str) -> None:
+        """Add mistakes, each a line."""
+        self._lines.update(dict.fromkeys(lines))
 
     def run(self, check: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result | None:
         """Return the result of check; if it raises UserError, add that and return None."""
         try:
             return check(*args, **kwargs)
         except UserError as error:
-            self.add(str(error))
+            self.add(*error.lines)
             return None
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._lines)
 
     def raise_if_any(self) -> None:
         """Raise one UserError with all collected lines, if there are any."""
         if self._lines:
-            raise UserError("\n".join(self._lines))
+            raise UserError(*self._lines)

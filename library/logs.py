@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import UserError, in_one_line
 
 # Loggers whose lines below the level of warnings are shown.
-SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network")
+SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network", "gen_img_diffusers")
 USER_ERROR = 2  # exit code, as of argparse
 FAILURE = 1  # of the machine: disk, permissions, memory
 OUT_OF_MEMORY = (
@@ -70,7 +70,10 @@ def _is_first_process() -> bool:
 class _MarkedFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        if record.levelno < logging.WARNING:
+            return text
+        is_ours = record.name.partition(".")[0] in SUITE  # those of packages are built in several lines
+        return f"{record.levelname.lower()}: {in_one_line(text) if is_ours else text}"
 
 
 def run_script(main: Callable[[Sequence[str]], int]) -> None:

@@ -69,7 +69,7 @@ class MergeOptions:
     shuffle: bool = option(False, "with --concat: mix the ranks by a random rotation, which hides the parts")
     reference_scale: bool = option(False, "the numbers of sd-scripts, which squares ratios and weakens --concat")
     allow_unmatched: bool = option(False, "skip modules of a LoRA file that are not in the model")
-    seed: int | None = option(None, "seed of --shuffle; unset: a new one", minimum=0)
+    seed: int | None = option(None, "seed of --shuffle; unset: a new one", minimum=0, only_with=("shuffle",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

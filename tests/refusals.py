@@ -105,7 +105,7 @@ class Refused:
         for fragment in fragments:
             assert fragment in message, message
         assert "Traceback" not in told
-        assert len(message.splitlines()) <= 5
+        assert len(message.splitlines()) <= 6
         assert max(map(len, message.splitlines())) < 700
         assert not readable or contents(self.folder) == before
         return message

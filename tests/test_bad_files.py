@@ -144,7 +144,7 @@ def test_prompt_files(refused, tmp_path, case):
 
 @pytest.mark.parametrize("option", FOLDER_NAMED)
 def test_a_folder_where_a_file_is_wanted(refused, option):
-    given = {option: ["train"] if option == "base_weights" else "train"}
+    given = {option: ["train"] if option == "base_weights" else "train", "sample_at_first": option == "sample_prompts"}
     refused(given | ({"train_data_dir": None} if option == "dataset_config" else {}), f"--{option}: train is a folder")
 
 

@@ -18,6 +18,7 @@ from library.config.options import root_options
 from library.config.prompts import parse_preview, read_prompts
 from library.config.retired import RETIRED
 from library.config.train import TrainConfig
+from library.errors import Problems
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -82,8 +83,9 @@ def only_parsed(monkeypatch):
     """Command lines are read, and nothing is done after that."""
     given_options = command_line.given_options
 
-    def reads(*arguments, **more):
-        given_options(*arguments, **more)
+    def reads(root, argv, problems, **more):
+        given_options(root, argv, problems, **more)
+        problems.raise_if_any()
         raise Parsed
 
     for module in (command_line, train, gen_img_diffusers):
@@ -194,7 +196,23 @@ def test_options_named_in_the_text_exist(page):
 def test_the_first_command_works_as_pasted():
     first = next(commands(DOCS / "train_network.md")).split()
     assert first[0] == "--config_file"
-    read_config_file(ROOT / first[1], root_options(TrainConfig))
+    read_whole(ROOT / first[1])
+
+
+def read_datasets_of(path):
+    """Return the datasets of a definition file in which everything is known and right."""
+    problems = Problems()
+    found = read_dataset_file(path, DatasetOptions(), SubsetOptions(), problems)
+    problems.raise_if_any()
+    return found
+
+
+def read_whole(path):
+    """Return flag -> value of a configuration file in which everything is known and right."""
+    problems = Problems()
+    given = read_config_file(path, root_options(TrainConfig), problems)
+    problems.raise_if_any()
+    return given.values
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -204,11 +222,11 @@ def test_toml_examples_are_read(page, tmp_path):
         file.write_text(text, encoding="utf-8")
         table = toml_text.load(file)
         if "datasets" in table:
-            assert read_dataset_file(file, DatasetOptions(), SubsetOptions())
+            assert read_datasets_of(file)
         elif "prompt" in table:
             assert read_prompts(file)
         else:
-            assert read_config_file(file, root_options(TrainConfig))
+            assert read_whole(file)
 
 
 def test_prompt_lines_are_read(caplog):

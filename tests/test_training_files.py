@@ -168,10 +168,13 @@ def test_a_loss_that_is_not_finite_stops_and_overwrites_nothing(base, pictures, 
     assert (tmp_path / "x.safetensors").read_bytes() == good
 
 
-def test_a_mistake_is_one_line_with_exit_code_2(tmp_path):
+def test_each_mistake_is_a_line_with_exit_code_2(tmp_path):
     done = python(ROOT / "train_network.py", "--netwrk_dim", 4)
     assert done.returncode == 2
-    assert done.stderr.strip() == "train_network.py: error: --netwrk_dim is not known; did you mean network_dim?"
+    first, *others = done.stderr.strip().splitlines()
+    assert first == "train_network.py: error: --netwrk_dim is not known; did you mean network_dim?"
+    assert len(others) == 5
+    assert all(" is missing: " in line or line.startswith("no training data: ") for line in others), others
     assert done.stdout == ""
 
 
@@ -212,7 +215,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": ({"optimizer_type": "AdamX"}, "torch.optim has no class AdamX; did you mean AdamW"),
     "optimizer package": ({"optimizer_type": "prodigyyopt.Prodigy"}, "pip install prodigyyopt"),
     "optimizer args": ({"optimizer_args": ["betas=high"]}, "betas must be a number"),
-    "optimizer refuses": ({"optimizer_args": ["beta3=1"]}, "AdamW refuses them"),
+    "optimizer refuses": ({"optimizer_args": ["beta3=1"]}, "--optimizer_args: AdamW has no beta3; did you mean betas?"),
     "schedule": (
         {"lr_scheduler_type": "CosineAnnealing"},
         "torch.optim.lr_scheduler has no class CosineAnnealing; did you mean CosineAnnealingLR",

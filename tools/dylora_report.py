@@ -70,7 +70,7 @@ class MeasureConfig:
     )
     max_validation_steps: int | None = repeated(ValidationConfig, "max_validation_steps")
     sample_prompts: Path | None = option(None, "prompts for pictures of each rank (.txt, .toml or .json)")
-    sample_sampler: SamplerName = repeated(PreviewConfig, "sample_sampler")
+    sample_sampler: SamplerName = repeated(PreviewConfig, "sample_sampler", only_with=("sample_prompts",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,7 @@ def as_training(config: ReportConfig) -> TrainConfig:
         "output_dir": config.name.parent,
         "max_validation_steps": config.measure.max_validation_steps,
         "sample_prompts": config.measure.sample_prompts,
+        "sample_at_first": config.measure.sample_prompts is not None,  # pictures are wanted where prompts are given
         "cache_latents": True,
         **vars(config.precision),
     }

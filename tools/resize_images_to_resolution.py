@@ -69,7 +69,11 @@ class CopyOptions:
     """Files."""
 
     save_as_png: bool = option(False, "write copies as PNG; else as JPEG of quality 100")
-    full_chroma: bool = option(False, "keep the full resolution of colour in JPEG (4:4:4); else half of it (4:2:0)")
+    full_chroma: bool = option(
+        False,
+        "keep the full resolution of colour in JPEG (4:4:4); else half of it (4:2:0)",
+        not_with=("save_as_png",),
+    )
     copy_associated_files: bool = option(False, "copy captions and other files named as a picture for each size")
     skip_existing: bool = option(False, "keep files that already exist in the destination")
     overwrite: bool = option(False, "replace files that already exist in the destination")

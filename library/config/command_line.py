@@ -11,12 +11,24 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from library.config.config_file import read_config_file
-from library.config.options import Option, build, help_text, root_options, section_options, sections_of, unknown_message
+from library.config.effects import idle_options, nearer_wins, without_losers
+from library.config.options import (
+    Given,
+    Option,
+    all_options,
+    build,
+    flag_values,
+    help_text,
+    root_options,
+    section_options,
+    sections_of,
+    unknown_message,
+)
 from library.config.retired import RETIRED, Retired
-from library.errors import Problems, UserError
+from library.errors import Problems, UserError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -82,34 +94,44 @@ def parse(
     add to problems or raise UserError. Raises one UserError for all mistakes; exits with 0 after --help.
     """
     problems = Problems()
-    config = build(root, given_options(root, argv, description=description, retired=retired), problems)
+    kind: type = root
+    options = all_options(kind)
+    given = given_options(root, argv, problems, description=description, retired=retired)
+    config = build(root, given.values, problems, given.unreadable)
     for rule in rules:
         problems.run(rule, config, problems)
     problems.raise_if_any()
+    for text in idle_options(options.values(), flag_values(config), options):
+        logger.warning("%s", text)
     return config
 
 
 def given_options(
     root: type,
     argv: Sequence[str] | None,
+    problems: Problems,
     *,
     description: str | None = None,
     retired: Mapping[str, Retired] = RETIRED,
-) -> dict[str, Any]:
-    """Return flag -> typed value of the options given on the command line or in --config_file.
+) -> Given:
+    """Return the options given on the command line or in --config_file; adds to problems what cannot be read.
 
-    With --output_config the file is the output, so it is not read.
+    An option on the command line wins over the file, also over options that it excludes. With --output_config the file
+    is the output, so it is not read.
     """
     options = root_options(root)
     words = with_whole_names(sys.argv[1:] if argv is None else argv, options, retired)
     known, unknown = build_parser(root, description).parse_known_args(words)
-    ignored = _explain_unknown(unknown, options, retired)
-    given = {flag: options[flag].read(value, options[flag].label) for flag, value in vars(known).items()}
-    if given.get("config_file") is not None and not given.get("output_config"):
-        given = read_config_file(given["config_file"], options) | given
-    for row in ignored:
-        logger.warning("--%s is ignored: %s", row.name, row.reason)
-    return given
+    explain_unknown(unknown, options, retired, problems)
+    texts = {flag: (value, options[flag].label) for flag, value in vars(known).items()}
+    given = Given.of(texts, options, problems)
+    path = given.values.get("config_file")
+    if path is not None and not given.values.get("output_config"):
+        file = problems.run(read_config_file, path, options, problems) or Given({}, {})
+        values = nearer_wins(given.values, file.values, options, near="the command line", far=str(path))
+        unreadable = {flag: text for flag, text in file.unreadable.items() if flag not in given.values}
+        given = Given(values, unreadable | given.unreadable)
+    return Given(without_losers(given.values, options), given.unreadable)
 
 
 def with_whole_names(
@@ -117,8 +139,8 @@ def with_whole_names(
 ) -> list[str]:
     """Return the words of a command line with abbreviated option names written in full.
 
-    As in sd-scripts, an abbreviation is allowed if it fits only one option. It is logged as a warning, because a later
-    version may have a second option that it fits.
+    As in sd-scripts, an abbreviation is allowed if it fits only one option; `explain_unknown` reports any other. It is
+    logged as a warning, because a later version may have a second option that it fits.
     """
     named = [entry for entry in options.values() if not entry.spec.positional]
     names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
@@ -129,29 +151,30 @@ def with_whole_names(
 def _with_whole_name(word: str, names: Sequence[str]) -> str:
     name, sign, value = word.removeprefix("--").partition("=")
     fitting = [] if name in names else [candidate for candidate in names if candidate.startswith(name)]
-    if len(fitting) > 1:
-        raise UserError(f"--{name} is not known; it could be --{', --'.join(fitting)}")
-    if fitting:
-        logger.warning("--%s is read as --%s; write it in full", name, fitting[0])
-    return f"--{fitting[0] if fitting else name}{sign}{value}"
+    if len(fitting) != 1:
+        return word
+    logger.warning("--%s is read as --%s; write it in full", name, fitting[0])
+    return f"--{fitting[0]}{sign}{value}"
 
 
-def _explain_unknown(
-    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired]
-) -> list[Retired]:
-    """Return the harmless retired options among words; raises UserError for anything else that is unknown."""
-    ignored = []
-    expects_value = False
-    for word in words:
-        if word.startswith("-"):
-            name, _, value = word.lstrip("-").partition("=")
-            row = retired.get(name)
-            if row is None or not row.harmless:
-                raise UserError(unknown_message(f"--{name}", name, options, retired))
-            ignored.append(row)
-            expects_value = row.takes_value and not value
-        elif expects_value:
-            expects_value = False
-        else:
-            raise UserError(f"unexpected argument {word!r}: put it after its option, with quotes around spaces")
-    return ignored
+def explain_unknown(
+    words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired], problems: Problems
+) -> None:
+    """Warn of harmless retired options among unknown words, and add everything else to problems."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            problems.add(f"unexpected argument {shown(word)}: put it after its option, with quotes around spaces")
+            continue
+        name, sign, value = word.lstrip("-").partition("=")
+        row = retired.get(name)
+        most = 0 if sign or (row is not None and not row.takes_value) else 1 if row is not None else len(rest)
+        while most and rest and not rest[0].startswith("-"):  # the values of the unknown option are no mistakes too
+            value, most = rest.pop(0), most - 1
+        if row is None or not row.harmless:
+            fitting = [candidate for candidate in options if candidate.startswith(name)] if name else []
+            could_be = f"--{name} is not known; it could be --{', --'.join(fitting)}" if len(fitting) > 1 else None
+            problems.add(could_be or unknown_message(f"--{name}", name, options, retired))
+        elif not value or value not in map(str, row.neutral):
+            logger.warning("--%s is ignored: %s", name, row.reason)

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from library.config import toml_text
-from library.config.options import Option, section_options, sections_of, unknown_message
-from library.config.retired import RETIRED
+from library.config.options import Given, Option, section_options, sections_of, unknown_message
+from library.config.retired import GUI_KEYS, RETIRED
 from library.config.values import written
-from library.errors import UserError
+from library.errors import Problems
 
 logger = logging.getLogger(__name__)
 
 NOT_RECORDED = {"config_file", "output_config"}
 
 
-def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return flag -> typed value from a TOML file; its tables only group keys, and a later duplicate wins."""
+def read_config_file(path: Path, options: Mapping[str, Option], problems: Problems) -> Given:
+    """Return the options in a TOML file; its tables only group keys, and a later duplicate wins.
+
+    Empty texts and lists are unset, as GUIs write them. Adds to problems unknown keys and what cannot be read; raises
+    UserError for a file that is no TOML.
+    """
     path = with_toml_suffix(path)
     values: dict[str, Any] = {}
     names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
@@ -29,17 +33,21 @@ def read_config_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any
             later = "the later value" if is_secret else f"the later value {value!r}"
             logger.warning("%s: %s is given twice; %s is used", path, key, later)
         values[key] = value
-    given = {}
+    of_gui = [key for key, value in values.items() if key in GUI_KEYS and value not in (0, "", [])]
+    if of_gui:
+        keys = ", ".join(f"{key} ({GUI_KEYS[key]})" if GUI_KEYS[key] else key for key in of_gui)
+        logger.warning("%s: keys of kohya_ss' GUI that a training does not read: %s", path, keys)
+    texts = {}
     for key, value in values.items():
-        if key in RETIRED and value in RETIRED[key].neutral:
-            continue  # the option is off
+        if key in GUI_KEYS or (key in RETIRED and value in RETIRED[key].neutral):
+            continue
         if key in RETIRED and RETIRED[key].harmless:
             logger.warning("%s: %s is ignored: %s", path, key, RETIRED[key].reason)
         elif key not in names:
-            raise UserError(unknown_message(f"{path}: {key}", key, names))
-        else:
-            given[names[key].flag] = names[key].read(value, f"{path}: {key}")
-    return given
+            problems.add(unknown_message(f"{path}: {key}", key, names))
+        elif value not in ("", []):
+            texts[names[key].flag] = (value, f"{path}: {key}")
+    return Given.of(texts, options, problems)
 
 
 def with_toml_suffix(path: Path) -> Path:

@@ -13,6 +13,10 @@ from typing import Literal
 from library.config.options import for_all, for_datasets, for_subsets, option
 from library.config.values import parse_extension, parse_range, parse_resolution, parse_separator
 
+BUCKETS = ("enable_bucket",)
+NOT_ENLARGED = ("bucket_no_upscale",)
+BY_TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
@@ -20,13 +24,21 @@ Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "
 class DataConfig:
     """Where the pictures are."""
 
-    dataset_config: Path | None = option(None, "dataset definition file (.toml or .json)")
+    dataset_config: Path | None = option(
+        None,
+        "dataset definition file (.toml or .json)",
+        wins_over=("train_data_dir", "in_json"),
+    )
     train_data_dir: Path | None = option(None, "folder whose sub-folders N_name hold the training pictures")
-    reg_data_dir: Path | None = option(None, "folder whose sub-folders N_name hold regularisation pictures")
+    reg_data_dir: Path | None = option(
+        None, "folder whose sub-folders N_name hold regularisation pictures", not_with=("dataset_config", "in_json")
+    )
     in_json: Path | None = option(
         None, "metadata file (.json or .jsonl) with the captions of the pictures in --train_data_dir itself"
     )
-    prior_loss_weight: float = option(1.0, "weight of the loss of regularisation pictures")
+    prior_loss_weight: float = option(
+        1.0, "weight of the loss of regularisation pictures", only_with=("reg_data_dir", "is_reg")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,14 +53,18 @@ class DatasetOptions:
     )
     batch_size: int = for_datasets(1, "pictures in a batch", flag="train_batch_size", minimum=1)
     enable_bucket: bool = for_datasets(False, "group pictures by aspect ratio instead of cropping all alike")
-    min_bucket_reso: int = for_datasets(256, "shortest side of a bucket in pixels", minimum=64)
-    max_bucket_reso: int = for_datasets(1024, "longest side of a bucket in pixels", minimum=64)
-    bucket_reso_steps: int = for_datasets(
-        64, "sides of buckets are multiples of this; itself a multiple of 64", minimum=64
+    min_bucket_reso: int = for_datasets(
+        256, "shortest side of a bucket in pixels", minimum=64, only_with=BUCKETS, not_with=NOT_ENLARGED
     )
-    bucket_no_upscale: bool = for_datasets(False, "never enlarge a picture to fill its bucket")
+    max_bucket_reso: int = for_datasets(
+        1024, "longest side of a bucket in pixels", minimum=64, only_with=BUCKETS, not_with=NOT_ENLARGED
+    )
+    bucket_reso_steps: int = for_datasets(
+        64, "sides of buckets are multiples of this; itself a multiple of 64", minimum=64, only_with=BUCKETS
+    )
+    bucket_no_upscale: bool = for_datasets(False, "never enlarge a picture to fill its bucket", only_with=BUCKETS)
     validation_seed: int | None = for_datasets(
-        None, "seed of the validation split and of its noise; unset: --seed", minimum=0
+        None, "seed of the validation split and of its noise; unset: --seed", minimum=0, only_with=("validation_split",)
     )
     network_multiplier: float = for_datasets(
         1.0, "strength of the adapter for this dataset; accepted, no effect", file_only=True
@@ -74,20 +90,32 @@ class SubsetOptions:
         form="an extension such as .txt",
     )
     caption_separator: str = for_all(
-        ",", "separator of the tags of a caption", parse=parse_separator, form="a text of at least one character"
+        ",",
+        "separator of the tags of a caption",
+        parse=parse_separator,
+        form="a text of at least one character",
+        only_with=(*BY_TAGS, "keep_tokens_separator", "secondary_separator", "metadata_file", "in_json"),
     )
     shuffle_caption: bool = for_all(False, "shuffle the tags of a caption")
-    keep_tokens: int = for_all(0, "leading tags that shuffling and dropping leave in place", minimum=0)
+    keep_tokens: int = for_all(
+        0, "leading tags that shuffling and dropping leave in place", minimum=0, only_with=BY_TAGS
+    )
     keep_tokens_separator: str = for_all("", "text that ends the tags to keep, instead of a number")
     secondary_separator: str | None = for_all(None, "separator inside a group of tags that moves as one")
     enable_wildcard: bool = for_all(False, "choose one of {a|b|c}, and one line of several, at random")
     caption_prefix: str | None = for_all(None, "text put before every caption")
     caption_suffix: str | None = for_all(None, "text put after every caption")
     caption_dropout_rate: float = for_all(0.0, "share of captions replaced by an empty one", minimum=0, maximum=1)
-    caption_dropout_every_n_epochs: int = for_all(0, "drop all captions in every n-th epoch; 0 never", minimum=0)
+    caption_dropout_every_n_epochs: int = for_all(
+        0, "drop all captions in every n-th epoch; 0 never", minimum=0, interval="epochs"
+    )
     caption_tag_dropout_rate: float = for_all(0.0, "share of tags dropped", minimum=0, maximum=1)
-    token_warmup_min: int = for_all(1, "tags used at the start of the token warm-up", minimum=0)
-    token_warmup_step: float = for_all(0.0, "steps until all tags are used; below 1 a share of all steps", minimum=0)
+    token_warmup_min: int = for_all(
+        1, "tags used at the start of the token warm-up", minimum=0, only_with=("token_warmup_step",)
+    )
+    token_warmup_step: float = for_all(
+        0.0, "steps until all tags are used; below 1 a share of all steps", minimum=0, interval="steps"
+    )
     color_aug: bool = for_all(False, "vary hue and gamma a little")
     flip_aug: bool = for_all(False, "mirror half of the pictures")
     random_crop: bool = for_all(False, "crop at random instead of from the centre")

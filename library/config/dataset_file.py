@@ -25,45 +25,58 @@ IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}
 DATASET_KEYS = {key.field: key for key in section_options(DatasetOptions)}
 SUBSET_KEYS = {key.field: key for key in section_options(SubsetOptions)}
 ALL_KEYS = DATASET_KEYS | SUBSET_KEYS
+# Keys with another name on the command line, by that name.
+COMMAND_LINE_NAMES = {
+    name: key for key in ALL_KEYS.values() for name in (key.flag, *key.spec.aliases) if name not in ALL_KEYS
+}
 
 
 def read_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
     """Return the datasets of a run with all values looked up; dataset and subset hold the command line's values.
 
-    Raises UserError if there is nothing to train on.
+    Raises UserError for all that is wrong in them, and if there is nothing to train on.
     """
+    problems = Problems()
     if data.dataset_config is not None:
-        for name in ("train_data_dir", "reg_data_dir", "in_json"):
-            if getattr(data, name) is not None:
-                logger.warning("--%s is ignored: --dataset_config says where the pictures are", name)
-        datasets = read_dataset_file(data.dataset_config, dataset, subset)
+        datasets = problems.run(read_dataset_file, data.dataset_config, dataset, subset, problems) or []
     else:
         datasets = [DatasetConfig(options=dataset, subsets=tuple(folder_subsets(data, subset)))]
+    for found in datasets:
+        check_dataset(found.options, problems)
+    problems.raise_if_any()
     datasets = [dataclasses.replace(found, subsets=_usable_subsets(found.subsets)) for found in datasets]
     datasets = [found for found in datasets if found.subsets]
     if all(used.is_reg for found in datasets for used in found.subsets):
         source = data.dataset_config or f"{data.train_data_dir} (sub-folders are named like 10_name)"
         raise UserError(f"no subset to train on in {source}: one is needed with num_repeats of 1 or more, not is_reg")
-    problems = Problems()
-    for found in datasets:
-        check_dataset(found.options, problems)
-    problems.raise_if_any()
     return datasets
 
 
-def read_dataset_file(path: Path, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
-    """Return the datasets of a definition file; dataset and subset supply the values that it omits."""
+def read_dataset_file(
+    path: Path, dataset: DatasetOptions, subset: SubsetOptions, problems: Problems
+) -> list[DatasetConfig]:
+    """Return the datasets of a definition file; dataset and subset supply the values that it omits.
+
+    Adds to problems unknown keys and what cannot be read; raises UserError for a file without datasets.
+    """
     table = _load(path)
     for key in [key for key in table if key not in ("datasets", "general")]:
-        raise UserError(f"{path}: {key} is not known{nearest(key, ('datasets', 'general'))}")
+        known = COMMAND_LINE_NAMES.get(key) or ALL_KEYS.get(key)
+        if known is not None:
+            levels = ", ".join(f"[{level}]" for level in known.spec.levels)
+            problems.add(f"{path}: {known.field} does not belong here: it is set in {levels}")
+        else:
+            problems.add(f"{path}: {key} is not known{nearest(key, ('datasets', 'general'))}")
     general = _expect_table(table.get("general", {}), f"{path}: general")
-    _read_keys(general, "general", f"{path}: general")
+    of_all = _read_keys(general, "general", f"{path}: general", problems)
     tables = table.get("datasets", [])
     if not isinstance(tables, list) or not tables:
         raise UserError(f"{path}: no [[datasets]] table, so there is nothing to train on")
-    return [
-        _read_dataset(each, general, dataset, subset, f"{path}: datasets[{index}]") for index, each in enumerate(tables)
+    read = [
+        problems.run(_read_dataset, each, of_all, (dataset, subset), f"{path}: datasets[{index}]", problems)
+        for index, each in enumerate(tables)
     ]
+    return [found for found in read if found is not None]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -76,40 +89,52 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _read_dataset(
-    value: Any, general: dict[str, Any], dataset: DatasetOptions, subset: SubsetOptions, place: str
+    value: Any,
+    of_all: dict[str, Any],
+    defaults: tuple[DatasetOptions, SubsetOptions],
+    place: str,
+    problems: Problems,
 ) -> DatasetConfig:
+    dataset, subset = defaults
     table = _expect_table(value, place)
     subset_tables = table.get("subsets", [])
     if not isinstance(subset_tables, list):
         raise UserError(f"{place}.subsets must be an array of tables, got {shown(subset_tables)}")
-    own = _read_keys({key: value for key, value in table.items() if key != "subsets"}, "datasets", place)
-    shared = _read_keys(general, "general", "general") | own
+    own = {key: value for key, value in table.items() if key != "subsets"}
+    shared = of_all | _read_keys(own, "datasets", place, problems)
     options = dataclasses.replace(dataset, **{key: value for key, value in shared.items() if key in DATASET_KEYS})
     inherited = {key: value for key, value in shared.items() if key in SUBSET_KEYS}
     subsets = []
     for index, each in enumerate(subset_tables):
         where = f"{place}.subsets[{index}]"
-        values = inherited | _read_keys(_expect_table(each, where), "subsets", where)
-        if values.get("image_dir") is None and values.get("metadata_file") is None:
-            raise UserError(f"{where}.image_dir is missing: the folder of the pictures")
-        subsets.append(dataclasses.replace(subset, **values))
+        table = problems.run(_expect_table, each, where) or {}
+        values = inherited | _read_keys(table, "subsets", where, problems)
+        if values.get("image_dir") is not None or values.get("metadata_file") is not None:
+            subsets.append(dataclasses.replace(subset, **values))
+        elif not {"image_dir", "metadata_file"} & set(table):  # else it was there, and could not be read
+            problems.add(f"{where}.image_dir is missing: the folder of the pictures")
     return DatasetConfig(options=options, subsets=tuple(subsets))
 
 
-def _read_keys(table: Mapping[str, Any], level: str, place: str) -> dict[str, Any]:
-    """Return field -> typed value of the keys in a table; raises UserError for a key that does not belong there."""
+def _read_keys(table: Mapping[str, Any], level: str, place: str, problems: Problems) -> dict[str, Any]:
+    """Return field -> typed value of the keys in a table; adds to problems the keys that do not belong there."""
     values = {}
     for key, value in table.items():
         if key in IGNORED:
             logger.warning("%s.%s is ignored: %s", place, key, IGNORED[key])
             continue
-        values[key] = _known_key(key, level, place).read(value, f"{place}.{key}")
+        try:
+            values[key] = _known_key(key, level, place).read(value, f"{place}.{key}")
+        except UserError as error:
+            problems.add(*error.lines)
     return values
 
 
 def _known_key(key: str, level: str, place: str) -> Option:
     option = ALL_KEYS.get(key)
     if option is None:
+        if key in COMMAND_LINE_NAMES:
+            raise UserError(f"{place}.{key} is not known: it is {COMMAND_LINE_NAMES[key].field} in a dataset file")
         known = [name for name, other in ALL_KEYS.items() if level in other.spec.levels]
         raise UserError(f"{place}.{key} is not known{nearest(key, known)}")
     if level not in option.spec.levels:

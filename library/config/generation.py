@@ -13,6 +13,9 @@ from library.config.saving import ConsoleConfig
 from library.config.training import PrecisionConfig
 from library.config.values import MOST_PIXELS, parse_pair_lists
 
+TWO_STAGES = ("highres_fix_scale",)
+CONTROLLED = ("control_net_models",)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -35,7 +38,7 @@ class SpeedConfig:
 
     fp16: bool = option(False, "compute in float16")
     bf16: bool = option(False, "compute in bfloat16")
-    no_half_vae: bool = repeated(PrecisionConfig, "no_half_vae")
+    no_half_vae: bool = repeated(PrecisionConfig, "no_half_vae", only_with=("fp16", "bf16"))
     xformers: bool = option(False, "attention of xformers; if it is not installed, torch's own with a warning")
     sdpa: bool = repeated(PrecisionConfig, "sdpa")
     opt_channels_last: bool = option(False, "channels-last memory format")
@@ -53,12 +56,16 @@ class PromptConfig:
     """Prompts."""
 
     prompt: str | None = option(None, "one prompt, with prompt options")
-    from_file: Path | None = option(None, "file with a prompt on each line; # begins a comment; wins over --prompt")
+    from_file: Path | None = option(
+        None, "file with a prompt on each line; # begins a comment; wins over --prompt", wins_over=("prompt",)
+    )
     from_picture: tuple[Path, ...] | None = option(None, "generate pictures again from the metadata of their files")
     interactive: bool = option(False, "read prompts from the keyboard, one after the other")
-    no_preview: bool = option(False, "accepted: no window is opened; the path of each picture is logged")
+    no_preview: bool = option(
+        False, "accepted: no window is opened; the path of each picture is logged", only_with=("interactive",)
+    )
     n_iter: int = option(1, "repeats of all prompts", minimum=1)
-    shuffle_prompts: bool = option(False, "shuffle the prompts in each repeat")
+    shuffle_prompts: bool = option(False, "shuffle the prompts in each repeat", not_with=("interactive",))
     images_per_prompt: int = option(1, "pictures for each prompt", minimum=1)
     batch_size: int = option(1, "pictures generated at the same time; it does not change the pictures", minimum=1)
     max_embeddings_multiples: int | None = option(
@@ -82,7 +89,7 @@ class DrawingConfig:
     seed: int | None = option(
         None, "seed; of several pictures, the seed of their seeds; unset: random", minimum=0, maximum=2**63 - 1
     )
-    iter_same_seed: bool = option(False, "one seed for all prompts of a repeat")
+    iter_same_seed: bool = option(False, "one seed for all prompts of a repeat", not_with=("interactive",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +98,20 @@ class NetworksConfig:
 
     network_module: tuple[str, ...] | None = option(None, "modules of the networks, such as networks.lora")
     network_weights: tuple[Path, ...] | None = option(None, "file of each network")
-    network_mul: tuple[float, ...] | None = option(None, "strength of each; unset: 1")
+    network_mul: tuple[float, ...] | None = option(None, "strength of each; unset: 1", only_with=("network_weights",))
     network_args: tuple[dict[str, str], ...] | None = option(
         None, "arguments of each", parse=parse_pair_lists, form="key=value;key=value for each network"
     )
-    network_show_meta: bool = option(False, "log the metadata of the files")
-    network_merge: bool = option(False, "merge all networks into the model: faster, and --am has no effect")
-    network_merge_n_models: int | None = option(None, "merge the first n networks only", minimum=1)
-    network_pre_calc: bool = option(False, "add the networks to the weights before each change of strength: faster")
+    network_show_meta: bool = option(False, "log the metadata of the files", only_with=("network_weights",))
+    network_merge: bool = option(
+        False, "merge all networks into the model: faster, and --am has no effect", only_with=("network_weights",)
+    )
+    network_merge_n_models: int | None = option(
+        None, "merge the first n networks only", minimum=1, only_with=("network_weights",), not_with=("network_merge",)
+    )
+    network_pre_calc: bool = option(
+        False, "add the networks to the weights before each change of strength: faster", only_with=("network_weights",)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,15 +120,27 @@ class ImageConfig:
 
     image_path: Path | None = option(None, "init image or folder of them (img2img)")
     mask_path: Path | None = option(None, "mask or folder of masks: white is generated anew (inpainting)")
-    strength: float | None = option(None, "share of the init image to replace; unset: 0.8", minimum=0, maximum=1)
-    highres_fix_scale: float | None = option(None, "generate a picture of this scale first", minimum=0.05, maximum=1)
-    highres_fix_steps: int = option(28, "steps of the first stage", minimum=1, maximum=1000)
-    highres_fix_strength: float | None = option(
-        None, "strength of the first stage if it has an init image; unset: --strength", minimum=0, maximum=1
+    strength: float | None = option(
+        None,
+        "share of the init image to replace; unset: 0.8",
+        minimum=0,
+        maximum=1,
+        only_with=("image_path", "highres_fix_scale"),
     )
-    highres_fix_save_1st: bool = option(False, "also save the pictures of the first stage")
-    highres_fix_latents_upscaling: bool = option(False, "enlarge latents instead of pixels")
-    highres_fix_disable_control_net: bool = option(False, "use ControlNet in the first stage only")
+    highres_fix_scale: float | None = option(None, "generate a picture of this scale first", minimum=0.05, maximum=1)
+    highres_fix_steps: int = option(28, "steps of the first stage", minimum=1, maximum=1000, only_with=TWO_STAGES)
+    highres_fix_strength: float | None = option(
+        None,
+        "strength of the first stage if it has an init image; unset: --strength",
+        minimum=0,
+        maximum=1,
+        only_with=TWO_STAGES,
+    )
+    highres_fix_save_1st: bool = option(False, "also save the pictures of the first stage", only_with=TWO_STAGES)
+    highres_fix_latents_upscaling: bool = option(False, "enlarge latents instead of pixels", only_with=TWO_STAGES)
+    highres_fix_disable_control_net: bool = option(
+        False, "use ControlNet in the first stage only", only_with=TWO_STAGES
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,13 +149,13 @@ class ControlConfig:
 
     control_net_models: tuple[Path, ...] | None = option(None, "ControlNet files or folders")
     control_net_preps: tuple[str, ...] | None = option(
-        None, "preprocessing of control images: none, canny or canny_T1_T2"
+        None, "preprocessing of control images: none, canny or canny_T1_T2", only_with=CONTROLLED
     )
     control_net_weights: tuple[float, ...] | None = option(
-        None, "strength of each; unset: 1", aliases=("control_net_multipliers",)
+        None, "strength of each; unset: 1", aliases=("control_net_multipliers",), only_with=CONTROLLED
     )
     control_net_ratios: tuple[float, ...] | None = option(
-        None, "share of the steps in which each is used; unset: 1", minimum=0, maximum=1
+        None, "share of the steps in which each is used; unset: 1", minimum=0, maximum=1, only_with=CONTROLLED
     )
     guide_image_path: tuple[Path, ...] | None = option(None, "control images or folders, one for each ControlNet")
     textual_inversion_embeddings: tuple[Path, ...] | None = option(None, "embedding files; their names are their words")
@@ -142,7 +167,7 @@ class OutputConfig:
 
     outdir: Path = option(Path("outputs"), "folder for the pictures")
     sequential_file_name: bool = option(False, "number the files instead of the date")
-    use_original_file_name: bool = option(False, "name the files after their init images")
+    use_original_file_name: bool = option(False, "name the files after their init images", only_with=("image_path",))
     grid: tuple[str, ...] | None = option(
         None, "all combinations on a contact sheet: axes such as seed=1,2,3 am=0,0.5,1 (columns, rows, sheets)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from library.config.options import REQUIRED, option
+from library.config.options import REQUIRED, option, read_path_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class ModelConfig:
         REQUIRED,
         "base model: an original-layout .safetensors or .ckpt file, or a Diffusers folder",
         missing="the base model: a file or a Diffusers folder",
+        parse=read_path_text,
     )
     v2: bool = option(False, "the base model is SD 2.x; found out from the file, so giving it is only a check")
     v_parameterization: bool = option(False, "train with the v-prediction target")

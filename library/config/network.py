@@ -23,9 +23,15 @@ class NetworkConfig:
         None, "further arguments of the module, each key=value", parse=parse_pairs, form="a list of key=value"
     )
     network_weights: Path | None = option(None, "adapter file to start from")
-    dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
-    network_train_unet_only: bool = option(False, "train only the U-Net's adapter")
+    dim_from_weights: bool = option(
+        False, "take ranks and alphas from --network_weights", wins_over=("network_dim", "network_alpha")
+    )
+    network_train_unet_only: bool = option(
+        False, "train only the U-Net's adapter", excludes=("network_train_text_encoder_only",)
+    )
     network_train_text_encoder_only: bool = option(False, "train only the text encoder's adapter")
     scale_weight_norms: float | None = option(None, "scale the change of a module down to this norm", minimum=0)
     base_weights: tuple[Path, ...] | None = option(None, "adapter files merged into the base before training")
-    base_weights_multiplier: tuple[float, ...] | None = option(None, "strengths of --base_weights; unset: 1")
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, "strengths of --base_weights; unset: 1", only_with=("base_weights",)
+    )

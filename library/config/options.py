@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from library.config.retired import RETIRED, Retired
-from library.errors import Problems, UserError, shown
+from library.config.toml_text import windows_path_hint
+from library.errors import Problems, UserError, in_one_line, shown
 
 Root = TypeVar("Root")
 
@@ -42,6 +43,13 @@ class Spec:
     secret: bool = False  # a key or a token: never recorded or shown
     file_only: bool = False  # a key of the dataset file, not a command line option
     levels: tuple[str, ...] = ()  # tables of the dataset file: "general", "datasets", "subsets"
+    # Conditions are names of options, or "name=value"; `library.config.effects` reports what is given in vain.
+    only_with: tuple[str, ...] = ()  # the option has no effect unless one of these holds
+    not_with: tuple[str, ...] = ()  # the option has no effect if one of these holds
+    twin: str | None = None  # the option that does the same under other conditions
+    wins_over: tuple[str, ...] = ()  # options that are not used if this one is given
+    excludes: tuple[str, ...] = ()  # options that cannot be given with this one
+    interval: Literal["steps", "epochs"] | None = None  # something happens whenever so many are done
 
 
 def option(default: Any, help: str, **spec: Any) -> Any:
@@ -55,10 +63,14 @@ for_datasets = functools.partial(option, levels=("general", "datasets"))
 for_subsets = functools.partial(option, levels=("subsets",))
 
 
-def repeated(section: type, name: str) -> Any:
-    """Return a dataclass field with the default and the declaration of an option of another section."""
+def repeated(section: type, name: str, **changes: Any) -> Any:
+    """Return a dataclass field with the default and the declaration of an option of another section.
+
+    Its conditions are left out, since they name options of the other script; changes are fields of `Spec`.
+    """
     field = next(field for field in dataclasses.fields(section) if field.name == name)
-    return dataclasses.field(default=field.default, metadata=field.metadata)
+    spec = dataclasses.replace(field.metadata["spec"], only_with=(), not_with=(), wins_over=(), excludes=(), twin=None)
+    return dataclasses.field(default=field.default, metadata={"spec": dataclasses.replace(spec, **changes)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Option:
     @property
     def label(self) -> str:
         """The name in help and messages."""
-        return self.flag if self.spec.positional else f"--{self.flag}"
+        return self.flag if self.spec.positional or self.spec.file_only else f"--{self.flag}"
 
     def read(self, value: Any, label: str) -> Any:
         """Return a text or TOML value in the option's type; raises UserError, in which label names the option."""
@@ -84,7 +96,7 @@ class Option:
         try:
             result = (self.spec.parse or self.kind.read)(value)
         except (ValueError, OverflowError) as error:  # OverflowError: a whole number that is too large for a float
-            detail = f" ({error})" if str(error) and self.spec.parse else ""
+            detail = f" ({error})" if str(error) and (self.spec.parse or self.kind.says_why) else ""
             got = "something else" if self.spec.secret else shown(value)
             raise UserError(f"{label} must be {form}, got {got}{detail}") from None
         for number in result if isinstance(result, tuple) else (result,):
@@ -132,12 +144,13 @@ class Kind:
     form: str  # for messages: "a whole number"
     nargs: str | int | None  # of argparse; 0 for a switch
     read: Callable[[Any], Any]
+    says_why: bool = False  # whether the texts of its ValueErrors are for users
 
 
 def read_bool(value: Any) -> bool:
-    if not isinstance(value, bool):
+    if value not in (0, 1):  # numbers, as GUIs write them, or false and true
         raise ValueError
-    return value
+    return bool(value)
 
 
 def read_int(value: Any) -> int:
@@ -168,10 +181,44 @@ def read_choice(value: Any, *, choices: tuple[Any, ...]) -> Any:
     raise ValueError
 
 
+def read_path(value: Any) -> Path | None:
+    """Return a path; None for "", which GUIs write for unset.
+
+    Raises ValueError for a path with control characters that is not there: in TOML and JSON, double quotes turn
+    `C:\\new` into a line break and `ew`.
+    """
+    if value == "":
+        return None
+    path = Path(read_str(value))
+    if in_one_line(value) != value and not is_there(path, "a file or a folder"):
+        meant = "".join(ESCAPES.get(character, character) for character in value)
+        raise ValueError(f"a backslash in double quotes begins an escape: write {windows_path_hint(meant)}")
+    return path
+
+
+# What double quotes in TOML and JSON make of a backslash and a letter.
+ESCAPES = {"\b": r"\b", "\t": r"\t", "\n": r"\n", "\f": r"\f", "\r": r"\r", "\x1b": r"\e"}
+
+
+def read_path_text(value: Any) -> str:
+    """Return the text of a path that may be something else, such as a name on a hub; raises as `read_path` does."""
+    read_path(value)
+    return read_str(value)
+
+
 def read_many(value: Any, *, item: Kind) -> tuple[Any, ...]:
+    """Return a tuple from a list or one value; a comma after a value, or between numbers, separates."""
     values = value if isinstance(value, list | tuple) else [value]
-    read = (item.read(entry) for entry in values)
+    read = (item.read(part) for entry in values for part in _parts(entry, item))
     return tuple(entry for entry in read if entry is not None)
+
+
+def _parts(value: Any, item: Kind) -> list[Any]:
+    if not isinstance(value, str):
+        return [value]
+    if item in (SIMPLE_KINDS[int], SIMPLE_KINDS[float]):
+        return [part for part in value.split(",") if part.strip()] or [value]
+    return [value.rstrip().removesuffix(",") or value]
 
 
 SIMPLE_KINDS = {
@@ -179,8 +226,7 @@ SIMPLE_KINDS = {
     int: Kind("int", "a whole number", None, read_int),
     float: Kind("float", "a number", None, read_float),
     str: Kind("str", "a text", None, read_str),
-    # GUIs write "" for unset paths.
-    Path: Kind("path", "a path", None, lambda value: Path(read_str(value)) if value != "" else None),
+    Path: Kind("path", "a path", None, read_path, says_why=True),
     dict: Kind("table", "a table", None, lambda value: _expect(value, dict)),
 }
 
@@ -205,7 +251,9 @@ def kind_of(annotation: Any) -> Kind:
         if arguments[-1] is not Ellipsis:  # a pair in one word
             return Kind(f"{item.name} or {item.name},{item.name}", "a pair", None, read_str)
         name = item.name.removeprefix("list of ")
-        return Kind(f"list of {name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item))
+        return Kind(
+            f"list of {name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item), item.says_why
+        )
     if origin is dict:  # texts of the form key=value
         return Kind("list of str", "a list of key=value", "*", functools.partial(_expect, kind=dict))
     return SIMPLE_KINDS[annotation]
@@ -239,51 +287,94 @@ def sections_of(root: type) -> tuple[tuple[str, type], ...]:
 @functools.cache
 def root_options(root: type) -> dict[str, Option]:
     """Return flag -> option for all options on the command line of a root."""
-    options = [
-        entry
-        for name, section in sections_of(root)
-        for entry in section_options(section, name)
-        if not entry.spec.file_only
-    ]
+    return {flag: entry for flag, entry in all_options(root).items() if not entry.spec.file_only}
+
+
+@functools.cache
+def all_options(root: type) -> dict[str, Option]:
+    """Return flag -> option for all options of a root, also those that only the dataset file has."""
+    options = [entry for name, section in sections_of(root) for entry in section_options(section, name)]
     table = {entry.flag: entry for entry in options}
     assert len(table) == len(options), "two sections declare the same flag"
     return table
 
 
-def build(root: type[Root], given: Mapping[str, Any], problems: Problems | None = None) -> Root:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The options that a user gave: those that could be read, and the messages about the others."""
+
+    values: dict[str, Any]  # flag -> typed value
+    unreadable: dict[str, str]  # flag -> what was reported of it
+
+    @classmethod
+    def of(cls, texts: Mapping[str, tuple[Any, str]], options: Mapping[str, Option], problems: Problems) -> Given:
+        """Read flag -> (text or TOML value, label for messages); what cannot be read is added to problems."""
+        given = cls({}, {})
+        for flag, (value, label) in texts.items():
+            try:
+                given.values[flag] = options[flag].read(value, label)
+            except UserError as error:
+                given.unreadable[flag] = str(error)
+                problems.add(*error.lines)
+        return given
+
+
+def build(
+    root: type[Root],
+    given: Mapping[str, Any],
+    problems: Problems | None = None,
+    unreadable: Mapping[str, str] | None = None,
+) -> Root:
     """Return the root with its sections filled from flag -> value; None means "not given".
 
     Raises UserError for missing required options and for paths that do not exist. With problems they are added there
-    instead, so that further checks can run and all mistakes are reported together; reading a missing value from such
-    a root raises UserError.
+    instead, so that further checks can run and all mistakes are reported together. Reading a missing value from such
+    a root raises UserError, and so does a value that could not be read: unreadable is flag -> the message that
+    problems has about it.
     """
     found = Problems() if problems is None else problems
     kind: type = root
-    sections = {name: _build_section(section, given, found) for name, section in sections_of(kind)}
+    sections = {name: _build_section(section, given, found, unreadable or {}) for name, section in sections_of(kind)}
     if problems is None:
         found.raise_if_any()
     return sections[""] if "" in sections else root(**sections)
 
 
-def _build_section(section: type, given: Mapping[str, Any], problems: Problems) -> Any:
+def _build_section(section: type, given: Mapping[str, Any], problems: Problems, unreadable: Mapping[str, str]) -> Any:
     options = section_options(section)
     values = {entry.field: given[entry.flag] for entry in options if given.get(entry.flag) is not None}
+    absent = {entry.field: unreadable[entry.flag] for entry in options if entry.flag in unreadable}
     for entry in options:
-        entry.check_given(values.get(entry.field), problems)
-    missing = [entry for entry in options if entry.is_required and not values.get(entry.field)]
-    if not missing:
+        if entry.field not in absent:
+            entry.check_given(values.get(entry.field), problems)
+            if entry.is_required and not values.get(entry.field):
+                absent[entry.field] = entry.missing_message
+    if not absent:
         return section(**values)
-    incomplete = type(section.__name__, (section,), {entry.field: _unreadable(entry) for entry in missing})
+    incomplete = type(section.__name__, (section,), {name: _Absent(message) for name, message in absent.items()})
     instance: Any = object.__new__(incomplete)
-    vars(instance).update({entry.field: entry.default for entry in options if entry not in missing} | values)
+    vars(instance).update({entry.field: entry.default for entry in options if entry.field not in absent} | values)
     return instance
 
 
-def _unreadable(entry: Option) -> property:
-    def read(section: object) -> NoReturn:
-        raise UserError(entry.missing_message)
+class _Absent:
+    """The value of an option that is missing or could not be read: reading it raises the message about that."""
 
-    return property(read)
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise UserError(self.message)
+
+
+def flag_values(config: object) -> dict[str, Any]:
+    """Return flag -> value of a configuration that `build` returned whole."""
+    kind: type = type(config)
+    return {
+        entry.flag: getattr(getattr(config, name) if name else config, entry.field)
+        for name, section in sections_of(kind)
+        for entry in section_options(section, name)
+    }
 
 
 def unknown_message(label: str, name: str, known: Mapping[str, Any], retired: Mapping[str, Retired] = RETIRED) -> str:

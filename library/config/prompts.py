@@ -131,8 +131,21 @@ def parse_line(line: str, place: str, options: Mapping[str, Option] = LINE_OPTIO
     the options.
     """
     text, *words = re.split(r"\s--", f" {line.strip()}")
-    pairs = [(name.lower(), value.strip()) for name, _, value in (word.strip().partition(" ") for word in words)]
-    return PromptLine(prompt=text.strip(), place=place, **_read(pairs, options, place, "--"))
+    pairs = [(name.lower(), value.strip()) for name, value in (_name_and_value(word) for word in words)]
+    read = PromptLine(prompt=text.strip(), place=place, **_read(pairs, options, place, "--"))
+    for found in ONE_DASH.finditer(f"{read.prompt}\n{read.negative_prompt or ''}"):
+        if found[2].lower() in options:
+            logger.warning("%s: %s is read as part of the prompt: write --%s, with two dashes", place, *found.groups())
+    return read
+
+
+# A hyphen, or a dash that a word processor made of two.
+ONE_DASH = re.compile(r"(?<!\S)([-\u2010-\u2015\u2212](\w+))(?=\s+\S)")
+
+
+def _name_and_value(word: str) -> tuple[str, str]:
+    name, *value = word.split(maxsplit=1) or [""]
+    return name, value[0] if value else ""
 
 
 def parse_lines(path: Path, parse: Callable[[str, str], PromptLine] = parse_line) -> list[PromptLine]:

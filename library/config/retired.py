@@ -32,19 +32,20 @@ def _rows(reasons: Mapping[str, str], *, harmless: bool = False, takes_value: bo
 
 ADAPTER_FITS = "an adapter over a frozen base needs no sharding; several GPUs run through accelerate (DDP)"
 
+NOT_COMPILED = "the run is not compiled; the result is the same"
+
 _HARMLESS_SWITCHES = {
     "lowram": "models always load straight into place, tensor by tensor",
     "highvram": "the device cache is never flushed during caching",
     "skip_cache_check": "checking a cache entry is quick, and stale latents are never used",
     "cache_info": "picture sizes are read from the headers, in parallel",
     "console_log_simple": "log lines are always plain",
-    "torch_compile": "the run is not compiled; the result is the same",
+    "torch_compile": NOT_COMPILED,
     "disable_mmap_load_safetensors": "files are never memory-mapped",
     "ddp_gradient_as_bucket_view ddp_static_graph": "gradients travel in one flat buffer already",
 }
 _HARMLESS_VALUES = {
     "ddp_timeout": "torch's own is kept",
-    "dynamo_backend": "the run is not compiled; the result is the same",
 }
 _REFUSED_SWITCHES = {
     "fused_backward_pass": "it fuses the optimizer into the backward pass of whole models; an adapter gains nothing",
@@ -62,9 +63,21 @@ RETIRED: dict[str, Retired] = (
     | _rows(_HARMLESS_VALUES, harmless=True)
     | _rows(_REFUSED_SWITCHES, takes_value=False)
     | _rows(_REFUSED_VALUES)
-    # GUIs of sd-scripts write its default, 2, into their configuration files.
+    # GUIs of sd-scripts write its defaults into their configuration files.
     | {"zero_stage": Retired("zero_stage", ADAPTER_FITS, neutral=(2, "", 0))}
+    | {"dynamo_backend": Retired("dynamo_backend", NOT_COMPILED, harmless=True, neutral=("no", "NO", "", 0))}
 )
+
+# Keys that kohya_ss' GUI writes into its configuration files and that sd-scripts' trainings do not read
+# (kohya_gui/lora_gui.py, 2023 to 2025): the GUI computes other options from them.
+_TO_NETWORK_ARGS = "is read in network_args"
+GUI_KEYS: dict[str, str] = {
+    **dict.fromkeys(("epoch", "noise_offset_type", "lowvram", "max_resolution", "use_wandb", "no_token_padding"), ""),
+    **dict.fromkeys(("stop_text_encoder_training", "stop_text_encoder_training_pct"), ""),
+    **dict.fromkeys(
+        ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), _TO_NETWORK_ARGS
+    ),
+}
 
 # Those of gen_img_diffusers.py.
 _NO_PIPELINE = "diffusers' pipelines have nothing of the kind"

@@ -7,8 +7,9 @@ Python 3.10 has no `tomllib`; the package `tomli` is the same code.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+        raise UserError(f"{path} is not valid TOML: {error}{path_hint(text, str(error), windows_path_hint)}") from None
 
 
 def load_json(path: Path) -> Any:
@@ -37,7 +38,27 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}{path_hint(text, str(error), with_slashes)}") from None
+
+
+IN_DOUBLE_QUOTES = re.compile(r'"([^"]*\\[^"]*)"')
+
+
+def path_hint(text: str, error: str, hint: Callable[[str], str]) -> str:
+    """Return the hint for a text with a backslash in the line that an error names; "" if it has none."""
+    line = re.search(r"\bline (\d+)", error)
+    found = IN_DOUBLE_QUOTES.findall(text.split("\n")[int(line[1]) - 1] if line else text)
+    return f"; a backslash in double quotes begins an escape: write {hint(found[-1])}" if found else ""
+
+
+def windows_path_hint(path: str) -> str:
+    """Return how TOML takes a path whose backslashes begin escapes in double quotes."""
+    return f"'{path}' in single quotes, or {with_slashes(path)}"
+
+
+def with_slashes(path: str) -> str:
+    """Return a path with slashes, which Windows takes too, and which need no escape."""
+    return re.sub(r"\\+", "/", path)
 
 
 def read_text(path: Path) -> str:

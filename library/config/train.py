@@ -11,12 +11,13 @@ from typing import Any
 from library.config.command_line import given_options
 from library.config.config_file import to_toml, with_toml_suffix
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
+from library.config.effects import given_as, idle_in_all, idle_options, long_intervals
 from library.config.hub import STATE_FORM, HubConfig, parse_hub_state
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.config.optimizer import POLYNOMIAL_END, OptimizerConfig, ScheduleConfig
-from library.config.options import build, option
+from library.config.options import all_options, build, flag_values, option, root_options
 from library.config.preview import PreviewConfig
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
 from library.config.training import PrecisionConfig, RunConfig, TextConfig, ValidationConfig
@@ -67,20 +68,23 @@ def parse_train_config(
     when_read: Callable[[TrainConfig], None] | None = None,
     fixed: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Return the complete configuration of a run; raises UserError for a value that cannot be read.
+    """Return the complete configuration of a run.
 
-    Missing options are added to problems; `check` finds the options that do not fit together. With --output_config
+    Missing and unknown options and what cannot be read are added to problems (see `build`); `check` finds the options
+    that do not fit together. With --output_config
     the options are returned as given, since nothing will be run. when_read is called with the options as given, before
     anything is logged. fixed are values that a script sets in place of the user.
     """
-    given = given_options(TrainConfig, argv, description=description) | dict(fixed or {})
-    if given.get("output_config"):
-        return build(TrainConfig, given, Problems())
-    config = build(TrainConfig, given, problems)
+    given = given_options(TrainConfig, argv, problems, description=description)
+    values = given.values | dict(fixed or {})
+    if values.get("output_config"):
+        problems.raise_if_any()
+        return build(TrainConfig, values, Problems())
+    config = build(TrainConfig, values, problems, given.unreadable)
     if when_read is not None:
-        when_read(config)
-    config = resolve(config)
-    if "learning_rate" not in given and falls_back_on_learning_rate(config):
+        problems.run(when_read, config)
+    config = problems.run(resolve, config) or config
+    if not problems and "learning_rate" not in values and falls_back_on_learning_rate(config):
         logger.warning("--learning_rate is not given: 2e-06 is the default, 1e-4 to 1e-3 suits a LoRA")
     return config
 
@@ -147,21 +151,60 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
 
 def check(config: TrainConfig, problems: Problems) -> None:
     """Add to problems every option that contradicts another or names a missing file."""
-    _check_data(config.data, config.dataset, problems)
-    _check_network(config.network, problems)
-    _check_schedule(config.schedule, config.optimizer, problems)
-    _check_noise(config.loss, problems)
-    _check_precision(config.precision, problems)
-    if config.logs.log_with in ("tensorboard", "all") and config.logs.logging_dir is None:
-        problems.add(f"--log_with {config.logs.log_with} needs --logging_dir, the folder for the logs")
-    _check_hub(config.hub, config.state, problems)
-    preview = config.preview
-    has_previews = preview.sample_every_n_steps or preview.sample_every_n_epochs or preview.sample_at_first
-    if has_previews and preview.sample_prompts is None:
-        problems.add("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
-    _check_paths(config, problems)
+    problems.run(_check_data, config.data, config.dataset, problems)
+    problems.run(_check_network, config.network, problems)
+    problems.run(_check_schedule, config.schedule, config.optimizer, problems)
+    problems.run(_check_noise, config.loss, problems)
+    problems.run(_check_precision, config.precision, problems)
+    problems.run(_check_logs, config.logs, problems)
+    problems.run(_check_hub, config.hub, config.state, problems)
+    problems.run(_check_previews, config.preview, problems)
+    problems.run(_check_paths, config, problems)
     problems.run(_check_model, config.model)
     problems.run(_check_output, config.saving)
+
+
+def _check_logs(logs: LoggingConfig, problems: Problems) -> None:
+    if logs.log_with in ("tensorboard", "all") and logs.logging_dir is None:
+        problems.add(f"--log_with {logs.log_with} needs --logging_dir, the folder for the logs")
+
+
+def _check_previews(preview: PreviewConfig, problems: Problems) -> None:
+    if preview.are_wanted and preview.sample_prompts is None:
+        problems.add("previews are asked for, but --sample_prompts, the file with their prompts, is missing")
+
+
+def warn_of_idle_options(config: TrainConfig, placed: Sequence[tuple[DatasetOptions, SubsetOptions]]) -> None:
+    """Warn of options that were given in vain; placed are all subsets with the options of their dataset."""
+    known = all_options(TrainConfig)
+    own = {flag: entry for flag, entry in known.items() if entry.section in ("dataset", "subset")}
+    values = flag_values(config)
+    places = [values | flag_values(dataset) | flag_values(subset) for dataset, subset in placed]
+    everywhere = values | {flag: [place[flag] for place in places] for flag in own}
+    of_run = [entry for flag, entry in known.items() if flag not in own]
+    for text in idle_options(of_run, everywhere, known) + idle_in_all(list(own.values()), places, known):
+        logger.warning("%s", text)
+    for flag, entry in own.items() if config.data.dataset_config is not None else ():
+        value = values.get(flag)
+        if value != entry.default and value not in everywhere[flag]:
+            logger.warning("%s is not used: %s sets another value", given_as(entry, value), config.data.dataset_config)
+
+
+def warn_of_long_intervals(
+    config: TrainConfig, placed: Sequence[tuple[DatasetOptions, SubsetOptions]], *, steps: int, epochs: int
+) -> None:
+    """Warn of intervals that are longer than the run of so many steps and epochs.
+
+    placed are all subsets with the options of their dataset.
+    """
+    every = flag_values(config) | {
+        flag: value
+        for dataset, subset in placed
+        for flag, value in (flag_values(dataset) | flag_values(subset)).items()
+        if value
+    }
+    for text in long_intervals(root_options(TrainConfig).values(), every, steps=steps, epochs=epochs):
+        logger.warning("%s", text)
 
 
 def _check_data(data: DataConfig, dataset: DatasetOptions, problems: Problems) -> None:
@@ -176,8 +219,6 @@ def _check_network(network: NetworkConfig, problems: Problems) -> None:
         problems.add("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train: give one")
     if network.dim_from_weights and network.network_weights is None:
         problems.add("--dim_from_weights needs --network_weights, the file to take ranks from")
-    if network.dim_from_weights and network.network_dim is not None:
-        logger.warning("--network_dim is ignored: --dim_from_weights takes the ranks of %s", network.network_weights)
     if len(network.base_weights_multiplier or ()) > len(network.base_weights or ()):
         problems.add("--base_weights_multiplier has more numbers than --base_weights has files")
 
@@ -238,7 +279,7 @@ def _check_paths(config: TrainConfig, problems: Problems) -> None:
         "reg_data_dir": None if by_file else config.data.reg_data_dir,
         "in_json": None if by_file else config.data.in_json,
         "network_weights": config.network.network_weights,
-        "sample_prompts": config.preview.sample_prompts,
+        "sample_prompts": config.preview.sample_prompts if config.preview.are_wanted else None,
         "log_tracker_config": config.logs.log_tracker_config,
     }
     named = [(name, path) for name, path in paths.items() if path is not None]

@@ -7,13 +7,17 @@ from typing import Literal
 
 from library.config.options import option
 
+HELD_OUT = ("validation_split",)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Length of the run."""
 
     max_train_steps: int = option(1600, "optimizer steps", minimum=1)
-    max_train_epochs: int | None = option(None, "epochs; replaces --max_train_steps", minimum=1)
+    max_train_epochs: int | None = option(
+        None, "epochs; replaces --max_train_steps", minimum=1, wins_over=("max_train_steps",)
+    )
     gradient_accumulation_steps: int = option(1, "batches in one optimizer step", minimum=1)
     dry_run: bool = option(
         False, "check everything, report what the run would do and need, and end", aliases=("debug_dataset",)
@@ -32,11 +36,17 @@ class RunConfig:
 class ValidationConfig:
     """Validation."""
 
-    validate_every_n_steps: int | None = option(None, "measure the loss on held-out pictures every n steps", minimum=1)
-    validate_every_n_epochs: int | None = option(
-        None, "measure it every n epochs; unset: every epoch, if pictures are held out", minimum=1
+    validate_every_n_steps: int | None = option(
+        None, "measure the loss on held-out pictures every n steps", minimum=1, only_with=HELD_OUT, interval="steps"
     )
-    max_validation_steps: int | None = option(None, "measure at most this many batches", minimum=1)
+    validate_every_n_epochs: int | None = option(
+        None,
+        "measure it every n epochs; unset: every epoch, if pictures are held out",
+        minimum=1,
+        only_with=HELD_OUT,
+        interval="epochs",
+    )
+    max_validation_steps: int | None = option(None, "measure at most this many batches", minimum=1, only_with=HELD_OUT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,15 +54,19 @@ class PrecisionConfig:
     """Precision, memory and speed."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "type of the base model and of its computations")
-    no_half_vae: bool = option(False, "keep the VAE in float32")
+    no_half_vae: bool = option(
+        False, "keep the VAE in float32", only_with=("mixed_precision=fp16", "mixed_precision=bf16")
+    )
     full_fp16: bool = option(False, "also keep the adapter and its gradients in fp16; needs --mixed_precision fp16")
-    full_bf16: bool = option(False, "also keep the adapter and its gradients in bf16; needs --mixed_precision bf16")
+    full_bf16: bool = option(
+        False, "also keep the adapter and its gradients in bf16; needs --mixed_precision bf16", excludes=("full_fp16",)
+    )
     fp8_base: bool = option(False, "keep the weights of U-Net and text encoder in 8 bits (float8_e4m3fn)")
-    fp8_base_unet: bool = option(False, "keep only the weights of the U-Net in 8 bits")
+    fp8_base_unet: bool = option(False, "keep only the weights of the U-Net in 8 bits", not_with=("fp8_base",))
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     xformers: bool = option(False, "attention of xformers (CUDA); the default, torch's own, is as good")
-    sdpa: bool = option(False, "attention of torch; the default")
-    mem_eff_attn: bool = option(False, "accepted; torch's attention needs as little memory")
+    sdpa: bool = option(False, "attention of torch; the default", not_with=("xformers",))
+    mem_eff_attn: bool = option(False, "accepted; torch's attention needs as little memory", not_with=("xformers",))
     cache_latents: bool = option(False, "encode all pictures once, before training")
     cache_latents_to_disk: bool = option(
         False, "cache the encoded pictures on disk, beside the pictures; implies --cache_latents"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from typing import Any
 
 MOST_PIXELS = 16384  # of a side; far beyond what these models generate, and such a picture still fits in memory
@@ -50,12 +52,50 @@ def parse_steps(value: Any) -> int | float:
 
 
 def parse_pairs(value: Any) -> dict[str, str]:
-    """Return key -> text for a list of key=value, split at the first "="."""
+    """Return key -> text for a list of key=value, split at the first "=".
+
+    Commas and spaces between pairs separate them, also within one text: `nesterov=False, momentum=0.9`. Brackets hold
+    together what a shell or a GUI split at spaces: `betas=(0.9,` and `0.99)`.
+    """
     words = value if isinstance(value, list | tuple) else [value]
+    pairs: dict[str, str] = {}
+    for pair in _split_pairs(words):
+        key, sign, text = pair.partition("=")
+        if not sign or not key.strip():
+            raise ValueError(f"{pair!r} has no key and value")
+        if key.strip() in pairs and pairs[key.strip()] != text.strip():
+            raise ValueError(f"{key.strip()} is given twice")
+        pairs[key.strip()] = text.strip()
+    return pairs
+
+
+OPENING, CLOSING = "([{", ")]}"
+NEXT_PAIR = re.compile(r"(?:\s*,\s*|\s+)(?=[A-Za-z_][\w.]*\s*=(?!=))")
+
+
+def _split_pairs(words: Iterable[Any]) -> list[str]:
+    """Return the pairs in words, without the commas between them; raises ValueError for a word that is no text."""
+    pairs: list[str] = []
+    is_open = False
     for word in words:
-        if not isinstance(word, str) or "=" not in word or word.startswith("="):
+        if not isinstance(word, str):
             raise ValueError(f"{word!r} has no key and value")
-    return {key.strip(): text.strip() for key, text in (word.split("=", 1) for word in words)}
+        text = f"{pairs.pop()} {word}" if is_open else word
+        start = 0
+        for found in NEXT_PAIR.finditer(text):
+            if found.start() >= start and not _depth(text[start : found.start()]):
+                pairs.append(text[start : found.start()])
+                start = found.end()
+        pairs.append(text[start:])
+        is_open = _depth(pairs[-1]) > 0
+    stripped = [re.sub(r"[\s,]+$", "", pair) for pair in pairs]
+    return [pair for pair in stripped if pair]
+
+
+def _depth(text: str) -> int:
+    """Return how many brackets are open at the end of a text; those in quotes do not count."""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+    return sum(bare.count(bracket) for bracket in OPENING) - sum(bare.count(bracket) for bracket in CLOSING)
 
 
 def parse_pair_lists(value: Any) -> tuple[dict[str, str], ...]:
@@ -63,7 +103,7 @@ def parse_pair_lists(value: Any) -> tuple[dict[str, str], ...]:
     texts = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError
-    return tuple(parse_pairs([pair for pair in text.split(";") if pair]) for text in texts)
+    return tuple(parse_pairs([pair for pair in text.split(";") if pair.strip()]) for text in texts)
 
 
 def written(value: Any) -> Any:

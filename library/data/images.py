@@ -95,9 +95,7 @@ def raise_for_unreadable(results: Collection[tuple[Path, object]]) -> None:
     """Raise UserError that lists the pictures whose result is an UnreadablePictureError."""
     failed = [f"  {path}: {result}" for path, result in results if isinstance(result, UnreadablePictureError)]
     if failed:
-        raise UserError(
-            "\n".join([f"{len(failed)} of {len(results)} pictures cannot be read; mend or remove them:", *failed])
-        )
+        raise UserError(f"{len(failed)} of {len(results)} pictures cannot be read; mend or remove them:", *failed)
 
 
 def load_picture(path: Path, transparency: Literal["drop", "white"] = "drop") -> np.ndarray:

@@ -102,6 +102,15 @@ def all_records(datasets: Sequence[Dataset]) -> list[ImageRecord]:
     return [record for dataset in datasets for record in dataset.all_records]
 
 
+def subsets_of(datasets: Sequence[Dataset]) -> list[tuple[DatasetOptions, SubsetOptions]]:
+    """Return every subset that has pictures, with the options of its dataset."""
+    return [
+        (dataset.options, subset)
+        for dataset in datasets
+        for subset in {id(record.subset): record.subset for record in dataset.all_records}.values()
+    ]
+
+
 def load_datasets(config: TrainConfig) -> list[Dataset]:
     """Return the datasets; [] if the options do not say which, which `check` reports."""
     data = config.data
@@ -256,7 +265,7 @@ def _with_size(record: ImageRecord) -> str:
 
 def _refuse(lines: Iterable[str], reason: str) -> None:
     if found := list(lines):
-        raise UserError("\n".join([f"{len(found)} {reason}:", *found]))
+        raise UserError(f"{len(found)} {reason}:", *found)
 
 
 def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[tuple[Listed, int]]:

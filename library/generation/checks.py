@@ -46,11 +46,11 @@ def with_checkpoint(config: GenerateConfig) -> GenerateConfig:
 
 def check(config: GenerateConfig, problems: Problems) -> None:
     """Add to problems what does not fit, before anything is loaded."""
-    check_model(config, problems)
-    check_prompts(config, problems)
-    check_init_images(config.images, problems)
-    check_control(config.control, problems)
-    check_networks(config.networks, problems)
+    problems.run(check_model, config, problems)
+    problems.run(check_prompts, config, problems)
+    problems.run(check_init_images, config.images, problems)
+    problems.run(check_control, config.control, problems)
+    problems.run(check_networks, config.networks, problems)
 
 
 def check_model(config: GenerateConfig, problems: Problems) -> None:
@@ -140,15 +140,6 @@ def check_networks(networks: NetworksConfig, problems: Problems) -> None:
     for path in files:
         if not path.is_file():
             problems.add(f"--network_weights: {path} is not a file")
-
-
-def warn_of_idle(config: GenerateConfig) -> None:
-    """Warn of options that change nothing; sd-scripts takes them without a word."""
-    images = config.images
-    if config.prompts.prompt and config.prompts.from_file:
-        logger.warning("--prompt is not drawn, for --from_file is given")
-    if images.strength is not None and images.image_path is None and images.highres_fix_scale is None:
-        logger.warning("--strength is for pictures that begin with one: --image_path or --highres_fix_scale")
 
 
 def load_lines(prompts: PromptConfig) -> list[PromptLine]:

@@ -9,14 +9,14 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from library.config.optimizer import OptimizerConfig
 from library.config.options import nearest
-from library.errors import UserError, message_of, shown
+from library.errors import Problems, UserError, message_of, shown
 
 logger = logging.getLogger(__name__)
 
@@ -150,24 +150,26 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
     row = BY_NAME.get(name.lower())
     if row is None:
         row = OptimizerRow(name, name if "." in name else f"torch.optim.{name}")
-    given = {key: read_literal(key, text) for key, text in (config.optimizer_args or {}).items()}
+    given = config.optimizer_args or {}
     if row.substitute is not None and not _is_installed(row.path) and _is_installed(row.substitute.path):
         return _substituted(row, row.substitute, given)
     kind = import_class(row.path, "--optimizer_type", package="pytorch-optimizer" if row.substitute else None)
-    return OptimizerChoice(row.path, kind, _with_defaults(row, given), row.elementwise)
+    arguments = read_arguments(kind, given, "--optimizer_args")
+    return OptimizerChoice(row.path, kind, _with_defaults(row, arguments), row.elementwise)
 
 
 def _is_installed(path: str) -> bool:
     return importlib.util.find_spec(path.split(".", maxsplit=1)[0]) is not None
 
 
-def _substituted(row: OptimizerRow, substitute: Substitute, given: dict[str, Any]) -> OptimizerChoice:
+def _substituted(row: OptimizerRow, substitute: Substitute, given: Mapping[str, str]) -> OptimizerChoice:
     kind = import_class(substitute.path, "--optimizer_type")
-    arguments = substitute.defaults | {substitute.renames.get(key, key): value for key, value in given.items()}
+    renamed = {substitute.renames.get(key, key): text for key, text in given.items()}
     known = list(inspect.signature(kind).parameters)
-    for key in arguments:
+    for key in renamed:
         if key not in known:  # the class would accept it silently
             raise UserError(f"--optimizer_args: {kind.__name__} has no {key}{nearest(key, known)}")
+    arguments = substitute.defaults | read_arguments(kind, renamed, "--optimizer_args")
     package = row.path.split(".")[0]
     logger.info("%s of pytorch-optimizer is used, since %s is not installed", row.name, package)
     return OptimizerChoice(substitute.path, kind, arguments, row.elementwise)
@@ -182,7 +184,48 @@ def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:
     return defaults | given
 
 
-def read_literal(key: str, text: str, option: str = "--optimizer_args") -> Any:
+def read_arguments(kind: type, texts: Mapping[str, str], option: str) -> dict[str, Any]:
+    """Return the arguments of a class from key -> text, each of the type of its default.
+
+    0 and 1 stand for False and True. Raises UserError that names option and argument for a text that is no value, a
+    value of another type, and an argument that the class does not have.
+    """
+    parameters = inspect.signature(kind).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    arguments, problems = {}, Problems()
+    for key, text in texts.items():
+        if key == "lr":
+            problems.add(f"{option}: lr is given by --learning_rate, got lr={text}")
+        elif key not in parameters and not takes_any:
+            problems.add(f"{option}: {kind.__name__} has no {key}{nearest(key, list(parameters))}")
+        else:
+            default = parameters[key].default if key in parameters else None
+            arguments[key] = problems.run(_read_argument, key, text, default, f"{option}: {key} of {kind.__name__}")
+    problems.raise_if_any()
+    return arguments
+
+
+def _read_argument(key: str, text: str, default: Any, label: str) -> Any:
+    return _of_type(default, read_literal(key, text, label.partition(":")[0]), label)
+
+
+def _of_type(default: Any, value: Any, label: str) -> Any:
+    """Return a value in the type of a default; None goes with every type, and a default of None tells no type."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        if value not in (True, False, None):
+            raise UserError(f"{label} must be True or False, got {shown(value)}")
+        return value if value is None else bool(value)
+    if isinstance(default, int | float) and not is_number and value is not None:
+        raise UserError(f"{label} must be a number, got {shown(value)}")
+    if isinstance(default, tuple) and value is not None:
+        if not isinstance(value, tuple | list) or len(value) != len(default):
+            raise UserError(f"{label} must be {len(default)} values as in {default}, got {shown(value)}")
+        return tuple(value)
+    return value
+
+
+def read_literal(key: str, text: str, option: str) -> Any:
     """Return the value of key=text in Python syntax: a number, True, None, (0.9, 0.999), 'a text'."""
     try:
         return ast.literal_eval(text)
@@ -274,6 +317,24 @@ def adapted_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
     """Return the optimizer over one small matrix after a step; raises UserError if the step fails."""
+    try:
+        return _stepped(choice, learning_rate)
+    except UserError as error:
+        for key, value in reversed(choice.arguments.items()):  # those of the user come last
+            rest = {name: other for name, other in choice.arguments.items() if name != key}
+            if _works(dataclasses.replace(choice, arguments=rest), learning_rate):
+                raise UserError(f"--optimizer_args {key}={value!r} is refused: {message_of(error)}") from error
+        raise
+
+
+def _works(choice: OptimizerChoice, learning_rate: float) -> bool:
+    try:
+        return _stepped(choice, learning_rate) is not None
+    except UserError:
+        return False
+
+
+def _stepped(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = torch.nn.Parameter(torch.ones(2, 2, device=device))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from library.config.optimizer import POLYNOMIAL_END, ScheduleConfig
 from library.errors import UserError, message_of
-from library.optim.optimizers import AveragesWeights, import_class, read_literal
+from library.optim.optimizers import AveragesWeights, import_class, read_arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +176,8 @@ def build_scheduler(
     if config.lr_scheduler_type:
         path = config.lr_scheduler_type
         path = path if "." in path else f"torch.optim.lr_scheduler.{path}"
-        arguments: dict[str, Any] = {
-            key: read_literal(key, text, "--lr_scheduler_args")
-            for key, text in (config.lr_scheduler_args or {}).items()
-        }
         kind = import_class(path, "--lr_scheduler_type")
+        arguments = read_arguments(kind, config.lr_scheduler_args or {}, "--lr_scheduler_args")
         try:
             return kind(optimizer, **arguments)
         except Exception as error:  # also of other packages' classes

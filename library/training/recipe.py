@@ -10,10 +10,10 @@ import torch
 
 from library.config.config_file import to_toml
 from library.config.prompts import Prompt
-from library.config.train import TrainConfig, with_seed
+from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
 from library.data.batches import BatchMaker, RunPlan, make_loader
 from library.data.latent_cache import LatentCache
-from library.data.records import Dataset, verify_pictures
+from library.data.records import Dataset, subsets_of, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.models.base import BaseModel
 from library.models.latent_encoder import LatentEncoder
@@ -93,6 +93,7 @@ def train(
     # Plan the steps.
     plan = plan_steps(config.run, datasets, seed, rank=runtime.rank, num_processes=runtime.num_processes)
     plan = resume_plan(plan, config.state, config.saving, resumed)
+    warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
     state = make_state(config, network, choice, plan, runtime.scaler)
     objective = Objective(
         base=base,

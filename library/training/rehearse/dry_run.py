@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from library.config.train import TrainConfig
+from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
 from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
 from library.data.buckets import Size
 from library.data.latent_cache import count_valid
-from library.data.records import Dataset, ImageRecord, all_records
+from library.data.records import Dataset, ImageRecord, all_records, subsets_of
 from library.files import replacing
 from library.models.base import BaseFiles, BaseModel, TextEncoder, load_base
 from library.models.checkpoint import VAE
@@ -70,6 +70,7 @@ def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerCh
     seed = choose_seed(config.run.seed, resumed)
     plan = plan_steps(config.run, datasets, seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     plan = resume_plan(plan, config.state, config.saving, resumed)
+    warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
     types = types_of_run(config.precision)
     on_disk = config.precision.cache_latents_to_disk
     base = load_base(files, types, filled=(VAE,) if on_disk else ())
