@@ -173,7 +173,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, m
         "a number for each of the 3",
         "is one of the inputs",
         "gone.safetensors is not",
-        "README.md must end",
+        "README.md is not a weight file, but a text",
     )
     assert all(any(part in line for line in lines) for part in parts)
     assert one.read_bytes() == before
