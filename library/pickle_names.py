@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from library.file_kinds import ZIP, first_bytes
+
 # What the readers of pickles and archives raise for damaged ones.
 DAMAGE = (ValueError, LookupError, ArithmeticError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 LEGACY_PICKLES = 4  # in a row, in a file without a zip archive: magic number, version, sizes of types, content
@@ -111,7 +113,7 @@ def names_in(path: Path) -> set[str]:
     """
     names: set[str] = set()
     with contextlib.suppress(*DAMAGE):
-        if zipfile.is_zipfile(path):
+        if first_bytes(path).startswith(ZIP):
             with zipfile.ZipFile(path) as archive:
                 member = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
                 with archive.open(member) as source:
@@ -127,6 +129,7 @@ def names_of(source: IO[bytes]) -> Iterator[str]:
     """Yield the names in one pickle, at whose end the file then is."""
     pushed: list[Any] = []  # texts, as far as they are needed: newer pickles push module and name before the call
     memo: dict[int, Any] = {}
+    argument: Any  # its type depends on the operation
     for operation, argument, _ in pickletools.genops(source):
         kind = operation.name
         if kind in ("GLOBAL", "INST"):
@@ -151,7 +154,7 @@ def present_name(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-def stand_ins(names: Iterable[str]) -> list[tuple[Callable[..., Any], str]]:
+def stand_ins(names: Iterable[str]) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return what takes the place of each harmless name, in the form of `torch.serialization.safe_globals`."""
     found = ((stand_in_for(name), name) for name in names if not is_of_weights(name))
     return [(stand_in, name) for stand_in, name in found if stand_in is not None]

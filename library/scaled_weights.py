@@ -22,7 +22,11 @@ SCALES = ("weight_scale", "scale_weight")
 SETTINGS = "comfy_quant"  # a tensor of each layer: JSON as bytes
 NOT_NEEDED = ("input_scale", "scale_input", "scaled_fp8", SETTINGS)
 # Parts of formats that are not a product of a weight and its scale: 4 bits, two scales, rotated or smoothed weights.
-NOT_READ = ("weight_scale_2", "weight_scale_inv", "pre_quant_scale", "weight_zero_point", "weight_zp", "qweight")
+# Those of ComfyUI and compressed-tensors, of GPTQ, of bitsandbytes (absmax, SCB), of quanto (_data).
+NOT_READ = (
+    *("weight_scale_2", "weight_scale_inv", "pre_quant_scale", "weight_zero_point", "weight_zp", "qweight"),
+    *("absmax", "quant_map", "bitsandbytes__nf4", "bitsandbytes__fp4", "SCB", "_data"),
+)
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 PLAIN_SETTINGS = {"format", "full_precision_matrix_mult"}  # others change what a weight means
 METADATA = "_quantization_metadata"  # ComfyUI's key: JSON with the format of each layer
