@@ -55,11 +55,18 @@ class InertList(Inert):
         return []
 
 
+class Parameters(collections.OrderedDict[str, Any]):
+    """Takes the place of a module of torch that only holds tensors by name, and keeps these."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state["_parameters"])
+
+
 class Harmless(NamedTuple):
     """Names that files of weights may have, what takes their place, and who stores them."""
 
     pattern: str
-    stand_in: type[Inert]
+    stand_in: type[Inert | Parameters]
     reason: str
 
 
@@ -83,6 +90,7 @@ HARMLESS = (
     Harmless(r"datetime\.\w+|uuid\.UUID|decimal\.Decimal|fractions\.Fraction", Inert, "times and numbers"),
     Harmless(r"numpy(\._?core)?\.multiarray\.(scalar|_reconstruct)", Inert, "NumPy: a loss, a learning rate"),
     Harmless(r"numpy\.(dtype|ndarray|bool_?|u?int\d+|float\d+|dtypes\.\w+)", Inert, "NumPy: the type of these"),
+    Harmless(r"torch\.nn\.modules\.container\.ParameterDict", Parameters, "the first textual inversions"),
     Harmless(r"torch\.optim\.[\w.]+", Inert, "torch: optimizer or schedule, where not only its state is stored"),
 )
 # What torch's reader takes itself: tensors, their storages, types and containers.
@@ -96,7 +104,7 @@ WEIGHTS = (
 )
 
 
-def stand_in_for(name: str) -> type[Inert] | None:
+def stand_in_for(name: str) -> type[Inert | Parameters] | None:
     """Return what takes the place of a harmless class or function, None for another one."""
     return next((row.stand_in for row in HARMLESS if re.fullmatch(row.pattern, name)), None)
 

@@ -57,6 +57,15 @@ def scales_of(path: Path, infos: Mapping[str, tuple[str, tuple[int, ...]]]) -> d
     return scales
 
 
+def check_whole_numbers(path: Path, types: Mapping[str, str]) -> None:
+    """Raise UserError for weights in whole numbers; types are those of the tensors without a scale."""
+    name = next(
+        (name for name, kind in types.items() if kind in ("int8", "uint8") and last_part(name) == "weight"), None
+    )
+    if name is not None:
+        raise UserError(f"{path}: {name} is stored in whole numbers without a scale that is known: {ADVICE}")
+
+
 def last_part(name: str) -> str:
     """Return the last part of a tensor's name."""
     return name.rpartition(".")[2]

@@ -92,12 +92,25 @@ def open_weights(path: Path) -> WeightFile:
     else:
         file = WeightFile(path, {name: tuple(tensor.shape) for name, tensor in content.items()}, content)
     scaled_weights.check_metadata(path, content.metadata if isinstance(content, Header) else {})
-    return with_scales(file) if any(map(scaled_weights.is_marked, file.shapes)) else file
+    if any(map(scaled_weights.is_marked, file.shapes)):
+        file = with_scales(file)
+    scaled_weights.check_whole_numbers(path, {name: kind for name, kind in types_in(file) if name not in file.scales})
+    return file
+
+
+def types_in(file: WeightFile) -> Iterator[tuple[str, str]]:
+    """Yield name and type of each tensor as it is stored, as torch names it; "" for a type that is not supported."""
+    if isinstance(file.content, Header):
+        for name, info in file.content.tensors.items():
+            yield name, DTYPE_NAMES.get(info.dtype, "")
+    else:
+        for name, tensor in file.content.items():
+            yield name, str(tensor.dtype).removeprefix("torch.")
 
 
 def with_scales(file: WeightFile) -> WeightFile:
     """Return a file whose weights in 8 bits are multiplied by the scales beside them."""
-    infos = {name: (str(dtype).removeprefix("torch."), shape) for name, dtype, shape in file.infos()}
+    infos = {name: (kind, file.shapes[name]) for name, kind in types_in(file)}
     scales = scaled_weights.scales_of(file.path, infos)
     for name in infos:
         if scaled_weights.last_part(name) == scaled_weights.SETTINGS:

@@ -356,6 +356,13 @@ def test_a_checkpoint_of_lightning_is_a_base_model(model_store, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
+def test_textual_inversions_of_the_first_kind_are_read(tmp_path):
+    vectors = torch.randn(2, 8)
+    table = torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)})
+    torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}, tmp_path / "word.pt")
+    assert torch.equal(embedding_of(tmp_path / "word.pt"), vectors)
+
+
 class Nested:
     """Reads a pickle within a pickle, which no table of names sees."""
 

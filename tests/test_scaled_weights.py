@@ -184,6 +184,12 @@ REFUSED: dict[str, tuple[State, dict[str, str], str]] = {
         {},
         "not read (a.weight.absmax)",
     ),
+    "whole numbers": ({"a.weight": ONES.to(torch.int8)}, {}, "a.weight is stored in whole numbers without a scale"),
+    "one of two": (
+        EIGHT | {"b.weight": ONES.to(torch.uint8), "c.weight": ONES},
+        {},
+        "b.weight is stored in whole numbers without a scale",
+    ),
     "a scale alone": ({"a.scale_weight": torch.ones(1)}, {}, "a.scale_weight is a scale, and a.weight is not stored"),
     "rotated": (EIGHT | {"a.comfy_quant": settings_of(format="int8_tensorwise", convrot=True)}, {}, "'convrot': True"),
     "another format": (
