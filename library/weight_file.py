@@ -69,7 +69,7 @@ class WeightFile:
 
         A pickle releases each tensor that it yields, so it can be read only once.
         """
-        wanted = [name for name in names if name in self.shapes]
+        wanted = self.shapes.keys() & names
         if isinstance(self.content, Header):
             for name, tensor in read_tensors(self.path, self.content, wanted):
                 yield name, self._meant(name, tensor)

@@ -26,6 +26,7 @@ from refusals import Payload, pickled, rows
 from safetensors.torch import load_file, save
 from scripts import call
 
+import gen_img_diffusers
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.file_kinds import weight_format
@@ -196,6 +197,19 @@ def test_parts_of_folders_and_embeddings_tell_it(model_store, tmp_path):
     (tmp_path / "word.pt").write_bytes(WRONG)
     with pytest.raises(UserError, match="word.pt is not a weight file, but a web page"):
         embedding_of(tmp_path / "word.pt")
+
+
+def test_drawing_tells_all_of_them_before_anything_is_loaded(tmp_path):
+    names = ("net.safetensors", "word.pt", "lora.ckpt")
+    for name in names:
+        (tmp_path / name).write_bytes(WRONG)
+    net, word, network = (str(tmp_path / name) for name in names)
+    words = ["--ckpt", "absent", "--outdir", str(tmp_path / "o"), "--prompt", "a cat", "--guide_image_path", "a.png"]
+    words += ["--control_net_models", net, "--textual_inversion_embeddings", word]
+    with pytest.raises(UserError) as caught:
+        gen_img_diffusers.main([*words, "--network_module", "networks.lora", "--network_weights", network])
+    for name in names:
+        assert f"{name} is not a weight file, but a web page" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net/diffusion_pytorch_model.bin"])

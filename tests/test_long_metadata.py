@@ -197,8 +197,9 @@ class Foreign(torch.nn.Module):
 
 
 def test_networks_of_third_parties_are_saved(tmp_path):
-    network: Any = Foreign()
-    network = TrainableNetwork(network, None, None, None, trains_text_encoder=True, trains_unet=True)
+    foreign: Any = Foreign()
+    absent: Any = None
+    network = TrainableNetwork(foreign, absent, absent, absent, trains_text_encoder=True, trains_unet=True)
     network.save(tmp_path / "x.safetensors", None, {"ss_tag_frequency": "x" * 101_000_000, "ss_v2": "False"})
     assert metadata_of(tmp_path / "x.safetensors") == {"ss_v2": "False"}
 

@@ -276,7 +276,8 @@ def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path,
     source = model.path
     if source.is_file() and weight_format(source) == PICKLE:
         former = load_pickle(source)
-        counts = {name: number + int(former.get(name, 0)) for name, number in counts.items()}
+        known = {name: former[name] for name in counts if isinstance(former.get(name), int)}
+        counts = {name: number + known.get(name, 0) for name, number in counts.items()}
     write_pickle(path, counts | {"state_dict": dict(tensors)})
 
 
