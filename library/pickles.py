@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
+from library.file_kinds import AGAIN, PICKLE, weight_format
 from library.files import replacing
+from library.pickle_names import is_of_weights, names_in, stand_in_for, stand_ins
 
 if TYPE_CHECKING:
     import torch
 
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")  # of files that are written
+MOST_NAMED = 3
 
 
-def load_pickle(path: Path) -> Any:
-    """Return the content of a pickle of torch without running code; raises UserError for a damaged file."""
-    import pickle
+def load_pickle(path: Path, *, needs_all: bool = False) -> Any:
+    """Return the content of a pickle of torch without running code; raises UserError for any other file.
+
+    Harmless objects beside the weights (see `pickle_names`) are replaced by inert ones; with `needs_all` they are
+    refused.
+    """
     import warnings
 
     import torch
 
+    if weight_format(path) != PICKLE:
+        raise UserError(f"{path} is a safetensors file, a pickle of torch is needed")
+    names = names_in(path)
+    inert = [] if needs_all else stand_ins(names)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file, torch.serialization.safe_globals(inert):
             warnings.simplefilter("ignore")  # about old formats, which are refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except pickle.UnpicklingError as error:
-        found = _forbidden_global(str(error))
-        raise UserError(
-            f"{path} is refused: it contains more than weights{found}, and loading that could run code; "
-            "convert it to .safetensors on a machine where you trust it"
-        ) from None
+            return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # damaged pickles raise any exception
-        raise UserError(
-            f"{path} is not a weight file that torch can read, or it is damaged; copy or download it again"
-        ) from error
+        strange = sorted(name for name in names if not is_of_weights(name) and not (inert and stand_in_for(name)))
+        raise UserError(f"{path} {refusal(strange)}") from error
+
+
+def refusal(strange: list[str]) -> str:
+    """Return why a pickle is not read, in which these names are neither of weights nor harmless."""
+    if not strange:
+        return f"is damaged or cut short, or a pickle that torch did not write; {AGAIN}"
+    more = ", ..." if len(strange) > MOST_NAMED else ""
+    return (
+        f"is refused: it contains more than weights ({', '.join(strange[:MOST_NAMED])}{more}), and loading that could "
+        "run code; convert it to .safetensors on a machine where you trust it"
+    )
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .ckpt, .pt or .bin file, unwrapped from `state_dict`."""
+    """Return the tensors of a pickle, unwrapped from `state_dict`."""
     import torch
 
     content = load_pickle(path)
@@ -55,12 +66,6 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise UserError(f"{path} has no weights")
     return tensors
-
-
-def _forbidden_global(message: str) -> str:
-    """Return " (NAME)" for the object named in torch's error message, or an empty text."""
-    found = re.search(r"GLOBAL:? (?!loads)([\w.]+\w)|function ([\w.]+\w)", message)
-    return f" ({found[1] or found[2]})" if found else ""
 
 
 def write_pickle(path: Path, content: Mapping[str, Any]) -> None:

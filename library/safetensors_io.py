@@ -9,12 +9,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
+from library.errors import UserError, shortened
+from library.file_kinds import AGAIN, SAFETENSORS, weight_format
 from library.files import replacing
 
 if TYPE_CHECKING:
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
 
     import torch
 
-MAX_HEADER_BYTES = 100 * 2**20
+logger = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES = 100_000_000  # the package safetensors reads no file with a longer header
+# What the metadata of a file keep longest if they are too long, and what they lose first: it grows with the captions.
+NEEDED_METADATA = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha")
+TABLES_OF_TAGS = ("ss_tag_frequency", "ss_datasets")
 # Names in files -> names of torch, in the order of the package safetensors: wide types first, so that all are aligned.
 DTYPE_NAMES = {
     "I64": "int64",
@@ -60,24 +67,24 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Return the header of a safetensors file; raises UserError for a file that is damaged or of another kind."""
+    """Return the header of a safetensors file, of any length; raises UserError for a damaged or another file."""
+    if weight_format(path) != SAFETENSORS:
+        raise UserError(f"{path} is a pickle of torch, a .safetensors file is needed")
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= MAX_HEADER_BYTES:
-                raise ValueError("no header")
+            start = 8 + length
+            if start > size:
+                raise UserError(f"{path} is cut short, or its header is damaged; {AGAIN}")
             table = json.loads(file.read(length))
         metadata = dict(table.pop("__metadata__", None) or {})
-        start = 8 + length
         tensors = {name: _tensor_info(entry, start) for name, entry in table.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"{path} is not a safetensors file, or its header is damaged; copy or download it again"
-        ) from None
+        raise UserError(f"{path} is not a safetensors file, or its header is damaged; {AGAIN}") from None
     end = max((info.end for info in tensors.values()), default=start)
-    size = path.stat().st_size
     if size < end:
         raise UserError(f"{path} is cut short: it has {size:,} bytes of {end:,}; copy it again")
     if size > end:
@@ -164,15 +171,53 @@ def _header_bytes(
     import torch
 
     names_of_types = {getattr(torch, python): name for name, python in DTYPE_NAMES.items()}
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, Any] = {}
     start = 0
     for name, (dtype, shape) in infos.items():
         end = start + math.prod(shape) * dtype.itemsize
         table[name] = {"dtype": names_of_types[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    if metadata:
+        kept = fitting(metadata, len(_json_bytes({"__metadata__": {}} | table)))
+        table = {"__metadata__": kept} | table
+    text = _json_bytes(table)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _json_bytes(table: Mapping[str, Any]) -> bytes:
+    """Return a table as JSON; characters that UTF-8 does not have, as in some names of files, become "?"."""
+    return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def fitting(metadata: Mapping[str, Any], taken: int) -> dict[str, str]:
+    """Return the metadata, as text, that fit into a header with a number of other bytes, and log what is left out.
+
+    Entries that readers need are kept first, then short ones; tables of tags are kept last. The same rule is in
+    `networks/lora.py`, which stands alone.
+    """
+    texts = {str(key): text if isinstance(text, str) else str(text) for key, text in metadata.items()}
+    room = MAX_HEADER_BYTES - taken
+    if 8 * len(texts) + 6 * sum(len(key) + len(text) for key, text in texts.items()) <= room:
+        return texts  # a character has at most six bytes in JSON
+
+    def rank(key: str) -> tuple[bool, bool, int]:
+        return key not in NEEDED_METADATA, key in TABLES_OF_TAGS, sizes[key]
+
+    sizes = {key: len(_json_bytes({key: text})) for key, text in texts.items()}
+    left_out = {}
+    for key in sorted(texts, key=rank):
+        if sizes[key] <= room:
+            room -= sizes[key]
+        else:
+            left_out[key] = sizes[key]
+    if left_out:
+        logger.warning(
+            "the metadata are too long for a file that can be read (%s bytes of header); left out: %s",
+            f"{MAX_HEADER_BYTES:,}",
+            ", ".join(f"{shortened(key, 60)} ({size:,} bytes)" for key, size in left_out.items()),
+        )
+    return {key: text for key, text in texts.items() if key not in left_out}
 
 
 def _write(file: io.FileIO, data: bytes | memoryview) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library import scaled_weights
 from library.errors import UserError, message_of
+from library.file_kinds import PICKLE, SAFETENSORS, weight_format
 from library.files import file_sha256
 from library.pickles import PICKLE_SUFFIXES, read_pickle, write_pickle
 from library.safetensors_io import DTYPE_NAMES, Header, bytes_of, dtype_of, read_header, read_tensors, write_stream
@@ -22,19 +24,33 @@ LEGACY_OFFSET, LEGACY_BYTES = 0x100000, 0x10000
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """An open weight file: its shapes, and its tensors one by one."""
+    """An open weight file: its shapes, and its tensors one by one.
+
+    A weight stored in 8 bits with a scale beside it is their product, in float32; the scales are no tensors of their
+    own.
+    """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     content: Header | dict[str, torch.Tensor]
+    scales: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # by weight
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The metadata; none in a pickle."""
-        return self.content.metadata if isinstance(self.content, Header) else {}
+        """The metadata, except those of the scales; none in a pickle."""
+        if not isinstance(self.content, Header):
+            return {}
+        return {key: text for key, text in self.content.metadata.items() if key != scaled_weights.METADATA}
 
     def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and shape of each tensor, in the order in which `tensors` yields them."""
+        import torch
+
+        for name, dtype, shape in self._stored():
+            if name in self.shapes:
+                yield name, getattr(torch, scaled_weights.SHOWN_AS) if name in self.scales else dtype, shape
+
+    def _stored(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         if isinstance(self.content, Header):
             for name, info in sorted(self.content.tensors.items(), key=lambda entry: entry[1].start):
                 yield name, dtype_of(info, name, self.path), info.shape
@@ -45,40 +61,73 @@ class WeightFile:
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor, in its own memory; it can be read again."""
         if isinstance(self.content, Header):
-            return next(read_tensors(self.path, self.content, (name,)))[1]
-        return self.content[name].clone()
+            return self._meant(*next(read_tensors(self.path, self.content, (name,))))
+        return self._meant(name, self.content[name].clone())
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for the names that the file has, each in its own memory.
 
         A pickle releases each tensor that it yields, so it can be read only once.
         """
+        wanted = self.shapes.keys() & names
         if isinstance(self.content, Header):
-            yield from read_tensors(self.path, self.content, names)
+            for name, tensor in read_tensors(self.path, self.content, wanted):
+                yield name, self._meant(name, tensor)
             return
-        for name in [name for name in self.content if name in names]:
-            yield name, self.content.pop(name).clone()
+        for name in [name for name in self.content if name in wanted]:
+            yield name, self._meant(name, self.content.pop(name).clone())
+
+    def _meant(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return scaled_weights.product(stored, self.scales[name]) if name in self.scales else stored
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open a weight file; reads only the header of safetensors, but a pickle completely."""
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        tensors = read_pickle(path)
-        return WeightFile(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors)
-    header = read_header(path)
-    return WeightFile(path, {name: info.shape for name, info in header.tensors.items()}, header)
+    """Open a weight file of either format, whatever its name; of safetensors only the header is read.
+
+    Raises UserError that tells what another file is, and for weights in formats that are not read.
+    """
+    content = read_pickle(path) if weight_format(path) == PICKLE else read_header(path)
+    if isinstance(content, Header):
+        file = WeightFile(path, {name: info.shape for name, info in content.tensors.items()}, content)
+    else:
+        file = WeightFile(path, {name: tuple(tensor.shape) for name, tensor in content.items()}, content)
+    scaled_weights.check_metadata(path, content.metadata if isinstance(content, Header) else {})
+    if any(map(scaled_weights.is_marked, file.shapes)):
+        file = with_scales(file)
+    scaled_weights.check_whole_numbers(path, {name: kind for name, kind in types_in(file) if name not in file.scales})
+    return file
+
+
+def types_in(file: WeightFile) -> Iterator[tuple[str, str]]:
+    """Yield name and type of each tensor as it is stored, as torch names it; "" for a type that is not supported."""
+    if isinstance(file.content, Header):
+        for name, info in file.content.tensors.items():
+            yield name, DTYPE_NAMES.get(info.dtype, "")
+    else:
+        for name, tensor in file.content.items():
+            yield name, str(tensor.dtype).removeprefix("torch.")
+
+
+def with_scales(file: WeightFile) -> WeightFile:
+    """Return a file whose weights in 8 bits are multiplied by the scales beside them."""
+    infos = {name: (kind, file.shapes[name]) for name, kind in types_in(file)}
+    scales = scaled_weights.scales_of(file.path, infos)
+    for name in infos:
+        if scaled_weights.last_part(name) == scaled_weights.SETTINGS:
+            scaled_weights.check_settings(file.path, name, bytes(file.tensor(name).tolist()))
+    shapes = {name: shape for name, shape in file.shapes.items() if not scaled_weights.is_helper(name)}
+    return WeightFile(file.path, shapes, file.content, {weight: file.tensor(scale) for weight, scale in scales.items()})
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a weight file, safetensors or pickle."""
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        return read_pickle(path)
-    return dict(read_tensors(path))
+    """Return all tensors of a weight file of either format."""
+    file = open_weights(path)
+    return dict(file.tensors(file.shapes))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a weight file; a pickle has none."""
-    return {} if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).metadata
+    return {} if weight_format(path) == PICKLE else read_header(path).metadata
 
 
 def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -96,26 +145,33 @@ def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def check_adapter(path: Path) -> None:
-    """Raise UserError for an adapter that cannot be read, is empty, or has numbers that are not finite.
-
-    Network modules read the file again, by its suffix and with the package safetensors, which is stricter than
-    `read_header`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
-        raise UserError(f"{path} must be a .safetensors, .ckpt or .pt file: the ending determines how it is read")
+    """Raise UserError for an adapter that cannot be read, is empty, or has numbers that are not finite."""
     weights = read_weights(path)
     if not weights:
         raise UserError(f"{path} has no weights")
     for name, tensor in weights.items():
         check_finite(tensor, name, path)
-    if path.suffix.lower() == ".safetensors":
-        try:
+
+
+def check_name(path: Path) -> None:
+    """Raise UserError for a weight file that a foreign module cannot read.
+
+    Those go by the suffix, and use the package safetensors, which is stricter than `read_header`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found = weight_format(path)
+    if (path.suffix.lower() == ".safetensors") != (found == SAFETENSORS):
+        suffix = ".safetensors" if found == SAFETENSORS else ".pt"
+        raise UserError(
+            f"{path} is a {found} file under another name, and the network module goes by the name: end it in {suffix}"
+        )
+    try:
+        if found == SAFETENSORS:
             with safe_open(path, "pt"):
                 pass
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {message_of(error)}; copy or download it again") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read by the package safetensors: {message_of(error)}") from None
 
 
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
@@ -139,7 +195,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def data_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, for safetensors without the header, so that metadata do not change it."""
-    return file_sha256(path, 0 if path.suffix.lower() in PICKLE_SUFFIXES else read_header(path).data_start)
+    return file_sha256(path, 0 if weight_format(path) == PICKLE else read_header(path).data_start)
 
 
 def file_legacy_hash(path: Path) -> str:

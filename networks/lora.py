@@ -31,13 +31,14 @@ import json
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ PREFIX_TEXT_ENCODER = "lora_te"  # of a single encoder; two are numbered: lora_t
 UNET_CONTAINERS = ("Transformer2DModel",)
 UNET_CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 TEXT_ENCODER_CONTAINERS = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+
+MAX_HEADER_BYTES = 100_000_000  # the package safetensors reads no file with a longer header
+# What the metadata of a file keep longest if they are too long, and what they lose first: it grows with the captions.
+NEEDED_METADATA = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha")
+TABLES_OF_TAGS = ("ss_tag_frequency", "ss_datasets")
 
 Module = nn.Module
 Layer = nn.Linear | nn.Conv2d
@@ -739,11 +745,26 @@ check_network_args = LoRANetwork.check_network_args
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file, or of a pickle, of which nothing but tensors is loaded."""
-    if file.suffix.lower() == ".safetensors":
-        return load_file(file)
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    return weights.get("state_dict", weights)
+    """Return the tensors of a file in the format safetensors, or of a pickle, of which nothing but tensors is loaded.
+
+    The content shows the format, since files are renamed. Raises ValueError for a pickle with anything else in it.
+    """
+    with file.open("rb") as source:
+        length, start = int.from_bytes(source.read(8), "little"), source.read(1)
+        if start != b"{":
+            source.seek(0)
+            try:
+                weights = torch.load(source, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise ValueError(f"{file} is no weight file, or holds more than tensors: convert it") from None
+            return weights.get("state_dict", weights)
+        if length <= MAX_HEADER_BYTES:
+            return load_file(file)
+        # Written by an older version: without its metadata the package reads it, too.
+        source.seek(8)
+        tensors = json.loads(source.read(length))
+        tensors.pop("__metadata__", None)
+        return load(file_header(tensors, {}) + source.read())
 
 
 def shapes_in(weights: Weights) -> dict[str, Shape]:
@@ -781,22 +802,58 @@ def serialise(weights: Weights, metadata: dict[str, str]) -> tuple[bytes, memory
     """Return header and data of a safetensors file with metadata and the two hashes by which web UIs know a network.
 
     `sshs_model_hash` is the SHA-256 of the data alone; `sshs_legacy_hash` has the first 8 digits of the SHA-256 of
-    64 KiB, from the first MiB on, of the file with no metadata but ss_*.
+    64 KiB, from the first MiB on, of the file with no metadata but ss_*. Metadata that are too long to be read again
+    are left out, with a warning.
     """
     # Cloned, because safetensors refuses tensors that share memory.
     content = memoryview(save({name: tensor.detach().cpu().clone() for name, tensor in weights.items()}))
     start = 8 + int.from_bytes(content[:8], "little")
     tensors, data = json.loads(bytes(content[8:start])), content[start:]
+    hashes = {"sshs_model_hash": hashlib.sha256(data).hexdigest(), "sshs_legacy_hash": "0" * 8}
+    others = {key: text for key, text in metadata.items() if key not in hashes}
+    metadata = fitting(others, len(file_header(tensors, hashes)))
     header = file_header(tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
     legacy = hashlib.sha256(header[0x100000:0x110000])
     legacy.update(data[max(0, 0x100000 - len(header)) : max(0, 0x110000 - len(header))])
-    hashes = {"sshs_model_hash": hashlib.sha256(data).hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
-    return file_header(tensors, metadata | hashes), data
+    return file_header(tensors, metadata | hashes | {"sshs_legacy_hash": legacy.hexdigest()[:8]}), data
+
+
+def fitting(metadata: Mapping[str, Any], taken: int) -> dict[str, str]:
+    """Return the metadata, as text, that fit into a header with a number of other bytes, and log what is left out.
+
+    Entries that readers need are kept first, then short ones; tables of tags are kept last.
+    """
+    texts = {str(key): text if isinstance(text, str) else str(text) for key, text in metadata.items()}
+    room = MAX_HEADER_BYTES - taken
+    if 8 * len(texts) + 6 * sum(len(key) + len(text) for key, text in texts.items()) <= room:
+        return texts  # a character has at most six bytes in JSON
+
+    def rank(key: str) -> tuple[bool, bool, int]:
+        return key not in NEEDED_METADATA, key in TABLES_OF_TAGS, sizes[key]
+
+    sizes = {key: len(json_bytes({key: text})) for key, text in texts.items()}
+    left_out = {}
+    for key in sorted(texts, key=rank):
+        if sizes[key] <= room:
+            room -= sizes[key]
+        else:
+            left_out[key] = sizes[key]
+    if left_out:
+        logger.warning(
+            "the metadata are too long for a file that can be read (%s bytes of header); left out: %s",
+            f"{MAX_HEADER_BYTES:,}",
+            ", ".join(f"{key[:60]} ({size:,} bytes)" for key, size in left_out.items()),
+        )
+    return {key: text for key, text in texts.items() if key not in left_out}
 
 
 def file_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     """Return the header of a safetensors file with metadata in their order, which the package safetensors shuffles."""
-    table = {"__metadata__": metadata, **tensors} if metadata else tensors
-    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = json_bytes({"__metadata__": metadata, **tensors} if metadata else tensors)
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
+
+
+def json_bytes(table: Mapping[str, Any]) -> bytes:
+    """Return a table as JSON; characters that UTF-8 does not have, as in some names of files, become "?"."""
+    return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

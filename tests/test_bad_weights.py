@@ -34,13 +34,13 @@ def entry(**more):
 
 
 DAMAGED = "header is damaged; copy or download it again"
-UNREADABLE = "is not a weight file that torch can read, or it is damaged; copy or download it again"
+EMPTY = "is not a weight file: it is empty (0 bytes); copy or download it again"
 EVIL = (
     "is refused: it contains more than weights (posix.mkdir)" if os.name == "posix" else "is refused: it contains more"
 )
 # Suffix, content from the tensors of a sound file, what is told. These are damaged whatever they should be.
 DAMAGED_FILES = {
-    "empty": (".safetensors", lambda _: b"", "f.safetensors", DAMAGED),
+    "empty": (".safetensors", lambda _: b"", "f.safetensors", EMPTY),
     "a few bytes": (".safetensors", lambda good: save(good)[:5], DAMAGED),
     "header cut short": (".safetensors", lambda good: save(good)[:100], DAMAGED),
     "data cut short": (
@@ -57,11 +57,14 @@ DAMAGED_FILES = {
     "metadata is a list": (".safetensors", lambda _: raw({"__metadata__": [1]} | entry(), bytes(4)), DAMAGED),
     "negative place": (".safetensors", lambda _: raw(entry(data_offsets=[-4, 0]), bytes(4)), DAMAGED),
     "negative shape": (".safetensors", lambda _: raw(entry(shape=[-1]), bytes(4)), DAMAGED),
-    "a web page": (".safetensors", lambda _: b"<!DOCTYPE html><html>Not found", DAMAGED),
-    "a pickle by another name": (".safetensors", pickled, DAMAGED),
-    "empty pickle": (".pt", lambda _: b"", "f.pt", UNREADABLE),
-    "a text": (".pt", lambda _: b"hello", UNREADABLE),
-    "pickle cut short": (".ckpt", lambda good: pickled(good)[:-1000], UNREADABLE),
+    "a web page": (
+        ".safetensors",
+        lambda _: b"<!DOCTYPE html><html>Not found",
+        "is not a weight file, but a web page (HTML): the download failed",
+    ),
+    "empty pickle": (".pt", lambda _: b"", "f.pt", EMPTY),
+    "a text": (".pt", lambda _: b"hello", "is not a weight file, but a text that begins 'hello'"),
+    "pickle cut short": (".ckpt", lambda good: pickled(good)[:-1000], "f.ckpt is a zip archive, as torch writes, that"),
     "pickle that runs code": (".ckpt", lambda good: pickled(good | {"x": Payload()}), EVIL, "could run code; convert"),
     "old pickle that runs code": (
         ".pt",
@@ -102,7 +105,6 @@ ADAPTERS = {
         lambda good: save(good) + bytes(9),
         "f.safetensors is damaged: 9 bytes follow its last tensor",
     ),
-    "no ending": ("", save, "f must be a .safetensors, .ckpt or .pt file: the ending determines"),
     "NaN": (
         ".safetensors",
         lambda good: good | {UP: good[UP] * torch.nan},
@@ -290,7 +292,7 @@ FOLDERS = {
     "no text encoder": ("text_encoder", None, False, "is not a Diffusers folder: text_encoder/config.json is missing"),
     "no VAE": ("vae", None, True, "is not a Diffusers folder: vae/config.json is missing"),
     "no weights": (UNET_FILE, None, True, "has no weights: a .safetensors or .bin file is missing"),
-    "empty weights": (UNET_FILE, "", True, "diffusion_pytorch_model.safetensors", DAMAGED),
+    "empty weights": (UNET_FILE, "", True, "diffusion_pytorch_model.safetensors", EMPTY),
     "damaged configuration": ("unet/config.json", "{", False, "config.json is not valid JSON: Expecting property name"),
     "configuration is a list": ("text_encoder/config.json", "[1]", False, "config.json must hold an object, got [1]"),
     "damaged scheduler": ("scheduler/scheduler_config.json", "x", False, "scheduler_config.json is not valid JSON"),

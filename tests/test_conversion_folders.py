@@ -152,7 +152,7 @@ def test_a_model_without_vae(store, tmp_path):
         (["{lora}", "{out}"], "is not a Stable Diffusion checkpoint"),
         (["{refiner}", "{out}"], "is an SDXL refiner"),
         (["{inpainting}", "{out}"], "is an inpainting model"),
-        (["{noise}", "{out}"], "is not a safetensors file"),
+        (["{noise}", "{out}"], "is not a weight file"),
         (["{empty}", "{out}"], "is not a Diffusers folder: unet/config.json is missing"),
         (["{headless}", "{out}"], "has no text encoder"),
         (

@@ -10,7 +10,10 @@ import pytest
 from scripts import ROOT
 
 STANDARD_AND_CONFIG = {"library.config", "library.errors"}
-FILES = {"library.files", "library.pickles", "library.safetensors_io", "library.weight_file"}
+FILES = {
+    *("library.files", "library.file_kinds", "library.pickles", "library.pickle_names"),
+    *("library.safetensors_io", "library.scaled_weights", "library.weight_file"),
+}
 
 # Package -> packages of the suite that its modules may import (besides itself).
 MAY_IMPORT = {

@@ -145,7 +145,7 @@ def test_v2_against_the_file_stops_and_a_forgotten_one_is_set(model_store, caplo
     ("name", "content", "message"),
     [
         ("cut.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{", "header is damaged"),
-        ("text.safetensors", b"hello", "header is damaged"),
+        ("text.safetensors", b"hello", "not a weight file, but a text"),
         ("text.ckpt", b"hello", "not a weight file"),
     ],
 )

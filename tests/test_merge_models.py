@@ -159,6 +159,83 @@ def test_sums_of_any_ratios_types_and_shapes(tmp_path, ratios, dtype, shape, lac
     assert torch.equal(merged["count"], torch.zeros(2, dtype=torch.int64))
 
 
+# ---- what is no weight --------------------------------------------------------------------------------------
+
+SCHEDULE = {
+    **dict.fromkeys(("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod")),
+    **dict.fromkeys(("sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod")),
+    **dict.fromkeys(("sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_mean_coef1", "lvlb_weights")),
+    **dict.fromkeys(("posterior_log_variance_clipped", "denoiser.sigmas", "model_ema.decay", "model_ema.num_updates")),
+    **dict.fromkeys(("v_pred", "edm_vpred.sigma_max", "logvar", "cond_stage_model.model.attn_mask")),
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": None,
+}
+STAYING_WEIGHTS = (
+    "model.diffusion_model.alphas_cumprod_proj.weight",
+    "cond_stage_model.model.logit_scale",
+    "x.sigmas.bias",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.float64])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_indices_and_schedules_are_those_of_the_first_model(tmp_path, caplog, dtype, suffix):
+    first = {name: torch.arange(77).to(dtype)[None] for name in SCHEDULE}
+    second = {name: tensor + 1 for name, tensor in first.items()}
+    weights = {name: torch.full((3,), 2.0) for name in STAYING_WEIGHTS}
+    for name, state in (("a", first | weights), ("b", second | {name: tensor * 3 for name, tensor in weights.items()})):
+        weight_file.write_weights(tmp_path / f"{name}{suffix}", state)
+    words = ["--models", tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", "--ratios", 0.35, 0.65]
+    merge(*words, "--output", tmp_path / "o", "--saving_precision", "fp16")
+    merged = load_file(tmp_path / "o.safetensors")
+    for name, tensor in first.items():
+        assert merged[name].dtype == dtype, "a schedule loses digits in half precision"
+        assert torch.equal(merged[name], tensor), name
+    for name in STAYING_WEIGHTS:
+        assert merged[name].dtype == torch.float16
+        assert_close(merged[name], torch.full((3,), 0.35 * 2 + 0.65 * 6).double(), torch.float16)
+    for kind in ("noise schedule", "indices and counts", "masks and frequencies", "settings"):
+        assert f"b{suffix}: the {kind} differ (" in caplog.text
+
+
+def test_constants_that_differ_only_by_rounding_or_type_are_the_same(tmp_path, caplog):
+    schedule = torch.linspace(0.99, 0.01, 50)
+    first = {"alphas_cumprod": schedule, "a.position_ids": torch.arange(77)[None], "x": torch.ones(2)}
+    second = {"alphas_cumprod": schedule.half(), "a.position_ids": torch.arange(77)[None].float(), "x": torch.ones(2)}
+    save_file(first, tmp_path / "a.safetensors")
+    save_file(second, tmp_path / "b.safetensors")
+    for order in ("ab", "ba"):
+        files = [tmp_path / f"{name}.safetensors" for name in order]
+        merge("--models", *files, "--output", tmp_path / f"{order}.safetensors")
+    assert "differ" not in caplog.text
+    merged = load_file(tmp_path / "ba.safetensors")
+    assert merged["a.position_ids"].tolist() == [list(range(77))]
+    # A position that an earlier merge has moved is told, also a little.
+    save_file(second | {"a.position_ids": torch.arange(77)[None] * 0.9996}, tmp_path / "b.safetensors")
+    merge("--models", *[tmp_path / f"{name}.safetensors" for name in "ab"], "--output", tmp_path / "c")
+    assert "b.safetensors: the indices and counts differ (a.position_ids); those of the first model" in caplog.text
+
+
+def test_indices_of_a_text_encoder_that_is_not_merged_are_not_compared(tmp_path, caplog):
+    states = [{POSITIONS: torch.arange(5.0) + n, "model.diffusion_model.x": torch.ones(1)} for n in range(2)]
+    for name, state in zip("ab", states, strict=True):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    merge("--models", *files, "--output", tmp_path / "c", "--unet_only")
+    assert "differ" not in caplog.text
+
+
+def test_sums_that_are_rounded_to_eight_bits_are_told(tmp_path, caplog):
+    save_file({"x": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    save_file({"x": torch.full((2,), 2.0)}, tmp_path / "b.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    merge("--models", *files, "--output", tmp_path / "c")
+    assert "a.safetensors stores 1 tensors in 8 bits, and so does the merged model" in caplog.text
+    assert load_file(tmp_path / "c.safetensors")["x"].float().tolist() == [1.5, 1.5]
+    caplog.clear()
+    merge("--models", *files, "--output", tmp_path / "c", "--saving_precision", "fp16")
+    assert "8 bits" not in caplog.text
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------
 
 
@@ -173,7 +250,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, m
         "a number for each of the 3",
         "is one of the inputs",
         "gone.safetensors is not",
-        "README.md must end",
+        "README.md is not a weight file, but a text",
     )
     assert all(any(part in line for line in lines) for part in parts)
     assert one.read_bytes() == before

@@ -74,7 +74,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
         show("--model", tmp_path / "damaged.safetensors", tmp_path / "a.ckpt", tmp_path / "gone.safetensors")
     lines = str(caught.value).splitlines()
     for line, part in zip(
-        lines, ("header is damaged", "a .ckpt file, which has no metadata", "is not a file"), strict=True
+        lines, ("header is damaged", "a pickle of torch, which has no metadata", "is not a file"), strict=True
     ):
         assert part in line
     with pytest.raises(UserError, match="--model is missing"):

@@ -231,7 +231,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "--learning_rate must be above",
     ),
     "output": ({"output_dir": str(Path(__file__) / "out")}, "--output_dir: nothing can be written to"),
-    "vae": ({"vae": __file__}, "is not a safetensors file"),
+    "vae": ({"vae": __file__}, "is not a weight file, but a text"),
     "adaptive": ({"adaptive_noise_scale": "0.1"}, "--adaptive_noise_scale needs --noise_offset"),
     "range": ({"min_timestep": 500, "max_timestep": 400}, "--min_timestep 500 must be below --max_timestep 400"),
     "not v": ({"scale_v_pred_loss_like_noise_pred": True}, "needs --v_parameterization"),

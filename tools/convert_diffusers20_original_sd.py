@@ -259,6 +259,7 @@ def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path,
     """Write one weight file by a plan, tensor by tensor."""
     from tqdm import tqdm
 
+    from library.file_kinds import PICKLE, weight_format
     from library.models import layout
     from library.models.checkpoint import TEXT_FILES, UNET_FILES
     from library.pickles import load_pickle, write_pickle
@@ -273,9 +274,10 @@ def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path,
         return
     counts = {"epoch": config.saving.epoch, "global_step": config.saving.global_step}
     source = model.path
-    if source.is_file() and source.suffix.lower() != ".safetensors":
+    if source.is_file() and weight_format(source) == PICKLE:
         former = load_pickle(source)
-        counts = {name: number + int(former.get(name, 0)) for name, number in counts.items()}
+        known = {name: former[name] for name in counts if isinstance(former.get(name), int)}
+        counts = {name: number + known.get(name, 0) for name, number in counts.items()}
     write_pickle(path, counts | {"state_dict": dict(tensors)})
 
 

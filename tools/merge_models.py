@@ -3,7 +3,7 @@
 python tools/merge_models.py --models a.safetensors b.safetensors --ratios 0.7 0.3 --output merged.safetensors
 
 The sum is computed in float32, tensor by tensor. The result has the tensors of the first model, and their types unless
---saving_precision is given; its integer tensors are unchanged.
+--saving_precision is given. What is no weight, such as indices and the noise schedule, is taken from the first model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from library.config.command_line import parse
 from library.config.options import REQUIRED, option
 from library.config.tool_files import Precision, dtype_named
 from library.errors import Problems, UserError
+from library.file_kinds import weight_format
 from library.logs import run_script
 from library.models import keys
 
@@ -35,11 +37,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-INPUT_SUFFIXES = (SUFFIX, ".ckpt", ".pt")
 TOLERANCE = 0.02  # of the sum of ratios: three times 0.33 is meant to be 1
 # Parts that --unet_only takes from the first model.
 NOT_UNET = (keys.VAE_PREFIX, *keys.TEXT_PREFIXES)
 TEXT_ENCODER = f"{keys.TEXT_PREFIX}transformer."
+# Tensors that are no weights, whatever type they are stored in: what they are, and the end of their names.
+NOT_WEIGHTS = {
+    "indices and counts": r"position_ids|token_type_ids|relative_position_index|num_batches_tracked|num_updates",
+    "noise schedule": (
+        r"betas|alphas|(sqrt_|log_)?(recip_|recipm1_|one_minus_)?alphas_cumprod(_prev|_next)?|posterior_\w+"
+        r"|lvlb_weights|(log_)?sigmas|sigma_(min|max|data)|timesteps|logvar|scale_factor|v_pred|ztsnr"
+    ),
+    "masks and frequencies": r"attn_mask|causal_mask|attention_mask|inv_freq|freqs",
+    "settings": r"model_ema\.decay|data_mean|data_std",
+}
+SAME = 1e-5  # relative difference of constants that programs compute in other orders
 OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
 
 
@@ -103,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_shapes(models, config.merge)
     log_skipped(models, config.merge)
     types = types_to_write(models[0], config.merge)
+    warn_of_eight_bits(models[0], types)
     infos = {name: (dtype, models[0].shape(name)) for name, dtype in types.items()}
     write_stream(output, infos, merged_tensors(models, types, config.merge), metadata_of(models, output, config.merge))
     logger.info("saved %s", output)
@@ -117,7 +130,7 @@ def output_path(output: Path) -> Path:
 def check_output(config: MergeConfig, problems: Problems) -> None:
     """Raise UserError for an --output of another format."""
     output = config.files.output
-    if output.suffix.lower() in INPUT_SUFFIXES[1:]:
+    if output.suffix.lower() in tool_files.WEIGHT_SUFFIXES and output.suffix.lower() != SUFFIX:
         raise UserError(f"--output must end in {SUFFIX}, got {output}: other formats are read, but not written")
 
 
@@ -129,8 +142,7 @@ def check_models(config: MergeConfig, problems: Problems) -> None:
         problems.add(f"--ratios must have a number for each of the {number} files of --models, got {len(ratios)}")
     existing = [path for path in config.files.models if path.exists()]
     for path in existing:
-        if path.suffix.lower() not in INPUT_SUFFIXES:
-            problems.add(f"--models: {path} must end in {', '.join(INPUT_SUFFIXES)}")
+        problems.run(weight_format, path)
     output = output_path(config.files.output)
     if output.exists() and any(path.samefile(output) for path in existing):
         problems.add(f"--output {output} is one of the inputs: choose another name")
@@ -211,32 +223,74 @@ def current_name(name: str) -> str:
     return name.replace(TEXT_ENCODER, f"{TEXT_ENCODER}text_model.", 1) if name.startswith(OLD_TEXT_NAMES) else name
 
 
+def constant_kind(name: str) -> str | None:
+    """Return what a tensor is that is no weight, None for a weight."""
+    return next((kind for kind, end in NOT_WEIGHTS.items() if re.fullmatch(rf"(.*\.)?({end})", name)), None)
+
+
 def is_merged(name: str, merge: MergeOptions) -> bool:
     """Return whether a tensor is summed if its type is floating point."""
+    if constant_kind(name) is not None:
+        return False
     return not (merge.unet_only and any(part in name for part in NOT_UNET))
 
 
 def types_to_write(first: WeightedCheckpoint, merge: MergeOptions) -> dict[str, torch.dtype]:
-    """Return name -> type to write, for all tensors in the order in which they are read."""
+    """Return name -> type to write, for all tensors in the order in which they are read; constants keep theirs."""
     current = {own: name for name, own in first.names.items()}
     types = {current[own]: dtype for own, dtype, _ in first.file.infos() if own in current}
     if merge.saving_precision is None:
         return types
     wanted = dtype_named(merge.saving_precision)
-    return {name: wanted if dtype.is_floating_point else dtype for name, dtype in types.items()}
+    return {
+        name: wanted if dtype.is_floating_point and constant_kind(name) is None else dtype
+        for name, dtype in types.items()
+    }
+
+
+def warn_of_eight_bits(first: WeightedCheckpoint, types: Mapping[str, torch.dtype]) -> None:
+    """Log that sums are rounded to 8 bits, if the first model is stored in them."""
+    rounded = [name for name, dtype in types.items() if dtype.is_floating_point and dtype.itemsize == 1]
+    if rounded:
+        logger.warning(
+            "%s stores %d tensors in 8 bits, and so does the merged model; --saving_precision fp16 keeps more digits",
+            first.file.path,
+            len(rounded),
+        )
 
 
 def merged_tensors(
     models: Sequence[WeightedCheckpoint], types: Mapping[str, torch.dtype], merge: MergeOptions
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of the merged model; at most two tensors are in memory at a time."""
+    """Yield name and tensor of the merged model; at most two tensors are in memory at a time.
+
+    At the end what differs in the models and is not summed is logged.
+    """
     from tqdm import tqdm
 
+    differing: dict[tuple[Path, str], list[str]] = {}
     for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
         tensor = models[0].tensor(name)
         if tensor.is_floating_point() and is_merged(name, merge):
             tensor = weighted_sum(models, name, tensor, merge.device)
+        elif not merge.unet_only or not any(part in name for part in NOT_UNET):
+            for model in models[1:]:
+                if name in model.names and not is_same(tensor, model.tensor(name)):
+                    kind = constant_kind(name) or "whole numbers"
+                    differing.setdefault((model.file.path, kind), []).append(name)
         yield name, tensor.to(dtype)
+    for (path, kind), names in differing.items():
+        shown = f"{names[0]}, ..." if len(names) > 1 else names[0]
+        logger.warning("%s: the %s differ (%s); those of the first model are used", path, kind, shown)
+
+
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two constants are equal, to the rounding of the types that they are stored in."""
+    import torch
+
+    types = [tensor.dtype for tensor in (one, other) if tensor.is_floating_point()]
+    rounding = max([SAME, *(torch.finfo(dtype).eps for dtype in types)]) if types else 0.0
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=rounding, atol=0.0)
 
 
 def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.Tensor, device: str) -> torch.Tensor:

@@ -25,8 +25,8 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError
+from library.file_kinds import PICKLE, weight_format
 from library.logs import FAILURE, run_script
-from library.pickles import PICKLE_SUFFIXES
 from library.safetensors_io import read_header
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def read_one(path: Path) -> dict[str, str]:
     """Return the metadata of a file; raises UserError for anything but a safetensors file."""
     if not path.is_file():
         raise UserError(f"--model: {path} is not a file")
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise UserError(f"--model: {path} is a {path.suffix} file, which has no metadata: give a .safetensors file")
+    if weight_format(path) == PICKLE:
+        raise UserError(f"--model: {path} is a pickle of torch, which has no metadata: give a .safetensors file")
     return read_header(path).metadata
 
 

@@ -19,6 +19,7 @@ from library.config.generation import (
 from library.config.prompts import PromptLine
 from library.config.tool_files import check_place
 from library.errors import Problems, UserError
+from library.file_kinds import weight_format
 from library.generation.grid import read_axes
 from library.generation.infotext import Recorded, read_recorded
 from library.generation.init_images import check_images, list_images, read_preparation
@@ -117,6 +118,8 @@ def check_control(control: ControlConfig, problems: Problems) -> None:
         for path in paths:
             if not path.exists():
                 problems.add(f"{flag}: {path} does not exist, and nothing is downloaded")
+            elif path.is_file():
+                problems.run(weight_format, path)
     for text in control.control_net_preps or ():
         problems.run(read_preparation, text)
 
@@ -140,6 +143,8 @@ def check_networks(networks: NetworksConfig, problems: Problems) -> None:
     for path in files:
         if not path.is_file():
             problems.add(f"--network_weights: {path} is not a file")
+        else:
+            problems.run(weight_format, path)
 
 
 def load_lines(prompts: PromptConfig) -> list[PromptLine]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from library.errors import UserError
+from library.file_kinds import PICKLE, weight_format
+from library.pickles import load_pickle
 from library.weight_file import read_weights
 
 if TYPE_CHECKING:
@@ -50,9 +52,7 @@ def with_embeddings(encoder: TextEncoder, paths: Sequence[Path]) -> TextEncoder:
 
 def embedding_of(path: Path) -> torch.Tensor:
     """Return the vectors (N, D) of an embedding file: `emb_params`, `string_to_param`, or its only tensor."""
-    from library.pickles import PICKLE_SUFFIXES, load_pickle
-
-    content = load_pickle(path) if path.suffix.lower() in PICKLE_SUFFIXES else read_weights(path)
+    content = load_pickle(path) if weight_format(path) == PICKLE else read_weights(path)
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         content = content["string_to_param"]
     tensors = [value for value in content.values() if torch.is_tensor(value)] if isinstance(content, dict) else []

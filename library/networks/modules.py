@@ -18,7 +18,7 @@ from library.config.values import written
 from library.errors import UserError, shortened
 from library.models.base import BaseModel
 from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles, TextEncoders
-from library.weight_file import check_adapter
+from library.weight_file import check_adapter, check_name, read_weights
 
 PACKAGES = {"lycoris": "lycoris-lora"}  # module -> package on PyPI, if its name differs
 # Advice for known failures: first part of the module's name, part of the message, advice.
@@ -94,6 +94,10 @@ class ImportedModule:
         """Return (network with the shapes of a file, the file's tensors); weights are these, if read already."""
         if not isinstance(self.module, ReadsFiles):
             raise UserError(f"--network_module {self.name} has no create_network_from_weights, which reads files")
+        if self.is_foreign:
+            check_name(path)
+        elif weights is None:
+            weights = read_weights(path)
         return self.module.create_network_from_weights(
             multiplier, str(path), base.vae, text_encoder, base.unet, weights, **arguments
         )
@@ -136,6 +140,8 @@ def check_network(config: NetworkConfig) -> None:
     for path in (config.network_weights, *(config.base_weights or ())):
         if path is not None:
             check_adapter(path)
+            if found.is_foreign:
+                check_name(path)
 
 
 def is_foreign(config: NetworkConfig) -> bool:

@@ -31,10 +31,12 @@ from library.networks.protocol import (
     missing_methods,
     optional_method,
 )
+from library.safetensors_io import fitting
 from library.weight_file import open_weights
 
 logger = logging.getLogger(__name__)
 
+BYTES_OF_A_TENSOR = 200  # in a header of safetensors besides the name: type, shape, place
 # Optional methods of foreign networks that record norms once the gradients are final, and the names in the log.
 UPDATES = ("update_grad_norms", "update_norms")
 NORMS = {
@@ -174,9 +176,11 @@ class TrainableNetwork:
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the network's file, whole or not at all."""
+        # A foreign module hands the metadata to the package safetensors, which writes no header that is too long.
+        taken = sum(len(name) + BYTES_OF_A_TENSOR for name in all_tensors(self.network))
         # Some networks compute while they collect tensors, hence no_grad. All choose the format by the suffix.
         with replacing(path, suffix=path.suffix) as temporary, torch.no_grad():
-            self.network.save_weights(str(temporary), dtype, dict(metadata))
+            self.network.save_weights(str(temporary), dtype, fitting(metadata, taken))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the network's tensors for the state of a run.

@@ -188,4 +188,4 @@ def _best(loss: Any, step: Any) -> tuple[float, int]:
 
 def read_tensors(folder: Path) -> dict[str, Any]:
     """Return the content of `state.pt`, read without running code of the pickle."""
-    return load_pickle(folder / TENSOR_FILE)
+    return load_pickle(folder / TENSOR_FILE, needs_all=True)
