@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+KINDS = {UNET: "UNet2DConditionModel", VAE: "AutoencoderKL"}  # in diffusers
 NUM_GROUPS = 32  # of the group norms of published models
 
 
@@ -257,6 +258,9 @@ def refused(source: Path, part: str, prefix: str = "") -> Iterator[None]:
 def build_part(checkpoint: Checkpoint, part: str) -> nn.Module:
     """Return the model of a part on the meta device; raises UserError if it cannot be built."""
     config = config_of(checkpoint, part)
+    kind, needed = config.get("_class_name"), KINDS.get(part)
+    if kind is not None and needed is not None and kind != needed:
+        raise UserError(f"{checkpoint.path}: its {part} is of the kind {kind}, and only {needed} is read")
     folder = checkpoint.folder_of(part)
     source = checkpoint.path if folder is None else folder / "config.json"
     with refused(source, {UNET: "U-Net", VAE: "VAE"}.get(part, "text encoder") if folder is None else part):

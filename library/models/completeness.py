@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -71,9 +71,9 @@ def check_missing(checkpoint: Checkpoint, part: str, missing: list[str]) -> None
     raise UserError(f"{text} (as Diffusers names it) is missing{more(missing)}{own}")
 
 
-def more(names: list[str]) -> str:
-    """Return how many names there are besides the first, as the end of a text."""
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def more(names: Sequence[str], named: int = 1) -> str:
+    """Return how many names there are besides those that were named, as the end of a text."""
+    return f" and {len(names) - named} more" if len(names) > named else ""
 
 
 def check_surplus(checkpoint: Checkpoint, part: str, plan: Plan) -> None:
@@ -117,10 +117,11 @@ def check_result(result: Checkpoint, source: Checkpoint, plan: Plan) -> None:
         found = whole_plan(result)
         difference = first_difference(shapes_of(found), shapes_of(plan))
         if difference is not None:
-            raise UserError(f"{difference} would be read in another shape, or not at all")
+            raise UserError(f"{result.path} would be read without {difference}, or with another shape of it")
     except UserError as error:
-        reason = str(error).removeprefix(f"{result.path}")
-        raise UserError(f"{source.path} cannot be written to {result.path}, which would not load: {reason}") from None
+        said = str(error).removeprefix(str(result.path))
+        reason = f"in that {said[2:]}" if said.startswith(": ") else f"that{said}"
+        raise UserError(f"{source.path} cannot be written to {result.path}, since {reason}") from None
 
 
 def shapes_of(plan: Plan) -> dict[str, tuple[int, ...]]:

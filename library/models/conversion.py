@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "intermedi
 TEXT_OTHERS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 # Settings that may have one value for all blocks.
 ONE_FOR_ALL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "transformer_layers_per_block")
+MOST_NAMED = 3
 # Folders of a Diffusers model without weights that change its images.
 AROUND = ("scheduler", "tokenizer", "feature_extractor", "safety_checker")
 
@@ -170,11 +171,21 @@ def tell_left_out(model: Checkpoint, whole: Plan) -> None:
         raise UserError(f"{model.path} has {inner[0]}{more(inner)}, which has no place in a checkpoint")
     outer = [name for name in left if split_name(name)[0] != EXTRAS]
     if outer:
-        logger.warning("%s%s has no place in a checkpoint and is left out", outer[0], more(outer))
+        logger.warning("%s left out, without a place in a checkpoint: %s", number_of(outer), some(outer))
     folders = [path.name for path in sorted(model.path.iterdir()) if path.is_dir() and path.name not in model.parts]
     others = [name for name in folders if not name.startswith(AROUND)]
     if others:
-        logger.warning("%s%s has no place in a checkpoint and is left out", others[0], more(others))
+        logger.warning("folders left out, without a place in a checkpoint: %s", ", ".join(others))
+
+
+def number_of(names: Sequence[str]) -> str:
+    """Return a number of tensors as the subject of a text."""
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of several, and how many more there are."""
+    return ", ".join(sorted(names)[:MOST_NAMED]) + more(names, MOST_NAMED)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -188,9 +199,9 @@ def kept_in_folder(model: Checkpoint, whole: Plan) -> list[str]:
     unused = [name for name in left if name.startswith(TRAINING_ONLY)]
     kept = [name for name in left if not name.startswith(TRAINING_ONLY)]
     if unused:
-        logger.info("%s%s is left out: only training used it", unused[0], more(unused))
+        logger.info("%s left out, which only training used: %s", number_of(unused), some(unused))
     if kept:
-        logger.info("%s%s has no place in Diffusers and is kept in %s", kept[0], more(kept), EXTRAS_FILE)
+        logger.info("%s kept, without a place in Diffusers, in %s: %s", number_of(kept), EXTRAS_FILE, some(kept))
     return kept
 
 

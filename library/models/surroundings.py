@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from library.models import family as families
-from library.models.building import config_of
-from library.models.checkpoint import UNET, VAE, Checkpoint, input_channels
+from library.models.building import KINDS, config_of
+from library.models.checkpoint import Checkpoint, input_channels
 from library.models.completeness import parts_of
 from library.models.tokenizer import (
     BOS_TOKEN,
@@ -26,10 +26,7 @@ DIFFUSERS_VERSION = "0.30.0"  # the oldest version that reads these files
 
 def folder_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Return the Diffusers configuration of each part of an original-layout file, from its shapes."""
-    kinds: dict[str, dict[str, Any]] = {
-        UNET: {"_class_name": "UNet2DConditionModel"},
-        VAE: {"_class_name": "AutoencoderKL"},
-    }
+    kinds: dict[str, dict[str, Any]] = {part: {"_class_name": kind} for part, kind in KINDS.items()}
     for text in checkpoint.family.text_models:
         kind = "CLIPTextModelWithProjection" if text.has_projection else "CLIPTextModel"
         kinds[text.folder] = {"architectures": [kind], "model_type": "clip_text_model"}
@@ -57,8 +54,7 @@ def write_surroundings(
         "_class_name": pipeline,
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"] if "vae" in configs else [None, None],
+        **{part: ["diffusers", kind] if part in configs else [None, None] for part, kind in KINDS.items()},
     }
     for text in checkpoint.family.text_models:
         tokenizer = text.folder.replace("text_encoder", "tokenizer")
