@@ -151,7 +151,7 @@ def test_a_model_without_vae(store, tmp_path):
         (["{checkpoint}", "{out}", "--fp16", "--bf16"], "one type can be written, got --fp16 --bf16"),
         (["{lora}", "{out}"], "is not a Stable Diffusion checkpoint"),
         (["{refiner}", "{out}"], "is an SDXL refiner"),
-        (["{inpainting}", "{out}"], "is an inpainting model"),
+        (["{depth}", "{out}"], "is a depth model: its U-Net takes 5 channels, and a Diffusers folder"),
         (["{noise}", "{out}"], "is not a weight file"),
         (["{empty}", "{out}"], "is not a Diffusers folder: unet/config.json is missing"),
         (["{headless}", "{out}"], "has no text encoder"),
@@ -169,8 +169,8 @@ def test_mistakes_are_told_and_leave_nothing(store, tmp_path, argv, text):
     changed = {
         "lora": lambda: {"lora_unet_a.lora_down.weight": torch.ones(1, 1)},
         "refiner": lambda: {"conditioner.embedders.0.model.ln_final.weight": torch.ones(1)},
-        "inpainting": lambda: (
-            read(model.checkpoint) | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}
+        "depth": lambda: (
+            read(model.checkpoint) | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 5, 3, 3)}
         ),
         "headless": lambda: {name: t for name, t in read(model.checkpoint).items() if "cond_stage" not in name},
         "blind": lambda: {name: t for name, t in read(sdxl.checkpoint).items() if "text_projection" not in name},

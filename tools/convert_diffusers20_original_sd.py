@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from library.models.checkpoint import Checkpoint
-    from library.models.layout import Plan
+    from library.models.layout import Content
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,11 @@ class ConvertConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ConvertConfig, argv, description=__doc__, rules=(check_files, check_options, check_saving))
-    from library.models.checkpoint import check_input_channels, open_checkpoint
+    from library.models.checkpoint import open_checkpoint
     from library.models.family import check_flags
 
     model = open_checkpoint(config.files.model_to_load, variant=config.files.variant)
     check_flags(model.family, model.path, v1=config.model.v1, v2=config.model.v2)
-    if not model.is_folder:
-        check_input_channels(model)
     if is_checkpoint(config.files.model_to_save):
         write_checkpoint(config, model)
     else:
@@ -173,34 +171,35 @@ def written_type(saving: WriteOptions) -> torch.dtype | None:
 
 def write_checkpoint(config: ConvertConfig, model: Checkpoint) -> None:
     """Write a checkpoint of the original layout."""
-    from library.models import layout
+    from library.models import conversion, layout
+    from library.models.completeness import check_result
 
-    plan = layout.plan_to_original(model) if model.is_folder else layout.copy_plan(model)
-    write_file(config, model, plan, config.files.model_to_save, checkpoint_metadata(config, model))
+    path = config.files.model_to_save
+    plan, whole = conversion.plan_of_file(model)
+    infos = layout.planned_infos(plan, model, written_type(config.saving))
+    kept = conversion.kept_beside(model, whole, infos, path)
+    metadata = own_metadata(model) | kept.metadata() | checkpoint_metadata(config, model)
+    check_result(conversion.planned_file(path, infos, metadata), model, whole)
+    write_file(config.saving, model, layout.Content(plan, infos), path, metadata)
+
+
+def own_metadata(model: Checkpoint) -> dict[str, str]:
+    """Return the metadata of a model without those that describe its tensors."""
+    from library.models.checkpoint import ADDED_TOKENS, CONFIGURATIONS
+
+    own = ("format", CONFIGURATIONS, ADDED_TOKENS)
+    return {key: text for key, text in model.metadata.items() if key not in own}
 
 
 def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, str]:
-    """Return the metadata of a checkpoint: those of the source, its architecture, and --metadata."""
-    from library.models import conversion
-    from library.models.checkpoint import CONFIGURATIONS
-
-    own = {key: text for key, text in model.metadata.items() if key != "format"}
+    """Return what is added to the metadata of a checkpoint: its architecture, unless it has one, and --metadata."""
+    added = {}
     v_prediction = config.model.v_parameterization or model.predicts_v
-    if v_prediction is not None and "modelspec.prediction_type" not in own:
-        own["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
-    if "modelspec.architecture" not in own:
-        own["modelspec.architecture"] = model.family.architecture(predicts_v=bool(v_prediction))
-    unusual = conversion.unusual_configurations(model) if model.is_folder else {}
-    if unusual:
-        own[CONFIGURATIONS] = json.dumps(unusual)
-        if config.files.model_to_save.suffix.lower() != ".safetensors":
-            logger.warning(
-                "%s is not a Stable Diffusion model of the usual sizes, and a %s has no place for its settings: "
-                "only a .safetensors file can be converted back",
-                model.path,
-                config.files.model_to_save.suffix,
-            )
-    return own | read_metadata(config.saving.metadata or "{}")
+    if v_prediction is not None and "modelspec.prediction_type" not in model.metadata:
+        added["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
+    if "modelspec.architecture" not in model.metadata:
+        added["modelspec.architecture"] = model.family.architecture(predicts_v=bool(v_prediction))
+    return added | read_metadata(config.saving.metadata or "{}")
 
 
 def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
@@ -209,23 +208,31 @@ def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
     from library.files import new_folder
     from library.models import conversion, layout
     from library.models.checkpoint import EXTRAS, EXTRAS_FILE, UNET, file_stems, split_name
+    from library.models.completeness import check_result, whole_plan
+    from library.models.surroundings import write_surroundings
 
-    plan, left = (layout.copy_plan(model), []) if model.is_folder else conversion.plan_to_folder(model)
+    whole = whole_plan(model)
+    if model.is_folder:
+        plan = layout.copy_plan(model)
+    else:
+        copied = layout.copy_plan(model)
+        extras = {f"{EXTRAS}/{name}": copied[name] for name in conversion.kept_in_folder(model, whole)}
+        plan = whole | extras
+    infos = layout.planned_infos(plan, model, written_type(config.saving))
     with new_folder(config.files.model_to_save) as folder:
         if model.is_folder:
             copy_others(model, folder, shards=False)  # shards become one file
         else:
-            conversion.write_surroundings(folder, model, v_prediction=v_prediction_of(config, model))
+            tokens = conversion.tokens_of(model, whole)
+            write_surroundings(folder, model, tokens=tokens, v_prediction=v_prediction_of(config, model))
+        check_result(conversion.planned_folder(folder, infos), model, whole)
         for part in dict.fromkeys(split_name(name)[0] for name in plan):
             start = f"{part}/"
             own = {name.removeprefix(start): piece for name, piece in plan.items() if name.startswith(start)}
-            metadata = dict(model.metadata) if part == UNET else {}
+            content = layout.Content(own, {name: infos[f"{start}{name}"] for name in own})
+            metadata = own_metadata(model) if part == UNET else {}
             name = EXTRAS_FILE if part == EXTRAS else f"{part}/{file_stems(part)[0]}.safetensors"
-            write_file(config, model, own, folder / name, metadata | {"format": "pt"})
-        if left:
-            logger.info("%d tensors without a place in Diffusers are kept in %s", len(left), EXTRAS_FILE)
-            extras = {name: piece for name, piece in layout.copy_plan(model).items() if name in left}
-            write_file(config, model, extras, folder / EXTRAS_FILE, {})
+            write_file(config.saving, model, content, folder / name, metadata | {"format": "pt"})
         if config.files.reference_model is not None:
             copy_reference(config.files.reference_model, folder)
 
@@ -255,8 +262,10 @@ def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     return bool(found)
 
 
-def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one weight file by a plan, tensor by tensor."""
+def write_file(
+    saving: WriteOptions, model: Checkpoint, content: Content, path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write one weight file, tensor by tensor."""
     from tqdm import tqdm
 
     from library.file_kinds import PICKLE, weight_format
@@ -265,14 +274,13 @@ def write_file(config: ConvertConfig, model: Checkpoint, plan: Plan, path: Path,
     from library.pickles import load_pickle, write_pickle
     from library.safetensors_io import write_stream
 
-    infos = layout.planned_infos(plan, model, written_type(config.saving))
-    made = layout.planned_tensors(plan, model, infos)
+    made = layout.planned_tensors(content.plan, model, content.infos)
     part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
-    tensors = tqdm(made, total=len(plan), desc=part, unit="tensor")
+    tensors = tqdm(made, total=len(content.plan), desc=part, unit="tensor")
     if path.suffix.lower() == ".safetensors":
-        write_stream(path, infos, tensors, metadata)
+        write_stream(path, content.infos, tensors, metadata)
         return
-    counts = {"epoch": config.saving.epoch, "global_step": config.saving.global_step}
+    counts = {"epoch": saving.epoch, "global_step": saving.global_step}
     source = model.path
     if source.is_file() and weight_format(source) == PICKLE:
         former = load_pickle(source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -19,11 +19,21 @@ from library.config.model import ModelConfig
 from library.errors import UserError, message_of
 from library.models import family as families
 from library.models.building import build_part
-from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, check_input_channels, open_checkpoint, open_vae
+from library.models.checkpoint import (
+    UNET,
+    VAE,
+    WHOLE,
+    Checkpoint,
+    input_channels,
+    open_checkpoint,
+    open_vae,
+    stored_tokens,
+)
+from library.models.completeness import check_surplus, diffusers_names
 from library.models.family import ModelFamily, TextModel
-from library.models.layout import TEXT_ROOT, Layout, Place, plan_of_part
+from library.models.layout import Layout, Place, plan_of_part
 from library.models.precision import Types
-from library.models.tokenizer import load_clip_tokenizer
+from library.models.tokenizer import VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
 from library.weight_file import check_finite
 
 if TYPE_CHECKING:
@@ -104,8 +114,7 @@ def find_base(config: ModelConfig) -> BaseFiles:
     path = Path(config.pretrained_model_name_or_path)
     checkpoint = open_checkpoint(path)
     family, says_v = checkpoint.family, checkpoint.predicts_v
-    if not checkpoint.is_folder:
-        check_input_channels(checkpoint)
+    families.check_channels(input_channels(checkpoint), path)
     if family not in families.TRAINED:
         raise UserError(f"{path} is an {family.title} model; this version trains SD 1.x and SD 2.x")
     families.check_flags(family, path, v2=config.v2)
@@ -152,7 +161,7 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
         return load_part(checkpoint, name, dtype if filled is None or name in filled else None)
 
     texts = tuple(
-        TextEncoder(text, load_tokenizer(folder, text), cast("TextModule", part(text.folder, types.unet)))
+        load_text(checkpoint, text, folder, cast("TextModule", part(text.folder, types.unet)))
         for text, folder in zip(checkpoint.family.text_models, files.tokenizers, strict=True)
     )
     unet = cast("UNet2DConditionModel", part(UNET, types.unet))
@@ -167,10 +176,27 @@ def load_vae(files: BaseFiles, types: Types) -> AutoencoderKL:
     return cast("AutoencoderKL", load_part(files.vae, VAE, types.vae))
 
 
-def load_tokenizer(folder: Path | None, text: TextModel) -> CLIPTokenizer:
-    """Return the tokenizer in a folder, or the included one, for a text encoder."""
+def load_text(checkpoint: Checkpoint, text: TextModel, folder: Path | None, module: TextModule) -> TextEncoder:
+    """Return a text encoder with the tokenizer in a folder, or the included one with the tokens in the file's metadata.
+
+    Raises UserError for an encoder that is too small for its tokens.
+    """
+    sizes = module.config
+    for size, needed, unit in (
+        (sizes.max_position_embeddings, WINDOW, "positions"),
+        (sizes.vocab_size, VOCABULARY_SIZE, "tokens"),
+    ):
+        if size < needed:
+            raise UserError(f"{checkpoint.path}: its {text.folder} has {size} {unit}, {needed} are needed")
+    stored = {} if checkpoint.is_folder else stored_tokens(checkpoint.metadata, text.folder)
+    added = {token: number for token, number in stored.items() if VOCABULARY_SIZE <= number < sizes.vocab_size}
+    return TextEncoder(text, load_tokenizer(folder, text, added), module)
+
+
+def load_tokenizer(folder: Path | None, text: TextModel, added: Mapping[str, int] | None = None) -> CLIPTokenizer:
+    """Return the tokenizer in a folder, or the included one with added tokens, for a text encoder."""
     try:
-        return load_clip_tokenizer(folder, pad_token=text.pad_token)
+        return load_clip_tokenizer(folder, pad_token=text.pad_token, added=added)
     except Exception as error:  # transformers raises any exception for a damaged tokenizer
         raise UserError(f"tokenizer in {folder} cannot be read: {message_of(error)}") from error
 
@@ -198,6 +224,7 @@ def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype
             f"{paths}: {len(missing)} tensors of the {type(model).__name__} are missing "
             f"(such as {first.name.removeprefix(f'{part}/')})"
         )
+    check_surplus(checkpoint, part, plan)
     targets: dict[str, list[str]] = {}  # name in the checkpoint -> Diffusers names
     for name, piece in plan.items():
         targets.setdefault(piece.places[0].name, []).append(name)
@@ -208,17 +235,6 @@ def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype
             state[names[name]] = plan[name].make(tensor).to(dtype)
     model.load_state_dict(state, strict=False, assign=True)
     restore_position_ids(model)
-
-
-def diffusers_names(model: nn.Module) -> dict[str, str]:
-    """Return name in Diffusers folders -> name in a module, for all tensors that are in files.
-
-    Since transformers 5.6, CLIPTextModel has no submodule `text_model`.
-    """
-    from transformers import CLIPTextModel
-
-    root = TEXT_ROOT if isinstance(model, CLIPTextModel) and not hasattr(model, "text_model") else ""
-    return {f"{root}{name}": name for name in model.state_dict() if not name.endswith("position_ids")}
 
 
 def text_body(module: nn.Module) -> nn.Module:

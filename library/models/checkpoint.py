@@ -32,6 +32,8 @@ EXTRAS, EXTRAS_FILE = "extras", "original_extras.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
 # Metadata of a checkpoint converted from a Diffusers folder of unusual sizes: JSON, part -> configuration.
 CONFIGURATIONS = "diffusers_configurations"
+# Metadata of a checkpoint whose text encoders know more tokens than CLIP's: JSON, part -> token -> id.
+ADDED_TOKENS = "diffusers_added_tokens"
 V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 V_SPREAD = 0.09  # standard deviation of that bias: larger in SD 2.x models that predict v, smaller in the others
 
@@ -61,9 +63,42 @@ class Part:
         """Name -> shape of its tensors."""
         return {name: shape for file in self.files for name, shape in file.shapes.items()}
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata of the first file."""
+        return self.files[0].metadata
+
+    def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and shape of each tensor, in the order of the files' data."""
+        for file in self.files:
+            yield from file.infos()
+
     def close(self) -> None:
         """Release the files, with what a pickle still holds; they are opened again if they are needed."""
         self.__dict__.pop("files", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedPart(Part):
+    """A part that is not written yet; of a folder, the configuration is there already."""
+
+    planned: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    planned_metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of its tensors."""
+        return {name: shape for name, (_, shape) in self.planned.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata that will be written."""
+        return self.planned_metadata
+
+    def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Yield name, type and shape of each tensor."""
+        for name, (dtype, shape) in self.planned.items():
+            yield name, dtype, shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +123,7 @@ class Checkpoint:
     @property
     def metadata(self) -> Mapping[str, str]:
         """Metadata of the file; for a folder, of the U-Net's first file."""
-        return self.parts[UNET if self.is_folder else WHOLE].files[0].metadata
+        return self.parts[UNET if self.is_folder else WHOLE].metadata
 
     def folder_of(self, part: str) -> Path | None:
         """Return the folder with the configuration of a part, or None."""
@@ -106,9 +141,9 @@ class Checkpoint:
 
     def infos(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and shape of each tensor."""
-        for part, file in self._files():
-            for name, dtype, shape in file.infos():
-                yield tensor_name(part, name), dtype, shape
+        for name, part in self.parts.items():
+            for own, dtype, shape in part.infos():
+                yield tensor_name(name, own), dtype, shape
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, in its own memory."""
@@ -127,9 +162,6 @@ class Checkpoint:
             for file in self.parts[part].files if part in self.parts else ():
                 for own, tensor in file.tensors(own_names):
                     yield tensor_name(part, own), tensor
-
-    def _files(self) -> Iterator[tuple[str, WeightFile]]:
-        return ((name, file) for name, part in self.parts.items() for file in part.files)
 
 
 def tensor_name(part: str, name: str) -> str:
@@ -183,7 +215,6 @@ def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
 def folder_kind(path: Path) -> tuple[ModelFamily, bool | None]:
     """Return the family of a Diffusers folder, and whether its scheduler says that it predicts v."""
     unet = read_config(path / UNET)
-    families.check_channels(unet.get("in_channels"), path)
     family = families.detect_folder_family(unet, read_config(path / "text_encoder"))
     if (path / families.SDXL.text_models[1].folder).is_dir():
         family = families.SDXL
@@ -192,10 +223,12 @@ def folder_kind(path: Path) -> tuple[ModelFamily, bool | None]:
     return family, None if prediction is None else prediction == "v_prediction"
 
 
-def check_input_channels(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a file whose U-Net has inputs besides latents; folders are checked when opened."""
+def input_channels(checkpoint: Checkpoint) -> Any:
+    """Return how many channels the U-Net takes: of the folder's configuration, or of a file's tensor; None: unknown."""
+    if checkpoint.is_folder:
+        return read_config(checkpoint.path / UNET).get("in_channels")
     first = checkpoint.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
-    families.check_channels(first[1] if len(first) == 4 else None, checkpoint.path)
+    return first[1] if len(first) == 4 else None
 
 
 def guess_prediction(checkpoint: Checkpoint) -> bool | None:
@@ -215,8 +248,20 @@ def guess_prediction(checkpoint: Checkpoint) -> bool | None:
 
 def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
     """Return the configuration of a part from the metadata of a checkpoint; empty if there is none."""
+    return stored_table(metadata, CONFIGURATIONS, part)
+
+
+def stored_tokens(metadata: Mapping[str, str], part: str) -> dict[str, int]:
+    """Return token -> id for the tokens added to a text encoder, from the metadata of a checkpoint."""
+    return {
+        token: number for token, number in stored_table(metadata, ADDED_TOKENS, part).items() if type(number) is int
+    }
+
+
+def stored_table(metadata: Mapping[str, str], key: str, part: str) -> dict[str, Any]:
+    """Return the table of a part in JSON in the metadata of a checkpoint; empty if there is none."""
     try:
-        found = json.loads(metadata.get(CONFIGURATIONS, "{}")).get(part, {})
+        found = json.loads(metadata.get(key, "{}")).get(part, {})
     except (ValueError, AttributeError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,147 +1,241 @@
-"""Converts base models: plan of the weights, and the configurations, scheduler, tokenizers and index around them.
+"""Converts base models: what is written, and the checks that it will be read as the model that it is made of.
 
 The weights follow a plan of `layout.py`, one tensor at a time, for models of any size. Tensors that only the original
 layout has (the last block of SD 2.x's text encoder, a logit scale) are kept in a file of the folder, so that
-converting back restores every bit.
+converting back restores every bit. The files around the weights are in `surroundings.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.errors import UserError
-from library.models import keys
-from library.models.base import diffusers_names
-from library.models.building import NUM_GROUPS, build_part, config_of
-from library.models.checkpoint import UNET, VAE, Checkpoint, read_config, tensor_name
-from library.models.layout import Plan, plan_of_part, unplaced
-from library.models.tokenizer import BOS_TOKEN, EOS_TOKEN, WINDOW, shipped_vocabulary
+from library.models import family as families
+from library.models.base import find_tokenizer, load_tokenizer
+from library.models.building import config_of, defaults_of, detected_config
+from library.models.checkpoint import (
+    ADDED_TOKENS,
+    CONFIGURATIONS,
+    EXTRAS,
+    EXTRAS_FILE,
+    UNET,
+    VAE,
+    WHOLE,
+    Checkpoint,
+    PlannedPart,
+    folder_kind,
+    split_name,
+    stored_tokens,
+    tensor_name,
+)
+from library.models.completeness import more, parts_of, whole_plan
+from library.models.layout import (
+    POSITION_IDS,
+    TEXT_ROOT,
+    TRAINING_ONLY,
+    Infos,
+    Plan,
+    copy_plan,
+    plan_to_original,
+    unplaced,
+)
+from library.models.tokenizer import VOCABULARY_SIZE, added_tokens
 
-DIFFUSERS_VERSION = "0.30.0"  # the oldest version that reads these files
+logger = logging.getLogger(__name__)
+
+# Settings that the shapes of the weights determine; and those that do not change what a model computes.
+SHAPED: dict[str, tuple[str, ...]] = {
+    UNET: (
+        *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types"),
+        *("mid_block_type", "up_block_types", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+        *("cross_attention_dim", "projection_class_embeddings_input_dim", "time_embedding_dim"),
+    ),
+    VAE: (
+        *("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block"),
+        *("down_block_types", "up_block_types", "mid_block_add_attention"),
+    ),
+}
+WITHOUT_EFFECT = ("sample_size", "upcast_attention", "force_upcast", "use_linear_projection", "dropout")
+# The settings of a text encoder that matter: those that the shapes determine, and others.
+TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers")
+TEXT_OTHERS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+# Settings that may have one value for all blocks.
+ONE_FOR_ALL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "transformer_layers_per_block")
+MOST_NAMED = 3
+# Folders of a Diffusers model without weights that change its images.
+AROUND = ("scheduler", "tokenizer", "feature_extractor", "safety_checker")
 
 
-def parts_of(checkpoint: Checkpoint) -> list[str]:
-    """Return the parts of an original-layout file as named in a folder; the VAE may be missing."""
-    has_vae = keys.holds_vae(name for name in checkpoint.shapes if name.startswith(keys.VAE_PREFIX))
-    return [UNET, *([VAE] if has_vae else []), *(text.folder for text in checkpoint.family.text_models)]
+class Kept(NamedTuple):
+    """What a checkpoint's tensors do not tell about a model."""
+
+    configurations: Mapping[str, Mapping[str, Any]]  # by part, only of parts of unusual sizes
+    tokens: Mapping[str, Mapping[str, int]]  # by text encoder: token -> id, beyond CLIP's vocabulary
+
+    def metadata(self) -> dict[str, str]:
+        """Return it as metadata of a .safetensors file."""
+        tables = {CONFIGURATIONS: self.configurations, ADDED_TOKENS: self.tokens}
+        return {key: json.dumps(table, ensure_ascii=False) for key, table in tables.items() if table}
 
 
-def plan_to_folder(checkpoint: Checkpoint) -> tuple[Plan, list[str]]:
-    """Return the plan of a Diffusers folder (names as in `Checkpoint`), and the tensors without a place in it.
+# --------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------------------
 
-    Raises UserError for an incomplete part.
+
+def plan_of_file(model: Checkpoint) -> tuple[Plan, Plan]:
+    """Return the plan of a checkpoint, and that of all tensors of the model.
+
+    Raises UserError for a model that is incomplete or that a checkpoint cannot express.
     """
-    plan: Plan = {}
-    for part in parts_of(checkpoint):
-        model = build_part(checkpoint, part)
-        names, state = diffusers_names(model), model.state_dict()
-        own = plan_of_part(checkpoint, part, {name: tuple(state[inner].shape) for name, inner in names.items()})
-        missing = sorted(names.keys() - own.keys())
-        if missing:
-            raise UserError(f"{checkpoint.path} is incomplete: {part}/{missing[0]} (as Diffusers names it) is missing")
-        plan |= {tensor_name(part, name): piece for name, piece in own.items()}
-    return plan, unplaced(checkpoint, plan)
+    whole = whole_plan(model)
+    if not model.is_folder:
+        return copy_plan(model), whole
+    tell_left_out(model, whole)
+    return plan_to_original(model, whole), whole
 
 
-def folder_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return the Diffusers configuration of each part of an original-layout file, from its shapes."""
-    kinds: dict[str, dict[str, Any]] = {
-        UNET: {"_class_name": "UNet2DConditionModel"},
-        VAE: {"_class_name": "AutoencoderKL"},
-    }
-    for text in checkpoint.family.text_models:
-        kind = "CLIPTextModelWithProjection" if text.has_projection else "CLIPTextModel"
-        kinds[text.folder] = {"architectures": [kind], "model_type": "clip_text_model"}
-    return {
-        part: kinds[part] | config_of(checkpoint, part) | {"_diffusers_version": DIFFUSERS_VERSION}
-        for part in parts_of(checkpoint)
-    }
+def kept_beside(model: Checkpoint, whole: Plan, infos: Infos, path: Path) -> Kept:
+    """Return what the tensors of a checkpoint to be written at a path do not tell about its model, with a whole plan.
+
+    Raises UserError if that changes what the model computes, and the path is that of a pickle, which cannot hold it.
+    """
+    result = planned_file(path, infos, {})
+    lost = {part: lost_settings(model, result, part) for part in parts_of(model)}
+    unusual = {part: kept_settings(config_of(model, part)) for part, own in lost.items() if own}
+    kept = Kept(unusual, tokens_of(model, whole))
+    if path.suffix.lower() == ".safetensors":
+        return kept
+    for part, own in lost.items():
+        names = [key for key in own if key not in (*SHAPED.get(part, TEXT_SIZES), *WITHOUT_EFFECT)]
+        if names:
+            raise UserError(
+                f"{model.path}: a {path.suffix} has no place for the {names[0]}{more(names)} of its {part}, which "
+                "differ from the published models: convert it to .safetensors"
+            )
+    for part, tokens in kept.tokens.items():
+        logger.warning(
+            "a %s has no place for the tokens added to %s (%s): convert to .safetensors to keep them",
+            path.suffix,
+            part,
+            ", ".join(tokens),
+        )
+    return Kept({}, {})
 
 
-def unusual_configurations(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Return the configurations of a Diffusers folder that the shapes of its weights do not determine."""
-    family, found = checkpoint.family, {}
-    usual = {UNET: family.unet, VAE: family.vae} | {text.folder: text.config for text in family.text_models}
-    for part, expected in usual.items():
-        if part not in checkpoint.parts:
+def planned_file(path: Path, infos: Infos, metadata: Mapping[str, str]) -> Checkpoint:
+    """Return a checkpoint that is not written yet."""
+    whole = PlannedPart(path, planned=infos, planned_metadata=metadata)
+    return Checkpoint(path, families.detect_family(whole.shapes, str(path)), None, {WHOLE: whole})
+
+
+def lost_settings(model: Checkpoint, result: Checkpoint, part: str) -> dict[str, Any]:
+    """Return the settings of a part of a model that the tensors of the result do not tell as they are."""
+    own = settings_of(part, config_of(model, part))
+    try:
+        found = settings_of(part, detected_config(result, part))
+    except UserError:  # a structure that the names do not tell
+        return own
+    return {key: value for key, value in own.items() if found[key] != value}
+
+
+def settings_of(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a configuration or of the libraries' defaults, in a form to compare."""
+    known = {**defaults_of(part), **config}
+    names = defaults_of(part) if part in SHAPED else (*TEXT_SIZES, *TEXT_OTHERS)
+    return {name: comparable(known[name], joins=name in ONE_FOR_ALL) for name in names}
+
+
+def comparable(value: Any, *, joins: bool) -> Any:
+    """Return lists as tuples, since JSON has no tuples; if joins, one value for several that are equal."""
+    if not isinstance(value, list | tuple):
+        return value
+    values = tuple(comparable(each, joins=joins) for each in value)
+    return values[0] if joins and values and all(each == values[0] for each in values) else values
+
+
+def kept_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without what is about its files."""
+    return {key: value for key, value in config.items() if not key.startswith(("_", "torch_dtype"))}
+
+
+def tell_left_out(model: Checkpoint, whole: Plan) -> None:
+    """Log what a checkpoint has no place for; raises UserError if it belongs to the U-Net or the VAE."""
+    left = [name for name in unplaced(model, whole) if not name.endswith(POSITION_IDS)]
+    inner = [name for name in left if split_name(name)[0] in SHAPED]
+    if inner:
+        raise UserError(f"{model.path} has {inner[0]}{more(inner)}, which has no place in a checkpoint")
+    outer = [name for name in left if split_name(name)[0] != EXTRAS]
+    if outer:
+        logger.warning("%s left out, without a place in a checkpoint: %s", number_of(outer), some(outer))
+    folders = [path.name for path in sorted(model.path.iterdir()) if path.is_dir() and path.name not in model.parts]
+    others = [name for name in folders if not name.startswith(AROUND)]
+    if others:
+        logger.warning("folders left out, without a place in a checkpoint: %s", ", ".join(others))
+
+
+def number_of(names: Sequence[str]) -> str:
+    """Return a number of tensors as the subject of a text."""
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of several, and how many more there are."""
+    return ", ".join(sorted(names)[:MOST_NAMED]) + more(names, MOST_NAMED)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------------------------------
+
+
+def kept_in_folder(model: Checkpoint, whole: Plan) -> list[str]:
+    """Return the tensors of a checkpoint that have no place in Diffusers and are kept; logs what is not."""
+    left = unplaced(model, whole)
+    unused = [name for name in left if name.startswith(TRAINING_ONLY)]
+    kept = [name for name in left if not name.startswith(TRAINING_ONLY)]
+    if unused:
+        logger.info("%s left out, which only training used: %s", number_of(unused), some(unused))
+    if kept:
+        logger.info("%s kept, without a place in Diffusers, in %s: %s", number_of(kept), EXTRAS_FILE, some(kept))
+    return kept
+
+
+def planned_folder(folder: Path, infos: Infos) -> Checkpoint:
+    """Return a Diffusers folder whose weights are not written yet, only the files around them."""
+    family, predicts_v = folder_kind(folder)
+    by_part: dict[str, dict[str, Any]] = {}
+    for name, info in infos.items():
+        part, own = split_name(name)
+        by_part.setdefault(part, {})[own] = info
+    parts = {part: PlannedPart(folder=folder / part, planned=own) for part, own in by_part.items()}
+    return Checkpoint(folder, family, predicts_v, parts)
+
+
+def tokens_of(model: Checkpoint, whole: Plan) -> dict[str, dict[str, int]]:
+    """Return text encoder -> token -> id for the tokens of a model beyond CLIP's vocabulary; warns of unknown ones."""
+    found = {}
+    for text in model.family.text_models:
+        rows = whole[tensor_name(text.folder, f"{TEXT_ROOT}embeddings.token_embedding.weight")].shape[0]
+        if rows <= VOCABULARY_SIZE:
             continue
-        config = read_config(checkpoint.path / part)
-        differs = any(key in config and as_tuple(config[key]) != as_tuple(value) for key, value in expected.items())
-        if differs or config.get("norm_num_groups", NUM_GROUPS) != NUM_GROUPS:
-            found[part] = {key: value for key, value in config.items() if not key.startswith(("_", "torch_dtype"))}
+        folder = find_tokenizer(text, model.path, None)
+        own = added_tokens(load_tokenizer(folder, text)) if folder else stored_tokens(model.metadata, text.folder)
+        tokens = {token: number for token, number in own.items() if VOCABULARY_SIZE <= number < rows}
+        unknown = rows - VOCABULARY_SIZE - len(tokens)
+        if unknown:
+            logger.warning(
+                "%s has no words for %d of the %d tokens that its %s has beyond CLIP's vocabulary: "
+                "they are kept as weights, and no prompt reaches them",
+                model.path,
+                unknown,
+                rows - VOCABULARY_SIZE,
+                text.folder,
+            )
+        if tokens:
+            found[text.folder] = tokens
     return found
-
-
-def as_tuple(value: Any) -> Any:
-    """Return a list as a tuple, since JSON has no tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def write_surroundings(folder: Path, checkpoint: Checkpoint, *, v_prediction: bool) -> None:
-    """Write configurations, scheduler, tokenizers and index of a Diffusers folder for an original-layout model."""
-    configs = folder_configs(checkpoint)
-    for part, config in configs.items():
-        write_json(folder / part / "config.json", config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(v_prediction=v_prediction))
-    index: dict[str, Any] = {
-        "_class_name": "StableDiffusionXLPipeline" if len(configs) > 3 else "StableDiffusionPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"] if "vae" in configs else [None, None],
-    }
-    for text in checkpoint.family.text_models:
-        tokenizer = text.folder.replace("text_encoder", "tokenizer")
-        index[text.folder] = ["transformers", configs[text.folder]["architectures"][0]]
-        index[tokenizer] = ["transformers", "CLIPTokenizer"]
-        write_tokenizer(folder / tokenizer, text.pad_token)
-    if len(checkpoint.family.text_models) == 1:
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    else:
-        index |= {"force_zeros_for_empty_prompt": True}
-    write_json(folder / "model_index.json", index)
-
-
-def scheduler_config(*, v_prediction: bool) -> dict[str, Any]:
-    """Return the noise schedule that all families were trained with, as the configuration of a DDIM scheduler."""
-    return {
-        "_class_name": "DDIMScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "num_train_timesteps": 1000,
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "prediction_type": "v_prediction" if v_prediction else "epsilon",
-    }
-
-
-def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """Write the CLIP tokenizer from the included vocabulary."""
-    vocabulary, merges = vocabulary_files()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
-    (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    special = {"bos_token": BOS_TOKEN, "eos_token": EOS_TOKEN, "unk_token": EOS_TOKEN, "pad_token": pad_token}
-    write_json(folder / "special_tokens_map.json", special)
-    more = {"tokenizer_class": "CLIPTokenizer", "model_max_length": WINDOW, "do_lower_case": True, "errors": "replace"}
-    write_json(folder / "tokenizer_config.json", special | more)
-
-
-@functools.cache
-def vocabulary_files() -> tuple[str, str]:
-    """Return the content of vocab.json and merges.txt; SDXL has them twice."""
-    vocabulary, merges = shipped_vocabulary()
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    return json.dumps(vocabulary, ensure_ascii=False) + "\n", "\n".join(lines) + "\n"
-
-
-def write_json(path: Path, table: Any) -> None:
-    """Write a table as JSON in UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

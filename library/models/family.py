@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from library.errors import UserError
 from library.models import keys
@@ -221,15 +221,51 @@ def check_flags(family: ModelFamily, source: Path, *, v1: bool = False, v2: bool
             raise UserError(f"{flag} was given, but {source} is an {family.title} model: omit {flag}")
 
 
-OTHER_INPUTS = ((5, "a depth model"), (8, "an editing model"), (9, "an inpainting model"))
+class UnetInput(NamedTuple):
+    """A kind of U-Net by its input."""
+
+    title: str
+    pipeline: str | None  # end of the name of its pipeline in diffusers; None: folders of it are not written
+
+
+INPUTS: dict[int, UnetInput] = {
+    4: UnetInput("a model that takes latents", "Pipeline"),
+    5: UnetInput("a depth model", None),  # its pipeline needs the depth estimator
+    8: UnetInput("an editing model", "InstructPix2PixPipeline"),
+    9: UnetInput("an inpainting model", "InpaintPipeline"),
+}
+UNKNOWN_INPUT = UnetInput("another kind of model", None)
 
 
 def check_channels(channels: Any, source: Path) -> None:
     """Raise UserError for a U-Net with inputs besides latents, by its number of input channels; None: unknown."""
     if channels in (None, UNET_BASE["in_channels"]):
         return
-    kind = next((title for number, title in OTHER_INPUTS if number == channels), "another kind of model")
-    raise UserError(f"{source} is {kind}: its U-Net takes {channels} channels, and only those that take 4 are trained")
+    raise UserError(
+        f"{source} is {input_of(channels).title}: its U-Net takes {channels} channels, and only those that take 4 are "
+        "trained and drawn with"
+    )
+
+
+def input_of(channels: Any) -> UnetInput:
+    """Return the kind of a U-Net with a number of input channels."""
+    return INPUTS.get(channels, UNKNOWN_INPUT) if isinstance(channels, int) else UNKNOWN_INPUT
+
+
+def pipeline_name(family: ModelFamily, channels: int, source: Path) -> str:
+    """Return the pipeline of diffusers for a U-Net with a number of input channels.
+
+    Raises UserError for kinds whose folders need more than this suite writes.
+    """
+    kind = input_of(channels)
+    if kind.pipeline is None:
+        known = ", ".join(str(number) for number, row in INPUTS.items() if row.pipeline)
+        raise UserError(
+            f"{source} is {kind.title}: its U-Net takes {channels} channels, and a Diffusers folder of it needs more "
+            f"than the parts that are converted; those that take {known} are converted"
+        )
+    start = "StableDiffusionXL" if family is SDXL else "StableDiffusion"
+    return start + kind.pipeline
 
 
 def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> ModelFamily:

@@ -7,7 +7,7 @@ table for loading and for saving.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 # Prefixes of the names in original files: U-Net, VAE, text encoders (of SD 1.x and 2.x, of SDXL).
 UNET_PREFIX = "model.diffusion_model."
@@ -76,9 +76,24 @@ def first_prefix(prefixes: Iterable[str], names: Iterable[str]) -> str | None:
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
-def unet_rule(layers_per_block: int, upsampler_beside_attention: frozenset[int]) -> Callable[[str], str]:
-    """Return the rule of a U-Net; the set has the up blocks whose upsampler follows an attention."""
-    per_block = layers_per_block + 1
+def block_bounds(layers_per_block: int | Sequence[int], block: int, *, upwards: bool = False) -> tuple[int, int]:
+    """Return the number of stages of one side of a U-Net before a block, and up to its end.
+
+    A block has a stage for each layer and one more: a sampler, or in up blocks another layer.
+    """
+    if isinstance(layers_per_block, int):
+        return (layers_per_block + 1) * block, (layers_per_block + 1) * (block + 1)
+    stages = [layers + 1 for layers in (reversed(layers_per_block) if upwards else layers_per_block)]
+    return sum(stages[:block]), sum(stages[: block + 1])
+
+
+def unet_rule(
+    layers_per_block: int | Sequence[int], upsampler_beside_attention: frozenset[int]
+) -> Callable[[str], str]:
+    """Return the rule of a U-Net with so many resnets in each down block, or in all of them.
+
+    The set has the up blocks whose upsampler follows an attention.
+    """
 
     def rule(name: str) -> str:
         for ours, original in UNET_TOP.items():
@@ -88,16 +103,13 @@ def unet_rule(layers_per_block: int, upsampler_beside_attention: frozenset[int])
         if match is None:
             raise KeyError(name)
         side, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        start, end = block_bounds(layers_per_block, block, upwards=side == "up")
         if kind == "downsamplers":
-            return f"input_blocks.{per_block * (block + 1)}.0.{rest.replace('conv', 'op', 1)}"
+            return f"input_blocks.{end}.0.{rest.replace('conv', 'op', 1)}"
         if kind == "upsamplers":
             position = 1 + (block in upsampler_beside_attention)
-            return f"output_blocks.{per_block * block + layers_per_block}.{position}.{rest}"
-        stage = (
-            f"input_blocks.{per_block * block + layer + 1}"
-            if side == "down"
-            else f"output_blocks.{per_block * block + layer}"
-        )
+            return f"output_blocks.{end - 1}.{position}.{rest}"
+        stage = f"input_blocks.{start + layer + 1}" if side == "down" else f"output_blocks.{start + layer}"
         return _with_resnet_names(f"{stage}.{int(kind == 'attentions')}.{rest}")
 
     return rule

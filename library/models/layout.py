@@ -7,10 +7,11 @@ The naming rules are in `keys.py`. Tensors are named as in Diffusers folders: th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from library.errors import UserError
 from library.models import keys
@@ -21,19 +22,22 @@ from library.models.checkpoint import (
     Checkpoint,
     names_in,
     read_config,
+    split_name,
     stored_configuration,
     tensor_name,
 )
 from library.models.family import SD2, ModelFamily, Shapes, TextModel
+from library.models.structure import unet_structure
 
 if TYPE_CHECKING:
     import torch
 
-TEXT_ROOT, PROJECTION = "text_model.", "text_projection.weight"
+TEXT_ROOT, PROJECTION, POSITION_IDS = "text_model.", "text_projection.weight", "position_ids"
 # Prefixes of names that a Diffusers folder does not keep: weights used only in training.
 TRAINING_ONLY = ("model_ema.", f"{keys.VAE_PREFIX}loss.")
 
 Shape = tuple[int, ...]
+Infos: TypeAlias = "Mapping[str, tuple[torch.dtype, Shape]]"  # name -> type and shape
 
 
 class Place(NamedTuple):
@@ -79,6 +83,13 @@ class Piece:
 Plan = dict[str, Piece]  # name in the result -> its piece
 
 
+class Content(NamedTuple):
+    """What a file will contain: how its tensors are made, and their types and shapes."""
+
+    plan: Plan
+    infos: Infos
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The places of Diffusers names in one checkpoint."""
@@ -112,7 +123,13 @@ class Layout:
         folder = self.checkpoint.folder_of(part)
         if folder is not None:
             return read_config(folder)
-        return {} if self.checkpoint.is_folder else stored_configuration(self.checkpoint.metadata, part)
+        if self.checkpoint.is_folder:
+            return {}
+        found: dict[str, object] = {}
+        if part == UNET:
+            with contextlib.suppress(KeyError):  # a file with a gap has the places of the published models
+                found = unet_structure(keys.without_prefix(self.checkpoint.shapes, keys.UNET_PREFIX)).settings()
+        return found | stored_configuration(self.checkpoint.metadata, part)
 
     def _num_vae_levels(self) -> int:
         if not self.checkpoint.is_folder:
@@ -141,7 +158,7 @@ def text_rule(text: TextModel) -> Rule:
 
     def places(name: str) -> Iterator[Place]:
         own = name.removeprefix(TEXT_ROOT)
-        if text.layout == "openclip" and own.endswith("position_ids"):  # not stored by OpenCLIP
+        if text.layout == "openclip" and own.endswith(POSITION_IDS):  # not stored by OpenCLIP
             return
         for prefix in text.prefixes:
             if text.layout == "clip":
@@ -174,27 +191,33 @@ def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
     return plan
 
 
-def plan_to_original(checkpoint: Checkpoint) -> Plan:
-    """Return the plan of an original-layout file from a Diffusers folder; raises UserError for unknown names."""
+def plan_to_original(checkpoint: Checkpoint, whole: Plan) -> Plan:
+    """Return the plan of an original-layout file from a Diffusers folder and the plan of all its tensors.
+
+    Raises UserError for a tensor that has no place in such a file, or shares one.
+    """
     layout, shapes = Layout(checkpoint), checkpoint.shapes
+    sources = {name: piece.places[0].name for name, piece in whole.items()} | position_ids(checkpoint)
     thirds: dict[str, dict[int, Place]] = {}
     plan: Plan = {}
-    for part, rule in layout.rules.items():
-        for name in names_in(checkpoint, part):
-            source = tensor_name(part, name)
-            try:
-                place = next(rule(name), None)
-            except KeyError:
-                raise UserError(f"{checkpoint.path} has {name}, which has no place in a checkpoint") from None
-            if place is None:
-                continue
-            if place.third is not None:
-                thirds.setdefault(place.name, {})[place.third] = Place(source)
-                continue
-            shape = place.shape_of(shapes[source])
-            if part == VAE and ".attentions." in name and len(shape) == 2:
-                shape = (*shape, 1, 1)
-            plan[place.name] = Piece((Place(source, is_transposed=place.is_transposed),), shape)
+    for whole_name, source in sources.items():
+        part, name = split_name(whole_name)
+        try:
+            place = next(layout.rules[part](name), None)
+        except KeyError:
+            raise UserError(f"{checkpoint.path} has {source}, which has no place in a checkpoint") from None
+        if place is None:
+            continue
+        if place.third is not None:
+            thirds.setdefault(place.name, {})[place.third] = Place(source)
+            continue
+        if place.name in plan:
+            other = plan[place.name].places[0].name
+            raise UserError(f"{checkpoint.path}: {source} and {other} have the same place in a checkpoint")
+        shape = place.shape_of(shapes[source])
+        if part == VAE and ".attentions." in name and len(shape) == 2:
+            shape = (*shape, 1, 1)
+        plan[place.name] = Piece((Place(source, is_transposed=place.is_transposed),), shape)
     for name, parts in thirds.items():
         places = tuple(parts[index] for index in range(3))
         rows, *rest = zip(*(shapes[place.name] for place in places), strict=True)
@@ -205,6 +228,16 @@ def plan_to_original(checkpoint: Checkpoint) -> Plan:
     # Tensors of the folder take precedence over those kept from a checkpoint, and these over placeholders.
     more = placeholders(plan, checkpoint.family) | kept
     return plan | {name: piece for name, piece in more.items() if name not in plan}
+
+
+def position_ids(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return Diffusers name -> name in a folder of the indices that older versions of transformers stored."""
+    return {
+        tensor_name(part, TEXT_ROOT + name.removeprefix(TEXT_ROOT)): tensor_name(part, name)
+        for part in (text.folder for text in checkpoint.family.text_models)
+        for name in names_in(checkpoint, part)
+        if name.endswith(POSITION_IDS)
+    }
 
 
 def placeholders(plan: Plan, family: ModelFamily) -> Plan:
@@ -238,9 +271,9 @@ def copy_plan(checkpoint: Checkpoint) -> Plan:
 
 
 def unplaced(checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """Return the tensors of an original-layout file that a plan does not use, without those used only in training."""
+    """Return the tensors of a model that a plan does not use."""
     used = {place.name for piece in plan.values() for place in piece.places}
-    return [name for name in checkpoint.shapes if name not in used and not name.startswith(TRAINING_ONLY)]
+    return [name for name in checkpoint.shapes if name not in used]
 
 
 def planned_infos(
@@ -258,9 +291,7 @@ def planned_infos(
     return found
 
 
-def planned_tensors(
-    plan: Plan, checkpoint: Checkpoint, infos: Mapping[str, tuple[torch.dtype, Shape]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def planned_tensors(plan: Plan, checkpoint: Checkpoint, infos: Infos) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor of a plan, one at a time."""
     for name, piece in plan.items():
         yield name, piece.make(*(checkpoint.read(place.name) for place in piece.places)).to(infos[name][0])
