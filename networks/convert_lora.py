@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
     from library.adapters.layers import Layer
     from library.adapters.lora_file import LoraFile
-    from library.adapters.low_rank import Change
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +112,7 @@ def for_kohya(
     file: LoraFile, layers: Mapping[str, Layer], options: ConvertOptions
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata in the format of sd-scripts."""
+    from library.adapters.alphas import with_one_alpha
     from library.adapters.layers import diffusers_word, module_name
     from library.adapters.lora_file import to_state_dict
     from library.adapters.metadata import architecture, common, network_metadata, without_hashes
@@ -122,6 +121,7 @@ def for_kohya(
     family = file.family or SD1  # SD 2.x has the same names
     name_of = module_name if options.to == "kohya" else diffusers_word
     named = {name_of(layer, family): file.changes[module] for module, layer in layers.items()}
+    named = with_one_alpha(named, file.path)
     tensors, changes = to_state_dict(named, written_type(options)), named.values()
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
@@ -142,34 +142,12 @@ def for_diffusers(
 
     named = {peft_name(layer): file.changes[module] for module, layer in layers.items()}
     if not options.keep_alpha:
-        named = {name: folded(change) for name, change in named.items()}
+        named = {name: change.with_alpha(float(change.rank)) for name, change in named.items()}
     tensors = to_state_dict(named, written_type(options), (".lora_A.weight", ".lora_B.weight"))
     metadata = {"format": "pt"} | without_hashes(file.metadata)
     if options.keep_alpha:
         metadata[PEFT_METADATA] = json.dumps(peft_configuration(file, layers), sort_keys=True)
     return tensors, metadata
-
-
-def folded(change: Change) -> Change:
-    """Return a change with its scale multiplied into the factors and the rank as alpha.
-
-    A scale that is a power of two loses no bit: the upper factor is multiplied by it, or each factor by a part of it if
-    half precision would underflow. For any other scale the upper factor becomes float32.
-    """
-    import torch
-
-    scale, rank = change.scale, float(change.rank)
-    if scale == 1:
-        return change
-    fraction, exponent = math.frexp(scale)
-    if fraction == 0.5:
-        power = exponent - 1
-        for first in (power, power // 2):
-            second = power - first
-            up, down = change.up * 2.0**first, change.down * 2.0**second
-            if torch.equal(up * 2.0**-first, change.up) and torch.equal(down * 2.0**-second, change.down):
-                return dataclasses.replace(change, up=up, down=down, alpha=rank)
-    return dataclasses.replace(change, up=(change.up.double() * scale).float(), alpha=rank)
 
 
 def peft_configuration(file: LoraFile, layers: Mapping[str, Layer]) -> dict[str, Any]:
