@@ -3,7 +3,8 @@
 python networks/convert_lora.py --model pytorch_lora_weights.safetensors --save_to lora.safetensors
 python networks/convert_lora.py --model lora.safetensors --save_to pytorch_lora_weights.safetensors --to diffusers
 
-The format of the source is detected. Numbers and their types are unchanged wherever the new format allows.
+The format of the source is detected. Numbers and their types are unchanged wherever the new format allows. The last
+line tells which programs read the result.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from library.adapters.layers import Layer
     from library.adapters.lora_file import LoraFile
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +44,13 @@ class ConvertOptions:
 
     to: Literal["kohya", "kohya_diffusers", "diffusers"] = option(
         "kohya",
-        "names to write: kohya for sd-scripts and this suite; kohya_diffusers the same, but SDXL's U-Net by the blocks "
-        "of diffusers; diffusers for load_lora_weights and PEFT",
+        "names to write: kohya, which all programs read; kohya_diffusers the same, but SDXL's U-Net by the blocks of "
+        "diffusers, which sd-scripts does not read; diffusers for load_lora_weights and PEFT, which web UIs do not "
+        "read, or only in part",
     )
     keep_alpha: bool = option(
         False,
-        "with --to diffusers: write alphas as PEFT's configuration, which diffusers reads and web UIs do not; "
+        "with --to diffusers: write alphas as PEFT's configuration, which only diffusers reads, from version 0.35; "
         "otherwise the matrices are multiplied by them",
     )
     save_precision: Precision | None = option(None, "type of the tensors to write; unset: that of the source")
@@ -75,7 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
+    logger.info("%s", readers_of(tensors, file.family, metadata))
     return 0
+
+
+def readers_of(tensors: Mapping[str, torch.Tensor], family: ModelFamily | None, metadata: Mapping[str, str]) -> str:
+    """Return in words which programs read a file with such tensors."""
+    from library.adapters import readers
+
+    keys = readers.keys_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ".alpha"}
+    return readers.audience(keys, family, alphas, metadata)
 
 
 def check_options(config: ConvertConfig, problems: Problems) -> None:

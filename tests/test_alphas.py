@@ -108,7 +108,9 @@ def uneven(model_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uneven")
     given = dict(text.split("=") for text in (DIMS, ALPHAS))
     one = make_lora(models, folder / "one.safetensors", dtype=torch.float16, **given)
-    some = make_lora(models, folder / "some.safetensors", rank=3, alpha=2.0, seed=1, keep=lambda name: "_attn1_" in name)
+    some = make_lora(
+        models, folder / "some.safetensors", rank=3, alpha=2.0, seed=1, keep=lambda name: "_attn1_" in name
+    )
     assert wrong_in_diffusers(models, one)
     return models, one, some
 
@@ -120,7 +122,12 @@ def words_of(uneven, out):
     both = weighted_sum([one, some], [0.8, -0.5])
     return {
         "concat": (merge_lora.main, [*merge, "--concat"], both, 1e-6),
-        "sum": (merge_lora.main, ["--models", one, "--ratios", 0.5, "--save_to", out], weighted_sum([one], [0.5]), 1e-6),
+        "sum": (
+            merge_lora.main,
+            ["--models", one, "--ratios", 0.5, "--save_to", out],
+            weighted_sum([one], [0.5]),
+            1e-6,
+        ),
         "svd": (svd_merge_lora.main, [*merge, "--new_rank", 11], both, 1e-5),
         "convert": (convert_lora.main, ["--model", one, "--save_to", out], deltas(one), 1e-6),
         "resize": (resize_lora.main, ["--model", one, "--save_to", out, "--new_rank", 8], deltas(one), 1e-5),
@@ -200,7 +207,9 @@ def test_one_alpha_is_the_same_change_in_diffusers_too(model_store, tmp_path, dt
     path = tmp_path / "x.safetensors"
     network.save_weights(path, dtype, {})
     tolerance = {None: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    assert_deltas(path, {m.lora_name: m.delta_weight().double().flatten(1) for m in network.modules_in_order()}, tolerance)
+    assert_deltas(
+        path, {m.lora_name: m.delta_weight().double().flatten(1) for m in network.modules_in_order()}, tolerance
+    )
     assert wrong_in_diffusers(models, path) == set()
     assert set(alphas_of(path).values()) == {8.0} == set(network.file_alphas().values())
     assert {t.dtype for name, t in load_file(path).items() if name.endswith("weight")} == {dtype or torch.float32}
