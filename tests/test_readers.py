@@ -15,6 +15,7 @@ import pytest
 import torch
 from drawing import pipe_of
 from safetensors.torch import save_file
+from scripts import ROOT
 
 from library.adapters import programs, readers
 from library.adapters.layers import UNET, Layer, diffusers_word, layers_of, module_name, peft_name
@@ -189,8 +190,9 @@ def of(module, **shapes):
     return {f"{module}.{name.replace('__', '.')}": shape for name, shape in shapes.items()}
 
 
+WHOLE_LORA = {"lora_down__weight": (2, 8, 3, 3), "lora_up__weight": (8, 2, 1, 1), "alpha": ()}
 LOKR = of(CONV, lokr_w1=(2, 2), lokr_w2=(4, 4, 3, 3), alpha=())
-PAIR = of(CONV, lora_down__weight=(2, 8, 3, 3), lora_up__weight=(8, 2, 1, 1), alpha=())
+PAIR = of(CONV, **WHOLE_LORA)
 # Kind -> tensors beside a whole LoRA module; programs that apply all of them, that skip all, that refuse the file; for
 # the rest the number that they skip. diffusers refuses all kinds but the first two.
 KINDS = {
@@ -502,3 +504,51 @@ def test_an_alpha_counts_as_misread_where_it_is_missing():
     keys = readers.keys_of(shapes)
     assert "one alpha" in dict(readers.verdicts(keys, SD1, {names[0]: 1.0, names[1]: 2.0}))["diffusers"].line()
     assert dict(readers.verdicts(keys, SD1, dict.fromkeys(names, 2.0)))["diffusers"].is_whole
+
+
+# ---- the pages ----------------------------------------------------------------------------------------------
+
+DOCS = ROOT / "docs"
+SIGNS = {"✓": WHOLE, "–": NOTHING, "✗": REFUSES}
+# Rows of the table of kinds in the order of the pages.
+ON_PAGES = (
+    "LoRA, DoRA, Tucker, LoHa, LoKr, GLoRA, difference, bias beside LoRA, norm, OFT, BOFT, IA3, bundled embedding"
+)
+
+
+def table_under(page, first_cell):
+    """Return the rows of the table of a page whose heading begins with a cell."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first_cell} |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows[0], rows[2:]
+
+
+@pytest.mark.parametrize(
+    ("page", "first"), [("lora_in_your_project.md", "tensors"), ("lora_in_your_project-ja.md", "テンソル")]
+)
+def test_the_table_of_kinds_on_the_page_is_what_the_check_says(page, first):
+    heading, rows = table_under(page, first)
+    assert heading[1:] == TITLES
+    assert len(rows) == len(ON_PAGES.split(", "))
+    for kind, (_, *signs) in zip(ON_PAGES.split(", "), rows, strict=True):
+        shapes = KINDS[kind][0]
+        plain = PAIR if set(PAIR) < set(shapes) else {}  # what the kind adds to a LoRA
+        keys = readers.keys_of(of("lora_unet_mid_block_resnets_1_conv1", **WHOLE_LORA) | shapes)
+        for (title, verdict), sign in zip(readers.verdicts(keys, SD1, {}), signs, strict=True):
+            added = set(shapes) - set(plain)
+            does = WHOLE if not added & set(verdict.skipped) else NOTHING
+            assert SIGNS[sign] == (REFUSES if verdict.refusal is not None else does), (kind, title)
+
+
+@pytest.mark.parametrize("page", ["lora_in_your_project.md", "lora_in_your_project-ja.md"])
+def test_the_table_of_programs_has_the_versions_of_the_rows(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for title, versions in readers.versions().items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {title} |") and "2026-11-25" in line)
+        numbers = [part.replace(" (PyPI)", "").split()[-1] for part in versions.split(", ")]
+        assert all(number in line for number in numbers if number != "master"), title
