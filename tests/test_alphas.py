@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def uneven(model_store, tmp_path_factory):
     """Return the models, a file with ranks and alphas by block, and one that has only some modules, of another rank."""
     models, _ = model_store("sd1")
     folder = tmp_path_factory.mktemp("uneven")
-    given = dict(text.split("=") for text in (DIMS, ALPHAS))
+    given: dict[str, Any] = dict(text.split("=") for text in (DIMS, ALPHAS))
     one = make_lora(models, folder / "one.safetensors", dtype=torch.float16, **given)
     some = make_lora(
         models, folder / "some.safetensors", rank=3, alpha=2.0, seed=1, keep=lambda name: "_attn1_" in name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -195,8 +196,8 @@ LOKR = of(CONV, lokr_w1=(2, 2), lokr_w2=(4, 4, 3, 3), alpha=())
 PAIR = of(CONV, **WHOLE_LORA)
 # Kind -> tensors beside a whole LoRA module; programs that apply all of them, that skip all, that refuse the file; for
 # the rest the number that they skip. diffusers refuses all kinds but the first two.
-KINDS = {
-    "LoRA": (PAIR, [A1111, FORGE, COMFY, INVOKE, SDS, CPP], [], []),
+KINDS: dict[str, tuple[Mapping[str, tuple[int, ...]], list[str], dict[str, int], list[str]]] = {
+    "LoRA": (PAIR, [A1111, FORGE, COMFY, INVOKE, SDS, CPP], {}, []),
     "DoRA": (PAIR | of(CONV, dora_scale=(1, 8, 1, 1)), [A1111, FORGE, COMFY, INVOKE], {SDS: 1, CPP: 1}, []),
     "Tucker": (PAIR | of(CONV, lora_mid__weight=(2, 2, 3, 3)), [A1111, FORGE, COMFY, INVOKE, CPP], {}, [SDS]),
     "LoHa": (
@@ -276,13 +277,13 @@ def test_the_kinds_that_programs_read(kind):
     found = dict(readers.verdicts(keys, SD1, {}))
     for title in whole:
         assert (found[title].refusal, found[title].skipped) == (None, ()), title
-    for title, number in dict(less).items():
+    for title, number in less.items():
         assert found[title].refusal is None, title
         assert len(found[title].skipped) == number, title
         assert set(found[title].skipped) <= shapes.keys(), title
     for title in refuses:
         assert found[title].refusal is not None, title
-    assert {*whole, *dict(less), *refuses} == set(TITLES[1:]), "a statement on each program"
+    assert {*whole, *less, *refuses} == set(TITLES[1:]), "a statement on each program"
     may_load = kind in ("LoRA", "DoRA", "a layer that no model has")
     assert (found["diffusers"].refusal is None) == (may_load and kind != "a layer that no model has")
 
@@ -387,7 +388,7 @@ FILES = {
 @pytest.mark.parametrize("given", FILES.values(), ids=FILES)
 def test_what_is_said_of_diffusers_is_what_diffusers_does(tiny, tmp_path, given):
     torch.manual_seed(0)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, value, *endings in given:
         weights |= {name: value} if isinstance(value, torch.Tensor) else module_of(tiny, name, value, *endings)
     save_file(weights, tmp_path / "a.safetensors")

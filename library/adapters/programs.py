@@ -82,7 +82,7 @@ class Program:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Where its rows are from."""
-        return tuple(dict.fromkeys(row.source for row in (*self.names, *self.rows)))
+        return tuple(dict.fromkeys([*(names.source for names in self.names), *(row.source for row in self.rows)]))
 
 
 # --------------------------------------------------------------------------------------------------------------
