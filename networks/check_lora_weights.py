@@ -85,11 +85,12 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     shapes, metadata = dict(file.shapes), dict(file.metadata)
     types = {str(dtype).removeprefix("torch.") for _, dtype, shape in file.infos() if len(shape) > 0}
     family = readers.detect(shapes, metadata)
-    keys = readers.keys_of(shapes, family)
+    keys = readers.keys_of(shapes)
     tensors = dict(file.tensors(shapes))
     modules = whole_changes(tensors)
     damage = damage_of(tensors)
     alphas = {name: change.alpha for name, change in modules.items()}
+    verdicts = {} if damage else dict(readers.verdicts(keys, family, alphas, metadata))
     claimed = metadata.get("sshs_model_hash")
     return {
         "file": str(path),
@@ -99,9 +100,10 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
         "names": readers.dialect(shapes),
         "types": sorted(types),
         "parts": {title: part for title, part in summaries(modules) if part["modules"]},
-        "unknown_modules": sorted({key.module for key in keys if not key.is_known}),
+        "unknown_modules": readers.unknown_modules(keys, family),
         "damage": damage,
-        "readers": {} if damage else {name: v.line() for name, v in readers.verdicts(keys, family, alphas)},
+        "readers": {name: verdict.line() for name, verdict in verdicts.items()},
+        "read_from": readers.versions(),
         "metadata": {key: metadata[key] for key in SHOWN if metadata.get(key) not in (None, "", "None")},
         "hash_is_true": None if claimed is None else claimed == data_sha256(path),
         "tensors": [statistics_of(name, tensor) for name, tensor in tensors.items()] if with_tensors else None,
@@ -118,7 +120,8 @@ def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
     from library.adapters.lora_file import change_of, parts_of
 
     found = {}
-    for stem, part in parts_of(tensors).items():
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    for stem, part in parts_of(numbers).items():
         with contextlib.suppress(KeyError, ValueError):
             found[stem] = change_of(stem, part)
     return found
@@ -143,24 +146,25 @@ def summaries(modules: Mapping[str, Change]) -> Iterator[tuple[str, dict[str, An
 
 
 def damage_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the damage: numbers that are not finite, matrices without their partner or with another rank."""
+    """Return the damage: numbers that are not finite, matrices without their partner, of no or another rank."""
     from library.adapters.names import roles_of
     from library.adapters.readers import pairs_of
+    from library.weight_file import is_finite
 
-    found = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    found = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not is_finite(tensor)]
     paired = pairs_of(tensors)
     found += [
         f"{name} has no partner" for stem, role, name in roles_of(tensors) if role != "alpha" and stem not in paired
     ]
     ranks: dict[str, set[int]] = {}
     for stem, role, name in roles_of(tensors):
-        if role != "alpha" and stem in paired:
-            ranks.setdefault(stem, set()).add(tensors[name].shape[0 if role == "down" else 1])
-    found += [
-        f"{name} has the shape {tuple(tensors[name].shape)}, one number is meant"
-        for _, role, name in roles_of(tensors)
-        if role == "alpha" and tensors[name].numel() != 1
-    ]
+        shape = tuple(tensors[name].shape)
+        if role == "alpha" and tensors[name].numel() != 1:
+            found.append(f"{name} has the shape {shape}, one number is meant")
+        elif role != "alpha" and (len(shape) < 2 or not tensors[name].numel()):
+            found.append(f"{name} has the shape {shape}, which no matrix has")
+        elif role != "alpha" and stem in paired:
+            ranks.setdefault(stem, set()).add(shape[0 if role == "down" else 1])
     unequal = [(stem, sorted(sizes)) for stem, sizes in ranks.items() if len(sizes) > 1]
     return found + [f"{stem}: the matrices have the ranks {sizes}" for stem, sizes in unequal]
 
@@ -192,7 +196,10 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"unknown  {len(names)} modules: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     yield ""
     yield from (f"DAMAGE   {text}" for text in report["damage"][:10])
-    yield from (f"{name:<14} {verdict}" for name, verdict in report["readers"].items())
+    yield from (f"{name:<20} {verdict}" for name, verdict in report["readers"].items())
+    if report["readers"]:
+        versions = ", ".join(f"{program} {version}" for program, version in report["read_from"].items())
+        yield f"{'as of':<20} {versions}"
     if report["metadata"]:
         yield ""
     for key, text in report["metadata"].items():
@@ -201,7 +208,8 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'sshs_model_hash':<24} {'true' if report['hash_is_true'] else 'WRONG: not that of this data'}"
     for tensor in report["tensors"] or ():
         shape = "-".join(map(str, tensor["shape"])) or "number"
-        yield f"{tensor['name']:<110} {shape:<16} {tensor['mean']:.6g} {tensor['least']:.6g}"
+        mean, least = ("-" if tensor[key] is None else f"{tensor[key]:.6g}" for key in ("mean", "least"))
+        yield f"{tensor['name']:<110} {shape:<16} {mean} {least}"
 
 
 def several(counts: Mapping[str, int]) -> str:

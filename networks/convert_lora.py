@@ -3,7 +3,8 @@
 python networks/convert_lora.py --model pytorch_lora_weights.safetensors --save_to lora.safetensors
 python networks/convert_lora.py --model lora.safetensors --save_to pytorch_lora_weights.safetensors --to diffusers
 
-The format of the source is detected. Numbers and their types are unchanged wherever the new format allows.
+The format of the source is detected. Numbers and their types are unchanged wherever the new format allows. The last
+line tells which programs read the result.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from library.adapters.layers import Layer
     from library.adapters.lora_file import LoraFile
-    from library.adapters.low_rank import Change
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,13 @@ class ConvertOptions:
 
     to: Literal["kohya", "kohya_diffusers", "diffusers"] = option(
         "kohya",
-        "names to write: kohya for sd-scripts and this suite; kohya_diffusers the same, but SDXL's U-Net by the blocks "
-        "of diffusers; diffusers for load_lora_weights and PEFT",
+        "names to write: kohya, which all programs read; kohya_diffusers the same, but SDXL's U-Net by the blocks of "
+        "diffusers, which sd-scripts does not read; diffusers for load_lora_weights and PEFT, which web UIs do not "
+        "read, or only in part",
     )
     keep_alpha: bool = option(
         False,
-        "with --to diffusers: write alphas as PEFT's configuration, which diffusers reads and web UIs do not; "
+        "with --to diffusers: write alphas as PEFT's configuration, which only diffusers reads, from version 0.35; "
         "otherwise the matrices are multiplied by them",
     )
     save_precision: Precision | None = option(None, "type of the tensors to write; unset: that of the source")
@@ -77,7 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
+    logger.info("%s", readers_of(tensors, file.family, metadata))
     return 0
+
+
+def readers_of(tensors: Mapping[str, torch.Tensor], family: ModelFamily | None, metadata: Mapping[str, str]) -> str:
+    """Return in words which programs read a file with such tensors."""
+    from library.adapters import readers
+
+    keys = readers.keys_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ".alpha"}
+    return readers.audience(keys, family, alphas, metadata)
 
 
 def check_options(config: ConvertConfig, problems: Problems) -> None:
@@ -114,6 +125,7 @@ def for_kohya(
     file: LoraFile, layers: Mapping[str, Layer], options: ConvertOptions
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata in the format of sd-scripts."""
+    from library.adapters.alphas import with_one_alpha
     from library.adapters.layers import diffusers_word, module_name
     from library.adapters.lora_file import to_state_dict
     from library.adapters.metadata import architecture, common, network_metadata, without_hashes
@@ -122,6 +134,7 @@ def for_kohya(
     family = file.family or SD1  # SD 2.x has the same names
     name_of = module_name if options.to == "kohya" else diffusers_word
     named = {name_of(layer, family): file.changes[module] for module, layer in layers.items()}
+    named = with_one_alpha(named, file.path)
     tensors, changes = to_state_dict(named, written_type(options)), named.values()
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
@@ -142,34 +155,12 @@ def for_diffusers(
 
     named = {peft_name(layer): file.changes[module] for module, layer in layers.items()}
     if not options.keep_alpha:
-        named = {name: folded(change) for name, change in named.items()}
+        named = {name: change.with_alpha(float(change.rank)) for name, change in named.items()}
     tensors = to_state_dict(named, written_type(options), (".lora_A.weight", ".lora_B.weight"))
     metadata = {"format": "pt"} | without_hashes(file.metadata)
     if options.keep_alpha:
         metadata[PEFT_METADATA] = json.dumps(peft_configuration(file, layers), sort_keys=True)
     return tensors, metadata
-
-
-def folded(change: Change) -> Change:
-    """Return a change with its scale multiplied into the factors and the rank as alpha.
-
-    A scale that is a power of two loses no bit: the upper factor is multiplied by it, or each factor by a part of it if
-    half precision would underflow. For any other scale the upper factor becomes float32.
-    """
-    import torch
-
-    scale, rank = change.scale, float(change.rank)
-    if scale == 1:
-        return change
-    fraction, exponent = math.frexp(scale)
-    if fraction == 0.5:
-        power = exponent - 1
-        for first in (power, power // 2):
-            second = power - first
-            up, down = change.up * 2.0**first, change.down * 2.0**second
-            if torch.equal(up * 2.0**-first, change.up) and torch.equal(down * 2.0**-second, change.down):
-                return dataclasses.replace(change, up=up, down=down, alpha=rank)
-    return dataclasses.replace(change, up=(change.up.double() * scale).float(), alpha=rank)
 
 
 def peft_configuration(file: LoraFile, layers: Mapping[str, Layer]) -> dict[str, Any]:

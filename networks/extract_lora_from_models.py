@@ -107,6 +107,7 @@ class ExtractConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ExtractConfig, argv, description=__doc__, rules=(check_options,))
+    from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict
     from library.files import disk_errors
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not changes:
         raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
     energy.log()
+    changes = with_one_alpha(changes, config.files.save_to)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors, metadata_of(config, original, tuned, changes))
@@ -252,13 +254,17 @@ def metadata_of(
     family, options = original.family, config.extract
     given = config.kind.v_parameterization
     predicts_v = family is SD2 if given is None else given
-    conv = {} if options.conv_dim is None else {"conv_dim": str(options.conv_dim), "conv_alpha": str(options.conv_dim)}
+    linear = [change for change in changes.values() if not change.is_large_conv]
+    conv = {}
+    if options.conv_dim is not None:
+        alphas = {change.alpha for change in changes.values() if change.is_large_conv} or {float(options.conv_dim)}
+        conv = {"conv_dim": str(options.conv_dim), "conv_alpha": f"{alphas.pop():g}"}
     metadata = {
         "ss_v2": str(family is SD2),
         "ss_base_model_version": family.base_version(predicts_v=predicts_v),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": common({change.rank for change in changes.values() if not change.is_large_conv}),
-        "ss_network_alpha": str(float(options.dim)),
+        "ss_network_dim": common({change.rank for change in linear}),
+        "ss_network_alpha": common({change.alpha for change in linear} or {float(options.dim)}),
         "ss_network_args": json.dumps(conv),
     }
     if config.files.no_metadata:

@@ -143,7 +143,9 @@ class LoRAModule(nn.Module):
         self._update_scale()
 
     def _update_scale(self) -> None:
-        self.scale = float(self.alpha) / self.lora_dim  # a Python number: reading alpha in each call waits for the GPU
+        # Python numbers: reading alpha in each call waits for the GPU, and on the meta device it cannot be read.
+        self.alpha_value = float(self.alpha)
+        self.scale = self.alpha_value / self.lora_dim
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -340,6 +342,8 @@ def reading(kind: type[int] | type[float], form: str, least: float, below: float
 POSITIVE = reading(int, "a whole number of at least 1", 1)
 FINITE = reading(float, "a finite number of at least 0", 0)
 PROBABILITY = reading(float, "a number of at least 0 and below 1", 0, 1)
+SWITCHES = {"true": True, "1": True, "false": False, "0": False}
+SWITCH = {"read": lambda text: SWITCHES[str(text).lower()], "form": "True or False"}
 UNUSED = {"read": lambda text: None if text in (None, "None") else float(text), "form": "a number"}
 
 
@@ -354,6 +358,8 @@ class LoraArgs:
     loraplus_lr_ratio: float | None = dataclasses.field(default=None, metadata=FINITE)
     loraplus_unet_lr_ratio: float | None = dataclasses.field(default=None, metadata=FINITE)
     loraplus_text_encoder_lr_ratio: float | None = dataclasses.field(default=None, metadata=FINITE)
+    # Files have one alpha for all modules, as diffusers reads them; the network keeps its own.
+    one_alpha: bool = dataclasses.field(default=False, metadata=SWITCH)
     dropout: float | None = dataclasses.field(default=None, metadata=UNUSED)  # for other modules' --network_dropout
     blocks: Blocks = dataclasses.field(default_factory=Blocks)
 
@@ -365,7 +371,7 @@ def read_network_args(given: Mapping[str, Any], kind: type[AnyArgs]) -> AnyArgs:
     for key in (key for key in known if key in given):
         try:
             values[key] = known[key]["read"](given[key])
-        except ValueError:
+        except (ValueError, KeyError):
             raise ValueError(f"network_args: {key} must be {known[key]['form']}, got {given[key]!r}") from None
     others = {key: given[key] for key in given if key not in known}
     if others:
@@ -408,7 +414,7 @@ class LoRANetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.multiplier = multiplier
-        self.blocks = args.blocks
+        self.blocks, self.one_alpha = args.blocks, args.one_alpha
         self.set_loraplus_lr_ratio(
             args.loraplus_lr_ratio, args.loraplus_unet_lr_ratio, args.loraplus_text_encoder_lr_ratio
         )
@@ -699,6 +705,7 @@ class LoRANetwork(nn.Module):
     def load_weights(self, file: str | Path) -> str:
         """Load a file; return in words how many modules were loaded and which have no counterpart.
 
+        Alphas become those of the file; with one_alpha those of the network stay, and up matrices are scaled to match.
         Raises ValueError if nothing matches, or ranks differ.
         """
         weights = read_weights(Path(file))
@@ -712,7 +719,7 @@ class LoRANetwork(nn.Module):
                     f"{file}: {module.lora_name} has rank {down.shape[0]}, this network {module.lora_dim}: "
                     "give the same dimensions, or take them from the file (--dim_from_weights)"
                 )
-        self.load_state_dict(weights, strict=False)
+        self.load_state_dict(rescaled(weights, self.alphas()) if self.one_alpha else weights, strict=False)
         notes = [f"{len(own & given)} modules loaded"]
         if given - own:
             notes.append(f"{len(given - own)} modules of the file left out{_example(given - own)}")
@@ -722,8 +729,22 @@ class LoRANetwork(nn.Module):
 
     def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
         """Write the network to file in dtype (None: unchanged); a .safetensors file also gets the metadata."""
-        weights = {name: cast_for_file(name, tensor, dtype) for name, tensor in self.state_dict().items()}
+        own = self.state_dict()
+        written = rescaled(own, self.file_alphas()) if self.one_alpha else own
+        weights = {name: cast_for_file(name, tensor, dtype or own[name].dtype) for name, tensor in written.items()}
         write_weights(Path(file), weights, metadata)
+
+    def alphas(self) -> dict[str, float]:
+        """Return module -> alpha."""
+        return {module.lora_name: module.alpha_value for module in self.modules_in_order()}
+
+    def file_alphas(self) -> dict[str, float]:
+        """Return module -> alpha in the files of this network: with one_alpha the largest for all.
+
+        The largest, so that up matrices only become smaller and half precision does not overflow.
+        """
+        alphas = self.alphas()
+        return dict.fromkeys(alphas, max(alphas.values(), key=abs)) if self.one_alpha and alphas else alphas
 
 
 def _example(names: Iterable[str]) -> str:
@@ -772,6 +793,20 @@ def shapes_in(weights: Weights) -> dict[str, Shape]:
     ranks = {name.split(".")[0]: tensor.shape[0] for name, tensor in weights.items() if ".lora_down." in name}
     alphas = {name.split(".")[0]: float(tensor) for name, tensor in weights.items() if name.endswith(".alpha")}
     return {name: Shape(rank, alphas.get(name, rank)) for name, rank in ranks.items()}
+
+
+def rescaled(weights: Weights, alphas: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the tensors of the same changes with other alphas; modules that alphas do not have keep theirs.
+
+    Up matrices whose alpha changes are multiplied by the ratio, and are float64 on the CPU.
+    """
+    result = dict(weights)
+    for name, shape in shapes_in(weights).items():
+        alpha, up = alphas.get(name, shape.alpha), f"{name}.lora_up.weight"
+        if alpha != shape.alpha and up in weights:
+            result[up] = weights[up].detach().cpu().double() * (shape.alpha / alpha)
+            result[f"{name}.alpha"] = torch.tensor(alpha)
+    return result
 
 
 def cast_for_file(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -134,6 +134,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     import torch
     from tqdm import tqdm
 
+    from library.adapters.alphas import with_one_alpha
     from library.adapters.lora_file import to_state_dict
     from library.adapters.low_rank import SUMS, mixed
     from library.adapters.merging import parts_by_module
@@ -150,6 +151,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
         generator = torch.Generator()
         generator.seed() if merge.seed is None else generator.manual_seed(merge.seed)
         changes = {name: mixed(change, generator) for name, change in changes.items()}
+    changes = with_one_alpha(changes, config.files.save_to)
     ranks = {change.rank for change in changes.values()}
     logger.info("%d modules of rank %s", len(changes), " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
     first = files[0].file

@@ -77,10 +77,12 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     """Return the changes of a file truncated to their new ranks.
 
     Alpha is chosen so that alpha / rank stays the same for a module of the whole new rank. Modules of smaller ranks
-    have that alpha too: readers such as diffusers take one alpha for all attention layers.
+    have that alpha too, and so have all if the source has several alphas / ranks: diffusers takes one alpha for all
+    attention layers.
     """
     from tqdm import tqdm
 
+    from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.low_rank import rank_to_keep, spectrum_of
 
@@ -107,7 +109,7 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
         logger.info(
             "norm kept by a module: %.2f%% ± %.3f%%", 100 * statistics.mean(norms), 100 * statistics.pstdev(norms)
         )
-    return changes
+    return with_one_alpha(changes, config.files.save_to)
 
 
 def kept_part(spectrum: Spectrum, before: int, after: int) -> str:

@@ -61,6 +61,7 @@ class SvdMergeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(SvdMergeConfig, argv, description=__doc__, rules=(check_files, check_merging))
+    from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict
     from library.adapters.merging import parts_by_module, read_weighted
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = read_weighted(config.files)
     parts = parts_by_module(files, allow_unmatched=config.merge.allow_unmatched)
     energy = EnergyByBlock()
-    changes = merged_changes(config, parts, files[0].file, energy)
+    changes = with_one_alpha(merged_changes(config, parts, files[0].file, energy), config.files.save_to)
     energy.log()
     dtype = tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
     metadata = metadata_of(config, files, changes)
@@ -123,12 +124,14 @@ def metadata_of(config: SvdMergeConfig, files: Sequence[Weighted], changes: Mapp
     from library.adapters.metadata import architecture, common, merged_metadata, network_metadata
 
     ranks = config.ranks
-    linear = {change.rank for change in changes.values() if not change.is_large_conv}
-    conv = {change.rank for change in changes.values() if change.is_large_conv}
-    metadata = network_metadata([weighted.file for weighted in files], linear or conv, {float(ranks.new_rank)})
+    conv = [change for change in changes.values() if change.is_large_conv]
+    linear = [change for change in changes.values() if not change.is_large_conv] or conv
+    metadata = network_metadata(
+        [weighted.file for weighted in files], {each.rank for each in linear}, {each.alpha for each in linear}
+    )
     if conv:
-        alpha = float(ranks.rank_of(is_large_conv=True))
-        metadata["ss_network_args"] = json.dumps({"conv_dim": common(conv), "conv_alpha": str(alpha)})
+        found = {"conv_dim": common({each.rank for each in conv}), "conv_alpha": common({each.alpha for each in conv})}
+        metadata["ss_network_args"] = json.dumps(found)
     if config.files.no_metadata:
         return metadata
     settings = {

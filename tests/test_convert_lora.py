@@ -192,3 +192,23 @@ def test_mistakes(model_store, tmp_path):
     save_file(weights, file)
     with pytest.raises(UserError, match="is damaged: lora_unet_mid_block_attentions_0_proj_in has the shapes"):
         convert(file, tmp_path / "c.safetensors", "--to", "diffusers")
+
+
+PARTLY = ("44 of 60 tensors", "24 of 60 tensors")  # ComfyUI does not know names of attention, sd.cpp those of encoders
+AUDIENCES = {
+    (): "read by diffusers, AUTOMATIC1111, Forge, ComfyUI, InvokeAI, sd-scripts, stable-diffusion.cpp",
+    **{
+        ("--to", "diffusers", *more): f"read by diffusers; in part by ComfyUI ({PARTLY[0]}{remark}), "
+        f"stable-diffusion.cpp ({PARTLY[1]}{remark}); not by AUTOMATIC1111, Forge, InvokeAI, sd-scripts"
+        for more, remark in (((), ""), (("--keep_alpha",), ", without the alphas in the metadata"))
+    },
+}
+
+
+@pytest.mark.parametrize(("words", "audience"), AUDIENCES.items())
+def test_the_last_line_tells_who_reads_the_result(model_store, tmp_path, caplog, words, audience):
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors", keep=lambda name: "mid_block" in name or "te_" in name)
+    caplog.set_level("INFO")
+    convert(file, tmp_path / "b.safetensors", *words)
+    assert caplog.messages[-1] == audience

@@ -48,10 +48,23 @@ class Change:
         return dataclasses.replace(self, up=self.up.to(device), down=self.down.to(device))
 
     def with_alpha(self, alpha: float) -> Change:
-        """Return the same change with another alpha."""
+        """Return the same change with another alpha, the ratio of both multiplied into the factors.
+
+        A power of two loses no bit: U is multiplied by it, or U and D by a part of it each if half precision would
+        underflow. For any other ratio U becomes float32.
+        """
         if alpha == self.alpha:
             return self
-        return dataclasses.replace(self, up=self.up * (self.alpha / alpha), alpha=alpha)
+        ratio = self.alpha / alpha
+        fraction, exponent = math.frexp(ratio)
+        if fraction == 0.5:
+            power = exponent - 1
+            for first in (power, power // 2):
+                second = power - first
+                up, down = self.up * 2.0**first, self.down * 2.0**second
+                if torch.equal(up * 2.0**-first, self.up) and torch.equal(down * 2.0**-second, self.down):
+                    return dataclasses.replace(self, up=up, down=down, alpha=alpha)
+        return dataclasses.replace(self, up=(self.up.double() * ratio).float(), alpha=alpha)
 
     def norm(self) -> float:
         """Return the Frobenius norm of the delta: ||U D||^2 is the sum over (U^T U) * (D D^T)."""

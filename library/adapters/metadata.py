@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.adapters.alphas import NOTE
 from library.models.family import ModelFamily
 from library.weight_file import data_sha256
 
@@ -19,8 +20,8 @@ HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of 
 
 
 def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file without its hashes, for a file created from it."""
-    return {key: text for key, text in metadata.items() if key not in HASHES}
+    """Return the metadata of a file without what is true of its tensors only, for a file created from it."""
+    return {key: text for key, text in metadata.items() if key not in (*HASHES, NOTE)}
 
 
 def commented(metadata: Mapping[str, str], comment: str) -> dict[str, str]:

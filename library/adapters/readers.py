@@ -1,36 +1,48 @@
-"""What programs do with each tensor of a network file: diffusers, the web UI of AUTOMATIC1111, Forge, ComfyUI."""
+"""What programs do with each tensor of a network file: apply it, skip it, or refuse the file."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from library.adapters.layers import UNET, layers_by_name
+from library.adapters.alphas import misread
+from library.adapters.layers import UNET
 from library.adapters.names import Shapes, family_by_version, family_of, kind_of, roles_of
+from library.adapters.programs import (
+    ALPHA,
+    DIFFUSERS_LIBRARY,
+    DIFFUSERS_PATHS,
+    DIFFUSERS_WORDS,
+    DOWN_UP,
+    PROGRAMS,
+    Program,
+    Row,
+    Source,
+    names_read,
+)
 from library.models.family import SD1, SDXL, ModelFamily
 
-LORA, OTHER = "LoRA", "other"
-FORGE_LIMIT = 12  # unmatched tensors up to which Forge accepts a file
-# Program that logs and skips tensors that it does not know -> kinds that it does not know.
-UNKNOWN_KINDS = {
-    "AUTOMATIC1111": (OTHER, "BOFT", "Tucker"),
-    "Forge": (OTHER, "BOFT", "IA3"),
-    "ComfyUI": (OTHER, "BOFT", "IA3"),
-}
-UNEVEN = (
-    "but with one alpha for all attention layers; networks/convert_lora.py --to diffusers puts alphas into the matrices"
-)
+LORA, EMBEDDING, OTHER = "LoRA", "bundled embedding", "other"
+# Pattern of the end of a tensor's name -> its kind, for those that are not told by `kind_of`.
+MORE_KINDS = ((r"\.[ab][12]\.weight$", "GLoRA"), (r"\.oft_diag$", "OFT"), (r"\.set_weight$", "difference"))
+EMBEDDING_START = "bundle_emb."
+# Endings that belong to a module of any kind.
+SHARED = (ALPHA, ".scale", ".weight", ".bias", ".rescale")
+PEFT_METADATA = "lora_adapter_metadata"  # where diffusers writes alphas, since version 0.35, and nobody else reads them
+HIDDEN = "without the alphas in the metadata"
+UNEVEN = "but with one alpha for all attention layers; networks/convert_lora.py mends the file"
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A tensor of a file: kind of network, its module, and whether models have such a module."""
+    """A tensor of a file: kind of network, its module, and its ending, the rest of its name."""
 
     name: str
     kind: str
     module: str
-    is_known: bool
+    ending: str
     shape: tuple[int, ...]
 
 
@@ -43,6 +55,11 @@ class Verdict:
     refusal: str | None = None
     remark: str | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the program applies every tensor as it is meant."""
+        return self.refusal is None and not self.skipped and self.remark is None
+
     def line(self) -> str:
         """Return the verdict in words."""
         if self.refusal is not None:
@@ -54,19 +71,56 @@ class Verdict:
         return f"{text}; {self.remark}" if self.remark else text
 
 
-def keys_of(shapes: Shapes, family: ModelFamily | None) -> list[Key]:
+# --------------------------------------------------------------------------------------------------------------
+# The tensors
+# --------------------------------------------------------------------------------------------------------------
+
+ENDINGS = sorted(
+    {ending for program in PROGRAMS for row in program.rows for ending in (*row.needs, *row.may)}, key=len, reverse=True
+)
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Return (module, ending) of a tensor: a word ends at the first dot, a path before an ending that programs know."""
+    if name.startswith(("lora_", "lycoris_")):
+        return first_dot(name)
+    ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
+    module, dot, rest = name.rpartition(".")
+    return (module, dot + rest) if ending is None else (name.removesuffix(ending), ending)
+
+
+def first_dot(name: str) -> tuple[str, str]:
+    """Return (module, ending) of a tensor whose module ends at the first dot."""
+    module, dot, rest = name.partition(".")
+    return module, dot + rest
+
+
+def keys_of(shapes: Shapes) -> list[Key]:
     """Return the description of each tensor of a file."""
-    stems = {name: stem for stem, _, name in roles_of(shapes)}
-    paired = pairs_of(shapes)
-    known = layers_by_name(family or SD1)
+    parts, pairs = {name: parted(name) for name in shapes}, pairs_of(shapes)
+    named = {name: kind_by_name(name, shape) for name, shape in shapes.items()}
+    # The kind of each module: that of a pair of matrices, or else of the first tensor that tells it.
+    kinds = {parts[name][0]: LORA for stem, _, name in roles_of(shapes) if stem in pairs}
+    for name, kind in named.items():
+        if kind not in (None, LORA):
+            kinds.setdefault(parts[name][0], kind or OTHER)
     keys = []
-    for name, shape in shapes.items():
-        kind = kind_of(name)
-        module = stems.get(name, name.split(".")[0])
-        if kind is None:
-            kind = LORA if name in stems and module in paired else alpha_kind(name, module, shapes)
-        keys.append(Key(name, kind, module, module in known, tuple(shape)))
+    for name, (module, ending) in parts.items():
+        kind = named[name] or (kinds.get(module, OTHER) if ending in SHARED else OTHER)
+        if kind == LORA and kinds.get(module) != LORA:
+            kind = OTHER  # a matrix without its partner
+        keys.append(Key(name, kind, module, ending, tuple(shapes[name])))
     return keys
+
+
+def kind_by_name(name: str, shape: Sequence[int]) -> str | None:
+    """Return the kind of a tensor; None for one that belongs to a module of any kind, and for unknown names."""
+    if name.startswith(EMBEDDING_START):
+        return EMBEDDING
+    kind = kind_of(name) or next((kind for pattern, kind in MORE_KINDS if re.search(pattern, name)), None)
+    if kind is not None:
+        return "BOFT" if kind == "OFT" and len(shape) == 4 else kind
+    return LORA if any(role != "alpha" for _, role, _ in roles_of([name])) else None
 
 
 def pairs_of(names: Iterable[str]) -> set[str]:
@@ -77,19 +131,11 @@ def pairs_of(names: Iterable[str]) -> set[str]:
     return {stem for stem, found in roles.items() if {"down", "up"} <= found}
 
 
-def alpha_kind(name: str, module: str, shapes: Shapes) -> str:
-    """Return the kind of network of an alpha, by the other tensors of its module."""
-    if name.endswith(".alpha"):
-        start = f"{module}."
-        others = [other[len(module) :] for other in shapes if other.startswith(start) and other != name]
-        return next((kind for other in others if (kind := kind_of(other)) is not None), OTHER)
-    return OTHER
-
-
 def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
     """Return the family that a network of any kind is for: by its modules, else by its metadata."""
     downs = {stem: tuple(shapes[name]) for stem, role, name in roles_of(shapes) if role == "down"}
     modules = downs or {name.split(".")[0]: tuple(shape) for name, shape in shapes.items()}
+    modules = {name: shape for name, shape in modules.items() if len(shape) > 1}
     return family_of(modules) or family_by_version(metadata)
 
 
@@ -101,32 +147,240 @@ def dialect(shapes: Shapes) -> str:
     return "diffusers or PEFT" if starts & {"unet", "text"} else "unknown"
 
 
+def unknown_modules(keys: Sequence[Key], family: ModelFamily | None) -> list[str]:
+    """Return the modules whose names no program reads."""
+    tables = [*(program.names for program in PROGRAMS), DIFFUSERS_WORDS, DIFFUSERS_PATHS]
+    known = [names_read(table, family or SD1) for table in tables]
+    modules = {key.module for key in keys if key.kind != EMBEDDING}
+    return sorted(module for module in modules if not any(module in names for names in known))
+
+
 # --------------------------------------------------------------------------------------------------------------
 # The programs
 # --------------------------------------------------------------------------------------------------------------
 
 
+def verdicts(
+    keys: Sequence[Key],
+    family: ModelFamily | None,
+    alphas: Mapping[str, float],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, Verdict]]:
+    """Yield each program with its verdict on a file with such tensors, and alphas by module (the rank if missing)."""
+    verdict = diffusers(keys, family)
+    written = {key.module for key in keys if key.ending == ALPHA}
+    if verdict.refusal is None and misread(alphas, written):
+        verdict = dataclasses.replace(verdict, remark=UNEVEN)
+    yield "diffusers", verdict
+    remark = HIDDEN if has_hidden_alphas(metadata or {}) else None
+    for program in PROGRAMS:
+        verdict = verdict_of(program, keys, family)
+        yield program.title, dataclasses.replace(verdict, remark=remark if verdict.applied else None)
+
+
+def has_hidden_alphas(metadata: Mapping[str, str]) -> bool:
+    """Return whether metadata have alphas that are not the ranks."""
+    try:
+        table = json.loads(metadata.get(PEFT_METADATA, "{}"))
+    except ValueError:
+        return False
+    starts = [key.removesuffix("lora_alpha") for key in table if key.endswith(".lora_alpha")]
+    return any(
+        table[f"{start}lora_alpha"] != table.get(f"{start}r")
+        or table.get(f"{start}alpha_pattern", {}) != table.get(f"{start}rank_pattern", {})
+        for start in starts
+    )
+
+
+def audience(
+    keys: Sequence[Key], family: ModelFamily | None, alphas: Mapping[str, float], metadata: Mapping[str, str]
+) -> str:
+    """Return in words who reads a file: wholly, in part, and not at all."""
+    found = dict(verdicts(keys, family, alphas, metadata))
+    parts = {}
+    for title, each in found.items():
+        share = f"{each.applied} of {len(keys)} tensors" if each.skipped else None
+        parts[title] = f"{title} ({', '.join(filter(None, (share, each.remark)))})"
+    groups = (
+        ("read by", [title for title, each in found.items() if each.is_whole]),
+        ("in part by", [parts[title] for title, each in found.items() if each.applied and not each.is_whole]),
+        ("not by", [title for title, each in found.items() if not each.applied]),
+    )
+    return "; ".join(f"{words} {', '.join(names)}" for words, names in groups if names)
+
+
+def versions() -> dict[str, str]:
+    """Return program -> the versions that the statements on it are from."""
+    sources: dict[str, tuple[Source, ...]] = {"diffusers": (DIFFUSERS_LIBRARY,)}
+    sources |= {program.title: program.sources for program in PROGRAMS}
+    return {title: ", ".join(dict.fromkeys(each.version for each in found)) for title, found in sources.items()}
+
+
+def verdict_of(program: Program, keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
+    """Return what a program does with a file, by its tables."""
+    known = names_read(program.names, family or SD1)
+    if family is not None and (refusal := refused_names(program, keys, family)):
+        return Verdict(0, (), refusal)
+    modules: dict[str, dict[str, str]] = {}  # module -> ending -> name
+    embeddings = [key.name for key in keys if key.kind == EMBEDDING]
+    for key in keys:
+        if key.kind != EMBEDDING:
+            module, ending = first_dot(key.name) if program.by_first_dot else (key.module, key.ending)
+            modules.setdefault(module, {})[ending] = key.name
+    taken = {module: taken_of(program, set(parts)) for module, parts in modules.items()}
+    for module, parts in modules.items():
+        is_checked = program.unfit == "refuses any" or (program.unfit == "refuses known" and module in known)
+        refused = next((row.needs[0] for row in program.rows if row.refuses and fits(row, set(parts))), None)
+        if (is_checked and not taken[module]) or (refused is not None and module in known):
+            return Verdict(0, (), f"it cannot read {parts[refused] if refused else min(parts.values())}")
+    unmatched = sum(
+        module not in known or not (ending in taken[module] or ending in program.matched_alone)
+        for module, parts in modules.items()
+        for ending in parts
+    ) + len(embeddings) * (program.embeddings == "skips")
+    if program.limit is not None and unmatched > program.limit:
+        return Verdict(0, (), f"{unmatched} tensors do not match, more than {program.limit}")
+    known -= incomplete(program, modules, family or SD1)
+    skipped = [
+        name
+        for module, parts in modules.items()
+        for ending, name in parts.items()
+        if module not in known or ending not in taken[module]
+    ]
+    return applied(keys, skipped if program.embeddings == "reads" else [*skipped, *embeddings])
+
+
+def taken_of(program: Program, endings: set[str]) -> set[str]:
+    """Return the endings that a program takes of a module with such endings; none if it reads no such module."""
+    rows = [row for row in program.rows if set(row.when or row.needs) <= endings]
+    chosen = rows if program.takes == "all rows" else rows[:1]
+    return {ending for row in chosen if fits(row, endings) for ending in (*row.needs, *row.may) if ending in endings}
+
+
+def fits(row: Row, endings: set[str]) -> bool:
+    """Return whether a module has all that a row needs."""
+    return set(row.needs) <= endings
+
+
+def incomplete(program: Program, modules: Iterable[str], family: ModelFamily) -> set[str]:
+    """Return the modules that a program does not apply because others that it applies with them are not in the file."""
+    given, found = set(modules), set()
+    for names in program.names:
+        if names.together and family in names.families:
+            for module in given & names_read((names,), family):
+                end = next((end for end in names.together if module.endswith(end)), None)
+                if end is not None and not given >= {module.removesuffix(end) + other for other in names.together}:
+                    found.add(module)
+    return found
+
+
+def refused_names(program: Program, keys: Sequence[Key], family: ModelFamily) -> str | None:
+    """Return why a program refuses a file for the beginnings of its names, or for a mixture of them."""
+    starts = program.prefixes.get(family)
+    named = [key.name for key in keys if key.kind != EMBEDDING]
+    if starts is not None:
+        strange = next((name for name in named if not name.startswith(starts)), None)
+        if strange is not None:
+            return f"it does not know the beginning of {strange}"
+    if not program.mixes_blocks and family is SDXL and len(set(filter(None, map(blocks_of, named)))) > 1:
+        return "it does not take the U-Net's names of diffusers and of the checkpoint in one file"
+    return None
+
+
+def blocks_of(name: str) -> str | None:
+    """Return whose blocks the name of a module of the U-Net in one word has; None for all other names."""
+    if re.match(r"lora_unet_(in|out)put_blocks_|lora_unet_middle_block_", name):
+        return "checkpoint"
+    return "diffusers" if re.match(r"lora_unet_(down|up|mid)_block", name) else None
+
+
+def applied(keys: Sequence[Key], skipped: Sequence[str], remark: str | None = None) -> Verdict:
+    """Return the verdict that applies all tensors but the skipped ones."""
+    unique = tuple(dict.fromkeys(skipped))
+    return Verdict(len(keys) - len(unique), unique, remark=remark)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# diffusers: `load_lora_weights`
+# --------------------------------------------------------------------------------------------------------------
+
+WORD = re.compile(r"lora_(te|te1|te2|unet)_")
+# Of files with paths it reads the names that begin so, with these endings.
+PATH_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
+UNET_ENDINGS = re.compile(
+    r"(\.lora_[AB]\.(weight|bias)|\.lora\.(down|up)\.weight|_lora\.(down|up)\.weight|\.lora_magnitude_vector)$"
+)
+TEXT_ENDINGS = re.compile(r"(\.lora_[AB]\.weight|\.lora_linear_layer\.(down|up)\.weight)$")
+
+
 def diffusers(keys: Sequence[Key], family: ModelFamily | None) -> Verdict:
-    """Return what `load_lora_weights` does: it refuses a file with a single unknown tensor."""
-    refusal = refusal_of_diffusers(keys, family)
+    """Return what `load_lora_weights` does: it drops LyCORIS' DoRA, and then reads words or paths, never both."""
+    left = [key for key in keys if "dora_scale" not in key.name]
+    remark = "it drops DoRA's magnitudes" if len(left) < len(keys) else None
+    if all(WORD.match(key.name) for key in left):
+        refusal, read = words_in_diffusers(left, family)
+    else:
+        refusal, read = paths_in_diffusers(left, family)
+    refusal = refusal or refused_projection(left, family) or refused_parts(left, read)
     if refusal is not None:
         return Verdict(0, (), refusal)
-    skipped = [key.name for key in keys if not key.is_known or key.kind == "DoRA"]
-    original = [key for key in keys if re.match(r"lora_unet_(in|out)put_blocks_|lora_unet_middle_block_", key.name)]
-    others = [key for key in keys if re.match(r"lora_unet_(down|up|mid)_block", key.name)]
-    if family is SDXL and original and others:
-        skipped += [key.name for key in original]
-        return applied(keys, skipped, "it drops the U-Net's checkpoint names where both kinds of names are in a file")
-    return applied(keys, skipped, "it drops DoRA's magnitudes" if any(key.kind == "DoRA" for key in keys) else None)
+    if family is SDXL and len(set(filter(None, (blocks_of(key.name) for key in left)))) > 1:
+        read = {name for name in read if blocks_of(name) != "checkpoint"}
+        remark = "it drops the U-Net's checkpoint names where both kinds of names are in a file"
+    return applied(keys, [key.name for key in keys if key.name not in read], remark)
 
 
-def refusal_of_diffusers(keys: Sequence[Key], family: ModelFamily | None) -> str | None:
-    """Return why diffusers refuses a file, by its first tensor of another kind, name or number of dimensions."""
+def words_in_diffusers(keys: Sequence[Key], family: ModelFamily | None) -> tuple[str | None, set[str]]:
+    """Return (why diffusers refuses a file with words as names, the tensors that it reads)."""
+    endings: dict[str, set[str]] = {}
     for key in keys:
-        if key.kind not in (LORA, "DoRA"):
-            return f"{key.name} is {kind_words(key.kind)}"
-        if "lora" not in key.name and not key.name.endswith(".alpha"):
-            return f"{key.name} has no lora in its name"
+        endings.setdefault(key.module, set()).add(key.ending)
+    for key in keys:
+        if key.ending not in (*DOWN_UP, ALPHA) or not set(DOWN_UP) <= endings[key.module]:
+            return f"{key.name} is {kind_words(key.kind)}", set()
+        if key.ending == ALPHA and key.shape not in ((), (1,)):
+            return f"{key.name} is not one number", set()
+    text = [module for module in endings if module.startswith(("lora_te_", "lora_te1_"))]
+    if text and not any(re.search(r"_out_proj$|_mlp_fc\d$", module) for module in text):
+        return "its text encoder has neither out_proj nor mlp layers, by which diffusers knows the format", set()
+    known = names_read(DIFFUSERS_WORDS, family or SD1)
+    return None, {key.name for key in keys if key.module in known}
+
+
+def paths_in_diffusers(keys: Sequence[Key], family: ModelFamily | None) -> tuple[str | None, set[str]]:
+    """Return (why diffusers refuses a file in which some names are paths, the tensors that it reads)."""
+    strange = next((key for key in keys if "lora" not in key.name), None)
+    if strange is not None:
+        return f"{strange.name} has no lora in its name", set()
+    for part in PATH_PARTS:
+        names = [key.name for key in keys if key.name.startswith(part)]
+        endings = UNET_ENDINGS if part == "unet." else TEXT_ENDINGS
+        unread = next((name for name in names if not endings.search(name) and ".lora_A.default" not in name), None)
+        if unread is not None and ".lora_B.default" not in unread:
+            return f"it cannot read {unread}", set()
+        if part != "unet." and names and not any(".self_attn." in name or "linear_layer" in name for name in names):
+            return f"its {part[:-1]} has no attention layers, by which diffusers knows the format", set()
+    known = names_read(DIFFUSERS_PATHS, family or SD1)
+    found = {}
+    for key in keys:
+        ending = UNET_ENDINGS.search(key.name) or TEXT_ENDINGS.search(key.name)
+        found[key.name] = key.name[: ending.start()] if ending else ""
+    return None, {name for name, module in found.items() if module in known}
+
+
+def refused_parts(keys: Sequence[Key], read: set[str]) -> str | None:
+    """Return why diffusers refuses a file: a part of which it knows no module."""
+    for start in (("lora_unet_", "unet."), ("lora_te_", "lora_te1_", "text_encoder.")):
+        names = [key.name for key in keys if key.name.startswith(start)]
+        if names and not any(name in read for name in names) and not any(".default." in name for name in names):
+            is_word = WORD.match(names[0])
+            if not is_word or all(WORD.match(key.name) for key in keys):  # words beside paths are ignored
+                return f"it knows no module of the kind {names[0]}"
+    return None
+
+
+def refused_projection(keys: Sequence[Key], family: ModelFamily | None) -> str | None:
+    """Return why diffusers refuses a file: a projection with another number of dimensions."""
     if family is None:
         return None
     dimensions, layer = (4, "a 1x1 convolution") if family is SD1 else (2, "a linear layer")
@@ -141,31 +395,4 @@ def is_projection(key: Key) -> bool:
 
 def kind_words(kind: str) -> str:
     """Return a kind of tensor in words."""
-    return "no part of a LoRA" if kind == OTHER else f"a part of a {kind} network"
-
-
-def applied(keys: Sequence[Key], skipped: Sequence[str], remark: str | None = None) -> Verdict:
-    """Return the verdict that applies all tensors but the skipped ones."""
-    unique = tuple(dict.fromkeys(skipped))
-    return Verdict(len(keys) - len(unique), unique, remark=remark)
-
-
-def verdicts(
-    keys: Sequence[Key], family: ModelFamily | None, alphas: Mapping[str, float]
-) -> Iterator[tuple[str, Verdict]]:
-    """Yield each program with its verdict on a file with such tensors, and alphas by module."""
-    verdict = diffusers(keys, family)
-    if verdict.refusal is None and is_uneven(alphas):
-        verdict = dataclasses.replace(verdict, remark=UNEVEN)
-    yield "diffusers", verdict
-    for program, kinds in UNKNOWN_KINDS.items():
-        skipped = [key.name for key in keys if not key.is_known or key.kind in kinds]
-        if program == "Forge" and len(skipped) > FORGE_LIMIT:
-            yield program, Verdict(0, (), f"{len(skipped)} tensors do not match, more than {FORGE_LIMIT}")
-        else:
-            yield program, applied(keys, skipped)
-
-
-def is_uneven(alphas: Mapping[str, float]) -> bool:
-    """Return whether attention layers of a file with the names of sd-scripts have several alphas."""
-    return len({alpha for name, alpha in alphas.items() if re.match(r"lora_.*(attn[12]|self_attn)_", name)}) > 1
+    return "no part of a LoRA" if kind in (OTHER, LORA) else f"a part of a {kind} network"

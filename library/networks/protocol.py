@@ -101,6 +101,9 @@ class OptionalMethods(Protocol):
     def describe_unet(self) -> list[tuple[str, int, float]]:
         """Return name, rank and weight of the learning rate of each module over the U-Net."""
 
+    def file_alphas(self) -> dict[str, float]:
+        """Return module -> alpha in the files that the network writes."""
+
     def delta_norms(self) -> Tensor:
         """Return the Frobenius norm of each module's change, (modules,)."""
 

@@ -169,6 +169,16 @@ class TrainableNetwork:
         describe = optional_method(self.network, "describe_unet")
         return describe() if describe else []
 
+    def file_alphas(self) -> dict[str, float]:
+        """Return module -> alpha in the files of the network; of a foreign network those of its buffers."""
+        if alphas := optional_method(self.network, "file_alphas"):
+            return dict(alphas())
+        return {
+            name.removesuffix(".alpha"): float(tensor)
+            for name, tensor in self.network.named_buffers()
+            if name.endswith(".alpha") and tensor.numel() == 1 and not tensor.is_meta
+        }
+
     def delta_norms(self) -> list[float]:
         """Return the Frobenius norm of each module's change; empty if not offered."""
         norms = optional_method(self.network, "delta_norms")

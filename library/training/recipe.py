@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from library.adapters.alphas import NOTE, note_on_alphas
 from library.config.config_file import to_toml
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
@@ -170,6 +171,9 @@ def make_checkpoints(
 ) -> Checkpoints:
     """Return what writes the run's networks and states; optimizer is what their metadata say of it."""
     saving, is_main, predicts_v = config.saving, plan.rank == 0, base.predicts_v
+    started = training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer)
+    if (note := note_on_alphas(state.network.file_alphas())) is not None:
+        started[NOTE] = note
     # Only the first process writes, and needs the hashes of the base model for it.
     hashed = {"sd_model": Path(config.model.pretrained_model_name_or_path), "vae": config.model.vae}
     return Checkpoints(
@@ -188,7 +192,7 @@ def make_checkpoints(
             family=base.family,
             predicts_v=predicts_v,
             resolution=plan.datasets[0].options.size,
-            started=training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer),
+            started=started,
             hashes=BackgroundHashes(hashed if is_main else {}),
         ),
         options=to_toml(config),

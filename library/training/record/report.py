@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.adapters.alphas import note_on_alphas
 from library.data.batches import RunPlan, samples_by_bucket
 from library.data.records import Dataset
 from library.networks.trainable import TrainableNetwork
@@ -42,12 +43,20 @@ def describe_run(plan: RunPlan, network: TrainableNetwork, names: Sequence[str],
     number = len(network.delta_norms())
     modules = f"{number} modules, " if number else ""
     logger.info("adapter: %s%s trained parameters in %s", modules, f"{parameters:,}", ", ".join(names))
+    warn_of_alphas(network)
     steps = f"{plan.num_steps} in {plan.num_epochs} epoch{'' if plan.num_epochs == 1 else 's'}"
     batches = f"{plan.batches_per_epoch} batches"
     batches += f", {plan.accumulation} to a step" if plan.accumulation > 1 else ""
     batches += f", on each of {plan.num_processes} processes" if plan.num_processes > 1 else ""
     logger.info("steps: %s of %s", steps, batches)
     logger.info("seed %d; the file will be %s", plan.seed, final)
+
+
+def warn_of_alphas(network: TrainableNetwork) -> None:
+    """Warn if diffusers will misread the alphas of the network's files."""
+    note = note_on_alphas(network.file_alphas())
+    if note is not None:
+        logger.warning("%s", note)
 
 
 def describe_result(network: TrainableNetwork, final: Path) -> None:
@@ -58,6 +67,7 @@ def describe_result(network: TrainableNetwork, final: Path) -> None:
         share = f"{len(changed)} of {len(norms)} modules ({100 * len(changed) / len(norms):.0f} %)"
         level, smallest = logging.INFO if changed else logging.WARNING, min(changed, default=0.0)
         logger.log(level, "learned: %s changed; norm of a change from %.3g to %.3g", share, smallest, max(norms))
+    warn_of_alphas(network)
     logger.info("saved %s", final)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from library.adapters.alphas import note_on_alphas
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
@@ -84,6 +85,8 @@ def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerCh
         valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae))
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
     network = report_network(report, config, base)
+    if (note := note_on_alphas(network.file_alphas())) is not None:
+        report.say(f"alphas: {note}")
     blocks = count_blocks(network.describe_unet())
     if blocks and network.trains_unet:
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
