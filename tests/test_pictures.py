@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from library.config.dataset import SubsetOptions
@@ -19,6 +21,7 @@ from library.data.sources import caption_of
 from library.errors import UserError
 
 MOMENT = Moment(epoch=1, step=0, num_steps=100)
+SIDES = st.integers(1, 20_000)
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------
@@ -161,6 +164,21 @@ def test_any_size_is_covered_by_its_bucket():
         for placed in (buckets.place(size, candidates), buckets.place_without_upscale(size, (512, 512), 64)):
             assert min(placed.surplus) >= 0
             assert min(placed.bucket) >= 64
+
+
+@given(st.tuples(SIDES, SIDES), st.tuples(st.integers(64, 1500), st.integers(64, 1500)), st.sampled_from((64, 128)))
+@example((1150, 896), (508, 507), 64)  # 576 x 448 would be more than 508 x 507
+@example((16_000, 9), (700, 333), 64)
+@example((63, 5000), (512, 512), 64)
+@settings(max_examples=300, deadline=None)
+def test_no_bucket_has_more_area_than_the_resolution(size, resolution, step):
+    assume(step * step <= math.prod(resolution))
+    shortest, longest = buckets.adjusted_range(64, 2048, step)
+    candidates = buckets.bucket_resolutions(resolution, shortest=shortest, longest=longest, step=step)
+    for placed in (buckets.place(size, candidates), buckets.place_without_upscale(size, resolution, step)):
+        assert math.prod(placed.bucket) <= math.prod(resolution)
+        assert min(placed.surplus) >= 0
+        assert all(side >= step and side % step == 0 for side in placed.bucket)
 
 
 # ---- captions -----------------------------------------------------------------------------------------------

@@ -201,6 +201,9 @@ def _check_buckets(options: DatasetOptions, problems: Problems) -> None:
     shortest, longest = min(options.size), max(options.size)
     if options.bucket_reso_steps % 64:
         problems.add(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
+    if options.bucket_reso_steps**2 > shortest * longest:
+        step = options.bucket_reso_steps
+        problems.add(f"bucket_reso_steps {step} leaves no bucket in {shortest}x{longest}; lower it")
     if options.bucket_no_upscale:
         return  # the range has no effect
     if options.min_bucket_reso > shortest:

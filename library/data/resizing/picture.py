@@ -159,12 +159,16 @@ class OutputFormat:
 def reduced_size(size: Size, area: int) -> Size:
     """Return (width, height) of the same aspect ratio with at most the area, rounded down; never enlarged.
 
-    The sides times sqrt(area / (width height)), in whole numbers: floor(sqrt(x)) is isqrt(floor(x)).
+    The sides times sqrt(area / (width height)), in whole numbers: floor(sqrt(x)) is isqrt(floor(x)). Where a side would
+    be less than a pixel it is one, and the other is at most the area.
     """
     width, height = size
     if width * height <= area:
         return size
-    return max(1, math.isqrt(width * area // height)), max(1, math.isqrt(height * area // width))
+    small_width, small_height = math.isqrt(width * area // height), math.isqrt(height * area // width)
+    if small_width == 0:
+        return 1, min(small_height, area)
+    return (small_width, small_height) if small_height else (min(small_width, area), 1)
 
 
 def middle_frame(size: Size, area: int, divisible_by: int) -> Frame:
