@@ -8,42 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from library.config.dataset import SubsetOptions
+from library.data.faults import Notes
 from library.data.images import face_in_name
 from library.data.text_files import UnreadableTextError, read_text
 from library.errors import named, shown
 from library.files import PICTURE_SUFFIXES
 
 # Files that are named like pictures but hold no caption: settings, metadata, caches, other pictures.
-NO_CAPTIONS = frozenset(
-    [
-        ".npz",
-        ".safetensors",
-        ".pt",
-        ".json",
-        ".jsonl",
-        ".xmp",
-        ".xml",
-        ".html",
-        ".htm",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".csv",
-        ".ini",
-        ".lnk",
-        ".url",
-        ".db",
-        ".bak",
-        ".tmp",
-        ".zip",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".psd",
-        ".svg",
-        ".mp4",
-        ".webm",
-    ]
+NO_CAPTIONS = (
+    *(".npz", ".safetensors", ".pt", ".db", ".zip", ".lnk", ".url", ".ini", ".bak", ".tmp"),
+    *(".json", ".jsonl", ".xmp", ".xml", ".html", ".htm", ".yaml", ".yml", ".toml", ".csv"),
+    *(".gif", ".tif", ".tiff", ".psd", ".svg", ".mp4", ".webm"),
 )
 
 
@@ -77,13 +52,27 @@ def read_caption(picture: Path, extension: str) -> CaptionFile:
 # --------------------------------------------------------------------------------------------------------------
 
 
+def note_captions(found: Mapping[Path, CaptionFile], subset: SubsetOptions, notes: Notes) -> None:
+    """Note what is said of the caption files of the pictures in a subset's folder."""
+    if is_planned(found, subset):
+        notes.tell(f"{subset.folder}: the caption of all {len(found)} pictures is {shown(subset.class_tokens)}")
+    else:
+        for line in describe_captions(found, subset):
+            notes.warn(line)
+
+
+def is_planned(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> bool:
+    """Return whether class tokens are the caption of all pictures, and no file beside them could be a caption."""
+    has_files = any(file.path is not None for file in found.values())
+    return bool(found) and bool(subset.class_tokens) and not has_files and not other_files(found, subset)
+
+
 def describe_captions(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> Iterator[str]:
     """Yield warnings about the caption files of the pictures in a subset's folder."""
     extension = shown_extension(subset.caption_extension)
     others = other_files(found, subset)
     missing = [picture for picture, file in found.items() if file.path is None]
-    is_planned = len(missing) == len(found) and bool(subset.class_tokens) and not others
-    if missing and not is_planned:
+    if missing:
         yield (
             f"{subset.folder}: {len(missing)} of {len(found)} pictures have no {extension} file and "
             f"{caption_without_file(subset)}: {names_of(missing)}{remedies(others, missing, found, subset)}"
@@ -104,13 +93,6 @@ def describe_captions(found: Mapping[Path, CaptionFile], subset: SubsetOptions) 
     lonely = files_without_picture(found, subset)
     if lonely:
         yield f"{subset.folder}: {len(lonely)} {extension} files belong to no picture: {named(lonely)}"
-
-
-def describe_planned(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> str | None:
-    """Return that all pictures of a subset have the class tokens as caption, or None if they do not."""
-    if not found or not subset.class_tokens or any(file.path is not None for file in found.values()):
-        return None
-    return f"{subset.folder}: the caption of all {len(found)} pictures is {shown(subset.class_tokens)}"
 
 
 def caption_without_file(subset: SubsetOptions) -> str:
@@ -170,7 +152,7 @@ def other_files(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> dic
 
 
 def files_without_picture(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> list[str]:
-    """Return the names of the files with the captions' extension that no picture has, nor could have by `other_files`."""
+    """Return the names of files with the captions' extension that are neither used nor found by `other_files`."""
     stems = {stem for picture in found for stem in stems_of(picture)}
     lacking = {stem for picture, file in found.items() if not file.lines for stem in stems_of(picture)}
     extension = subset.caption_extension

@@ -1,4 +1,4 @@
-"""Mistakes in the files of a run, collected by kind, so that all are told together and hundreds do not fill the screen."""
+"""Mistakes in the files of a run by kind, so that all are told together, and hundreds do not fill the screen."""
 
 from __future__ import annotations
 

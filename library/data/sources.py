@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from library.config.dataset import SubsetOptions
 from library.config.options import read_str
-from library.data.caption_files import CaptionFile, describe_captions, describe_planned, names_of, read_caption
+from library.data.caption_files import CaptionFile, names_of, note_captions, read_caption
 from library.data.captions import Caption
 from library.data.faults import Faults, Notes
 from library.data.images import Mask, list_pictures
@@ -19,7 +19,6 @@ from library.errors import UserError, named, shown
 from library.files import PICTURE_SUFFIXES
 
 Row = tuple[Path, Caption, tuple[str, ...]]  # picture, caption, texts of tags
-NO_FILE = CaptionFile(None, ())
 
 
 class Listed(NamedTuple):
@@ -60,18 +59,14 @@ def without_regularisation(subset: SubsetOptions) -> str:
 def list_folder(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Row]:
     """Return (picture, caption, tags) for the pictures in a subset's folder."""
     found: dict[Path, CaptionFile] = {}
-    pictures = list_pictures(subset.folder)
-    for picture in pictures:
+    for picture in list_pictures(subset.folder):
         try:
             found[picture] = read_caption(picture, subset.caption_extension)
         except UnreadableTextError as error:
             faults.add(f"caption files {error.kind}", error.path, error.reason)
-    for line in describe_captions(found, subset):
-        notes.warn(line)
-    if planned := describe_planned(found, subset):
-        notes.tell(planned)
-    # A picture whose caption cannot be read is listed all the same, so that its own faults are found.
-    captions = {picture: caption_from(found.get(picture, NO_FILE), subset) for picture in pictures}
+            found[picture] = CaptionFile(error.path, ("",))  # so that what is wrong with the picture is found, too
+    note_captions(found, subset, notes)
+    captions = {picture: caption_from(file, subset) for picture, file in found.items()}
     return [(picture, caption, caption) for picture, caption in captions.items()]
 
 
@@ -118,9 +113,8 @@ def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Note
         )
     empty = [path for path, caption, _ in found.values() if not any(caption)]
     if empty:
-        files = [
-            path for path in empty if any(path.with_name(f"{path.stem}{end}").is_file() for end in ends_of(subset))
-        ]
+        ends = {subset.caption_extension, ".caption", ".txt"}
+        files = [path for path in empty if any(path.with_name(f"{path.stem}{end}").is_file() for end in ends)]
         beside = (
             f"; {len(files)} of them have a caption file, which is not read: "
             "finetune/merge_captions_to_metadata.py takes it into the metadata file"
@@ -130,11 +124,6 @@ def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Note
             f"{beside if files else ''}"
         )
     return list(found.values())
-
-
-def ends_of(subset: SubsetOptions) -> set[str]:
-    """Return the usual extensions of caption files, and that of a subset."""
-    return {subset.caption_extension, ".caption", ".txt"}
 
 
 def read_entries(path: Path, faults: Faults, again: list[str]) -> list[tuple[str, dict[str, str]]]:
@@ -151,14 +140,12 @@ def read_entries(path: Path, faults: Faults, again: list[str]) -> list[tuple[str
         raise UserError(f"metadata_file {path} cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"metadata_file {path} must be an object of picture names, got {type(table).__name__}")
-    entries = []
+    entries, kind = [], f"entries of metadata_file {path} must have texts as caption and tags"
     for name, values in table.items():
         try:
             entries.append((name, {key: read_str(values.get(key) or "") for key in ("caption", "tags")}))
         except (AttributeError, ValueError):
-            faults.add(
-                f"entries of metadata_file {path} must have texts as caption and tags", name, f"got {shown(values)}"
-            )
+            faults.add(kind, name, f"got {shown(values)}")
     return entries
 
 

@@ -15,25 +15,9 @@ from library.errors import Problems, named
 from library.files import PICTURE_SUFFIXES
 
 # Pictures that other programs show, and training does not read.
-OTHER_FORMATS = frozenset(
-    [
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".heic",
-        ".heif",
-        ".jfif",
-        ".jpe",
-        ".jp2",
-        ".tga",
-        ".psd",
-        ".ppm",
-        ".pgm",
-        ".exr",
-        ".hdr",
-        ".dds",
-        ".ico",
-    ]
+OTHER_FORMATS = (
+    *(".gif", ".tif", ".tiff", ".heic", ".heif", ".jfif", ".jpe", ".jp2", ".tga", ".psd"),
+    *(".ppm", ".pgm", ".exr", ".hdr", ".dds", ".ico"),
 )
 
 Used = Collection[tuple[Path, str]]  # the places of files
@@ -70,7 +54,7 @@ def is_numbered(folder: Path) -> bool:
 
 
 def check_layout(data: DataConfig, problems: Problems, notes: Notes) -> None:
-    """Add to problems a --train_data_dir without folders N_name; warn of such a --reg_data_dir, and of other pictures."""
+    """Add a --train_data_dir without folders N_name to problems, such a --reg_data_dir and loose pictures to notes."""
     for option, parent in (("train_data_dir", data.train_data_dir), ("reg_data_dir", data.reg_data_dir)):
         if parent is None or not parent.is_dir():
             continue
@@ -82,9 +66,7 @@ def check_layout(data: DataConfig, problems: Problems, notes: Notes) -> None:
                     f"{names_below(parent, loose)}; move them to a sub-folder named like 10_name"
                 )
             continue
-        text = (
-            f"--{option} {parent} has no sub-folder named like 10_name (10 repeats){what_to_do(option, parent, loose)}"
-        )
+        text = f"--{option} {parent} has no sub-folder named like 10_name{what_to_do(option, parent, loose)}"
         if option == "train_data_dir":
             problems.add(text)
         else:
@@ -96,9 +78,7 @@ def what_to_do(option: str, parent: Path, loose: Sequence[Path]) -> str:
     if loose and is_numbered(parent.resolve()):
         return f": name the folder above it, --{option} {parent.resolve().parent}"
     if loose:
-        return (
-            f", but {len(loose)} pictures directly in it ({names_below(parent, loose)}): move them to such a sub-folder"
-        )
+        return f", but {len(loose)} pictures directly in it ({names_below(parent, loose)}): move them to one"
     for folder in folders_in(parent):
         if any(is_numbered(inner) for inner in folders_in(folder)):
             return f", but {folder} has: --{option} {folder}"
@@ -144,9 +124,7 @@ def note_unused(subsets: Sequence[SubsetOptions], pictures: Sequence[Listed], no
             last = set(masks_by_stem(folder).values())
             double = [path.name for path in masks if path not in last]
             if double:
-                notes.warn(
-                    f"{folder}: {len(double)} masks are not used, for another has the same name: {named(double)}"
-                )
+                notes.warn(f"{folder}: {len(double)} masks go unused, for another has the same name: {named(double)}")
 
 
 def unused_beside(folder: Path, used: Used, masked: Collection[Path]) -> Iterator[str]:

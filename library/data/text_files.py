@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -83,13 +84,14 @@ def _wide(letters: str) -> Callable[[bytes, str], bool]:
     return fits
 
 
-def _single(letters: str, run: str) -> Callable[[bytes, str], bool]:
-    """Return whether the characters beyond ASCII are letters in runs of a pattern."""
-    runs, high = re.compile(run.format(letters=letters)), re.compile(r"[^\0-\x7f]+")
+def _single(letters: str, *runs: str) -> Callable[[bytes, str], bool]:
+    """Return whether the characters beyond ASCII are letters in runs of some patterns, of the first one at least once."""
+    patterns, high = [re.compile(run.format(letters=letters)) for run in runs], re.compile(r"[^\0-\x7f]")
 
     def fits(data: bytes, text: str) -> bool:
         del data
-        return high.search(runs.sub("", text)) is None
+        rest = functools.reduce(lambda rest, pattern: pattern.sub("", rest), patterns, text)
+        return patterns[0].search(text) is not None and high.search(rest) is None
 
     return fits
 
@@ -106,7 +108,11 @@ ENCODINGS = (
         "cp1252",
         _single("\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u00ff", r"(?<![{letters}])[{letters}]{{1,2}}(?![{letters}])"),
     ),
-    Encoding("Windows-1251", "cp1251", _single("\u0401\u0410-\u044f\u0451", r"\b[{letters}]{{3,}}\b|\b[{letters}]\b")),
+    Encoding(
+        "Windows-1251",
+        "cp1251",
+        _single("\u0401\u0410-\u044f\u0451", r"\b[{letters}]{{3,}}\b", r"\b[{letters}]{{1,2}}\b"),
+    ),
 )
 
 
