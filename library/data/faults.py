@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from library.errors import Problems
+from library.errors import Problems, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ class Faults:
 
     def add(self, kind: str, file: Path | str, detail: str = "") -> None:
         """Add a file; kind is what all such files are, after their number, and what to do."""
-        self._by_kind.setdefault(kind, {})[f"  {file}: {detail}" if detail else f"  {file}"] = None
+        name = shortened(str(file))
+        self._by_kind.setdefault(kind, {})[f"  {name}: {detail}" if detail else f"  {name}"] = None
 
     def report(self, problems: Problems) -> None:
         """Add for each kind the number of files, and the first of them, to problems."""

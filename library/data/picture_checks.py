@@ -25,14 +25,14 @@ SAME_RATIO = 0.01  # by which the aspect ratios of a picture and its mask may di
 def read_headers(files: Collection[Path], faults: Faults) -> dict[Path, Header]:
     """Return the headers of pictures and masks; those that cannot be read are added to faults."""
     results = read_all(files, functools.partial(_attempt, read_header))
-    add_unreadable(results.items(), faults)
+    add_unreadable(results.items(), len(files), faults)
     return {path: header for path, header in results.items() if isinstance(header, Header)}
 
 
-def decode_pictures(files: Collection[Path], faults: Faults) -> None:
-    """Decode pictures and masks, and add those that are damaged to faults."""
+def decode_pictures(files: Collection[Path], total: int, faults: Faults) -> None:
+    """Decode pictures and masks, and add those that are damaged to faults; total is the number of all of the run."""
     results = read_all(files, functools.partial(_attempt, _decode), "checking pictures")
-    add_unreadable(results.items(), faults)
+    add_unreadable(results.items(), total, faults)
 
 
 def _decode(path: Path) -> Size:
@@ -47,17 +47,17 @@ def _attempt(read: Callable[[Path], T], path: Path) -> T | UnreadablePictureErro
         return error
 
 
-def add_unreadable(results: Iterable[tuple[Path, object]], faults: Faults) -> None:
+def add_unreadable(results: Iterable[tuple[Path, object]], total: int, faults: Faults) -> None:
     """Add the pictures to faults whose result is an UnreadablePictureError."""
     for path, result in results:
         if isinstance(result, UnreadablePictureError):
-            faults.add("pictures cannot be read; mend or remove them", path, str(result))
+            faults.add(f"of {total} pictures cannot be read; mend or remove them", path, str(result))
 
 
-def raise_for_unreadable(results: Iterable[tuple[Path, object]]) -> None:
+def raise_for_unreadable(results: Collection[tuple[Path, object]]) -> None:
     """Raise UserError that lists the pictures whose result is an UnreadablePictureError."""
     faults = Faults()
-    add_unreadable(results, faults)
+    add_unreadable(results, len(results), faults)
     faults.raise_if_any()
 
 

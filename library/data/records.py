@@ -147,7 +147,8 @@ def build_datasets(
     pictures = [listed for of_dataset in found for of_subset in of_dataset for listed in of_subset]
     headers = check_pictures(configs, found, faults)
     note_losses(pictures, headers, notes)
-    note_unused(subsets, pictures, notes)
+    if not faults:  # else pictures could go unused because of them
+        note_unused(subsets, pictures, notes)
     notes.log()
     faults.report(problems)
     problems.raise_if_any()
@@ -180,7 +181,7 @@ def check_pictures(
                 check_shape(listed, sizes[listed.path], place_picture(sizes[listed.path], config.options), faults)
                 check_mask(listed, sizes, faults)
     if faults:
-        decode_pictures(headers, faults)
+        decode_pictures(headers, len(files), faults)
     return headers
 
 
@@ -239,7 +240,8 @@ def share_of(paths: set[Path], share: float, seed: int) -> set[Path]:
 def verify_pictures(datasets: Sequence[Dataset]) -> None:
     """Decode every picture and mask once, so that one that cannot be read is reported before training starts."""
     faults = Faults()
-    decode_pictures({path for record in all_records(datasets) for path in record.files}, faults)
+    files = {path for record in all_records(datasets) for path in record.files}
+    decode_pictures(files, len(files), faults)
     faults.raise_if_any()
 
 

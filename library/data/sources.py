@@ -45,7 +45,7 @@ def list_subset(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Lis
         captions = sorted(read_metadata(subset.metadata_file, subset, faults, notes), key=lambda row: row[0])
     else:
         captions = list_folder(subset, faults, notes)
-    if not captions:
+    if not captions and not faults:
         notes.warn(f"{subset.source} has no pictures; it is skipped{without_regularisation(subset)}")
     masks = find_masks(subset, [path for path, _, _ in captions], faults)
     return [Listed(path, subset, caption, tags, masks.get(path)) for path, caption, tags in captions]
@@ -93,8 +93,11 @@ def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Note
     extension may be missing. Missing pictures are added to faults. Raises UserError for a damaged file.
     """
     found: dict[Path, Row] = {}
-    again, longer, missing = [], [], f"pictures of {file} are not there; they are looked for in {subset.folder}"
-    for name, values in read_entries(file, faults, again):
+    again: list[str] = []
+    longer: list[str] = []
+    entries = read_entries(file, faults, again)
+    missing = f"of {len(entries)} pictures of {file} are not there; they are looked for in {subset.folder}"
+    for name, values in entries:
         path = find_picture(name, subset.folder)
         if path is None:
             faults.add(missing, name)
@@ -218,9 +221,10 @@ def find_masks(subset: SubsetOptions, pictures: Sequence[Path], faults: Faults) 
     if folder is None or not pictures:
         return {path: Mask(path, "alpha") for path in pictures} if subset.alpha_mask else {}
     by_stem = masks_by_stem(folder)
+    missing = f"of {len(pictures)} pictures have no mask of their name in conditioning_data_dir {folder}"
     for path in pictures:
         if path.stem not in by_stem:
-            faults.add(f"pictures have no mask of their name in conditioning_data_dir {folder}", path)
+            faults.add(missing, path)
     return {path: Mask(by_stem[path.stem], "red") for path in pictures if path.stem in by_stem}
 
 

@@ -84,7 +84,7 @@ def what_to_do(option: str, parent: Path, loose: Sequence[Path]) -> str:
             return f", but {folder} has: --{option} {folder}"
         if pictures := pictures_in(folder):
             return f", but {folder} has {len(pictures)} pictures: rename it to 10_{folder.name}"
-    return ""
+    return ": put the pictures into one"
 
 
 # --------------------------------------------------------------------------------------------------------------

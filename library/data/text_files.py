@@ -85,7 +85,7 @@ def _wide(letters: str) -> Callable[[bytes, str], bool]:
 
 
 def _single(letters: str, *runs: str) -> Callable[[bytes, str], bool]:
-    """Return whether the characters beyond ASCII are letters in runs of some patterns, of the first one at least once."""
+    """Return whether the characters beyond ASCII are letters in runs of some patterns, the first one occurring."""
     patterns, high = [re.compile(run.format(letters=letters)) for run in runs], re.compile(r"[^\0-\x7f]")
 
     def fits(data: bytes, text: str) -> bool:
