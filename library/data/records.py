@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_datasets
 from library.config.train import TrainConfig
 from library.data import buckets
@@ -110,17 +110,22 @@ def load_datasets(config: TrainConfig) -> list[Dataset]:
         is_known = folder is not None and folder.is_dir() and config.dataset.resolution is not None
     if not is_known:
         return []
+    return build_datasets(
+        find_datasets(data, config.dataset, config.subset),
+        latents_cached=config.precision.cache_latents,
+        masked_loss=config.loss.masked_loss,
+        seed=config.run.seed,
+    )
+
+
+def find_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
+    """Return the datasets of a run with all values looked up; raises UserError if there is nothing to train on."""
     if data.dataset_config is None and data.in_json is None:
         problems, notes = Problems(), Notes()
         check_layout(data, problems, notes)
         notes.log()
         problems.raise_if_any()
-    return build_datasets(
-        read_datasets(data, config.dataset, config.subset),
-        latents_cached=config.precision.cache_latents,
-        masked_loss=config.loss.masked_loss,
-        seed=config.run.seed,
-    )
+    return read_datasets(data, dataset, subset)
 
 
 def build_datasets(
