@@ -75,6 +75,12 @@ def test_some_without_captions_are_told_and_files_to_rename(tmp_path, caplog):
     ]
 
 
+def test_a_text_in_another_encoding_is_a_caption_file_too(tmp_path, caplog):
+    (save(tmp_path / "x", "0.png") / "0.txt").write_bytes("ねこ".encode("cp932"))
+    build(SubsetOptions(image_dir=tmp_path / "x"))
+    assert "1 of them have a .txt file: --caption_extension .txt" in caplog.text
+
+
 def test_class_tokens_for_all_are_no_mistake_and_said(tmp_path, caplog):
     caplog.set_level("INFO")
     folder = save(tmp_path / "x", "0.png", "1.png")

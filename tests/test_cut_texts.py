@@ -21,7 +21,8 @@ from library.models.family import SD1
 from library.models.tokenizer import load_clip_tokenizer
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 
-ENCODER = TextEncoder(SD1.text_models[0], load_clip_tokenizer(), torch.nn.Identity())
+NO_MODEL: Any = torch.nn.Identity()  # only the tokenizer is used
+ENCODER = TextEncoder(SD1.text_models[0], load_clip_tokenizer(), NO_MODEL)
 PLAIN, WEIGHTED = TextOptions(), TextOptions(weights="none")
 
 

@@ -126,7 +126,7 @@ def test_of_hundreds_the_first_are_named(tmp_path):
 def exchanged_profile() -> bytes:
     """Return a colour profile in which red and green have changed places."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    tags = [(bytes(profile[132 + 12 * i :][:4]), 132 + 12 * i) for i in range(int.from_bytes(profile[128:132]))]
+    tags = [(bytes(profile[132 + 12 * i :][:4]), 132 + 12 * i) for i in range(int.from_bytes(profile[128:132], "big"))]
     red, green = (dict(tags)[name] for name in (b"rXYZ", b"gXYZ"))
     profile[red + 4 : red + 12], profile[green + 4 : green + 12] = (
         profile[green + 4 : green + 12],

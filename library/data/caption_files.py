@@ -143,8 +143,8 @@ def other_files(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> dic
     stems = {stem for picture in found for stem in stems_of(picture)}
     by_ending: dict[str, dict[Path, Path]] = {}
     for path in files_of(subset.folder):
-        stem = longest_stem(path.name, stems)
-        ending = path.name.removeprefix(stem or path.name)
+        stem = longest_stem(path.name, stems) or ""
+        ending = path.name.removeprefix(stem)
         if stem in lacking and ending != subset.caption_extension and can_be_caption(path):
             by_ending.setdefault(ending, {}).update(dict.fromkeys(lacking[stem], path))
     texts = {ending: files for ending, files in by_ending.items() if is_text(next(iter(files.values())))}
@@ -187,8 +187,8 @@ def can_be_caption(path: Path) -> bool:
 
 
 def is_text(path: Path) -> bool:
-    """Return whether a file can be read as text."""
+    """Return whether a file is text, in UTF-8 or another encoding that can be told."""
     try:
         return bool(read_text(path).strip())
-    except UnreadableTextError:
-        return False
+    except UnreadableTextError as error:
+        return error.encoding is not None

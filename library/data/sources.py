@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,14 +107,23 @@ def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Note
         found[path] = (path, joined_caption(values, subset), tuple(values["tags"].split("\n")))
         if not subset.enable_wildcard and len(values["caption"].strip().splitlines()) > 1:
             longer.append(path.name)
+    for line in describe_entries(list(found.values()), subset, again=again, longer=longer):
+        notes.warn(f"{file}: {line}")
+    return list(found.values())
+
+
+def describe_entries(
+    found: Sequence[Row], subset: SubsetOptions, *, again: Sequence[str], longer: Sequence[str]
+) -> Iterator[str]:
+    """Yield warnings about the entries of a metadata file: names listed twice, several lines, no text."""
     if again:
-        notes.warn(f"{file}: {len(again)} pictures are listed twice, and the last entry counts: {named(again)}")
+        yield f"{len(again)} pictures are listed twice, and the last entry counts: {named(again)}"
     if longer:
-        notes.warn(
-            f"{file}: {len(longer)} captions have several lines, of which only the first is used: {named(longer)}; "
+        yield (
+            f"{len(longer)} captions have several lines, of which only the first is used: {named(longer)}; "
             "--enable_wildcard takes one at random"
         )
-    empty = [path for path, caption, _ in found.values() if not any(caption)]
+    empty = [path for path, caption, _ in found if not any(caption)]
     if empty:
         ends = {subset.caption_extension, ".caption", ".txt"}
         files = [path for path in empty if any(path.with_name(f"{path.stem}{end}").is_file() for end in ends)]
@@ -122,11 +131,10 @@ def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Note
             f"; {len(files)} of them have a caption file, which is not read: "
             "finetune/merge_captions_to_metadata.py takes it into the metadata file"
         )
-        notes.warn(
-            f"{file}: {len(empty)} of {len(found)} pictures have neither caption nor tags: {names_of(empty)}"
+        yield (
+            f"{len(empty)} of {len(found)} pictures have neither caption nor tags: {names_of(empty)}"
             f"{beside if files else ''}"
         )
-    return list(found.values())
 
 
 def read_entries(path: Path, faults: Faults, again: list[str]) -> list[tuple[str, dict[str, str]]]:

@@ -15,9 +15,10 @@ from library.errors import UserError
 class UnreadableTextError(UserError):
     """A text file that cannot be read, and why; kind is what several such files are, and what to do."""
 
-    def __init__(self, path: Path, text: str, *, reason: str, kind: str) -> None:
+    def __init__(self, path: Path, text: str, *, reason: str, kind: str, encoding: str | None = None) -> None:
         super().__init__(f"{path} {text}")
         self.path, self.reason, self.kind = path, reason, kind
+        self.encoding = encoding  # the one that the file is probably in
 
 
 def read_text(path: Path) -> str:
@@ -42,6 +43,7 @@ def read_text(path: Path) -> str:
         f"is not UTF-8 text ({reason}): save it as UTF-8",
         reason=reason,
         kind="are not UTF-8 text; save them as UTF-8",
+        encoding=encoding,
     )
 
 

@@ -66,7 +66,7 @@ def cut_texts(texts: Sequence[tuple[str, Varies]], encoder: TextEncoder, options
     found = []
     for (text, varies), tokens in zip(texts, tokenize(encoder, [text for text, _ in texts], options), strict=True):
         if len(tokens.ids) > limit:
-            lost = "" if varies else encoder.tokenizer.decode(list(tokens.ids[limit:]))
+            lost = "" if varies else str(encoder.tokenizer.decode(list(tokens.ids[limit:])))
             found.append(CutText(text, tokens, limit, varies, lost))
     return found
 
