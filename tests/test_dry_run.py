@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 
@@ -89,6 +90,30 @@ def test_captions_that_are_cut_are_told_with_what_is_lost(base, pictures, tmp_pa
     assert re.search(r"78 tokens, without 'the lost end\s*': 'word word", text)
     assert "1 captions have more than 75 tokens and are cut" in text
     assert "are cut" not in dry(base, pictures, tmp_path, max_token_length=150)
+
+
+def test_a_dry_run_and_a_run_say_the_same(base, pictures, tmp_path, caplog, monkeypatch):
+    from library.training import recipe
+
+    def stop(*given):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(recipe, "make_network", stop)
+    (pictures / "1_sks dog" / "0.txt").write_text("sky " * 74, encoding="utf-8")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("sky " * 230, encoding="utf-8")
+    more = {"caption_prefix": "a fine old photograph of my cat", "sample_prompts": prompts, "sample_at_first": True}
+    told = []
+    for is_dry in (True, False):
+        caplog.clear()
+        with pytest.raises(UserError, match="far enough") if not is_dry else contextlib.nullcontext():
+            train_network.main(options(base, pictures, tmp_path / "o", dry_run=is_dry, **more))
+        told.append([line.getMessage() for line in caplog.records if "cut" in line.getMessage()])
+    assert told[0] == told[1]
+    assert len(told[0]) == 2
+    text = (tmp_path / "o" / "x-dry_run.txt").read_text(encoding="utf-8")
+    assert told[0][0] in text
+    assert re.search(r"81 tokens  0.png: 'a fine old photograph of my cat sky", text)
 
 
 def test_it_tells_buckets_fits_regularisation_and_validation(base, pictures, tmp_path):

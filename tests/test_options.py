@@ -316,6 +316,14 @@ BAD = [
         },
         "must be a multiple of 64, got 96",
     ),
+    (
+        {
+            "datasets": [
+                {"resolution": 64, "enable_bucket": True, "bucket_reso_steps": 128, "subsets": [{"image_dir": "x"}]}
+            ]
+        },
+        "bucket_reso_steps 128 leaves no bucket in 64x64; lower it",
+    ),
     ("{", "is not valid JSON"),
 ]
 

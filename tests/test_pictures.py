@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from library.config.dataset import SubsetOptions
 from library.data import buckets, captions, images
 from library.data.buckets import Placement
+from library.data.caption_files import CaptionFile, read_caption
 from library.data.captions import Moment
-from library.data.sources import caption_of
+from library.data.sources import caption_from
 from library.errors import UserError
 
 MOMENT = Moment(epoch=1, step=0, num_steps=100)
+SIDES = st.integers(1, 20_000)
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------
@@ -163,6 +167,21 @@ def test_any_size_is_covered_by_its_bucket():
             assert min(placed.bucket) >= 64
 
 
+@given(st.tuples(SIDES, SIDES), st.tuples(st.integers(64, 1500), st.integers(64, 1500)), st.sampled_from((64, 128)))
+@example((1150, 896), (508, 507), 64)  # 576 x 448 would be more than 508 x 507
+@example((16_000, 9), (700, 333), 64)
+@example((63, 5000), (512, 512), 64)
+@settings(max_examples=300, deadline=None)
+def test_no_bucket_has_more_area_than_the_resolution(size, resolution, step):
+    assume(step * step <= math.prod(resolution))
+    shortest, longest = buckets.adjusted_range(64, 2048, step)
+    candidates = buckets.bucket_resolutions(resolution, shortest=shortest, longest=longest, step=step)
+    for placed in (buckets.place(size, candidates), buckets.place_without_upscale(size, resolution, step)):
+        assert math.prod(placed.bucket) <= math.prod(resolution)
+        assert min(placed.surplus) >= 0
+        assert all(side >= step and side % step == 0 for side in placed.bucket)
+
+
 # ---- captions -----------------------------------------------------------------------------------------------
 
 
@@ -243,19 +262,19 @@ def test_token_warmup_shows_more_tags_with_time():
 
 def test_caption_files_and_those_of_face_crops(tmp_path):
     picture = tmp_path / "photo_10_20_30_40.png"
-    assert captions.read_caption(picture, ".txt") is None
+    assert read_caption(picture, ".txt") == CaptionFile(None, ())
     (tmp_path / "photo.txt").write_text("\ufeff a photo \n\nsecond", encoding="utf-8")
-    assert captions.read_caption(picture, ".txt") == ["a photo", "second"]
+    assert read_caption(picture, ".txt") == CaptionFile(tmp_path / "photo.txt", ("a photo", "second"))
     (tmp_path / "photo_10_20_30_40.txt").write_text(" \n", encoding="utf-8")
-    assert captions.read_caption(picture, ".txt") == []
+    assert read_caption(picture, ".txt").lines == ()
     (tmp_path / "photo_10_20_30_40.txt").write_bytes("日本語".encode("cp932"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        captions.read_caption(picture, ".txt")
+        read_caption(picture, ".txt")
 
 
 def test_a_caption_is_the_first_line_or_with_wildcards_all_or_the_class_token(tmp_path):
     def caption(stem, **values):
-        return caption_of(tmp_path / f"{stem}.png", options(caption_extension=".txt", **values))
+        return caption_from(read_caption(tmp_path / f"{stem}.png", ".txt"), options(**values))
 
     (tmp_path / "a.txt").write_text("own\nlines", encoding="utf-8")
     (tmp_path / "empty.txt").touch()

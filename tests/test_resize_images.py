@@ -54,10 +54,13 @@ def test_sizes_are_the_formula_rounded_down_and_never_larger(width, height, w, h
         return
     assert size[0] <= width
     assert size[1] <= height
+    assert math.prod(size) <= w * h
+    if 1 in size:  # the other side fills the area, or keeps the aspect ratio if that is less
+        return
     for side, exact_square in zip(
         size, (Fraction(width * w * h, height), Fraction(height * w * h, width)), strict=True
     ):
-        assert side == 1 or side**2 <= exact_square
+        assert side**2 <= exact_square
         assert exact_square < (side + 1) ** 2
     scale = math.sqrt(w * h / (width * height))
     assert all(
@@ -69,6 +72,21 @@ def test_the_sizes_of_the_document():
     assert pictures.reduced_size((1000, 600), 384 * 384) == (495, 297)
     assert pictures.reduced_size((600, 1000), 384 * 384) == (297, 495)
     assert pictures.reduced_size((1536, 1536), 512 * 512) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("size", "area", "reduced"),
+    [
+        ((100_000, 1), 64 * 64, (4096, 1)),
+        ((3, 50_000), 100, (1, 100)),
+        ((65_535, 2), 96 * 96, (9216, 1)),
+        ((40_000, 3), 180, (180, 1)),
+        ((900, 2), 1, (1, 1)),
+    ],
+)
+def test_the_area_holds_at_extreme_ratios(size, area, reduced):
+    assert pictures.reduced_size(size, area) == reduced
+    assert pictures.reduced_size(size[::-1], area) == reduced[::-1]
 
 
 @given(SIDES, SIDES, st.integers(1, 64))

@@ -190,8 +190,6 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
             found.append((folder, SUBSET_KEYS["num_repeats"].read(number, f"{folder}: num_repeats"), tokens))
         else:
             logger.warning("%s is skipped: its name does not start with a number of repeats, as in 10_name", folder)
-    if not found:
-        logger.warning("%s has no sub-folder with a number of repeats, as in 10_name", parent)
     return found
 
 
@@ -226,6 +224,9 @@ def _check_buckets(options: DatasetOptions, problems: Problems) -> None:
     shortest, longest = min(options.size), max(options.size)
     if options.bucket_reso_steps % 64:
         problems.add(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
+    if options.bucket_reso_steps**2 > shortest * longest:
+        step = options.bucket_reso_steps
+        problems.add(f"bucket_reso_steps {step} leaves no bucket in {shortest}x{longest}; lower it")
     if options.bucket_no_upscale:
         return  # the range has no effect
     if options.min_bucket_reso > shortest:

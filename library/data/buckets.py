@@ -27,7 +27,10 @@ class Placement:
 
 
 def bucket_resolutions(resolution: Size, *, shortest: int, longest: int, step: int) -> list[Size]:
-    """Return the candidate resolutions, sorted: sides from shortest to longest, no area above resolution's."""
+    """Return the candidate resolutions, sorted: sides from shortest to longest, no area above resolution's.
+
+    A square of step must fit into that area, which `library.config.dataset_file` requires.
+    """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
     found = {(side, side)}
@@ -39,8 +42,8 @@ def bucket_resolutions(resolution: Size, *, shortest: int, longest: int, step: i
 
 
 def adjusted_range(shortest: int, longest: int, step: int) -> Size:
-    """Return (shortest, longest) on multiples of step: the first rounded down, the second up."""
-    return shortest // step * step, -(-longest // step) * step
+    """Return (shortest, longest) on multiples of step: the first rounded down, but not to 0, the second up."""
+    return max(step, shortest // step * step), -(-longest // step) * step
 
 
 def place(size: Size, candidates: Sequence[Size]) -> Placement:
@@ -65,14 +68,19 @@ def place_without_upscale(size: Size, resolution: Size, step: int) -> Placement:
 
     A picture larger than resolution's area is scaled to that area, along the side that keeps its aspect
     ratio better. One with a side shorter than step is enlarged to have it, for there is no smaller bucket.
+    The bucket's area is at most resolution's, into which a square of step must fit.
     """
     area = resolution[0] * resolution[1]
     resized = _shrunk_to_area(size, area, step) if size[0] * size[1] > area else size
     if min(resized) < step:
         resized = cover(size, (step, step))
-    longest = max(area // step // step * step, step)
-    bucket = min(resized[0] // step * step, longest), min(resized[1] // step * step, longest)
-    return Placement(bucket, resized)
+    width, height = (side // step * step for side in resized)
+    # Sides rounded up can exceed the area: then the longer one gives way.
+    if width >= height:
+        width = min(width, area // height // step * step)
+    else:
+        height = min(height, area // width // step * step)
+    return Placement((width, height), resized)
 
 
 def _shrunk_to_area(size: Size, area: int, step: int) -> Size:

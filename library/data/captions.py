@@ -1,4 +1,4 @@
-"""Caption rules: from the texts in a caption file to the text of one sample. Each rule is a small function.
+"""Caption rules: from the texts of a caption to the text of one sample. Each rule is a small function.
 
 The order is that of sd-scripts: prefix and suffix, dropout, wildcards, tags (kept, warmed up, shuffled,
 dropped), secondary separator. All randomness comes from the generator that is passed in.
@@ -9,16 +9,14 @@ A caption is a tuple of texts, at least one. With wildcards each sample takes on
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from library.config.dataset import SubsetOptions
-from library.data.images import face_in_name
-from library.errors import UserError
 
 Caption = tuple[str, ...]
 
@@ -31,24 +29,14 @@ class Moment(NamedTuple):
     num_steps: int
 
 
-def read_caption(picture: Path, extension: str) -> list[str] | None:
-    """Return the lines of a picture's caption file that are not blank, stripped; None where there is no such file.
+class Chance(Protocol):
+    """What samples are drawn with: a random generator, or `LongestDraw`."""
 
-    A face crop `name_x_y_w_h` without a file of its own has that of `name`. Raises UserError for a file that is
-    not UTF-8.
-    """
-    crop = face_in_name(picture.stem)
-    stems = [picture.stem] if crop is None else [picture.stem, crop[0]]
-    path = next((path for stem in stems if (path := picture.with_name(stem + extension)).is_file()), None)
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    def random(self) -> float: ...
+
+    def choice(self, seq: Sequence[str], /) -> str: ...
+
+    def shuffle(self, x: list[str], /) -> None: ...
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -59,7 +47,7 @@ def read_caption(picture: Path, extension: str) -> list[str] | None:
 class Rule(NamedTuple):
     """One rule as it applies to a caption: (text, moment, generator) -> text."""
 
-    apply: Callable[[str, Moment, random.Random], str]
+    apply: Callable[[str, Moment, Chance], str]
     varies: bool  # whether the result depends on the moment or on chance
 
 
@@ -68,8 +56,7 @@ def caption_rules(caption: Caption, options: SubsetOptions) -> list[Rule]:
     texts = with_affixes(caption, options)
     rules = [Rule(lambda *_: texts[0], False)]
     if options.enable_wildcard:
-        has_choices = len(texts) > 1 or WILDCARD.search(texts[0]) is not None
-        rules = [Rule(lambda _, moment, rng: sample_wildcards(texts, rng), has_choices)]
+        rules = [Rule(lambda _, moment, rng: sample_wildcards(texts, rng), has_choices(caption))]
     if options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0:
         rules.append(Rule(lambda text, moment, rng: sample_tags(text, options, moment, rng), True))
     elif options.keep_tokens_separator:
@@ -80,7 +67,7 @@ def caption_rules(caption: Caption, options: SubsetOptions) -> list[Rule]:
     return rules
 
 
-def sample_caption(caption: Caption, options: SubsetOptions, moment: Moment, rng: random.Random) -> str:
+def sample_caption(caption: Caption, options: SubsetOptions, moment: Moment, rng: Chance) -> str:
     """Return the text of one sample of a picture."""
     if rng.random() < dropout_rate(options, moment.epoch):
         return ""
@@ -97,8 +84,52 @@ def possible_captions(caption: Caption, options: SubsetOptions) -> set[str] | No
     return {text, ""} if any(dropout_rate(options, epoch) > 0 for epoch in epochs) else {text}
 
 
-def _apply(rules: Sequence[Rule], moment: Moment, rng: random.Random) -> str:
+def _apply(rules: Sequence[Rule], moment: Moment, rng: Chance) -> str:
     return functools.reduce(lambda text, rule: rule.apply(text, moment, rng), rules, "")
+
+
+class LongestDraw:
+    """In the place of a random generator: nothing is dropped unless it always is, and choices are the longest."""
+
+    def __init__(self, measure: Callable[[str], int]) -> None:
+        self.measure = measure  # words -> number of tokens
+
+    def random(self) -> float:
+        """Return the largest number that a generator can return."""
+        return math.nextafter(1.0, 0.0)
+
+    def choice(self, seq: Sequence[str], /) -> str:
+        """Return the part with the most tokens."""
+        return max(seq, key=self.measure)
+
+    def shuffle(self, x: list[str], /) -> None:
+        """Leave the order as it is, on which the number of tokens does not depend."""
+
+
+def longest_samples(
+    caption: Caption, options: SubsetOptions, num_steps: int, measure: Callable[[str], int]
+) -> list[str]:
+    """Return the sample with the most tokens that a run can draw of each text of a caption."""
+    last = Moment(1, num_steps - 1, num_steps)  # the token warm-up shows most at the end
+    texts = caption if options.enable_wildcard else caption[:1]
+    return [sample_caption((text,), options, last, LongestDraw(measure)) for text in texts]
+
+
+def order_varies(caption: Caption, options: SubsetOptions) -> bool:
+    """Return whether samples of a caption have their tags in another order each time."""
+    moves = options.shuffle_caption and options.caption_tag_dropout_rate < 1
+    return moves and any(len(split_tags(text, options)[1]) > 1 for text in with_affixes(caption, options))
+
+
+def lengths_vary(caption: Caption, options: SubsetOptions) -> bool:
+    """Return whether samples of a caption have different numbers of tags, or words that are chosen."""
+    drops = 0 < options.caption_tag_dropout_rate < 1 or options.token_warmup_step > 0
+    return drops or (options.enable_wildcard and has_choices(caption))
+
+
+def has_choices(caption: Caption) -> bool:
+    """Return whether wildcards leave more than one sample of a caption."""
+    return len(caption) > 1 or WILDCARD.search(caption[0]) is not None
 
 
 def dropout_rate(options: SubsetOptions, epoch: int) -> float:
@@ -118,14 +149,14 @@ WILDCARD = re.compile(r"\{([^{}]+)\}")
 OPEN_BRACE, CLOSED_BRACE = "\ue000", "\ue001"  # private-use characters stand for {{ and }} meanwhile
 
 
-def sample_wildcards(caption: Caption, rng: random.Random) -> str:
+def sample_wildcards(caption: Caption, rng: Chance) -> str:
     """Return one text of the caption with each {a|b|c} replaced by one of its parts; {{ and }} are literal."""
     text = rng.choice(caption).replace("{{", OPEN_BRACE).replace("}}", CLOSED_BRACE)
     text = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), text)
     return text.replace(OPEN_BRACE, "{").replace(CLOSED_BRACE, "}")
 
 
-def sample_tags(text: str, options: SubsetOptions, moment: Moment, rng: random.Random) -> str:
+def sample_tags(text: str, options: SubsetOptions, moment: Moment, rng: Chance) -> str:
     """Return the text with its flexible tags warmed up, shuffled and dropped, joined by comma and space."""
     fixed, flexible, ending = split_tags(text, options)
     flexible = flexible[: num_warm_tags(len(flexible), options, moment)]

@@ -27,12 +27,8 @@ from library.randomness import seed_for
 from library.training.measure.validation import Validation, held_out, validation_seed
 from library.training.prepare.caches import build_conditioner, cache_latents
 from library.training.prepare.checks import check_before_loading
-from library.training.prepare.placing import (
-    caption_options,
-    enable_gradient_checkpointing,
-    open_base,
-    warn_of_cut_captions,
-)
+from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
+from library.training.prepare.placing import caption_options, enable_gradient_checkpointing, open_base
 from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
@@ -67,7 +63,7 @@ def train(
     if config.run.dry_run or not config.precision.cache_latents:
         verify_pictures(datasets)
     if config.run.dry_run:
-        return dry_run(config, datasets, choice=choice, files=files)
+        return dry_run(config, datasets, prompts, choice=choice, files=files)
 
     # Load the base model.
     runtime = start_runtime(config.precision, config.logs)
@@ -78,7 +74,13 @@ def train(
         make_repository(config.hub)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     text = caption_options(config.text)
-    warn_of_cut_captions(datasets, base, text)
+
+    # Plan the steps, and find the texts that are too long for them.
+    plan = plan_steps(config.run, datasets, seed, rank=runtime.rank, num_processes=runtime.num_processes)
+    plan = resume_plan(plan, config.state, config.saving, resumed)
+    warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
+    warn_of_cut_captions(cut_captions(datasets, base.texts[0], text, plan.num_steps))
+    tell_long_prompts(prompts, base.texts[0], text, config.text.clip_skip)
 
     # Build the network over the models; first, because a network module may refuse.
     network = make_network(config, seed, base, runtime)
@@ -91,10 +93,7 @@ def train(
         datasets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder
     )
 
-    # Plan the steps.
-    plan = plan_steps(config.run, datasets, seed, rank=runtime.rank, num_processes=runtime.num_processes)
-    plan = resume_plan(plan, config.state, config.saving, resumed)
-    warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
+    # Put together what a step needs.
     state = make_state(config, network, choice, plan, runtime.scaler)
     objective = Objective(
         base=base,

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageFile
 from library.data import images
 from library.data.buckets import Size
 from library.data.images import Frame
+from library.data.picture_kinds import moves
 from library.errors import message_of
 
 # Warnings after a run about copies that lose something of their picture: kind -> text before the pictures' names.
@@ -120,11 +121,6 @@ def is_plain(picture: ImageFile.ImageFile) -> bool:
     return picture.format != "PNG" or (picture.tile[0][3] == picture.mode and "transparency" not in picture.info)
 
 
-def moves(picture: Image.Image) -> bool:
-    """Return whether a file has several frames; an MPO is a photograph with its preview."""
-    return getattr(picture, "is_animated", False) and picture.format != "MPO"
-
-
 def from_cmyk(picture: Image.Image) -> Image.Image:
     """Return a CMYK picture in sRGB, converted with its colour profile if that is valid."""
     profile = picture.info.get("icc_profile")
@@ -159,12 +155,16 @@ class OutputFormat:
 def reduced_size(size: Size, area: int) -> Size:
     """Return (width, height) of the same aspect ratio with at most the area, rounded down; never enlarged.
 
-    The sides times sqrt(area / (width height)), in whole numbers: floor(sqrt(x)) is isqrt(floor(x)).
+    The sides times sqrt(area / (width height)), in whole numbers: floor(sqrt(x)) is isqrt(floor(x)). Where a side would
+    be less than a pixel it is one, and the other is at most the area.
     """
     width, height = size
     if width * height <= area:
         return size
-    return max(1, math.isqrt(width * area // height)), max(1, math.isqrt(height * area // width))
+    small_width, small_height = math.isqrt(width * area // height), math.isqrt(height * area // width)
+    if small_width == 0:
+        return 1, min(small_height, area)
+    return (small_width, small_height) if small_height else (min(small_width, area), 1)
 
 
 def middle_frame(size: Size, area: int, divisible_by: int) -> Frame:

@@ -9,11 +9,10 @@ from torch import nn
 
 from library.config.network import NetworkConfig
 from library.config.training import PrecisionConfig, TextConfig
-from library.data.records import Dataset, all_records
 from library.errors import UserError
 from library.models.attention import use_xformers
 from library.models.base import BaseFiles, BaseModel, load_base, text_body
-from library.models.conditioning import PER_WINDOW, TextOptions, tokenize
+from library.models.conditioning import PER_WINDOW, TextOptions
 from library.models.eight_bit import store_in_eight_bits
 from library.networks.merging import merge_base_weights
 from library.networks.trainable import TrainableNetwork
@@ -61,15 +60,6 @@ def check_clip_skip(clip_skip: int | None, base: BaseModel) -> None:
     layers = min(text.num_layers for text in base.texts)
     if (clip_skip or 1) > layers:
         raise UserError(f"--clip_skip must be at most {layers}, the layers of this text encoder, got {clip_skip}")
-
-
-def warn_of_cut_captions(datasets: list[Dataset], base: BaseModel, options: TextOptions) -> None:
-    """Warn of captions that have more tokens than are encoded."""
-    captions = sorted({text for record in all_records(datasets) for text in record.caption})
-    number = sum(tokens.windows > options.windows for tokens in tokenize(base.texts[0], captions, options))
-    if number:
-        text = "%d captions have more than %d tokens and are cut; --max_token_length takes 150 or 225"
-        logger.warning(text, number, options.num_tokens)
 
 
 def enable_gradient_checkpointing(base: BaseModel, network: TrainableNetwork) -> None:

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from library.adapters.alphas import note_on_alphas
+from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
 from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
 from library.data.buckets import Size
 from library.data.latent_cache import count_valid
-from library.data.records import Dataset, ImageRecord, all_records, subsets_of
+from library.data.records import Dataset, ImageRecord, subsets_of
 from library.files import replacing
 from library.models.base import BaseFiles, BaseModel, TextEncoder, load_base
 from library.models.checkpoint import VAE
@@ -29,6 +30,7 @@ from library.optim.optimizers import OptimizerChoice
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.training.charts.block_chart import count_blocks, plot_blocks
 from library.training.prepare.caches import all_captions
+from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, check_clip_skip, enable_gradient_checkpointing
 from library.training.prepare.plan import choose_seed, plan_steps, resume_plan
 from library.training.record.run_files import RunFiles
@@ -63,7 +65,9 @@ class Report:
             logger.info("  ... and %d more", len(lines) - most)
 
 
-def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerChoice, files: BaseFiles) -> Path:
+def dry_run(
+    config: TrainConfig, datasets: list[Dataset], prompts: list[Prompt], *, choice: OptimizerChoice, files: BaseFiles
+) -> Path:
     """Report what the run would do; return the path of the full report. The contact sheet is beside it."""
     report, names = Report(), RunFiles(config.saving)
     is_here = not config.hub.resume_from_huggingface  # a dry run downloads nothing
@@ -81,6 +85,7 @@ def dry_run(config: TrainConfig, datasets: list[Dataset], *, choice: OptimizerCh
     report_steps(report, config.run, plan)
     report_pictures(report, datasets)
     report_captions(report, plan, base.texts[0], text)
+    tell_long_prompts(prompts, base.texts[0], text, config.text.clip_skip)
     if on_disk:
         valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae))
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
@@ -165,16 +170,9 @@ def report_captions(report: Report, plan: RunPlan, encoder: TextEncoder, options
             fed.append(f"  {len(tokens.ids):4d} tokens  {name}: {caption!r}")
     report.say(f"captions of epoch {epoch} in the order of training:")
     report.say_some(fed, MOST_CAPTIONS)
-    cut = []
-    lines = sorted({text for record in all_records(plan.datasets) for text in record.caption})
-    limit = options.num_tokens
-    for caption, tokens in zip(lines, tokenize(encoder, lines, options), strict=True):
-        if len(tokens.ids) > limit:
-            rest = encoder.tokenizer.decode(list(tokens.ids[limit:]))
-            cut.append(f"  {len(tokens.ids)} tokens, without {rest!r}: {caption!r}")
-    if cut:
-        report.say(f"{len(cut)} captions have more than {limit} tokens and are cut:")
-        report.say_some(cut, MOST_CUT_CAPTIONS)
+    cut = cut_captions(plan.datasets, encoder, options, plan.num_steps)
+    report.lines += warn_of_cut_captions(cut)
+    report.say_some([f"  {text.describe()}" for text in cut], MOST_CUT_CAPTIONS)
 
 
 def report_network(report: Report, config: TrainConfig, base: BaseModel) -> TrainableNetwork:
