@@ -15,8 +15,9 @@ from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.models.base import BaseModel
+from library.networks.applied import apply_file
 from library.networks.merging import merge_file
-from library.networks.modules import find_module, is_foreign, module_errors, text_encoder_for_networks
+from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
 from library.weight_file import data_sha256, read_metadata
 
@@ -132,26 +133,10 @@ def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Ten
 
 def apply_one(network: LoadedNetwork, models: BaseModel, device: torch.device) -> None:
     """Make a network act in the forward pass of the models, on the device where they will work."""
-    module, encoder = find_module(network.options), text_encoder_for_networks(models)
     with module_errors(network.options, "create_network_from_weights", network.path):
-        made, weights = module.read(
-            network.path,
-            models,
-            encoder,
-            multiplier=network.multiplier,
-            weights=weights_of(network, models),
-            arguments={"for_inference": True} | module.arguments,
-        )
-        if made is None:
-            raise UserError(f"{module.name} makes no network of {network.path}")
-        if not isinstance(made, HasMultiplier):
-            raise UserError(f"{network.path}: the network of {module.name} has no strength (no set_multiplier)")
-        made.apply_to(encoder, models.unet, True, True)  # lycoris has no defaults
-        made.load_state_dict(weights, False)
-        made.to(device, next(models.unet.parameters()).dtype)
-        made.eval()
-        made.requires_grad_(False)
-        network.applied = made
+        module = find_module(network.options)
+        weights = weights_of(network, models)
+        network.applied = apply_file(module, network.path, models, network.multiplier, device, weights)
 
 
 def merge_one(network: LoadedNetwork, multiplier: float, models: BaseModel) -> None:
