@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from library.adapters.lora_file import read_lora, to_state_dict
+from library.adapters.lora_file import check_lora, read_lora, to_state_dict
+from library.adapters.names import kind_of, roles_of
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError
@@ -19,7 +20,8 @@ from library.networks.applied import apply_file
 from library.networks.merging import merge_file
 from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.weight_file import data_sha256, read_metadata
+from library.networks.third_party import EMBEDDINGS, named, words_in
+from library.weight_file import data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,41 @@ def show_metadata(config: NetworksConfig) -> None:
     for path in config.network_weights or ():
         text = json.dumps(dict(sorted(read_metadata(path).items())), ensure_ascii=False, indent=2)
         logger.info("%s: %s", path, text)
+
+
+def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
+    """Raise UserError for files that their modules cannot draw; warn of tensors that are not drawn.
+
+    embeddings are the files of --textual_inversion_embeddings. What a foreign module takes shows only when it reads.
+    """
+    for settings, path, _ in options_of(networks):
+        names = open_weights(path).shapes.keys()
+        words = words_in(names)
+        if words and path not in embeddings:
+            logger.warning(
+                "%s holds embeddings, which are not used (%s): name it in --textual_inversion_embeddings, too",
+                path,
+                ", ".join(words),
+            )
+        if is_foreign(settings):
+            continue
+        try:
+            check_lora(path)
+        except UserError as error:
+            others = {kind_of(name) for name in names} - {None, "norm"}
+            advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if others else ""
+            raise UserError(f"{error}{advice}") from None
+        left = names - {name for _, _, name in roles_of(names)}
+        left = {name for name in left if not name.startswith(EMBEDDINGS)}
+        if left:
+            logger.warning(
+                "%s: %s does not draw %d of %d tensors (%s); --network_module lycoris.kohya draws norms and differences",
+                path,
+                settings.network_module,
+                len(left),
+                len(names),
+                named(left),
+            )
 
 
 def load_networks(config: GenerateConfig, models: BaseModel, device: torch.device) -> LoadedNetworks:

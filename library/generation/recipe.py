@@ -26,7 +26,7 @@ from library.generation.image_generator import GeneratedImage, ImageGenerator
 from library.generation.infotext import Recorded, RunFacts
 from library.generation.init_images import list_images
 from library.generation.jobs import ImageLists, Job, JobMaker, in_batch_order
-from library.generation.networks import LoadedNetworks, load_networks, show_metadata
+from library.generation.networks import LoadedNetworks, check_files, load_networks, show_metadata
 from library.generation.output import Writer, save, unused
 from library.generation.requests import Request, Seeds, all_requests, read_line, requests_of
 from library.models.attention import use_xformers
@@ -42,6 +42,7 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
         show_metadata(config.networks)
     axes = grids.read_axes(config.output.grid or ())
     device = device_of(config.speed.device)
+    check_files(config.networks, config.control.textual_inversion_embeddings or ())
     base = open_base(config, device)
     networks = load_networks(config, base, device)
     generator = ImageGenerator(
