@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ def assert_same(found: Any, expected: Any, plain: Any) -> None:
 def test_a_file_acts_as_its_formula_says_at_every_strength(kind, store, base, model_store):
     models, _ = model_store("sd1")
     path, plain = store(kind), outputs(models["text_encoder"], models["unet"])
-    applied = apply_file(module_of(), path, base, 1.0, CPU)
+    applied = apply_file(module_of(), path, base, 1.0, device=CPU)
     for strength in (1.0, 0.3, -0.6):
         applied.set_multiplier(strength)
         found = outputs(base.texts[0].module, base.unet)
@@ -198,9 +197,7 @@ def test_a_file_is_merged_as_its_formula_says(kind, store, base, model_store):
     path = store(kind)
     merge_file(module_of(), path, 0.7, base)
     expected = outputs(*meant(models, {path: 0.7}))
-    assert_same(
-        outputs(base.texts[0].module, base.unet), expected, outputs(models["text_encoder"], models["unet"])
-    )
+    assert_same(outputs(base.texts[0].module, base.unet), expected, outputs(models["text_encoder"], models["unet"]))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +209,8 @@ def test_changes_of_several_files_add_up(kinds, store, base, model_store, tmp_pa
     strengths = dict(zip(paths, (0.5, 1.0), strict=True)) if paths[0] != paths[1] else {paths[0]: 1.5}
     own = lora_of(models, tmp_path / "own.safetensors")
     for path, strength in zip(paths, (0.5, 1.0), strict=True):
-        apply_file(module_of(), path, base, strength, CPU)
-    apply_file(module_of("networks.lora"), own, base, 0.4, CPU)
+        apply_file(module_of(), path, base, strength, device=CPU)
+    apply_file(module_of("networks.lora"), own, base, 0.4, device=CPU)
     expected = outputs(*meant(models, strengths | {own: 0.4}))
     assert_same(outputs(base.texts[0].module, base.unet), expected, outputs(models["text_encoder"], models["unet"]))
 
@@ -269,7 +266,7 @@ def test_without_an_alpha_the_rank_is_meant(kind, store, base, model_store, tmp_
     save_file(bare, tmp_path / "bare.safetensors")
     save_file(full, tmp_path / "full.safetensors")
     models, _ = model_store("sd1")
-    apply_file(module_of(), tmp_path / "bare.safetensors", base, 1.0, CPU)
+    apply_file(module_of(), tmp_path / "bare.safetensors", base, 1.0, device=CPU)
     expected = outputs(*meant(models, {tmp_path / "full.safetensors": 1.0}))
     assert_same(outputs(base.texts[0].module, base.unet), expected, outputs(models["text_encoder"], models["unet"]))
 
@@ -292,7 +289,9 @@ def test_tensors_that_a_module_does_not_take_are_told(draw, store, two, tmp_path
     with caplog.at_level("WARNING"):
         draw("--prompt", "a cat", *LYCORIS, path)
     number = len(load_file(path))
-    assert f"a.safetensors: lycoris.kohya does not take 3 of {number} tensors (lora_te_text_model_nowhere" in caplog.text
+    assert (
+        f"a.safetensors: lycoris.kohya does not take 3 of {number} tensors (lora_te_text_model_nowhere" in caplog.text
+    )
 
 
 OF_NORMS = {f"lora_unet_conv_norm_out.{end}": torch.ones(32) for end in ("w_norm", "b_norm")}

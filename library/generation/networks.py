@@ -25,6 +25,10 @@ from library.weight_file import data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
 
+# Modules whose files AUTOMATIC1111 reads (extensions-builtin/Lora/networks.py of 1.10.1), with tensors of these names.
+A1111_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")
+A1111_NAMES = ("lora_unet_", "lora_te_text_model_", "lora_te1_text_model_", EMBEDDINGS)
+
 
 @dataclasses.dataclass
 class LoadedNetwork:
@@ -34,7 +38,10 @@ class LoadedNetwork:
     path: Path
     multiplier: float  # of --network_mul
     is_merged: bool
-    sha256: str
+    sha256: str  # of its tensors
+    hashes: tuple[str, ...] = ()  # by which programs know it, this one first
+    alias: str = ""  # its name in its metadata
+    has_tag: bool = False  # whether AUTOMATIC1111 reads it by `<lora:name:1>`
     applied: HasMultiplier | None = None  # None where it is merged or added to the weights
 
 
@@ -122,7 +129,7 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
         left = {name for name in left if not name.startswith(EMBEDDINGS)}
         if left:
             logger.warning(
-                "%s: %s does not draw %d of %d tensors (%s); --network_module lycoris.kohya draws norms and differences",
+                "%s: %s does not draw %d of %d tensors (%s); --network_module lycoris.kohya draws norms",
                 path,
                 settings.network_module,
                 len(left),
@@ -143,7 +150,7 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
         if is_foreign(settings) and (wanted or options.network_pre_calc):
             logger.warning("%s is not merged but applied: merging is safe with networks of this suite only", path)
         is_merged = wanted and not is_foreign(settings)
-        networks.append(LoadedNetwork(settings, path, multiplier, is_merged, data_sha256(path)))
+        networks.append(described(LoadedNetwork(settings, path, multiplier, is_merged, data_sha256(path))))
     found = LoadedNetworks(networks, models)
     for network in networks:
         if network.is_merged:
@@ -156,6 +163,23 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
         if found.base is None or is_foreign(network.options):
             apply_one(network, models, device)
     return found
+
+
+def described(network: LoadedNetwork) -> LoadedNetwork:
+    """Return a network with what identifies it in other programs.
+
+    AUTOMATIC1111 takes the hash in the metadata where there is one, which lycoris begins with 0x.
+    """
+    file = open_weights(network.path)
+    own = file.metadata.get("sshs_model_hash", "").lower()
+    hashes = (network.sha256, own, own.removeprefix("0x"))
+    return dataclasses.replace(
+        network,
+        hashes=tuple(dict.fromkeys(filter(None, hashes))),
+        alias=file.metadata.get("ss_output_name", ""),
+        has_tag=network.options.network_module in A1111_MODULES
+        and all(name.startswith(A1111_NAMES) for name in file.shapes),
+    )
 
 
 def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Tensor] | None:
@@ -173,7 +197,7 @@ def apply_one(network: LoadedNetwork, models: BaseModel, device: torch.device) -
     with module_errors(network.options, "create_network_from_weights", network.path):
         module = find_module(network.options)
         weights = weights_of(network, models)
-        network.applied = apply_file(module, network.path, models, network.multiplier, device, weights)
+        network.applied = apply_file(module, network.path, models, network.multiplier, device=device, weights=weights)
 
 
 def merge_one(network: LoadedNetwork, multiplier: float, models: BaseModel) -> None:

@@ -63,6 +63,7 @@ def apply_file(
     path: Path,
     base: BaseModel,
     multiplier: float,
+    *,
     device: torch.device,
     weights: Mapping[str, Tensor] | None = None,
 ) -> HasMultiplier:
