@@ -191,8 +191,8 @@ def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
     problems = Problems()
     recorded = [record for path in given if (record := problems.run(read_recorded, path)) is not None]
     problems.raise_if_any()
-    for path, record in zip(given, recorded, strict=True):
-        warn_of_settings(path, record, images)
+    for picture, record in zip(given, recorded, strict=True):
+        warn_of_settings(picture, record, images)
     for record in recorded:
         for name, flag, path in (
             (record.begins_with, "--image_path", images.image_path),
