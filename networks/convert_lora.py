@@ -25,7 +25,7 @@ from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import option
 from library.config.tool_files import ConvertedLora, Precision
-from library.errors import Problems, UserError
+from library.errors import Problems
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -102,13 +102,15 @@ def known_layers(file: LoraFile, options: ConvertOptions) -> dict[str, Layer]:
     """Return module -> layer; raises UserError for modules that are not known, unless skipping them is allowed."""
     from library.adapters.merging import warn_of_unmatched
 
-    layers = {name: layer for name in file.changes if (layer := file.layer(name)) is not None}
-    unknown = [name for name in file.changes if name not in layers]
-    where = f"models of {family_title(file)}"
-    warn_of_unmatched(file, unknown + sorted(file.extra), where, allowed=options.allow_unmatched)
-    if not layers:
-        raise UserError(f"{file.path} has no module that is known")
-    return layers
+    where = f"models of {family_title(file)}" if options.to != "diffusers" else "files of diffusers"
+    warn_of_unmatched(file, left_over(file, options), where, allowed=options.allow_unmatched)
+    return {name: layer for name in file.changes if (layer := file.layer(name)) is not None}
+
+
+def left_over(file: LoraFile, options: ConvertOptions) -> list[str]:
+    """Return the names of what the other format cannot hold: files of diffusers have neither vectors nor embeddings."""
+    more = [*file.vectors, *file.embeddings] if options.to == "diffusers" else []
+    return [*file.unknown, *more]
 
 
 def family_title(file: LoraFile) -> str:
@@ -135,7 +137,8 @@ def for_kohya(
     name_of = module_name if options.to == "kohya" else diffusers_word
     named = {name_of(layer, family): file.changes[module] for module, layer in layers.items()}
     named = with_one_alpha(named, file.path)
-    tensors, changes = to_state_dict(named, written_type(options)), named.values()
+    vectors = {vector.name(name_of, family): vector.values for vector in file.vectors.values()}
+    tensors, changes = to_state_dict(named, written_type(options)) | vectors | file.embeddings, named.values()
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
         metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version(predicts_v=False)}

@@ -13,9 +13,9 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     Pairs = dict[Layer, tuple[Place, Place]]  # place of a layer in the original model, and in the tuned one
 
 logger = logging.getLogger(__name__)
+
+MOST_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not changes:
         raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
     energy.log()
+    warn_of_left_out(original, tuned, pairs)
     changes = with_one_alpha(changes, config.files.save_to)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
@@ -210,6 +213,35 @@ def extracted(
         changes[module_name(layer, original.family)] = change.to("cpu")
         energy.add(layer, spectrum, change.rank)
     return changes
+
+
+def warn_of_left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> None:
+    """Warn of the layers whose weights or biases differ and are not extracted."""
+    names = list(left_out(original, tuned, pairs))
+    if names:
+        with_weights = [name for name in names if "norm" not in name and name.endswith(".weight")]
+        advice = f"; --conv_dim extracts {len(with_weights)} of them" if with_weights else ""
+        shown = ", ".join(names[:MOST_NAMED])
+        logger.warning("%d tensors differ, too, and are not in the LoRA (%s)%s", len(names), shown, advice)
+
+
+def left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> Iterator[str]:
+    """Yield the names in diffusers of the weights and biases that differ and are not among the pairs."""
+    import torch
+
+    from library.adapters.layers import layers_of, norms_of, place_of
+    from library.models.layout import Layout
+
+    layouts = Layout(original), Layout(tuned)
+    for layer in (*layers_of(original.family), *norms_of(original.family)):
+        kinds: tuple[Literal["weight", "bias"], ...] = ("bias",) if layer in pairs else ("weight", "bias")
+        for kind in kinds:
+            one, other = (place_of(layout, layer, kind) for layout in layouts)
+            if one is None or other is None:
+                continue
+            first, second = one.part_of(original.read(one.name)), other.part_of(tuned.read(other.name))
+            if first.shape == second.shape and not torch.equal(first.float(), second.float()):
+                yield f"{layer.part}.{layer.path}.{kind}"
 
 
 def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> set[str]:

@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -498,6 +499,7 @@ class LoRANetwork(nn.Module):
         """
         del vae, for_inference
         weights = read_weights(Path(file or "")) if weights_sd is None else weights_sd
+        weights = with_text_names(weights, 1 if isinstance(text_encoder, Module) else len(text_encoder or ()))
         shapes = shapes_in(weights)
         args = cls.read_args(network_args, shapes.values())
         args.blocks.check_from_file()
@@ -511,7 +513,9 @@ class LoRANetwork(nn.Module):
         source = file or "the weights"
         example = _example(unmatched or {"-"})
         if not matched:
-            raise ValueError(f"{source}: none of the {len(unmatched)} modules is in these models{example}")
+            raise ValueError(
+                f"{source}: none of the {len(unmatched)} modules is in these models{example}{advice(weights)}"
+            )
         if unmatched:
             logger.warning("%s: %d modules used, %d left out%s", source, len(matched), len(unmatched), example)
         return network, weights
@@ -708,10 +712,12 @@ class LoRANetwork(nn.Module):
         Alphas become those of the file; with one_alpha those of the network stay, and up matrices are scaled to match.
         Raises ValueError if nothing matches, or ranks differ.
         """
-        weights = read_weights(Path(file))
+        weights = with_text_names(read_weights(Path(file)), len(self._text_encoder_parts))
         own, given = {name.split(".")[0] for name in self.state_dict()}, {name.split(".")[0] for name in weights}
         if not own & given:
-            raise ValueError(f"{file}: none of its {len(given)} modules belongs to this network{_example(given)}")
+            raise ValueError(
+                f"{file}: none of its {len(given)} modules belongs to this network{_example(given)}{advice(weights)}"
+            )
         for module in self.modules_in_order():
             down = weights.get(f"{module.lora_name}.lora_down.weight")
             if down is not None and down.shape[0] != module.lora_dim:
@@ -786,6 +792,27 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         tensors = json.loads(source.read(length))
         tensors.pop("__metadata__", None)
         return load(file_header(tensors, {}) + source.read())
+
+
+def with_text_names(weights: Weights, num_encoders: int) -> dict[str, Tensor]:
+    """Return the tensors of a file with the canonical names of text encoders.
+
+    diffusers numbers a single encoder, too, and with transformers since 5.6 trainers omit `text_model`.
+    """
+
+    def canonical(match: re.Match[str]) -> str:
+        prefix = PREFIX_TEXT_ENCODER if num_encoders == 1 and match[1] == f"{PREFIX_TEXT_ENCODER}1" else match[1]
+        return f"{prefix}_text_model_"
+
+    pattern = re.compile(rf"^({PREFIX_TEXT_ENCODER}\d?)_(text_model_)?(?=encoder_)")
+    return {pattern.sub(canonical, name): tensor for name, tensor in weights.items()}
+
+
+def advice(weights: Weights) -> str:
+    """Return what to do with a file that has no names of sd-scripts."""
+    if any(name.startswith((PREFIX_UNET, PREFIX_TEXT_ENCODER)) for name in weights):
+        return ""
+    return "; networks/convert_lora.py converts files of diffusers, PEFT and ComfyUI"
 
 
 def shapes_in(weights: Weights) -> dict[str, Shape]:

@@ -137,7 +137,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     from library.adapters.alphas import with_one_alpha
     from library.adapters.lora_file import to_state_dict
     from library.adapters.low_rank import SUMS, mixed
-    from library.adapters.merging import parts_by_module
+    from library.adapters.merging import merged_vectors, parts_by_module
     from library.adapters.metadata import architecture, network_metadata
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -161,7 +161,9 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     if provenance := origin(config, files):
         metadata |= provenance | architecture(first.family, first.metadata, is_network=True)
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, to_state_dict(changes, written_type(config)), metadata)
+        dtype = written_type(config)
+        vectors = {name: values.to(dtype) for name, values in merged_vectors(files).items()}
+        write_weights(config.files.save_to, to_state_dict(changes, dtype) | vectors, metadata)
 
 
 def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeOptions) -> None:

@@ -27,6 +27,8 @@ from library.errors import Problems
 from library.logs import run_script
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from library.adapters.lora_file import LoraFile
     from library.adapters.low_rank import Change, Spectrum
 
@@ -58,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from networks.lora import write_weights
 
     file = read_lora(config.files.model)
+    file.refuse_unknown()
     changes = resized(config, file)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, tensors | file.extra, metadata_of(config, file, changes))
+        write_weights(config.files.save_to, tensors | kept_tensors(file), metadata_of(config, file, changes))
     logger.info("saved %s", config.files.save_to)
     return 0
 
@@ -71,6 +74,14 @@ def check_options(config: ResizeConfig, problems: Problems) -> None:
     problems.run(config.files.check_save_to, problems)
     problems.run(tool_files.check_ranks, config.ranks)
     problems.run(tool_files.check_device, config.files.device)
+
+
+def kept_tensors(file: LoraFile) -> dict[str, Tensor]:
+    """Return what is written unchanged: vectors, embeddings, and with a warning tensors that nothing reads."""
+    if file.strange:
+        shown = ", ".join(list(file.strange)[:5])
+        logger.warning("%s: %d tensors are kept, but no program reads them: %s", file.path, len(file.strange), shown)
+    return {name: vector.values for name, vector in file.vectors.items()} | file.embeddings | file.strange
 
 
 def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:

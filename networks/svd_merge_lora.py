@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict
-    from library.adapters.merging import parts_by_module, read_weighted
+    from library.adapters.merging import merged_vectors, parts_by_module, read_weighted
     from library.files import disk_errors
     from networks.lora import write_weights
 
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = tool_files.dtype_named(config.merge.save_precision or config.merge.precision)
     metadata = metadata_of(config, files, changes)
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, to_state_dict(changes, dtype), metadata)
+        vectors = {name: values.to(dtype) for name, values in merged_vectors(files).items()}
+        write_weights(config.files.save_to, to_state_dict(changes, dtype) | vectors, metadata)
     logger.info("saved %s", config.files.save_to)
     return 0
 

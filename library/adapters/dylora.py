@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.adapters.names import DOWN, Shapes, roles_of
+from library.adapters.names import DOWN, Shapes, kind_of, refused_kind, roles_of
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 def full_rank(shapes: Shapes, path: Path) -> int:
     """Return the rank of a file by the shapes of its tensors; raises UserError if it is not a DyLoRA."""
+    other = next(
+        (name for name in shapes if refused_kind(name, shapes[name]) is not None or kind_of(name) == "Tucker"), None
+    )
+    if other is not None:
+        raise UserError(f"--model: {path} is no DyLoRA: {other} is of a {kind_of(other)} network")
     ranks = {shapes[name][0] for _, role, name in roles_of(shapes) if role == "down"}
     if not ranks:
         raise UserError(f"--model: {path} is no LoRA file: it has no tensor named ...{DOWN}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from library.models import keys
@@ -21,15 +21,40 @@ from library.models.layout import TEXT_ROOT, Layout, Place, unet_rule
 UNET = "unet"
 UNET_WORD = "lora_unet_"
 
-# Layers of a U-Net and of a text encoder by their paths in diffusers; a block has at most three resnets.
-UNET_EDGES = ("conv_in", "conv_out", *(f"{at}_embedding.linear_{n}" for at in ("time", "add") for n in (1, 2)))
-RESNET = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
-TRANSFORMER = (
-    *(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")),
-    *("ff.net.0.proj", "ff.net.2"),
+
+class Inside(NamedTuple):
+    """The layers of one sort by their paths in diffusers: of a U-Net, and within its blocks and those of encoders."""
+
+    edges: Sequence[str]
+    resnet: Sequence[str]
+    attention: Sequence[str]
+    transformer: Sequence[str]
+    sampler: Sequence[str]
+    text: Sequence[str]
+    text_edges: Sequence[str] = ()
+
+
+MATRICES = Inside(
+    edges=("conv_in", "conv_out", *(f"{at}_embedding.linear_{n}" for at in ("time", "add") for n in (1, 2))),
+    resnet=("conv1", "time_emb_proj", "conv2", "conv_shortcut"),
+    attention=("proj_in", "proj_out"),
+    transformer=(
+        *(f"attn{n}.{layer}" for n in (1, 2) for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+        *("ff.net.0.proj", "ff.net.2"),
+    ),
+    sampler=("conv",),
+    text=("mlp.fc1", "mlp.fc2", *(f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out"))),
+)
+NORMS = Inside(
+    edges=("conv_norm_out",),
+    resnet=("norm1", "norm2"),
+    attention=("norm",),
+    transformer=("norm1", "norm2", "norm3"),
+    sampler=(),
+    text=("layer_norm1", "layer_norm2"),
+    text_edges=("final_layer_norm",),
 )
 MOST_TRANSFORMERS = 10  # in one attention of SDXL
-TEXT_LAYER = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{layer}_proj" for layer in ("q", "k", "v", "out")))
 
 
 class Block(NamedTuple):
@@ -79,6 +104,10 @@ def block_of(module: str) -> Block | None:
     return None
 
 
+POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)$")  # 1x1 convolutions, the first two in SD 1.x only
+CONVOLUTION = re.compile(r"(.*\.)?(conv\d?|conv_in|conv_out|conv_shortcut)$")
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer of a base model."""
@@ -91,31 +120,46 @@ class Layer:
         """The block that it is in."""
         return block_of(UNET_WORD + self.path.replace(".", "_")) if self.part == UNET else Block("text")
 
+    def kernel(self, family: ModelFamily) -> Literal["linear", "pointwise", "large"]:
+        """Return whether it is linear, a 1x1 convolution, or a larger one, in models of a family."""
+        if self.part == UNET and POINTWISE.match(self.path):
+            is_linear = family.unet["use_linear_projection"] and "conv" not in self.path
+            return "linear" if is_linear else "pointwise"
+        return "large" if self.part == UNET and CONVOLUTION.match(self.path) else "linear"
+
 
 @functools.cache
 def layers_of(family: ModelFamily) -> tuple[Layer, ...]:
-    """Return all layers that models of a family may have."""
-    unet = [Layer(UNET, path) for path in _unet_paths(len(family.unet["block_out_channels"]))]
-    text = [
-        Layer(text.folder, f"encoder.layers.{index}.{layer}")
-        for text in family.text_models
-        for index in range(text.config["num_hidden_layers"])
-        for layer in TEXT_LAYER
-    ]
-    return (*unet, *text)
+    """Return all linear layers and convolutions that models of a family may have."""
+    return tuple(_layers_in(family, MATRICES))
 
 
-def _unet_paths(num_blocks: int) -> Iterator[str]:
-    yield from UNET_EDGES
+@functools.cache
+def norms_of(family: ModelFamily) -> tuple[Layer, ...]:
+    """Return all normalisations that models of a family may have, some of which LyCORIS trains."""
+    return tuple(_layers_in(family, NORMS))
+
+
+def _layers_in(family: ModelFamily, inside: Inside) -> Iterator[Layer]:
+    yield from (Layer(UNET, path) for path in _unet_paths(len(family.unet["block_out_channels"]), inside))
+    for text in family.text_models:
+        for index in range(text.config["num_hidden_layers"]):
+            yield from (Layer(text.folder, f"encoder.layers.{index}.{layer}") for layer in inside.text)
+        yield from (Layer(text.folder, layer) for layer in inside.text_edges)
+
+
+def _unet_paths(num_blocks: int, inside: Inside) -> Iterator[str]:
+    yield from inside.edges
     sides = [(f"{side}_blocks.{index}", 3, 3) for side in ("down", "up") for index in range(num_blocks)]
     for block, resnets, attentions in [*sides, ("mid_block", 2, 1)]:
-        yield from (f"{block}.resnets.{index}.{layer}" for index in range(resnets) for layer in RESNET)
+        yield from (f"{block}.resnets.{index}.{layer}" for index in range(resnets) for layer in inside.resnet)
         for attention in (f"{block}.attentions.{index}" for index in range(attentions)):
-            yield from (f"{attention}.{layer}" for layer in ("proj_in", "proj_out"))
+            yield from (f"{attention}.{layer}" for layer in inside.attention)
             for depth in range(MOST_TRANSFORMERS):
-                yield from (f"{attention}.transformer_blocks.{depth}.{layer}" for layer in TRANSFORMER)
+                yield from (f"{attention}.transformer_blocks.{depth}.{layer}" for layer in inside.transformer)
         if block != "mid_block":
-            yield f"{block}.{'downsamplers' if block.startswith('down') else 'upsamplers'}.0.conv"
+            sampler = "downsamplers" if block.startswith("down") else "upsamplers"
+            yield from (f"{block}.{sampler}.0.{layer}" for layer in inside.sampler)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -163,18 +207,60 @@ def layers_by_name(family: ModelFamily) -> Mapping[str, Layer]:
     return names
 
 
+# End of a path -> the same in files of old diffusers: of the U-Net, of text encoders.
+OLD_WORDS = (
+    ("to_out_0", "to_out"),
+    ("self_attn_q_proj", "self_attn_to_q"),
+    ("self_attn_k_proj", "self_attn_to_k"),
+    ("self_attn_v_proj", "self_attn_to_v"),
+    ("self_attn_out_proj", "self_attn_to_out"),
+    ("self_attn_out_proj", "self_attn_to_out_0"),
+)
+
+
+@functools.cache
+def layers_by_word(family: ModelFamily) -> Mapping[tuple[str, str], Layer]:
+    """Return (part, path with underscores as any program writes it) -> linear layer or convolution."""
+    return _by_word(layers_of(family), family)
+
+
+@functools.cache
+def norms_by_word(family: ModelFamily) -> Mapping[tuple[str, str], Layer]:
+    """Return the same for normalisations."""
+    return _by_word(norms_of(family), family)
+
+
+def _by_word(layers: Sequence[Layer], family: ModelFamily) -> Mapping[tuple[str, str], Layer]:
+    words: dict[tuple[str, str], Layer] = {}
+    for layer in layers:
+        for word in _words(layer, family):
+            words[layer.part, word] = layer
+            for present, old in OLD_WORDS:
+                if word.endswith(present):
+                    words[layer.part, word.removesuffix(present) + old] = layer
+    return words
+
+
+def _words(layer: Layer, family: ModelFamily) -> tuple[str, str]:
+    word = layer.path.replace(".", "_")
+    if layer.part == UNET:
+        return word, _checkpoint_word(layer, family).removeprefix(UNET_WORD)
+    return word, f"text_model_{word}"
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Places in base models
 # --------------------------------------------------------------------------------------------------------------
 
 
 def places(model: Checkpoint) -> dict[Layer, Place]:
-    """Return the place of the weight of every layer that a model has."""
+    """Return the place of the weight of every linear layer and convolution that a model has."""
     layout = Layout(model)
-    found = {}
-    for layer in layers_of(model.family):
-        root = "" if layer.part == UNET else TEXT_ROOT
-        place = layout.find(layer.part, f"{root}{layer.path}.weight")
-        if place is not None:
-            found[layer] = place
-    return found
+    found = {layer: place_of(layout, layer, "weight") for layer in layers_of(model.family)}
+    return {layer: place for layer, place in found.items() if place is not None}
+
+
+def place_of(layout: Layout, layer: Layer, kind: Literal["weight", "bias"]) -> Place | None:
+    """Return the place of the weight or bias of any layer in a model, None if it has none."""
+    root = "" if layer.part == UNET else TEXT_ROOT
+    return layout.find(layer.part, f"{root}{layer.path}.{kind}")

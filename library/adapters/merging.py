@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from library.adapters.layer_weights import check_family, read_weights, weight_of
-from library.adapters.layers import places
+from library.adapters.layers import Layer, place_of, places
 from library.adapters.lora_file import LoraFile, read_lora
 from library.adapters.low_rank import Change
 from library.config.tool_files import MergedLoras
@@ -22,7 +22,7 @@ from library.errors import UserError
 from library.files import new_folder
 from library.models import keys
 from library.models.checkpoint import EXTRAS_FILE, TEXT_FILES, UNET_FILES, WHOLE, Checkpoint, tensor_name
-from library.models.layout import Place
+from library.models.layout import Layout, Place
 from library.safetensors_io import write_stream
 from library.weight_file import WeightFile, is_finite, write_weights
 
@@ -74,7 +74,7 @@ def parts_by_module(files: Sequence[Weighted], *, allow_unmatched: bool) -> dict
     parts: dict[str, list[tuple[float, Change]]] = {}
     for weighted in files:
         file = weighted.file
-        warn_of_unmatched(file, sorted(file.extra), "a LoRA network", allowed=allow_unmatched)
+        warn_of_unmatched(file, [*file.unknown, *file.embeddings], "a LoRA network", allowed=allow_unmatched)
         for name, change in file.changes.items():
             parts.setdefault(name, []).append((weighted.ratio_of(name), change))
     for name, same in parts.items():
@@ -120,9 +120,7 @@ def additions_by_tensor(
         if file.family is not None and file.family is not model.family:
             raise UserError(f"{file.path} is for {file.family.title}, {model.path} is an {model.family.title} model")
         missing = []
-        for name, change in file.changes.items():
-            layer = file.layer(name)
-            place = None if layer is None else known.get(layer)
+        for name, change, place in placed(file, model, known):
             if place is None:
                 missing.append(name)
                 continue
@@ -130,8 +128,40 @@ def additions_by_tensor(
             ratio = weighted.ratio_of(name)
             if ratio != 0:
                 additions.setdefault(place.name, []).append(Addition(ratio, change, place.third))
-        warn_of_unmatched(file, sorted(missing) + sorted(file.extra), model.path, allowed=allow_unmatched)
+        if len(missing) == len(file.changes) + len(file.vectors):
+            raise UserError(f"{file.path}: none of its {len(missing)} modules is in {model.path} ({missing[0]}, ...)")
+        left = [*sorted(missing), *file.unknown, *file.embeddings]
+        warn_of_unmatched(file, left, model.path, allowed=allow_unmatched)
+    if not additions:
+        logger.warning("nothing of %s changes: every strength is 0", model.path)
     return additions
+
+
+def placed(
+    file: LoraFile, model: Checkpoint, known: Mapping[Layer, Place]
+) -> Iterator[tuple[str, Change, Place | None]]:
+    """Yield the name of each change and vector of a file, the change, and its place in a model; None: it has none."""
+    for name, change in file.changes.items():
+        layer = file.layer(name)
+        yield name, change, None if layer is None else known.get(layer)
+    layout = Layout(model)
+    for name, vector in file.vectors.items():
+        yield name, vector.change, place_of(layout, vector.layer, vector.kind)
+
+
+def merged_vectors(files: Sequence[Weighted]) -> dict[str, torch.Tensor]:
+    """Return the weighted sum of the vectors of the files, by name, float32.
+
+    Raises UserError if vectors of the same name have different sizes.
+    """
+    total: dict[str, torch.Tensor] = {}
+    for weighted in files:
+        for name, vector in weighted.file.vectors.items():
+            values = vector.values.float() * weighted.ratio_of(name)
+            if name in total and total[name].shape != values.shape:
+                raise UserError(f"{name} has different sizes in the files: they are for different models")
+            total[name] = total[name] + values if name in total else values
+    return total
 
 
 def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path | str, *, allowed: bool) -> None:
@@ -139,7 +169,8 @@ def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path | str, *
     if not names:
         return
     shown = ", ".join(names[:MOST_NAMED])
-    text = f"{file.path}: {len(names)} of {len(file.changes) + len(file.extra)} modules are not in {where} ({shown})"
+    total = len({*names, *file.changes, *file.vectors})
+    text = f"{file.path}: {len(names)} of {total} modules are not in {where} ({shown})"
     if not allowed:
         raise UserError(f"{text}; --allow_unmatched skips them")
     logger.warning("%s; they are skipped", text)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
 from library.adapters.layers import UNET
-from library.adapters.names import Shapes, family_by_version, family_of, kind_of, roles_of
+from library.adapters.names import Shapes, family_of, kind_of, roles_of
 from library.adapters.programs import (
     ALPHA,
     DIFFUSERS_LIBRARY,
@@ -136,7 +136,7 @@ def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
     downs = {stem: tuple(shapes[name]) for stem, role, name in roles_of(shapes) if role == "down"}
     modules = downs or {name.split(".")[0]: tuple(shape) for name, shape in shapes.items()}
     modules = {name: shape for name, shape in modules.items() if len(shape) > 1}
-    return family_of(modules) or family_by_version(metadata)
+    return family_of(modules, metadata)
 
 
 def dialect(shapes: Shapes) -> str:

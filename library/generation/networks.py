@@ -189,7 +189,7 @@ def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Ten
     file = read_lora(network.path)
     if file.family is not None and file.family != models.family:
         raise UserError(f"{network.path} is for {file.family.title}, the model is {models.family.title}")
-    return to_state_dict(file.changes, torch.float32)
+    return to_state_dict(file.changes, torch.float32) | file.extra  # the network tells what it does not use
 
 
 def apply_one(network: LoadedNetwork, models: BaseModel, device: torch.device) -> None:
