@@ -16,7 +16,8 @@ import pytest
 import tiny
 import torch
 from conversions import convert, read
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tensors import assert_same, metadata, read_folder
 
@@ -82,7 +83,7 @@ def small_unet(**more: Any) -> UNet2DConditionModel:
         return UNet2DConditionModel(**(config | more))
 
 
-def small_vae(store: tiny.ModelStore, **more: Any) -> AutoencoderKL:
+def small_vae(store: Any, **more: Any) -> AutoencoderKL:
     """Return a VAE without memory."""
     usual = {key: value for key, value in dict(store("sd1").models["vae"].config).items() if not key.startswith("_")}
     with torch.device("meta"):

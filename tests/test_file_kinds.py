@@ -30,7 +30,7 @@ import gen_img_diffusers
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.file_kinds import weight_format
-from library.generation.embeddings import embedding_of
+from library.generation.embeddings import embeddings_of
 from library.networks.modules import check_network
 from library.pickle_names import names_of
 from library.pickles import load_pickle
@@ -196,7 +196,7 @@ def test_parts_of_folders_and_embeddings_tell_it(model_store, tmp_path):
         tiny.load(folder)
     (tmp_path / "word.pt").write_bytes(WRONG)
     with pytest.raises(UserError, match="word.pt is not a weight file, but a web page"):
-        embedding_of(tmp_path / "word.pt")
+        embeddings_of(tmp_path / "word.pt")
 
 
 def test_drawing_tells_all_of_them_before_anything_is_loaded(tmp_path):
@@ -374,7 +374,7 @@ def test_textual_inversions_of_the_first_kind_are_read(tmp_path):
     vectors = torch.randn(2, 8)
     table = torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)})
     torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}, tmp_path / "word.pt")
-    assert torch.equal(embedding_of(tmp_path / "word.pt"), vectors)
+    assert torch.equal(embeddings_of(tmp_path / "word.pt")["word"], vectors)
 
 
 class Nested:

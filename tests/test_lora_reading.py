@@ -494,14 +494,16 @@ def test_norms_and_biases_are_merged_into_a_lora_and_carried_over(tmp_path):
     second = written(tmp_path / "b.safetensors", tucker() | {f"{NORM}.w_norm": torch.ones(32)})
     out = tmp_path / "out.safetensors"
     both = ["--models", first, second, "--ratios", 0.5, -2, "--save_to", out]
-    for script, argv in ((merge_lora, ["--concat"]), (merge_lora, []), (svd_merge_lora, [])):
+    ways: list[tuple[Any, list[Any]]] = [(merge_lora, ["--concat"]), (merge_lora, []), (svd_merge_lora, [])]
+    for script, argv in ways:
         call(script, *both, *argv)
         found = load_file(out)
         torch.testing.assert_close(found[f"{NORM}.w_norm"], 0.5 * norms()[f"{NORM}.w_norm"] - 2)
         torch.testing.assert_close(found[f"{NORM}.b_norm"], 0.5 * norms()[f"{NORM}.b_norm"])
     emb = {"bundle_emb.cat.string_to_param.*": torch.randn(2, 64)}
     third = written(tmp_path / "c.safetensors", tucker() | norms() | emb)
-    for script, argv in ((resize_lora, ["--new_rank", 2]), (convert_lora, [])):
+    ways = [(resize_lora, ["--new_rank", 2]), (convert_lora, [])]
+    for script, argv in ways:
         call(script, "--model", third, "--save_to", out, *argv)
         found = load_file(out)
         assert all(torch.equal(found[name], tensor) for name, tensor in (norms() | emb).items())
@@ -523,7 +525,7 @@ def test_norms_of_sdxl_follow_the_names_of_their_file(tmp_path):
     assert norm.keys() <= load_file(convert(file, "--to", "kohya_diffusers")).keys()
 
 
-STRANGE = {
+STRANGE: dict[str, dict[str, tuple[str, ...]]] = {
     "unknown layer": {
         "lora_unet_down_blocks_0_motion_modules_0_proj_in": ("lora_down.weight", "lora_up.weight", "alpha")
     },
