@@ -48,7 +48,7 @@ def assert_same(found: Tensors, expected: Tensors, tolerance: float = 1e-6) -> N
 
 
 def written(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
 
@@ -565,6 +565,23 @@ def test_what_has_no_name_is_refused_by_every_tool(model_store, tmp_path, kind):
     assert load_file(out).keys() == {*tensors, f"{QUERY}.alpha"}
 
 
+def test_two_changes_of_a_module_are_refused(tmp_path):
+    down, up = pair()
+    one = {f"unet.mid_block.attentions.0.proj_in.lora_{m}.one.weight": t for m, t in (("A", down), ("B", up))}
+    two = {name.replace(".one.", ".two."): tensor for name, tensor in one.items()}
+    other = kohya("lora_unet_mid_block_attentions_0_proj_in", down, up)
+    for more in (two, other):
+        with pytest.raises(UserError, match="twice"):
+            convert(written(tmp_path / "a.safetensors", one | more))
+
+
+def test_metadata_without_alphas_mean_the_rank(tmp_path):
+    file = written(
+        tmp_path / "a.safetensors", kohya("unet.conv_in", *pair()), {"lora_adapter_metadata": '{"unet.r": 2}'}
+    )
+    assert read_lora(file).changes["lora_unet_conv_in"].alpha == 2
+
+
 def test_a_module_with_half_a_change_is_refused(tmp_path):
     for missing, left in (("lora_up", "lora_down"), ("lora_down", "lora_up")):
         tensors = kohya(QUERY, *pair()) | kohya(CONV, torch.randn(2, 32, 3, 3), torch.randn(32, 2, 1, 1))
@@ -577,13 +594,14 @@ def test_nothing_changed_is_a_failure_of_every_script(model_store, tmp_path):
     """A LoRA of another kind of model is refused also where skipping is allowed."""
     base, out = model_store("sd1")[1]["safetensors"], tmp_path / "out.safetensors"
     flux = written(tmp_path / "a.safetensors", kohya("lora_unet_double_blocks_0_img_attn_qkv", *pair()))
-    for script, argv in (
+    runs: tuple[tuple[Any, list[Any]], ...] = (
         (merge_lora, ["--models", flux, "--ratios", 1, "--allow_unmatched"]),
         (merge_lora, ["--models", flux, "--ratios", 1, "--allow_unmatched", "--sd_model", base]),
         (svd_merge_lora, ["--models", flux, "--ratios", 1, "--allow_unmatched"]),
         (resize_lora, ["--model", flux]),
         (convert_lora, ["--model", flux, "--allow_unmatched"]),
-    ):
+    )
+    for script, argv in runs:
         with pytest.raises(UserError, match="none of its 1 modules is a layer of SD 1.x, SD 2.x or SDXL"):
             call(script, *argv, "--save_to", out)
     absent = written(

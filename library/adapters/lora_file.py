@@ -155,6 +155,7 @@ def read_lora(path: Path) -> LoraFile:
     tensors = dict(file.tensors(file.shapes))
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
+    refuse_doubles(file)
     parts = parts_of(tensors)
     downs = {module: tuple(part["down"].shape) for module, part in parts.items() if "down" in part}
     family = family_of(downs, file.metadata)
@@ -175,6 +176,15 @@ def read_lora(path: Path) -> LoraFile:
     used = {name for module, _, name in roles_of(tensors, ALL_ROLES) if module in layers}
     extra = {name: tensor for name, tensor in tensors.items() if name not in used}
     return LoraFile(path, changes, dict(file.metadata), family, extra)
+
+
+def refuse_doubles(file: WeightFile) -> None:
+    """Raise UserError for a file with two changes of a module: of two adapters, or in the names of two programs."""
+    found: dict[tuple[str, str], str] = {}
+    for module, role, name in roles_of(file.shapes, ALL_ROLES):
+        first = found.setdefault((module, role), name)
+        if first != name:
+            raise UserError(f"{file.path} has {module} twice ({first} and {name}): save one adapter")
 
 
 def named_layers(modules: Shapes, family: ModelFamily | None) -> dict[str, Layer]:

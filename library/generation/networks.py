@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from library.adapters.lora_file import check_lora, read_lora, to_state_dict
-from library.adapters.names import kind_of, roles_of
+from library.adapters.names import ALL_ROLES, kind_of, roles_of
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError
@@ -125,7 +125,7 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
             others = {kind_of(name) for name in names} - {None, "norm"}
             advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if others else ""
             raise UserError(f"{error}{advice}") from None
-        left = names - {name for _, _, name in roles_of(names)}
+        left = names - {name for _, _, name in roles_of(names, ALL_ROLES)}
         left = {name for name in left if not name.startswith(EMBEDDINGS)}
         if left:
             logger.warning(
@@ -189,7 +189,7 @@ def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Ten
     file = read_lora(network.path)
     if file.family is not None and file.family != models.family:
         raise UserError(f"{network.path} is for {file.family.title}, the model is {models.family.title}")
-    return to_state_dict(file.changes, torch.float32) | file.extra  # the network tells what it does not use
+    return to_state_dict(file.changes, torch.float32)  # `check_files` told what is left out
 
 
 def apply_one(network: LoadedNetwork, models: BaseModel, device: torch.device) -> None:
