@@ -14,6 +14,8 @@ from library.errors import UserError
 from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
 from library.networks.protocol import optional_method
+from library.networks.third_party import with_alphas_folded
+from library.weight_file import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,6 @@ def merge_file(
 
     def merge(multiplier: float) -> None:
         text_encoder, parameter = text_encoder_for_networks(base), next(base.unet.parameters())
-        module.prepare_reading(base, text_encoder)
         network, tensors = module.read(
             path, base, text_encoder, multiplier=multiplier, weights=weights, arguments={"for_inference": True}
         )
@@ -53,6 +54,7 @@ def merge_file(
     if not module.is_foreign:
         merge(multiplier)
         return
+    weights = with_alphas_folded(read_weights(path) if weights is None else weights)
     # Every module merges at full strength, but lycoris ignores the multiplier, so it is applied here.
     bases = nn.ModuleList([*base.text_modules, base.unet])
     before = {name: parameter.detach().clone() for name, parameter in bases.named_parameters()}

@@ -18,7 +18,8 @@ from library.config.values import written
 from library.errors import UserError, shortened
 from library.models.base import BaseModel
 from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles, TextEncoders
-from library.weight_file import check_adapter
+from library.networks.third_party import canonical_names, no_layers_by_preset, with_alphas
+from library.weight_file import check_adapter, read_weights
 
 PACKAGES = {"lycoris": "lycoris-lora"}  # module -> package on PyPI, if its name differs
 # Advice for known failures: first part of the module's name, part of the message, advice.
@@ -92,16 +93,18 @@ class ImportedModule:
         arguments: Mapping[str, Any],
     ) -> tuple[Network | None, Mapping[str, Tensor]]:
         """Return (network with the shapes of a file, the file's tensors); weights are these, if read already."""
-        if not isinstance(self.module, ReadsFiles):
+        module = self.module
+        if not isinstance(module, ReadsFiles):
             raise UserError(f"--network_module {self.name} has no create_network_from_weights, which reads files")
-        return self.module.create_network_from_weights(
-            multiplier, str(path), base.vae, text_encoder, base.unet, weights, **arguments
-        )
-
-    def prepare_reading(self, base: BaseModel, text_encoder: TextEncoders) -> None:
-        """Set the preset of lycoris: it is stored in a class, and only create_network sets it."""
-        if self.is_foreign:
-            self.create(base, text_encoder)
+        models = (base.vae, text_encoder, base.unet)
+        if not self.is_foreign:
+            return module.create_network_from_weights(multiplier, str(path), *models, weights, **arguments)
+        named = canonical_names(read_weights(path) if weights is None else weights, text_encoder)
+        with no_layers_by_preset(self.module):
+            network, _ = module.create_network_from_weights(
+                multiplier, str(path), *models, with_alphas(named), **arguments
+            )
+        return network, named
 
 
 def find_module(config: NetworkConfig) -> ImportedModule:

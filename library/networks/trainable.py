@@ -228,7 +228,6 @@ def build_network(
     """Create the network, apply it to the models, and load --network_weights."""
     module, text_encoder = find_module(config), text_encoder_for_networks(base)
     if config.network_weights is not None and config.dim_from_weights:
-        module.prepare_reading(base, text_encoder)
         with module_errors(config, "create_network_from_weights", config.network_weights):
             arguments = {"neuron_dropout": config.network_dropout} | module.arguments
             created, _ = module.read(config.network_weights, base, text_encoder, arguments=arguments)

@@ -1,0 +1,123 @@
+"""Files for third-party modules: what lycoris needs to read those of any trainer, and what it would leave out."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from library.networks.protocol import NetworkModule, TextEncoders
+
+# Attributes of lycoris' class of networks: which layers its networks take.
+TARGETS = (
+    "UNET_TARGET_REPLACE_MODULE",
+    "UNET_TARGET_REPLACE_NAME",
+    "TEXT_ENCODER_TARGET_REPLACE_MODULE",
+    "TEXT_ENCODER_TARGET_REPLACE_NAME",
+)
+# Ending of a tensor's name -> axis along which it has the rank of its module.
+RANK_AXES = {
+    "lora_down.weight": 0,
+    "hada_w1_b": 0,
+    "lokr_w1_b": 0,
+    "lokr_w2_b": 0,
+    "a2.weight": 0,
+}
+# Ending of a tensor that is a factor of a module's whole change -> that of the one that has its rank.
+FACTORS = {
+    "hada_w1_a": ("hada_w1_b",),
+    "lokr_w1": ("lokr_w2_b",),
+    "lokr_w1_a": ("lokr_w1_b",),
+}
+# Packages whose networks have the values of a file as soon as it is read; lycoris would add differences twice.
+READ_WITH_VALUES = ("lycoris",)
+EMBEDDINGS = "bundle_emb."  # beginning of the names of embeddings in a file, after which their words follow
+MOST_NAMES = 3
+
+
+@contextlib.contextmanager
+def no_layers_by_preset(module: NetworkModule) -> Iterator[None]:
+    """Within this context lycoris takes no layers but those of a file.
+
+    To read a file it makes a network of its preset, which is kept in a class, and then exchanges the modules. With its
+    own default that fails, since it takes layers of the U-Net twice.
+    """
+    kind = getattr(module, "LycorisNetworkKohya", None)
+    kept = {name: getattr(kind, name) for name in TARGETS if hasattr(kind, name)}
+    for name in kept:
+        setattr(kind, name, [])
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(kind, name, value)
+
+
+def has_values_once_read(module: str) -> bool:
+    """Return whether the networks of a module need not be given the tensors of the file that they were made from."""
+    return module.partition(".")[0] in READ_WITH_VALUES
+
+
+def canonical_names(weights: Mapping[str, Tensor], text_encoder: TextEncoders) -> dict[str, Tensor]:
+    """Return the tensors of a file under the names that modules have over the text encoder of the suite.
+
+    Trainers with transformers from 5.6 on leave `text_model` out; some number a text encoder that is alone.
+    """
+    is_alone = not isinstance(text_encoder, list)
+
+    def canonical(name: str) -> str:
+        name = re.sub(r"^lora_te1_", "lora_te_", name) if is_alone else name
+        return re.sub(r"^(lora_te\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", name)
+
+    return {canonical(name): tensor for name, tensor in weights.items()}
+
+
+def with_alphas(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file with an alpha for each module: where there is none, the rank is meant."""
+    alphas = {}
+    for module, tensors in by_module(weights).items():
+        ranks = [tensors[part].shape[axis] for part, axis in RANK_AXES.items() if part in tensors]
+        alphas[f"{module}.alpha"] = torch.tensor(float(ranks[0] if ranks else 1))
+    return alphas | dict(weights)
+
+
+def with_alphas_folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of LoHa and LoKr modules with alpha / rank multiplied into a factor, all others unchanged.
+
+    When it merges, lycoris takes alpha / rank of these twice (4.1.3); 1 can be taken twice.
+    """
+    folded = dict(weights)
+    for module, tensors in by_module(weights).items():
+        for factor, parts in FACTORS.items():
+            rank = next((tensors[part].shape[0] for part in parts if part in tensors), None)
+            if factor in tensors and rank is not None and "alpha" in tensors:
+                scale = float(tensors["alpha"]) / rank
+                folded[f"{module}.{factor}"] = tensors[factor].float() * scale
+                folded[f"{module}.alpha"] = torch.tensor(float(rank))
+                break
+    return folded
+
+
+def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return module -> the rest of a name -> tensor, without bundled embeddings."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        module, dot, part = name.partition(".")
+        if dot and not name.startswith(EMBEDDINGS):
+            modules.setdefault(module, {})[part] = tensor
+    return modules
+
+
+def words_in(names: Collection[str]) -> list[str]:
+    """Return the words of the embeddings among the tensors of a file."""
+    bundled = (name.removeprefix(EMBEDDINGS) for name in names if name.startswith(EMBEDDINGS))
+    return sorted({word.partition(".")[0] for word in bundled})
+
+
+def named(names: Collection[str]) -> str:
+    """Return the first of some names, for a message."""
+    first = sorted(names)[:MOST_NAMES]
+    return ", ".join(first) + (", ..." if len(names) > len(first) else "")
