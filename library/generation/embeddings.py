@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.errors import UserError
+from library.networks.third_party import EMBEDDINGS, words_in
 from library.weight_file import read_weights
 
 if TYPE_CHECKING:
@@ -22,40 +23,63 @@ logger = logging.getLogger(__name__)
 def with_embeddings(encoder: TextEncoder, paths: Sequence[Path]) -> TextEncoder:
     """Return a text encoder that knows the words of textual inversion; a word of several vectors is expanded.
 
-    A word is the name of its file. Raises UserError for a file that holds no embedding for this text encoder.
+    A word is the name of its file, or what a LoRA file that brings embeddings along calls it. Raises UserError for a
+    file that holds no embedding for this text encoder.
     """
     if not paths:
         return encoder
     from diffusers.loaders import TextualInversionLoaderMixin
 
     tokenizer: Any = encoder.tokenizer  # transformers and diffusers disagree on its type
-    width = embedding_layer(encoder.module).embedding_dim
     for path in paths:
-        vectors = embedding_of(path)
-        if vectors.shape[1] != width:
-            raise UserError(
-                f"--textual_inversion_embeddings: {path} has vectors of {vectors.shape[1]} numbers, this model {width}"
-            )
-        words = [path.stem, *(f"{path.stem}_{index}" for index in range(1, len(vectors)))]
-        known = tokenizer.get_vocab()
-        taken = next((word for word in words if word in known), None)
-        if taken is not None:
-            raise UserError(f"--textual_inversion_embeddings: the word {taken!r} is in the vocabulary: rename {path}")
-        tokenizer.add_tokens(words)
-        add_vectors(embedding_layer(encoder.module), tokenizer.convert_tokens_to_ids(words), vectors)
-        logger.info("%s: %d vectors, in prompts as %r", path, len(vectors), path.stem)
+        for word, vectors in embeddings_of(path).items():
+            add_word(tokenizer, embedding_layer(encoder.module), word, vectors, path)
     mixin = TextualInversionLoaderMixin()
     return dataclasses.replace(encoder, expand=lambda text: mixin.maybe_convert_prompt(text, tokenizer))
 
 
-def embedding_of(path: Path) -> torch.Tensor:
-    """Return the vectors (N, D) of an embedding file: `emb_params`, `string_to_param`, or its only tensor."""
+def add_word(tokenizer: Any, layer: torch.nn.Embedding, word: str, vectors: torch.Tensor, path: Path) -> None:
+    """Make vectors (N, D) of a file the meaning of a word; raises UserError for another width, or a known word."""
+    width = layer.embedding_dim
+    if vectors.shape[1] != width:
+        raise UserError(
+            f"--textual_inversion_embeddings: {path} has vectors of {vectors.shape[1]} numbers, this model {width}"
+        )
+    words = [word, *(f"{word}_{index}" for index in range(1, len(vectors)))]
+    known = tokenizer.get_vocab()
+    taken = next((word for word in words if word in known), None)
+    if taken is not None:
+        advice = f"rename {path}" if word == path.stem else f"{path} calls it so: leave one of the two out"
+        raise UserError(f"--textual_inversion_embeddings: the word {taken!r} is in the vocabulary: {advice}")
+    tokenizer.add_tokens(words)
+    add_vectors(layer, tokenizer.convert_tokens_to_ids(words), vectors)
+    logger.info("%s: %d vectors, in prompts as %r", path, len(vectors), word)
+
+
+def embeddings_of(path: Path) -> dict[str, torch.Tensor]:
+    """Return word -> vectors (N, D) of a file: one embedding under its name, or those that a LoRA file brings along.
+
+    An embedding has `emb_params`, `string_to_param`, or one tensor.
+    """
     from library.pickles import PICKLE_SUFFIXES, load_pickle
 
     content = load_pickle(path) if path.suffix.lower() in PICKLE_SUFFIXES else read_weights(path)
+    if isinstance(content, dict) and (words := words_in([name for name in content if isinstance(name, str)])):
+        return {word: vectors_of(parts_of(content, f"{EMBEDDINGS}{word}."), path) for word in words}
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         content = content["string_to_param"]
-    tensors = [value for value in content.values() if torch.is_tensor(value)] if isinstance(content, dict) else []
+    return {path.stem: vectors_of(content if isinstance(content, dict) else {}, path)}
+
+
+def parts_of(content: Mapping[str, Any], beginning: str) -> dict[str, Any]:
+    """Return what follows a beginning in names; of embeddings for two text encoders that of the smaller one."""
+    parts = {name.removeprefix(beginning): value for name, value in content.items() if name.startswith(beginning)}
+    return {"clip_l": parts["clip_l"]} if "clip_l" in parts else parts
+
+
+def vectors_of(content: Mapping[str, Any], path: Path) -> torch.Tensor:
+    """Return the vectors (N, D) of an embedding, its first tensor; raises UserError where there are none."""
+    tensors = [value for value in content.values() if torch.is_tensor(value)]
     if not tensors or tensors[0].ndim not in (1, 2):
         raise UserError(f"--textual_inversion_embeddings: {path} holds no embedding")
     vectors = tensors[0].detach().float()

@@ -10,17 +10,24 @@ from pathlib import Path
 
 import torch
 
-from library.adapters.lora_file import read_lora, to_state_dict
+from library.adapters.lora_file import check_lora, read_lora, to_state_dict
+from library.adapters.names import kind_of, roles_of
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.models.base import BaseModel
+from library.networks.applied import apply_file
 from library.networks.merging import merge_file
-from library.networks.modules import find_module, is_foreign, module_errors, text_encoder_for_networks
+from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.weight_file import data_sha256, read_metadata
+from library.networks.third_party import EMBEDDINGS, named, words_in
+from library.weight_file import data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
+
+# Modules whose files AUTOMATIC1111 reads (extensions-builtin/Lora/networks.py of 1.10.1), with tensors of these names.
+A1111_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")
+A1111_NAMES = ("lora_unet_", "lora_te_text_model_", "lora_te1_text_model_", EMBEDDINGS)
 
 
 @dataclasses.dataclass
@@ -31,7 +38,10 @@ class LoadedNetwork:
     path: Path
     multiplier: float  # of --network_mul
     is_merged: bool
-    sha256: str
+    sha256: str  # of its tensors
+    hashes: tuple[str, ...] = ()  # by which programs know it, this one first
+    alias: str = ""  # its name in its metadata
+    has_tag: bool = False  # whether AUTOMATIC1111 reads it by `<lora:name:1>`
     applied: HasMultiplier | None = None  # None where it is merged or added to the weights
 
 
@@ -93,6 +103,41 @@ def show_metadata(config: NetworksConfig) -> None:
         logger.info("%s: %s", path, text)
 
 
+def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
+    """Raise UserError for files that their modules cannot draw; warn of tensors that are not drawn.
+
+    embeddings are the files of --textual_inversion_embeddings. What a foreign module takes shows only when it reads.
+    """
+    for settings, path, _ in options_of(networks):
+        names = open_weights(path).shapes.keys()
+        words = words_in(names)
+        if words and path not in embeddings:
+            logger.warning(
+                "%s holds embeddings, which are not used (%s): name it in --textual_inversion_embeddings, too",
+                path,
+                ", ".join(words),
+            )
+        if is_foreign(settings):
+            continue
+        try:
+            check_lora(path)
+        except UserError as error:
+            others = {kind_of(name) for name in names} - {None, "norm"}
+            advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if others else ""
+            raise UserError(f"{error}{advice}") from None
+        left = names - {name for _, _, name in roles_of(names)}
+        left = {name for name in left if not name.startswith(EMBEDDINGS)}
+        if left:
+            logger.warning(
+                "%s: %s does not draw %d of %d tensors (%s); --network_module lycoris.kohya draws norms",
+                path,
+                settings.network_module,
+                len(left),
+                len(names),
+                named(left),
+            )
+
+
 def load_networks(config: GenerateConfig, models: BaseModel, device: torch.device) -> LoadedNetworks:
     """Return the networks of a run, merged or applied to the models; raises UserError for files of other models.
 
@@ -105,7 +150,7 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
         if is_foreign(settings) and (wanted or options.network_pre_calc):
             logger.warning("%s is not merged but applied: merging is safe with networks of this suite only", path)
         is_merged = wanted and not is_foreign(settings)
-        networks.append(LoadedNetwork(settings, path, multiplier, is_merged, data_sha256(path)))
+        networks.append(described(LoadedNetwork(settings, path, multiplier, is_merged, data_sha256(path))))
     found = LoadedNetworks(networks, models)
     for network in networks:
         if network.is_merged:
@@ -120,6 +165,23 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
     return found
 
 
+def described(network: LoadedNetwork) -> LoadedNetwork:
+    """Return a network with what identifies it in other programs.
+
+    AUTOMATIC1111 takes the hash in the metadata where there is one, which lycoris begins with 0x.
+    """
+    file = open_weights(network.path)
+    own = file.metadata.get("sshs_model_hash", "").lower()
+    hashes = (network.sha256, own, own.removeprefix("0x"))
+    return dataclasses.replace(
+        network,
+        hashes=tuple(dict.fromkeys(filter(None, hashes))),
+        alias=file.metadata.get("ss_output_name", ""),
+        has_tag=network.options.network_module in A1111_MODULES
+        and all(name.startswith(A1111_NAMES) for name in file.shapes),
+    )
+
+
 def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Tensor] | None:
     """Return the tensors of a file as our modules read them, whoever wrote it; None for a foreign module."""
     if is_foreign(network.options):
@@ -132,26 +194,10 @@ def weights_of(network: LoadedNetwork, models: BaseModel) -> dict[str, torch.Ten
 
 def apply_one(network: LoadedNetwork, models: BaseModel, device: torch.device) -> None:
     """Make a network act in the forward pass of the models, on the device where they will work."""
-    module, encoder = find_module(network.options), text_encoder_for_networks(models)
     with module_errors(network.options, "create_network_from_weights", network.path):
-        made, weights = module.read(
-            network.path,
-            models,
-            encoder,
-            multiplier=network.multiplier,
-            weights=weights_of(network, models),
-            arguments={"for_inference": True} | module.arguments,
-        )
-        if made is None:
-            raise UserError(f"{module.name} makes no network of {network.path}")
-        if not isinstance(made, HasMultiplier):
-            raise UserError(f"{network.path}: the network of {module.name} has no strength (no set_multiplier)")
-        made.apply_to(encoder, models.unet, True, True)  # lycoris has no defaults
-        made.load_state_dict(weights, False)
-        made.to(device, next(models.unet.parameters()).dtype)
-        made.eval()
-        made.requires_grad_(False)
-        network.applied = made
+        module = find_module(network.options)
+        weights = weights_of(network, models)
+        network.applied = apply_file(module, network.path, models, network.multiplier, device=device, weights=weights)
 
 
 def merge_one(network: LoadedNetwork, multiplier: float, models: BaseModel) -> None:
