@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recorded = problems.run(checks.load_recorded, config.prompts, config.images) or []
     problems.raise_if_any()
     checks.warn_of_strengths(config.networks, lines)
+    checks.warn_of_tags(lines)
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("no prompt is given: use --prompt, --from_file, --from_picture or --interactive")
     checks.warn_of_idle(config)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import gen_img_diffusers
 from library.config.samplers import SAMPLER_NAMES, SamplerName
-from library.generation import infotext, recipe
+from library.generation import recipe, recorded
 from library.models.base import BaseFiles, BaseModel
 from library.models.precision import Types
 from library.models.tokenizer import load_clip_tokenizer
@@ -52,7 +52,7 @@ class Shot(NamedTuple):
 def shot(path: Path) -> Shot:
     with Image.open(path) as file:
         file.load()
-        return Shot(path, np.asarray(file.convert("RGB")).astype(int), dict(infotext.read_texts(path)[0]))
+        return Shot(path, np.asarray(file.convert("RGB")).astype(int), dict(recorded.read_texts(path)[0]))
 
 
 class Drawing:

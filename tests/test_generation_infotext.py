@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from library.errors import UserError
-from library.generation import infotext
+from library.generation import infotext, recorded
 from library.generation.jobs import Job, Settings
+from library.generation.recorded import RecordedNetwork
 from library.generation.requests import Request
 from library.models.conditioning import TextOptions
 
@@ -117,7 +118,7 @@ A1111: dict[str, tuple[str, dict[str, Any]]] = {
         'Model hash: abc, Model: "a, model: of mine", VAE hash: 1234, VAE: vae.pt, Denoising strength: 0.45, '
         'Lora hashes: "mine: a1b2c3d4e5f6, other: 0011223344ff", TI hashes: "x: 99", '
         'ControlNet 0: "Module: canny, Steps: 3", Version: v1.10.1',
-        {"prompt": 'first line, <lora:mine:0.8>\nsecond "line": (x:1.1)', "negative_prompt": "low quality",
+        {"prompt": 'first line, \nsecond "line": (x:1.1)', "negative_prompt": "low quality",
          "steps": 28, "sampler": "dpmsolver++", "scale": 5.0, "width": 640, "height": 512, "strength": 0.45},
     ),
     "without a negative prompt": (
@@ -141,11 +142,12 @@ def test_texts_of_automatic1111_are_read(tmp_path, name):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=info)
-    recorded = infotext.read_recorded(tmp_path / "a.png")
-    assert {key: getattr(recorded.request, key) for key in expected} == expected
+    record = recorded.read_recorded(tmp_path / "a.png")
+    assert {key: getattr(record.request, key) for key in expected} == expected
     if name == "networks":
-        assert recorded.networks == (("mine", "a1b2c3d4e5f6"), ("other", "0011223344ff"))
-        assert recorded.model_sha256 == "abc"
+        known = (RecordedNetwork("mine", "a1b2c3d4e5f6", 0.8), RecordedNetwork("other", "0011223344ff"))
+        assert record.networks == known
+        assert record.model_sha256 == "abc"
 
 
 def test_keys_of_sd_scripts_are_read_with_the_size_of_the_picture(draw, tmp_path):
@@ -176,17 +178,22 @@ def test_what_is_written_is_read_again(prompt, seed):
     job_settings = Settings(64, 72, 20, 7.5, "euler_a", text, (), strength=0.5)
     job = Job(0, request, job_settings, max_windows=1, init_image=Path("x.png"))
     facts = infotext.RunFacts(
-        "a, b: c.safetensors", "ab" * 32, None, (("networks.lora", "x, y.pt", "cd" * 32, 1.0),), "float32", "v"
+        "a, b: c.safetensors",
+        "ab" * 32,
+        None,
+        (infotext.NetworkFacts("networks.lora", "x, y.pt", "cd" * 32, 1.0, has_tag=True),),
+        "float32",
+        "v",
     )
     texts = infotext.texts_for(job, facts)
     values: dict[str, Any] = {"width": 64, "height": 72, "steps": 20, "scale": 7.5, "sampler": "euler_a"}
-    values |= {"strength": 0.5, "clip_skip": 2, "multipliers": (1.0,)}
+    values |= {"strength": 0.5, "clip_skip": 2}
     expected = dataclasses.replace(request, **values)
-    read = infotext.from_json(json.loads(texts["generation"]))
+    read = recorded.from_json(json.loads(texts["generation"]))
     assert read.request == expected
     assert read.begins_with == "x.png"
     if "Negative prompt:" not in prompt and prompt.strip():
-        read = infotext.from_parameters(texts["parameters"], Path("x"))
+        read = recorded.from_parameters(texts["parameters"], Path("x"))
         assert read.request == expected
-        assert read.networks == (("x, y", "cd" * 6),)
+        assert read.networks == (RecordedNetwork("x, y", "cd" * 6, 1.0),)
         assert read.model_sha256 == "ab" * 5

@@ -46,7 +46,7 @@ MISTAKES = [
     ([*CKPT, "--from_file", "{tmp}/empty.txt"], ["--from_file: {tmp}/empty.txt has no prompts"]),
     ([*CKPT, "--from_picture", "{tmp}/plain.png"], ["plain.png does not say how it was drawn", "--prompt"]),
     ([*CKPT, "--from_picture", "{tmp}/empty.txt"], ["empty.txt is not a picture that can be read"]),
-    ([*CKPT, "--from_picture", "{tmp}/comfy.png"], ["comfy.png: what it says of itself cannot be read"]),
+    ([*CKPT, "--from_picture", "{tmp}/comfy.png"], ["comfy.png is of ComfyUI, whose records cannot be read here; give the prompt by --prompt"]),
     ([*CKPT, "--from_picture", "{tmp}/damaged.png"], ["damaged.png: its text 'generation' is damaged"]),
     ([*CKPT, "--from_picture", "{tmp}/other.png"], ["other.png was drawn with the sampler 'Wobbly', which is not here"]),
     ([*PROMPT, "--mask_path", "{tmp}/plain.png"], ["--mask_path needs --image_path"]),

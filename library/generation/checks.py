@@ -19,9 +19,10 @@ from library.config.generation import (
 from library.config.prompts import PromptLine
 from library.config.tool_files import check_place
 from library.errors import Problems, UserError
+from library.generation.a1111 import NETWORK_TAGS, TAG
 from library.generation.grid import read_axes
-from library.generation.infotext import Recorded, read_recorded
 from library.generation.init_images import check_images, list_images, read_preparation
+from library.generation.recorded import Recorded, read_recorded
 from library.generation.requests import check_side, read_line, read_lines
 from library.sampling.samplers import check_sampler
 
@@ -168,13 +169,30 @@ def warn_of_strengths(networks: NetworksConfig, lines: Sequence[PromptLine]) -> 
             logger.warning("%s: --am has %d values, networks that can change: %d", line.place, len(strengths), number)
 
 
+def warn_of_tags(lines: Sequence[PromptLine]) -> None:
+    """Warn of networks in prompts as other programs have them: only in their pictures they are networks here."""
+    for line in lines:
+        for text in (line.prompt, line.negative_prompt or ""):
+            tags = [match[0] for match in TAG.finditer(text) if match[1].lower() in (*NETWORK_TAGS, "hypernet")]
+            if tags:
+                logger.warning(
+                    "%s: %s is read as words: networks are --network_weights, their strengths --network_mul and --am",
+                    line.place,
+                    ", ".join(tags),
+                )
+
+
 def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
     """Return what pictures say of themselves: of --from_picture, or of --image_path where there is no prompt."""
     given = prompts.from_picture or ()
     has_prompts = prompts.prompt is not None or prompts.from_file is not None or prompts.interactive or given
     if not has_prompts and images.image_path is not None and images.image_path.exists():
         given = list_images("--image_path", images.image_path).files
-    recorded = [read_recorded(path) for path in given]
+    problems = Problems()
+    recorded = [record for path in given if (record := problems.run(read_recorded, path)) is not None]
+    problems.raise_if_any()
+    for picture, record in zip(given, recorded, strict=True):
+        warn_of_settings(picture, record, images)
     for record in recorded:
         for name, flag, path in (
             (record.begins_with, "--image_path", images.image_path),
@@ -183,3 +201,13 @@ def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
             if name is not None and path is None:
                 raise UserError(f"--from_picture: a picture was drawn with {name}, which it does not hold: give {flag}")
     return recorded
+
+
+def warn_of_settings(path: Path, record: Recorded, images: ImageConfig) -> None:
+    """Warn of what a picture's text says and what is not drawn so."""
+    left = list(record.left)
+    begins = images.image_path is not None or images.highres_fix_scale is not None or record.request.highres is not None
+    if record.request.strength is not None and not begins and record.begins_with is None:
+        left.append(f"Denoising strength: {record.request.strength:g}")
+    if left:
+        logger.warning("%s: the picture will differ, for this is not used: %s", path, ", ".join(left))

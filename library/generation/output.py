@@ -17,6 +17,7 @@ from library.files import WRITTEN_FORMATS, replacing
 from library.generation.gallery import write_gallery
 from library.generation.image_generator import GeneratedImage
 from library.generation.infotext import RunFacts, texts_for
+from library.generation.recorded import EXIF, KEY, MAKER_NOTE, USER_COMMENT
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def unused(path: Path) -> Path:
 
 
 def save(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
-    """Write a picture with its texts: PNG as text chunks, JPEG and WebP as the user comment of EXIF."""
+    """Write a picture with its texts: PNG as text chunks; of JPEG and WebP see `read_texts`."""
     kind = WRITTEN_FORMATS[path.suffix.lower()]
     with replacing(path) as temporary:
         if kind == "PNG":
@@ -87,5 +88,7 @@ def save(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
         else:
             exif = Image.Exif()
             comment = b"UNICODE\0" + texts.get("parameters", "").encode("utf-16-be")
-            exif.get_ifd(0x8769)[0x9286] = comment
+            exif.get_ifd(EXIF)[USER_COMMENT] = comment
+            if KEY in texts:
+                exif.get_ifd(EXIF)[MAKER_NOTE] = texts[KEY].encode("utf-8")
             image.save(temporary, kind, quality=100, subsampling=0, exif=exif.tobytes())

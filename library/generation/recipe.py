@@ -20,14 +20,16 @@ from library.config.prompts import PromptLine
 from library.errors import UserError, message_of
 from library.files import file_sha256
 from library.generation import grid as grids
+from library.generation.again import again, tell_differences
 from library.generation.control_nets import load_control_nets
 from library.generation.embeddings import with_embeddings
 from library.generation.image_generator import GeneratedImage, ImageGenerator
-from library.generation.infotext import Recorded, RunFacts
+from library.generation.infotext import NetworkFacts, RunFacts
 from library.generation.init_images import list_images
 from library.generation.jobs import ImageLists, Job, JobMaker, in_batch_order
-from library.generation.networks import LoadedNetworks, load_networks, show_metadata
+from library.generation.networks import LoadedNetworks, check_files, load_networks, show_metadata
 from library.generation.output import Writer, save, unused
+from library.generation.recorded import Recorded
 from library.generation.requests import Request, Seeds, all_requests, read_line, requests_of
 from library.models.attention import use_xformers
 from library.models.base import BaseModel, find_base, load_base
@@ -42,6 +44,7 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
         show_metadata(config.networks)
     axes = grids.read_axes(config.output.grid or ())
     device = device_of(config.speed.device)
+    check_files(config.networks, config.control.textual_inversion_embeddings or ())
     base = open_base(config, device)
     networks = load_networks(config, base, device)
     generator = ImageGenerator(
@@ -57,7 +60,7 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
     with run_facts(config, base, networks) as facts:
         writer = Writer(config.output, facts)
         session = Session(generator, writer, config.prompts.batch_size)
-        tell_differences(recorded, networks, facts)
+        tell_differences(recorded, networks, facts, config.control.textual_inversion_embeddings or ())
         try:
             if config.prompts.interactive:
                 generate_typed(session, maker, config.prompts, config.drawing)
@@ -132,8 +135,14 @@ def run_facts(
             model_sha256=model_hash(config.checkpoint.ckpt),
             vae=config.checkpoint.vae.name if config.checkpoint.vae else None,
             networks=tuple(
-                (n.options.network_module, n.path.name, n.sha256, n.multiplier if n.is_merged else None)
-                for n in networks.all
+                NetworkFacts(
+                    module=network.options.network_module,
+                    file=network.path.name,
+                    sha256=network.sha256,
+                    merged=network.multiplier if network.is_merged else None,
+                    has_tag=network.has_tag,
+                )
+                for network in networks.all
             ),
             dtype=str(base.unet.dtype).removeprefix("torch."),
             version=f"{NAME} {VERSION}",
@@ -149,35 +158,6 @@ def model_hash(path: Path) -> str:
         return file_sha256(path)
     files = [file for file in sorted((path / "unet").iterdir()) if file.suffix in (".safetensors", ".bin")]
     return file_sha256(files[0])
-
-
-def tell_differences(
-    recorded: Sequence[Recorded], networks: LoadedNetworks, facts: concurrent.futures.Future[RunFacts]
-) -> None:
-    """Warn of images that were generated with another model or other networks than this run has."""
-    given = [network.sha256 for network in networks.all]
-    for record in recorded:
-        said = [digest for _, digest in record.networks]
-        same = len(said) == len(given) and all(own.startswith(digest) for own, digest in zip(given, said, strict=True))
-        if not same:
-            names = ", ".join(name for name, _ in record.networks) or "none"
-            logger.warning("a picture was drawn with other networks (%s) than --network_weights has", names)
-        model = record.model_sha256
-        if model and not facts.result().model_sha256.startswith(model):
-            logger.warning("a picture was drawn with another model (SHA-256 %s...) than --ckpt", model[:10])
-        if same and len(record.strengths) == len(networks.all):
-            for strength, network in zip(record.strengths, networks.all, strict=True):
-                if network.is_merged and network.multiplier != strength:
-                    logger.warning("a picture was drawn with %s at %g, which is merged now", network.path, strength)
-
-
-def again(record: Recorded, networks: LoadedNetworks) -> Request:
-    """Return the request of a recorded image, with strengths for the networks that are not merged in this run."""
-    if len(record.strengths) != len(networks.all):
-        return record.request
-    pairs = zip(record.strengths, networks.all, strict=True)
-    left = tuple(strength for strength, network in pairs if not network.is_merged)
-    return dataclasses.replace(record.request, multipliers=left or None)
 
 
 # --------------------------------------------------------------------------------------------------------------
