@@ -357,3 +357,14 @@ def test_networks_written_in_a_prompt_are_told_to_be_words(draw, caplog):
         draw("--prompt", "a cat <lora:px:0.5> --n <lyco:y>")
     assert "--prompt: <lora:px:0.5> is read as words: networks are --network_weights" in caplog.text
     assert "--prompt: <lyco:y> is read as words" in caplog.text
+
+
+def test_quotes_that_do_not_end_are_part_of_a_value():
+    assert a1111.settings_at('One: "a" b, Two: "c\nrest') == ({"One": 'a" b', "Two": "c"}, "rest")
+
+
+def test_vae_and_schedule_are_written_for_automatic1111(draw, model_store):
+    vae = model_store("sd1")[1]["folder"] / "vae"
+    text = draw("--prompt", "a cat", "--sampler", "dpmsolver++", "--vae", vae)[0].texts["parameters"]
+    assert "Sampler: DPM++ 2M, Schedule type: Uniform, CFG" in text
+    assert "VAE: vae, Version" in text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +348,28 @@ def test_embeddings_in_a_network_file_are_words(draw, two, tmp_path, caplog):
     assert np.array_equal(found.pixels, expected.pixels)
     with pytest.raises(UserError, match="the word 'zqx' is in the vocabulary: .*a.safetensors calls it so: leave one"):
         draw(*prompt, "--textual_inversion_embeddings", alone[0], path)
+
+
+class Hooked(torch.nn.Module):
+    """A network that acts by a hook, with no strength; it has a tensor of the file."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {f"{ATTENTION}.alpha": torch.ones(())}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return None
+
+    def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool, apply_unet: bool) -> None:
+        unet.conv_out.register_forward_hook(lambda module, given, out: out)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"), [(None, "makes no network of"), (Hooked(), "has no strength \\(no set_multiplier\\)")]
+)
+def test_a_module_that_makes_nothing_of_use_is_told(base, two, monkeypatch, made, message):
+    module = types.ModuleType("odd_network")
+    vars(module)["create_network"] = lambda *args, **kwargs: made
+    vars(module)["create_network_from_weights"] = lambda *args, **kwargs: (made, {})
+    monkeypatch.setitem(sys.modules, "odd_network", module)
+    with pytest.raises(UserError, match=message):
+        apply_file(module_of("odd_network"), two[0][0], base, 1.0, device=CPU)
