@@ -71,7 +71,7 @@ VAES: dict[str, dict[str, Any]] = {
 }
 
 
-def small_unet(**more: Any) -> UNet2DConditionModel:
+def small_unet(**more: Any) -> Any:
     """Return a U-Net without memory."""
     config = {
         "block_out_channels": (32, 32, 64, 64),
@@ -83,7 +83,7 @@ def small_unet(**more: Any) -> UNet2DConditionModel:
         return UNet2DConditionModel(**(config | more))
 
 
-def small_vae(store: Any, **more: Any) -> AutoencoderKL:
+def small_vae(store: Any, **more: Any) -> Any:
     """Return a VAE without memory."""
     usual = {key: value for key, value in dict(store("sd1").models["vae"].config).items() if not key.startswith("_")}
     with torch.device("meta"):
@@ -211,9 +211,7 @@ def test_uneven_transformers_of_sdxl_are_known_from_a_file(store, tmp_path):
     """As in SSD-1B, whose layers have different numbers of transformers, and whose middle has no attention."""
     depths = {"transformer_layers_per_block": [1, [1, 2], [2, 3]], "mid_block_type": "UNetMidBlock2D"}
     depths |= {"reverse_transformer_layers_per_block": [[3, 2, 4], [2, 1, 1], 1]}
-    usual = dict(store("sdxl").unet)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**(usual | depths))
+    unet = small_unet(**(store("sdxl").unet | depths))
     model = planned(store("sdxl").folder, tmp_path, "unet", unet)
     assert built(as_file(model, tmp_path / "a.ckpt"), "unet") == shapes_in(unet)
 
@@ -541,9 +539,7 @@ def test_settings_that_no_shape_tells_are_kept_or_refused(store, tmp_path, case)
 
 def test_hints_of_published_models_do_not_stop_a_pickle(store, tmp_path):
     hints = {"sample_size": 96, "upcast_attention": True}
-    usual = dict(store("sd2").unet)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**(usual | hints))
+    unet = small_unet(**(store("sd2").unet | hints))
     model = planned(store("sd2").folder, tmp_path, "unet", unet)
     as_file(model, tmp_path / "out.ckpt")
     found = building.config_of(as_file(model, tmp_path / "out.safetensors"), "unet")

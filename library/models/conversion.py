@@ -168,7 +168,8 @@ def tell_left_out(model: Checkpoint, whole: Plan) -> None:
     left = [name for name in unplaced(model, whole) if not name.endswith(POSITION_IDS)]
     inner = [name for name in left if split_name(name)[0] in SHAPED]
     if inner:
-        raise UserError(f"{model.path} has {inner[0]}{more(inner)}, which has no place in a checkpoint")
+        part, own = split_name(inner[0])
+        raise UserError(f"{model.path} has {own}, which has no place in a checkpoint (of its {part}{more(inner)})")
     outer = [name for name in left if split_name(name)[0] != EXTRAS]
     if outer:
         logger.warning("%s left out, without a place in a checkpoint: %s", number_of(outer), some(outer))
