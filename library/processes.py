@@ -1,6 +1,6 @@
 """The processes that a launcher (torchrun, accelerate launch, mpirun) started together, from its environment variables.
 
-Without a launcher there is one process, whatever single variables an earlier job left in the environment.
+Without a launcher there is one process. Variables that an earlier job left are told where they would do harm.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process logs: the first one, or the only one."""
-    return find_launch(environment).rank == 0
+    launch = find_launch(environment)
+    return (launch.rank if launch.size > 1 else _number(environment, TORCHRUN.rank) or 0) == 0
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -90,11 +91,14 @@ def _check_alone(environment: Mapping[str, str]) -> None:
             "accelerate launch was asked for several processes, but it starts only one without several GPUs: "
             f"{ADVICE}, or give accelerate launch --num_processes 1 (and unset MASTER_ADDR, if it is set)"
         )
-    local = _number(environment, TORCHRUN.local_rank)
+    # A number of the process that an earlier job left: accelerate would wait for others, and nothing would be logged.
+    least = {TORCHRUN.local_rank: 0, TORCHRUN.rank: 1}
+    given = {name: _number(environment, name) for name in least}
+    left = [name for name, number in given.items() if number is not None and number >= least[name]]
     missing = [name for name in (*TORCHRUN, *MEETING_POINT) if not environment.get(name)]
-    if local is not None and local >= 0 and missing:
+    if left and missing:
         raise UserError(
-            f"LOCAL_RANK is set, as by torchrun, but not {', '.join(missing)}: {ADVICE}, or unset LOCAL_RANK for one"
+            f"{left[0]} is set, as by torchrun, but not {', '.join(missing)}: {ADVICE}, or unset {left[0]} for one"
         )
 
 

@@ -37,7 +37,7 @@ TOGETHER = {
     "torchrun of one on the CPU": (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0", "ACCELERATE_USE_CPU": "true"}, 1, 0),
     "torchrun within srun": (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4"}, 2, 1),
     "mpirun of accelerate": (MPI | POINT | {"ACCELERATE_USE_CPU": "true"}, 4, 2),
-    "a rank that was left": ({"RANK": "3"}, 1, 0),
+    "a first rank that was left": ({"RANK": "0"}, 1, 0),
     "a machine of one task": ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, 0),
     "accelerate of one": ({"ACCELERATE_USE_CPU": "False"}, 1, 0),
     "a point that was left": (POINT, 1, 0),
@@ -66,6 +66,7 @@ APART = {
         POINT | {"ACCELERATE_USE_CPU": "True"},
         "asked for several processes, but it starts only one",
     ),
+    "a rank that was left": ({"RANK": "3", **POINT}, "RANK is set, as by torchrun, but not WORLD_SIZE, LOCAL_RANK"),
     "a local rank that was left": ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, as by torchrun, but not WORLD_SIZE, RANK"),
 }
 
