@@ -17,6 +17,7 @@ from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check, parse_train_config, warn_of_idle_options, write_config_file
 from library.errors import Problems
 from library.logs import choose_log_lines, run_script
+from library.processes import check_launch
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.file.output_config:
         logger.info("wrote %s", write_config_file(config))
         return 0
+    problems.run(check_launch)
     check(config, problems)
     from library.data.records import load_datasets, subsets_of  # these read pictures; --help does not
 

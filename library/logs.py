@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from library.errors import UserError, in_one_line
+from library.processes import is_first_process
 
 # Loggers whose lines below the level of warnings are shown.
 SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network", "gen_img_diffusers")
@@ -19,8 +20,7 @@ OUT_OF_MEMORY = (
     "the GPU has too little memory: add --gradient_checkpointing and --cache_latents, use --mixed_precision fp16, "
     "or lower --train_batch_size or --resolution"
 )
-INTERRUPTED = 130  # exit code of shells for Ctrl-C
-TERMINATED = 143  # the same for SIGTERM
+INTERRUPTED = 130  # exit code of shells for Ctrl-C; of a script, also for SIGTERM
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
@@ -35,7 +35,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
         os.environ.setdefault(variable, "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in SUITE:
-        logging.getLogger(name).setLevel(level if _is_first_process() else logging.ERROR)
+        logging.getLogger(name).setLevel(level if is_first_process() else logging.ERROR)
 
 
 def choose_log_lines(level: str | None, file: Path | None) -> None:
@@ -43,7 +43,7 @@ def choose_log_lines(level: str | None, file: Path | None) -> None:
 
     Only the first of several processes does so; the others log errors on the console.
     """
-    if not _is_first_process():
+    if not is_first_process():
         return
     if level is not None:
         for name in SUITE:
@@ -63,10 +63,6 @@ def choose_log_lines(level: str | None, file: Path | None) -> None:
         root.addHandler(handler)
 
 
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 class _MarkedFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -79,9 +75,9 @@ class _MarkedFormatter(logging.Formatter):
 def run_script(main: Callable[[Sequence[str]], int]) -> None:
     """Run an entry script's main with the command line and end the process with its exit code."""
     set_up_logging()
-    # Temporary files are removed on exit. A training replaces the handler by its own, which saves a state.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
+        # SIGTERM is as Ctrl-C: temporary files are removed. A training has its own handler, which saves a state.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         code, message = USER_ERROR, f"error: {error}"

@@ -158,7 +158,8 @@ def test_a_lycoris_file_is_gone_on_from(lycoris, run, tmp_path, caplog):
     ):
         run("other", **arguments("lokr", "factor=2"), **start)
     run("other", **arguments("lokr", "full_matrix=True"), **start, **still)
-    assert "x.safetensors: 200 of 736 tensors have no place in the network, such as lora_te_text" in caplog.text
+    assert "x.safetensors: 200 of 736 tensors (lora_te_text" in caplog.text
+    assert "have no place in the modules of the network and are left out: give the --network_args" in caplog.text
     with pytest.raises(UserError, match="lycoris.kohya loaded nothing of it"):
         run("other", **arguments("loha"), **start)
 

@@ -23,6 +23,7 @@ from tensors import metadata
 import train_network
 from library.errors import UserError
 from library.files import file_sha256
+from library.training.record import preview
 from library.weight_file import file_legacy_hash
 
 # ---- what it writes -----------------------------------------------------------------------------------------
@@ -53,6 +54,9 @@ def test_metadata_tells_what_was_trained_on_what(base, pictures, tmp_path):
     assert found["ss_training_comment"] == "こんにちは"
     assert found["ss_new_sd_model_hash"] == file_sha256(base)
     assert found["ss_sd_model_hash"] == file_legacy_hash(base)
+    assert found["ss_optimizer"] == "torch.optim.adamw.AdamW"
+    assert found["ss_text_encoder_lr"] == "None"
+    assert not [name for name in found if "vae" in name]
     assert json.loads(found["ss_tag_frequency"]) == {
         "1_sks dog": {"a dog": 4, "x": 4, **{f"tag{i}": 1 for i in range(4)}}
     }
@@ -62,6 +66,36 @@ def test_metadata_tells_what_was_trained_on_what(base, pictures, tmp_path):
     assert found["modelspec.encoder_layer"] == "2"
     weights = load_file(tmp_path / "x.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in weights.values())
+
+
+def test_optimizer_and_rates_are_recorded_as_sd_scripts_does(base, pictures, tmp_path):
+    more = {"optimizer_args": ["weight_decay=0.1", "betas=.9,.99"], "text_encoder_lr": "5e-5"}
+    train(base, pictures, tmp_path, max_train_steps=1, **more)
+    found = metadata(tmp_path / "x.safetensors")
+    assert found["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))"
+    assert found["ss_text_encoder_lr"] == "[5e-05]"
+
+
+@pytest.mark.parametrize("layout", ["folder", "file", "parent"])
+def test_a_vae_is_recorded_with_its_hashes(model_store, pictures, tmp_path, layout):
+    _, paths = model_store("sd1")
+    folder = paths["folder"] / "vae"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    vae = {"folder": folder, "file": file, "parent": paths["folder"]}[layout]
+    train(paths["safetensors"], pictures, tmp_path, max_train_steps=1, vae=vae)
+    found = metadata(tmp_path / "x.safetensors")
+    assert found["ss_vae_name"] == vae.name
+    assert found["ss_vae_hash"] == file_legacy_hash(file)
+    assert found["ss_new_vae_hash"] == file_sha256(file)
+
+
+def test_only_complete_epochs_count_until_the_run_ends(base, pictures, tmp_path):
+    train(base, pictures, tmp_path, save_every_n_steps=1, save_every_n_epochs=1, max_train_steps=9)  # 4 in an epoch
+    steps = [metadata(tmp_path / f"x-step{step:08d}.safetensors")["ss_epoch"] for step in range(1, 10)]
+    assert steps == ["0", "0", "0", "1", "1", "1", "1", "2", "2"]
+    epochs = [metadata(tmp_path / f"x-{epoch:06d}.safetensors")["ss_epoch"] for epoch in (1, 2)]
+    assert epochs == ["1", "2"]
+    assert metadata(tmp_path / "x.safetensors")["ss_epoch"] == "3"
 
 
 EXPECTED_KEYS = [
@@ -133,6 +167,33 @@ def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path):
     with Image.open(tmp_path / "out" / "x-sheet.png") as sheet:
         assert sheet.width > 3 * 64
         assert sheet.height > 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"sample_every_n_steps": 2, "max_train_steps": 5}, ["000002", "000004", "000005"]),
+        ({"sample_every_n_steps": 2, "max_train_steps": 4}, ["000002", "000004"]),
+        ({"sample_every_n_steps": 100, "max_train_steps": 2}, ["000002"]),
+        ({"sample_every_n_epochs": 1, "max_train_steps": 6}, ["e000001", "e000002"]),
+        ({"sample_every_n_epochs": 2, "max_train_steps": 9}, ["e000002", "e000003"]),
+        ({"sample_at_first": True, "max_train_steps": 1}, ["000001", "e000000"]),
+        ({"max_train_steps": 1}, []),
+    ],
+)
+def test_the_end_is_always_in_the_previews_and_once(base, pictures, tmp_path, more, expected):
+    (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1 --d 5\n", encoding="utf-8")
+    folder = tmp_path / "out" / "sample"
+    seen = []
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patched:
+        patched.setattr(
+            preview, "draw_sheet", lambda cells, rows, columns: seen.append(columns) or Image.new("L", (1, 1))
+        )
+        train(base, pictures, tmp_path / "out", sample_prompts=tmp_path / "p.txt", **more)
+    found = sorted(path.name.split("_")[1] for path in folder.iterdir()) if folder.exists() else []
+    assert found == expected
+    assert len(seen[-1] if seen else []) == len(expected), "columns of the contact sheet"
 
 
 def test_metrics_are_always_written_one_object_a_line(base, pictures, tmp_path):

@@ -47,7 +47,31 @@ def test_measuring_changes_nothing_about_the_training(base, pictures, tmp_path):
     held_out = {"validation_split": 0.5, "network_dropout": 0.2, "cache_latents": True}
     watched = train(base, pictures, tmp_path / "a", **held_out, validate_every_n_steps=1)
     same(watched, train(base, pictures, tmp_path / "b", **held_out, validate_every_n_epochs=1000))
-    assert not values(tmp_path / "b", EPOCH)
+    assert len(values(tmp_path / "b", EPOCH)) == 1, "the end is always measured"
+
+
+@pytest.mark.parametrize(
+    ("more", "steps", "epochs"),
+    [
+        ({"validate_every_n_steps": 2}, [2, 4], [2, 4, 5]),  # 2 steps in an epoch
+        ({"validate_every_n_steps": 2, "validate_every_n_epochs": 4}, [2, 4], [5]),
+        ({"validate_every_n_epochs": 2}, [], [4, 5]),
+        ({"validate_every_n_steps": 5, "validate_every_n_epochs": 3}, [5], [5]),
+        ({}, [], [2, 4, 5]),
+    ],
+)
+def test_each_step_is_measured_once_and_the_end_always(base, pictures, tmp_path, monkeypatch, more, steps, epochs):
+    measured, measure = [], validation.Validation.measure
+
+    def spying(self):
+        measured.append(self)
+        return measure(self)
+
+    monkeypatch.setattr(validation.Validation, "measure", spying)
+    train(base, pictures, tmp_path, validation_split=0.5, max_train_steps=5, **more)
+    assert [line["step"] for line in metrics(tmp_path) if STEP in line] == steps
+    assert [line["step"] for line in metrics(tmp_path) if EPOCH in line] == epochs
+    assert len(measured) == len({*steps, *epochs})
 
 
 def test_the_loss_is_the_mean_over_pictures_and_timesteps(base, pictures, tmp_path, monkeypatch):

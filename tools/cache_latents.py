@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.config.train import check, parse_train_config
 from library.errors import Problems
 from library.logs import run_script
+from library.processes import check_launch
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     problems = Problems()
     config = parse_train_config(argv, problems, description=__doc__, fixed=CACHING)
+    problems.run(check_launch)
     check(config, problems)
     from library.data.records import load_datasets  # reads pictures; --help does not
 

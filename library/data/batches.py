@@ -10,7 +10,7 @@ import dataclasses
 import math
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -243,11 +243,24 @@ def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.uti
         sampler=plan,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_stops,
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C in workers: the main process finishes its step and needs them for it."""
+def _ignore_stops(worker: int) -> None:
+    """Ignore the signals of a stop in workers: the main process finishes its step and needs them for it."""
     del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all processes, and so do job schedulers
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of a loader; its workers end with this iterator, also when it is closed before the last one."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        # A traceback can keep the loader until Python exits, and Python then waits for the workers, which no signal
+        # ends. There is no public method.
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -78,12 +78,22 @@ def read_header(path: Path) -> Header:
     return Header((height, width) if turned else (width, height), losses)
 
 
+@contextlib.contextmanager
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that read files; after an error or Ctrl-C, files that are not begun are not read."""
+    pool = ThreadPoolExecutor(NUM_THREADS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def read_all(paths: Collection[Path], read: Callable[[Path], T], progress: str | None = None) -> dict[Path, T]:
     """Return path -> read(path), read in threads, sorted by path; progress is the title of a progress bar."""
     from tqdm import tqdm
 
     ordered = sorted(paths)
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with reading_threads() as pool:
         bar = tqdm(
             pool.map(read, ordered),
             total=len(ordered),

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -173,7 +172,7 @@ def sources_of(records: Sequence[ImageRecord], fingerprints: Mapping[PixelsKey, 
 
 def read_entries(sources: Sequence[Source]) -> dict[str, Entry]:
     """Return fingerprint -> entry for those that are valid on disk."""
-    with ThreadPoolExecutor(images.NUM_THREADS) as pool:
+    with images.reading_threads() as pool:
         entries = zip(sources, pool.map(read_entry, sources), strict=True)
         return {source.fingerprint: entry for source, entry in entries if entry is not None}
 
@@ -200,7 +199,7 @@ def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterato
     results: list[tuple[Path, images.UnreadablePictureError | None]] = []
     not_finite: list[Path] = []
     with (
-        ThreadPoolExecutor(images.NUM_THREADS) as pool,
+        images.reading_threads() as pool,
         tqdm(total=len(sources), desc="caching latents", unit="picture") as bar,
     ):
         batches = list(_batches(sources, batch_size))

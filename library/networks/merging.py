@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.models.base import BaseModel
+from library.networks.fit import compare, counted
 from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
 from library.networks.protocol import optional_method
 from library.networks.third_party import with_alphas_folded
@@ -49,6 +50,12 @@ def merge_file(
         merge_to = optional_method(network, "merge_to")
         if merge_to is None:
             raise UserError(f"{path}: the network of {module.name} has no merge_to, which merging needs")
+        if module.is_foreign:  # the suite's own warn of it themselves
+            fit = compare(tensors, network)
+            for names, number, kind in ((fit.left, fit.modules, "modules"), (fit.tensors, fit.all_tensors, "tensors")):
+                if names:
+                    text = "%s: %s have no place in these models and are left out"
+                    logger.warning(text, path, counted(names, number, kind))
         merge_to(text_encoder, base.unet, tensors, parameter.dtype, parameter.device)
 
     if not module.is_foreign:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from library.config.values import written
 from library.errors import UserError, shortened
 from library.files import replacing
 from library.models.base import BaseModel
+from library.networks.fit import Fit, all_tensors, compare, counted
 from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
 from library.networks.protocol import (
     Groups,
     HasMultiplier,
     NamedGroups,
     Network,
+    ReadsFiles,
     TextEncoders,
     missing_methods,
     optional_method,
@@ -217,11 +219,6 @@ class TrainableNetwork:
             own[name].copy_(tensor)
 
 
-def all_tensors(network: Network) -> dict[str, Tensor]:
-    """Return every parameter and buffer by name, including those that a state_dict omits."""
-    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-
-
 def takes(function: Callable[..., object], number: int) -> bool:
     """Return whether a function can be called with a number of arguments."""
     try:
@@ -256,7 +253,8 @@ def build_network(
         network.apply_to(text_encoder, base.unet, trains_text_encoder, trains_unet)
         if config.network_weights is not None:
             with module_errors(config, "load_weights", config.network_weights):
-                load_start(network, module, config.network_weights)
+                trained = {"text encoder": trains_text_encoder, "U-Net": trains_unet}
+                load_start(network, module, config.network_weights, {part for part, is_on in trained.items() if is_on})
         if checkpointing and (enable := optional_method(network, "enable_gradient_checkpointing")):
             enable()
         network.to(device)
@@ -278,28 +276,58 @@ def checked(network: Network | None, config: NetworkConfig) -> Network:
     return network
 
 
-def load_start(network: Network, module: ImportedModule, path: Path) -> None:
-    """Load --network_weights; report a foreign network that silently loaded nothing or only a part."""
+def load_start(network: Network, module: ImportedModule, path: Path, trained: Collection[str]) -> None:
+    """Load --network_weights; warn of what the file and the network do not share.
+
+    trained are the parts of the models that the network is over. Raises UserError for a foreign network that silently
+    loaded nothing; the suite's own raise ValueError.
+    """
     load = optional_method(network, "load_weights")
     if load is None:
         raise UserError(f"--network_weights: the network of {module.name} has no load_weights; leave the option out")
     before = [parameter.detach().clone() for parameter in network.parameters()]
     report = load(str(path))
-    logger.info("%s: %s", path, shortened(str(report or "loaded")))
-    if not module.is_foreign:
-        return
     is_same = all(torch.equal(old, new.detach()) for old, new in zip(before, network.parameters(), strict=True))
-    if is_same and not module.options.dim_from_weights:
+    if module.is_foreign and is_same and not module.options.dim_from_weights:
         raise UserError(
             f"--network_weights {path}: {module.name} loaded nothing of it: the file is for another model or "
             " other --network_args, or the module cannot go on from its own files"
         )
-    names = open_weights(path).shapes.keys()
-    left = names - network.state_dict().keys()
-    if left:
-        logger.warning(
-            "%s: %d of %d tensors have no place in the network, such as %s", path, len(left), len(names), min(left)
+    warnings = misfits(compare(open_weights(path).shapes, network), module, trained)
+    for text in warnings:
+        logger.warning("%s: %s", path, text)
+    if not warnings:
+        logger.info("%s: %s", path, shortened(str(report or "loaded")))
+
+
+def misfits(fit: Fit, module: ImportedModule, trained: Collection[str]) -> list[str]:
+    """Return what a file of --network_weights and the network do not share, with the way out; trained as above."""
+    options, texts = module.options, []
+    remedy = "give the --network_args that the file was trained with"
+    if not module.is_foreign:
+        remedy += ", such as conv_dim and conv_alpha for its 3x3 convolutions"
+    if isinstance(module.module, ReadsFiles) and not options.dim_from_weights:
+        remedy += ", or --dim_from_weights, which takes modules and ranks from the file"
+    untrained = [name for name in fit.left if part_of(name) not in trained]
+    if untrained:
+        texts.append(
+            f"{counted(untrained, fit.modules)} are of a part that is not trained, and will not be in the new file"
         )
+    left = [name for name in fit.left if part_of(name) in trained]
+    if left and (module.is_foreign or not options.dim_from_weights):  # the suite's own have said so themselves
+        texts.append(f"{counted(left, fit.modules)} have no place in the network and are left out: {remedy}")
+    if fit.tensors:
+        way = remedy if module.is_foreign else "train on with the --network_module that wrote the file"
+        number = counted(fit.tensors, fit.all_tensors, "tensors")
+        texts.append(f"{number} have no place in the modules of the network and are left out: {way}")
+    if fit.fresh:
+        texts.append(f"{counted(fit.fresh, fit.own, 'modules of the network')} are not in it and start fresh: {remedy}")
+    return texts
+
+
+def part_of(module: str) -> str:
+    """Return the part of the models that a module of a file is for, by its name."""
+    return "text encoder" if module.startswith(("lora_te", "lycoris_te")) else "U-Net"
 
 
 def trained_parts(config: NetworkConfig, optimizer: OptimizerConfig) -> tuple[bool, bool]:

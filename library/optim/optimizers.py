@@ -54,7 +54,7 @@ class Substitute:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerRow:
-    """A name, its class, and the defaults of its arguments.
+    """A name, its class, and the defaults of its arguments; implementation are defaults that only concern the speed.
 
     An elementwise optimizer ignores which matrix a number is in, so parameters can be laid out flat.
     """
@@ -62,6 +62,7 @@ class OptimizerRow:
     name: str
     path: str
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    implementation: dict[str, Any] = dataclasses.field(default_factory=dict)
     elementwise: bool = False
     substitute: Substitute | None = None
 
@@ -81,7 +82,7 @@ def _schedule_free(name: str, substitute: str) -> OptimizerRow:
 ADAM_NAMES = {"decouple": "weight_decouple", "use_bias_correction": "bias_correction"}
 
 ROWS = (
-    OptimizerRow("AdamW", "torch.optim.AdamW", {"fused": True}, elementwise=True),
+    OptimizerRow("AdamW", "torch.optim.AdamW", implementation={"fused": True}, elementwise=True),
     OptimizerRow("AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
     OptimizerRow("PagedAdamW", "bitsandbytes.optim.PagedAdamW"),
     OptimizerRow("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"),
@@ -119,8 +120,14 @@ class OptimizerChoice:
 
     path: str
     kind: type
-    arguments: dict[str, Any]
+    recorded: dict[str, Any]  # the arguments that files tell
     elementwise: bool
+    implementation: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that only concern the speed
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments but the learning rate."""
+        return self.implementation | self.recorded
 
     @property
     def sets_own_rate(self) -> bool:
@@ -139,8 +146,8 @@ class OptimizerChoice:
 
     @property
     def record(self) -> str:
-        """The text for ss_optimizer: class and arguments."""
-        arguments = ",".join(f"{key}={value}" for key, value in self.arguments.items())
+        """The text for ss_optimizer, as sd-scripts writes it: class, and arguments in parentheses if there are any."""
+        arguments = ",".join(f"{key}={value}" for key, value in self.recorded.items())
         return f"{self.kind.__module__}.{self.kind.__qualname__}" + (f"({arguments})" if arguments else "")
 
 
@@ -155,7 +162,9 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
         return _substituted(row, row.substitute, given)
     kind = import_class(row.path, "--optimizer_type", package="pytorch-optimizer" if row.substitute else None)
     arguments = read_arguments(kind, given, "--optimizer_args")
-    return OptimizerChoice(row.path, kind, _with_defaults(row, arguments), row.elementwise)
+    # Each of these is another implementation, which does not go with the default one.
+    implementation = {} if {"foreach", "capturable", "differentiable"} & set(arguments) else row.implementation
+    return OptimizerChoice(row.path, kind, _with_defaults(row, arguments), row.elementwise, implementation)
 
 
 def _is_installed(path: str) -> bool:
@@ -176,12 +185,9 @@ def _substituted(row: OptimizerRow, substitute: Substitute, given: Mapping[str, 
 
 
 def _with_defaults(row: OptimizerRow, given: dict[str, Any]) -> dict[str, Any]:
-    defaults = row.defaults
-    if row.name == "AdamW" and {"foreach", "capturable", "differentiable"} & set(given):
-        defaults = {}
     if row.name == "AdaFactor" and given.get("warmup_init") and not given.get("relative_step", True):
         raise UserError("--optimizer_args: warmup_init=True needs relative_step=True")
-    return defaults | given
+    return row.defaults | given
 
 
 def read_arguments(kind: type, texts: Mapping[str, str], option: str) -> dict[str, Any]:

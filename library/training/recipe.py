@@ -10,13 +10,14 @@ import torch
 
 from library.adapters.alphas import NOTE, note_on_alphas
 from library.config.config_file import to_toml
+from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
 from library.data.batches import BatchMaker, RunPlan, make_loader
 from library.data.latent_cache import LatentCache
 from library.data.records import Dataset, subsets_of, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
-from library.models.base import BaseModel
+from library.models.base import BaseFiles, BaseModel
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork, build_network
@@ -32,13 +33,15 @@ from library.training.prepare.placing import caption_options, enable_gradient_ch
 from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
-from library.training.record.metadata import BackgroundHashes, FileMetadata, training_metadata
+from library.training.record.metadata import BackgroundHashes, FileMetadata, files_to_hash, training_metadata
 from library.training.record.metrics import Metrics
 from library.training.record.preview import Preview
 from library.training.record.run_files import RunFiles, epoch_interval
+from library.training.record.run_lock import run_lock
 from library.training.record.upload import Uploads, make_repository
 from library.training.rehearse.dry_run import dry_run
 from library.training.run.events import At, Event, Every
+from library.training.run.interruption import StopRequest
 from library.training.run.loop import run
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, broadcast_parameters, shared, start_runtime
@@ -54,7 +57,8 @@ def train(
     """Train a network as config says and return the path of its file; raises UserError for a user's mistake.
 
     With --dry_run nothing is trained, and the path is that of the report. further_events come after those of
-    `make_events` whenever both are due.
+    `make_events` whenever both are due. Ctrl-C and SIGTERM raise KeyboardInterrupt: at once while the run is prepared,
+    later after the step, with its state saved.
     """
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
@@ -65,8 +69,28 @@ def train(
     if config.run.dry_run:
         return dry_run(config, datasets, prompts, choice=choice, files=files)
 
+    with StopRequest() as stop:
+        runtime = start_runtime(config.precision, config.logs)
+        with run_lock(RunFiles(config.saving).lock, runtime):
+            prepare_and_run(
+                config, datasets, prompts, choice, files, runtime=runtime, stop=stop, further_events=further_events
+            )
+    return RunFiles(config.saving).network
+
+
+def prepare_and_run(
+    config: TrainConfig,
+    datasets: list[Dataset],
+    prompts: list[Prompt],
+    choice: OptimizerChoice,
+    files: BaseFiles,
+    *,
+    runtime: Runtime,
+    stop: StopRequest,
+    further_events: Sequence[Event],
+) -> None:
+    """Load, encode, build, train and save what was checked."""
     # Load the base model.
-    runtime = start_runtime(config.precision, config.logs)
     resumed = find_resumed(config.state.resume, config.saving, config.hub, runtime)
     seed = shared(choose_seed(config.run.seed, resumed), runtime)
     config = with_seed(config, seed)
@@ -126,12 +150,15 @@ def train(
     maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     loader = make_loader(maker, plan, num_workers(config.run.max_data_loader_n_workers, is_cached=cache is not None))
     with Uploads(config.hub, is_main=runtime.is_main) as uploads:
-        checkpoints = make_checkpoints(config, plan, base, state, optimizer=choice.record, uploads=uploads)
-        events = make_events(
-            config, prompts, plan, cache, objective=objective, checkpoints=checkpoints, runtime=runtime
+        hashes = BackgroundHashes(files_to_hash(config.model, files.vae) if runtime.is_main else {}, stop)
+        checkpoints = make_checkpoints(
+            config, plan, base, state, optimizer=choice.record, hashes=hashes, uploads=uploads
         )
-        run(step, network, loader, plan=plan, progress=progress, events=[*events, *further_events], runtime=runtime)
-    return RunFiles(config.saving).network
+        events = make_events(
+            config, prompts, plan, cache, objective=objective, checkpoints=checkpoints, runtime=runtime, stop=stop
+        )
+        events = [*events, *further_events]
+        run(step, network, loader, plan=plan, progress=progress, events=events, runtime=runtime, stop=stop)
 
 
 def make_network(config: TrainConfig, seed: int, base: BaseModel, runtime: Runtime) -> TrainableNetwork:
@@ -166,15 +193,20 @@ def make_state(
 
 
 def make_checkpoints(
-    config: TrainConfig, plan: RunPlan, base: BaseModel, state: TrainState, *, optimizer: str, uploads: Uploads
+    config: TrainConfig,
+    plan: RunPlan,
+    base: BaseModel,
+    state: TrainState,
+    *,
+    optimizer: str,
+    hashes: BackgroundHashes,
+    uploads: Uploads,
 ) -> Checkpoints:
     """Return what writes the run's networks and states; optimizer is what their metadata say of it."""
     saving, is_main, predicts_v = config.saving, plan.rank == 0, base.predicts_v
     started = training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer)
     if (note := note_on_alphas(state.network.file_alphas())) is not None:
         started[NOTE] = note
-    # Only the first process writes, and needs the hashes of the base model for it.
-    hashed = {"sd_model": Path(config.model.pretrained_model_name_or_path), "vae": config.model.vae}
     return Checkpoints(
         files=RunFiles(saving),
         state=state,
@@ -192,11 +224,12 @@ def make_checkpoints(
             predicts_v=predicts_v,
             resolution=plan.datasets[0].options.size,
             started=started,
-            hashes=BackgroundHashes(hashed if is_main else {}),
+            hashes=hashes,
         ),
         options=to_toml(config),
         uploads=uploads,
         uploads_states=config.hub.save_state_to_huggingface,
+        steps_per_epoch=plan.steps_per_epoch,
         is_main=is_main,
     )
 
@@ -210,31 +243,41 @@ def make_events(
     objective: Objective,
     checkpoints: Checkpoints,
     runtime: Runtime,
+    stop: StopRequest,
 ) -> list[Event]:
     """Return what happens besides the steps, in the order in which it happens at each moment."""
     files, state, given = checkpoints.files, checkpoints.state, config.preview
     metrics = Metrics(files.metrics, config, runtime.accelerator)
-    preview = Preview(given.sample_sampler, prompts, files, objective, state, runtime)
+    by_epochs = given.sample_every_n_epochs is not None
+    preview = Preview(given.sample_sampler, prompts, files, objective, state, runtime, stop, counts_epochs=by_epochs)
     outcome = report.Outcome(state.network, files, is_main=runtime.is_main)
     validation: list[Event] = []
     measured, seed = config.validation, validation_seed(config.dataset, plan.seed)
     pictures = held_out(plan.datasets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
     if pictures is not None:
-        due = Every(measured.validate_every_n_steps, measured.validate_every_n_epochs or 1)
-        validation = [Event("validation", due, Validation(pictures, objective, state, metrics, runtime).log)]
+        epochs = measured.validate_every_n_epochs or 1
+        due = Every(measured.validate_every_n_steps, epochs, (At.END,), once_a_step=True)
+        validation = [Event("validation", due, Validation(due, pictures, objective, state, metrics, runtime, stop).log)]
     elif measured.validate_every_n_steps or measured.validate_every_n_epochs:
         logger.warning("nothing is held out to validate on: give --validation_split")
-    by_steps = None if given.sample_every_n_epochs else given.sample_every_n_steps
-    first = (At.START,) if given.sample_at_first and not plan.start_step else ()
-    last = (At.END,) if config.state.save_state_on_train_end else ()
-    states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *last))
+    final = (At.END,) if config.state.save_state_on_train_end else ()
+    states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *final))
     return [
         Event("options", Every(once=(At.START,)), checkpoints.write_options),
-        Event("metrics", Every(1, 1, (At.START, At.END)), metrics.log),
+        Event("metrics", Every(1, 1, (At.START,)), metrics.log),
         *validation,  # before the network's file, which holds the lowest loss so far
         Event("network", checkpoints.due, checkpoints.write_network),
-        Event("preview", Every(by_steps, given.sample_every_n_epochs, first), preview.generate),
+        Event("preview", preview_times(given, is_resumed=plan.start_step > 0), preview.generate),
         Event("state", states, checkpoints.write_state),
         Event("outcome", Every(once=(At.STOP, At.END)), outcome.log),
+        Event("trackers", Every(once=(At.END,)), metrics.end),
         Event("uploads", Every(once=(At.STOP,)), lambda moment: checkpoints.uploads.wait()),
     ]
+
+
+def preview_times(given: PreviewConfig, *, is_resumed: bool) -> Every:
+    """Return when previews are generated: by epochs or by steps, and where there are any, also at the end."""
+    steps = None if given.sample_every_n_epochs else given.sample_every_n_steps
+    first = (At.START,) if given.sample_at_first and not is_resumed else ()
+    last = (At.END,) if given.sample_at_first or given.sample_every_n_epochs or steps else ()
+    return Every(steps, given.sample_every_n_epochs, (*first, *last), once_a_step=True)

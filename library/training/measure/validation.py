@@ -14,13 +14,15 @@ from library.data.batches import Batch, BatchMaker, BatchRequest, plan_epoch
 from library.data.latent_cache import LatentCache
 from library.data.records import Dataset
 from library.training.record.metrics import Metrics
-from library.training.run.events import At, Moment
+from library.training.run.events import At, Every, Moment
+from library.training.run.interruption import StopRequest
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime
 from library.training.run.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+KINDS = {At.STEP: "step", At.EPOCH: "epoch"}  # point of the run -> what a loss that is due there is of, in the log
 NUM_TIMESTEPS = 4  # at which each picture is measured: evenly spaced, 200, 400, 600 and 800 of 0 to 1000
 
 
@@ -71,34 +73,52 @@ def spread_timesteps(timestep_range: tuple[int, int], number: int) -> list[int]:
 class Validation:
     """Measures and logs the validation loss during training, and records the lowest one."""
 
+    due: Every
     pictures: HeldOut
     objective: Objective
     state: TrainState
     metrics: Metrics
     runtime: Runtime
+    stop: StopRequest
 
     def log(self, moment: Moment) -> None:
-        """Measure and log the loss, after a step or an epoch."""
-        progress, kind = moment.progress, "step" if moment.at is At.STEP else "epoch"
+        """Measure the loss once, and log it as that of the step, of the epoch, or of both."""
+        progress = moment.progress
         with self.state.evaluation():
             loss = self.measure()
+        if loss is None:
+            logger.warning("validation after step %d is left out, because of the stop", progress.step)
+            return
         if progress.best is None or loss < progress.best[0]:
             progress.best = (loss, progress.step)
         logger.info("validation after step %d: %.4g (lowest: %.4g, step %d)", progress.step, loss, *progress.best)
         values = {"average": loss, "divergence": loss - progress.average_loss}
-        self.metrics.write(progress.step, {f"loss/validation/{kind}_{name}": value for name, value in values.items()})
+        named = {
+            f"loss/validation/{kind}_{name}": value for kind in self.kinds(moment) for name, value in values.items()
+        }
+        self.metrics.write(progress.step, named)
 
-    def measure(self) -> float:
-        """Return the mean loss over all pictures and timesteps; each process measures a part."""
-        runtime = self.runtime
-        timesteps = spread_timesteps(self.objective.loss.timestep_range, NUM_TIMESTEPS)
-        share = self.pictures.requests[runtime.rank :: runtime.num_processes]
-        total = torch.zeros(2, dtype=torch.float64)
-        for request in share:
-            for losses in self.pictures.losses(self.objective, request, timesteps)[1]:
-                total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)
+    def kinds(self, moment: Moment) -> list[str]:
+        """Return what the loss is of at a moment; at the end of the run also of the epoch."""
+        found = [kind for at, kind in KINDS.items() if at in moment.points and self.due.falls_on(at, moment.progress)]
+        return found or ["epoch"]
+
+    def measure(self) -> float | None:
+        """Return the mean loss over all pictures and timesteps, None after a stop; each process measures a part."""
+        runtime, part = self.runtime, torch.zeros(2, dtype=torch.float64)
+        is_complete = self.stop.cut_short(lambda: self._add_losses(part))
+        total = torch.tensor([*part.tolist(), float(not is_complete)], dtype=torch.float64)
         if runtime.num_processes > 1:
             on_device = total.float().to(runtime.device)
             torch.distributed.all_reduce(on_device)
             total = on_device.double().cpu()
-        return float(total[0] / total[1])
+        return None if total[2] else float(total[0] / total[1])
+
+    def _add_losses(self, total: Tensor) -> None:
+        """Add the sum of this process's losses and their number to total, (2,)."""
+        runtime = self.runtime
+        timesteps = spread_timesteps(self.objective.loss.timestep_range, NUM_TIMESTEPS)
+        share = self.pictures.requests[runtime.rank :: runtime.num_processes]
+        for request in share:
+            for losses in self.pictures.losses(self.objective, request, timesteps)[1]:
+                total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)

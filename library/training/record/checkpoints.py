@@ -31,6 +31,7 @@ class Checkpoints:
     options: str  # all options of the run as TOML
     uploads: Uploads
     uploads_states: bool
+    steps_per_epoch: int
     is_main: bool
 
     def write_options(self, moment: Moment) -> None:
@@ -48,8 +49,8 @@ class Checkpoints:
             return
         progress, saving = moment.progress, self.files.saving
         path = self.path_at(moment)
-        # Only complete epochs count.
-        num_epochs = progress.epoch - (moment.at in (At.STEP, At.STOP))
+        # Only complete epochs count; the run may end within its last one.
+        num_epochs = progress.epoch if moment.at is At.END else progress.step // self.steps_per_epoch
         with self.state.evaluation():
             self.state.network.save(path, SAVE_DTYPES[saving.save_precision], self.metadata.at(progress, num_epochs))
         self.uploads.add(path)

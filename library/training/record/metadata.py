@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import logging
 import mimetypes
 import random
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from library import NAME, VERSION
+from library.config.model import ModelConfig
 from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
 from library.data.batches import RunPlan, samples_by_bucket
@@ -26,9 +28,13 @@ from library.data.captions import tag_counts
 from library.data.records import Dataset, ImageRecord
 from library.errors import UserError
 from library.files import file_sha256
+from library.models.checkpoint import Checkpoint
 from library.models.family import ModelFamily
+from library.training.run.interruption import StopRequest
 from library.training.run.progress import Progress
 from library.weight_file import file_legacy_hash
+
+logger = logging.getLogger(__name__)
 
 # Kept under --no_metadata: the keys that readers need.
 MINIMUM = frozenset(
@@ -48,6 +54,7 @@ RECORDED = """
     validate_every_n_epochs max_validation_steps validation_seed validation_split
 """
 RENAMED = {"debiased_estimation_loss": "debiased_estimation"}  # after ss_
+WAITED_AT_ONCE = 0.2  # seconds: on Windows no signal ends a longer wait for a thread
 FIXED = {"ss_lowram": False, "ss_sd_scripts_commit_hash": "(unknown)"}
 # The same for a subset of ss_datasets, and for the dataset of a run with --train_data_dir.
 SUBSET_RECORDED = """
@@ -74,7 +81,7 @@ def training_metadata(
         "ss_num_train_images": sum(dataset.num_images(is_reg=False) for dataset in datasets),
         "ss_num_validation_images": sum(len(dataset.held_out) for dataset in datasets),
         "ss_num_reg_images": sum(dataset.num_images(is_reg=True) for dataset in datasets),
-        "ss_text_encoder_lr": _single(config.optimizer.text_encoder_lr),
+        "ss_text_encoder_lr": listed(config.optimizer.text_encoder_lr),
         "ss_sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
     }
     values |= FIXED | recorded(config, RECORDED)
@@ -97,8 +104,9 @@ def recorded(config: TrainConfig, names: str) -> dict[str, Any]:
     return {f"ss_{RENAMED.get(name, name)}": values[name] for name in names.split()}
 
 
-def _single(values: tuple[float, ...] | None) -> Any:
-    return values[0] if values is not None and len(values) == 1 else None if values is None else list(values)
+def listed(values: tuple[float, ...] | None) -> list[float] | None:
+    """Return values as a list, which sd-scripts writes also for one, since each text encoder can have its own."""
+    return None if values is None else list(values)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -208,23 +216,36 @@ def dataset_dirs(datasets: list[Dataset], *, is_reg: bool) -> dict[str, dict[str
 class BackgroundHashes:
     """Hashes of files, computed while training goes on; the first save waits for them."""
 
-    def __init__(self, files: Mapping[str, Path | None]) -> None:
-        """Start hashing the files; their keys are part of the names in the metadata. Folders are skipped."""
-        self._files = files
+    def __init__(self, files: Mapping[str, Path], stop: StopRequest) -> None:
+        """Start hashing the files; their keys are part of the names in the metadata."""
+        self._files, self._stop = files, stop
         self._values: dict[str, str] = {}
         self._thread = threading.Thread(target=self._compute, daemon=True)
         self._thread.start()
 
     def _compute(self) -> None:
         for name, path in self._files.items():
-            if path is not None and path.is_file():
-                self._values[f"ss_{name}_hash"] = file_legacy_hash(path)
-                self._values[f"ss_new_{name}_hash"] = file_sha256(path)
+            self._values[f"ss_{name}_hash"] = file_legacy_hash(path)
+            self._values[f"ss_new_{name}_hash"] = file_sha256(path)
 
     def values(self) -> dict[str, str]:
-        """Wait for the hashes and return the ss_*_hash values."""
-        self._thread.join()
-        return self._values
+        """Wait for the hashes and return the ss_*_hash values; after a stop only those that are known."""
+        if self._thread.is_alive() and not self._stop.cut_short(self._wait):
+            logger.warning("the file is saved without the hash of the base model, which would take longer")
+        return dict(self._values)
+
+    def _wait(self) -> None:
+        while self._thread.is_alive():
+            self._thread.join(WAITED_AT_ONCE)
+
+
+def files_to_hash(model: ModelConfig, vae: Checkpoint) -> dict[str, Path]:
+    """Return name in the metadata -> file, of the base model and of --vae; what has several files is left out."""
+    whole = Path(model.pretrained_model_name_or_path)
+    files = {"sd_model": [whole] if whole.is_file() else []}
+    if model.vae is not None:
+        files["vae"] = [path for part in vae.parts.values() for path in part.paths]
+    return {name: paths[0] for name, paths in files.items() if len(paths) == 1}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Metrics:
         self._epoch: list[float] = []  # losses of the epoch so far
 
     def log(self, moment: Moment) -> None:
-        """Start the trackers, write the values of a step or an epoch, or end the trackers, depending on the moment."""
+        """Start the trackers, or write the values of a step or an epoch, depending on the moment."""
         if moment.at is At.START and self._accelerator.is_main_process:
             start_trackers(self._config, self._accelerator)
             cut_metrics(self._path, moment.progress.step)
@@ -34,8 +34,11 @@ class Metrics:
         elif moment.at is At.EPOCH and self._epoch:
             self.write(moment.progress.step, {"loss/epoch_average": mean(self._epoch)})
             self._epoch.clear()
-        elif moment.at is At.END:
-            self._accelerator.end_training()
+
+    def end(self, moment: Moment) -> None:
+        """End the trackers."""
+        del moment
+        self._accelerator.end_training()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write named values as of a number of steps."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +16,7 @@ from PIL import Image
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
 from library.files import replacing
+from library.models.base import BaseModel
 from library.models.precision import move
 from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
@@ -21,9 +24,12 @@ from library.sampling.previews import PreviewImage, generate_previews
 from library.training.record.run_files import RunFiles
 from library.training.record.tracking import log_pictures
 from library.training.run.events import At, Moment
+from library.training.run.interruption import StopRequest
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime
 from library.training.run.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -40,42 +46,48 @@ class Preview:
     objective: Objective  # whose base model has the network in it
     state: TrainState
     runtime: Runtime
+    stop: StopRequest
+    counts_epochs: bool  # in names and labels; else steps
 
     def generate(self, moment: Moment) -> None:
         """Generate all prompts and update the contact sheet on the first process; the others wait.
 
-        This does not change the training, because each micro-batch is seeded by its position.
+        This does not change the training, because each micro-batch is seeded by its position. A stop leaves out the
+        rest of the pictures.
         """
         if self.runtime.is_main:
-            label = label_of(moment)
-            with self.state.evaluation():
-                paths = self._pictures(moment, label)
-            moment.progress.columns.append((label, paths))
-            self._update_sheet(moment.progress.columns)
-            log_pictures(self.runtime.accelerator, paths, moment.progress.step)
+            label, paths = self.label_of(moment), list[Path]()
+            device, types = self.runtime.device, self.runtime.types
+            with self.state.evaluation(), vae_on(self.objective.base, device), types.autocast(device):
+                is_complete = self.stop.cut_short(lambda: self._draw(moment, label, paths))
+            if not is_complete:
+                logger.warning("previews (%s): %d of %d, because of the stop", label, len(paths), len(self.prompts))
+            if paths:
+                moment.progress.columns.append((label, paths))
+                self._update_sheet(moment.progress.columns)
+                log_pictures(self.runtime.accelerator, paths, moment.progress.step)
         self.runtime.barrier()
 
-    def _pictures(self, moment: Moment, label: str) -> list[Path]:
+    def label_of(self, moment: Moment) -> str:
+        """Return the label of a column of the contact sheet."""
+        if moment.at is At.START:
+            return "start"
+        return f"epoch {moment.progress.epoch}" if self.counts_epochs else f"step {moment.progress.step}"
+
+    def _draw(self, moment: Moment, label: str, paths: list[Path]) -> None:
+        """Generate all prompts, and add each file to paths once it is written."""
         from tqdm import tqdm
 
-        base, runtime, clip_skip = self.objective.base, self.runtime, self.objective.text.clip_skip
-        vae_device = base.vae.device
-        move(base.vae, runtime.device)
-        with runtime.types.autocast(runtime.device):
-            seeds = preview_seeds(self.prompts, moment.progress.seed)
-            pictures = generate_previews(
-                base, self.objective.conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip
-            )
-            bar = tqdm(pictures, f"generating ({label})", len(self.prompts), leave=False, unit="picture")
-            paths = [self._save(picture, moment) for picture in bar]
-        move(base.vae, vae_device)
-        if runtime.device.type == "cuda":
-            torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them
-        return paths
+        base, conditioner, clip_skip = self.objective.base, self.objective.conditioner, self.objective.text.clip_skip
+        seeds = preview_seeds(self.prompts, moment.progress.seed)
+        pictures = generate_previews(base, conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip)
+        for picture in tqdm(pictures, f"generating ({label})", len(self.prompts), leave=False, unit="picture"):
+            paths.append(self._save(picture, moment))
 
     def _save(self, picture: PreviewImage, moment: Moment) -> Path:
         progress = moment.progress
-        count = f"{progress.step:06d}" if moment.at is At.STEP else f"e{progress.epoch:06d}"
+        by_epoch = self.counts_epochs or moment.at is At.START
+        count = f"e{progress.epoch:06d}" if by_epoch else f"{progress.step:06d}"
         path = self.files.preview(count, picture.index, datetime.now().strftime("%Y%m%d%H%M%S"), picture.seed)
         with replacing(path) as temporary:
             picture.image.save(temporary, format="PNG")
@@ -88,11 +100,17 @@ class Preview:
         save_sheet(draw_sheet(cells, labels, [label for label, _ in chosen]), self.files.contact_sheet)
 
 
-def label_of(moment: Moment) -> str:
-    """Return the label of a column of the contact sheet."""
-    if moment.at is At.START:
-        return "start"
-    return f"step {moment.progress.step}" if moment.at is At.STEP else f"epoch {moment.progress.epoch}"
+@contextlib.contextmanager
+def vae_on(base: BaseModel, device: torch.device) -> Iterator[None]:
+    """Within it the VAE is on a device."""
+    before = base.vae.device
+    move(base.vae, device)
+    try:
+        yield
+    finally:
+        move(base.vae, before)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them
 
 
 def preview_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:

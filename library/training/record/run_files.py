@@ -24,6 +24,11 @@ class RunFiles:
         return self._beside("options.toml")
 
     @property
+    def lock(self) -> Path:
+        """The lock of the output name, only while the run lasts."""
+        return self._beside("run.lock")
+
+    @property
     def metrics(self) -> Path:
         return self._beside("metrics.jsonl")
 

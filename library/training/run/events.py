@@ -30,6 +30,12 @@ class Moment(NamedTuple):
     at: At
     progress: Progress
     result: StepResult | None = None  # of the step, at STEP
+    same_step: tuple[At, ...] = ()  # all points at this number of steps, in their order; empty: this one alone
+
+    @property
+    def points(self) -> tuple[At, ...]:
+        """All points at this number of steps, in their order."""
+        return self.same_step or (self.at,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +46,21 @@ class Every:
     epochs: int | None = None
     once: tuple[At, ...] = ()
     but_epoch: int | None = None  # not after this epoch: the last one, for what happens at the end of the run anyway
+    once_a_step: bool = False  # only at the first of several points at one step, such as an epoch's end and the run's
 
     def is_due(self, moment: Moment) -> bool:
         """Return whether the event is due at a moment."""
-        progress = moment.progress
-        if moment.at is At.STEP:
+        points = moment.points if self.once_a_step else (moment.at,)
+        due = [at for at in points if self.falls_on(at, moment.progress)]
+        return bool(due) and moment.at is due[0]
+
+    def falls_on(self, at: At, progress: Progress) -> bool:
+        """Return whether the event is due at a point of the run, whatever else is at the same step."""
+        if at is At.STEP:
             return self.steps is not None and progress.step % self.steps == 0
-        if moment.at is At.EPOCH:
+        if at is At.EPOCH:
             return self.epochs is not None and progress.epoch % self.epochs == 0 and progress.epoch != self.but_epoch
-        return moment.at in self.once
+        return at in self.once
 
 
 class Event(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from library.data.batches import Batch, RunPlan
+from library.data.batches import Batch, RunPlan, load_batches
 from library.networks.trainable import TrainableNetwork
 from library.training.run.events import At, Event, Moment, happen
 from library.training.run.interruption import StopRequest
@@ -25,23 +26,24 @@ def run(
     progress: Progress,
     events: Sequence[Event],
     runtime: Runtime,
+    stop: StopRequest,
 ) -> None:
     """Train from the step of progress to the last step of the plan.
 
-    Raises KeyboardInterrupt after the events of a step if a signal asked the run to stop.
+    Raises KeyboardInterrupt after the events of a step if a signal asked the run to stop, and at once before the first.
     """
     network.on_epoch_start()
     happen(events, Moment(At.START, progress))
-    batches = zip(plan, loader, strict=True)
     bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
-    with bar, StopRequest() as stop:
+    with bar, stop.finishing_steps(), contextlib.closing(load_batches(loader)) as batches:
 
         def stop_if_asked() -> None:
             if stop.asked(runtime) and progress.step < plan.num_steps:  # after the last step the run ends as usual
                 happen(events, Moment(At.STOP, progress))
                 raise KeyboardInterrupt
 
-        for epoch, in_epoch in itertools.groupby(batches, key=lambda pair: pair[0].epoch):
+        pairs = zip(plan, batches, strict=True)
+        for epoch, in_epoch in itertools.groupby(pairs, key=lambda pair: pair[0].epoch):
             progress.epoch = epoch
             network.on_epoch_start()
             for number, micro_batches in itertools.groupby(in_epoch, key=lambda pair: pair[0].step):
@@ -49,9 +51,17 @@ def run(
                 progress.advance(number, result.losses)
                 bar.update()
                 bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
-                happen(events, Moment(At.STEP, progress, result))
-                if progress.step % plan.steps_per_epoch:
+                points = points_after(progress.step, plan)
+                happen(events, Moment(At.STEP, progress, result, points))
+                if At.EPOCH not in points:
                     stop_if_asked()
-            happen(events, Moment(At.EPOCH, progress))
-            stop_if_asked()  # after the events, so that a complete epoch has its file and its previews
-    happen(events, Moment(At.END, progress))
+            happen(events, Moment(At.EPOCH, progress, None, points_after(progress.step, plan)))
+            stop_if_asked()  # after the events, so that a complete epoch has its file
+        happen(events, Moment(At.END, progress, None, points_after(progress.step, plan)))
+
+
+def points_after(step: int, plan: RunPlan) -> tuple[At, ...]:
+    """Return the points of the run after a number of steps, in their order."""
+    is_last = step == plan.num_steps
+    epoch = (At.EPOCH,) if is_last or step % plan.steps_per_epoch == 0 else ()
+    return (At.STEP, *epoch, *((At.END,) if is_last else ()))

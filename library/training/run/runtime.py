@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from library.config.saving import LoggingConfig
 from library.config.training import PrecisionConfig
+from library.errors import UserError
 from library.models.precision import Types, supported_precision, types_of
+from library.processes import Launch, check_launch
 from library.randomness import seed_for
 from library.training.record.tracking import tracker_names
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,17 +82,37 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
     """Join the processes of the run and choose device and dtypes."""
     from accelerate import Accelerator
 
+    launch = check_launch()
+    check_devices(launch)
     accelerator = Accelerator(
         mixed_precision="no",
+        # Without a GPU accelerate joins processes only if it is told to use the CPU.
+        cpu=launch.size > 1 and not torch.accelerator.is_available(),
         log_with=tracker_names(logs) or None,
         project_dir=None if logs.logging_dir is None else str(log_folder(logs.logging_dir, logs.log_prefix)),
     )
+    if accelerator.num_processes != launch.size:
+        raise UserError(
+            f"{launch.size} processes were started, but on {accelerator.device.type} they are no common run: start one"
+        )
     types = types_of_run(precision, accelerator.device)
     processes = f"{accelerator.num_processes} process{'' if accelerator.num_processes == 1 else 'es'}"
     dtype = str(types.unet).removeprefix("torch.")
     logger.info("runs on %s, %s (%s)", accelerator.device, processes, dtype)
     scaler = GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16)
     return Runtime(accelerator, types, scaler)
+
+
+def check_devices(launch: Launch, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError for more processes on this machine than GPUs, of which each process needs one of its own."""
+    given = environment.get("LOCAL_WORLD_SIZE", "")
+    here = int(given) if given.isdecimal() else launch.size
+    uses_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on")
+    if launch.size > 1 and not uses_cpu and torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise UserError(
+            f"{here} processes were started on this machine, but it has {torch.cuda.device_count()} GPU(s), and each "
+            f"process needs its own: give --nproc_per_node {torch.cuda.device_count()}"
+        )
 
 
 def types_of_run(precision: PrecisionConfig, device: torch.device | None = None) -> Types:
@@ -105,7 +130,7 @@ def log_folder(folder: Path, prefix: str | None) -> Path:
     return folder / f"{prefix or ''}{datetime.now().strftime('%Y%m%d%H%M%S')}"
 
 
-def shared(value: int, runtime: Runtime) -> int:
+def shared(value: T, runtime: Runtime) -> T:
     """Return the first process's value on all processes."""
     from accelerate.utils import broadcast_object_list
 

@@ -49,10 +49,12 @@ class TrainState:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Within it the network is as in its file: without dropouts, with averaged weights."""
-        self.network.eval()
-        with averaged_weights(self.optimizer):
-            yield
-        self.network.train()
+        try:
+            self.network.eval()
+            with averaged_weights(self.optimizer):
+                yield
+        finally:
+            self.network.train()
 
     def tensors(self) -> dict[str, Any]:
         """Return the content of `state.pt`."""

@@ -1,0 +1,227 @@
+"""One run for several processes, and one run for an output name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import options, train, train_with
+from scripts import ROOT, python
+
+import train_network
+from library.config.saving import LoggingConfig
+from library.config.training import PrecisionConfig
+from library.errors import UserError
+from library.processes import check_launch, find_launch, is_first_process
+from library.training.record import run_lock
+from library.training.run import runtime
+
+# ---- what launchers leave in the environment ----------------------------------------------------------------
+
+POINT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **POINT}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+
+TOGETHER = {
+    "alone": ({}, 1, 0),
+    "torchrun": (TORCHRUN, 2, 1),
+    "torchrun of one": (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, 1, 0),
+    "torchrun of one on the CPU": (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0", "ACCELERATE_USE_CPU": "true"}, 1, 0),
+    "torchrun within srun": (TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4"}, 2, 1),
+    "mpirun of accelerate": (MPI | POINT | {"ACCELERATE_USE_CPU": "true"}, 4, 2),
+    "a first rank that was left": ({"RANK": "0"}, 1, 0),
+    "a machine of one task": ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, 0),
+    "accelerate of one": ({"ACCELERATE_USE_CPU": "False"}, 1, 0),
+    "a point that was left": (POINT, 1, 0),
+    "no numbers": ({"WORLD_SIZE": "many", "LOCAL_RANK": "", "PMI_SIZE": "x"}, 1, 0),
+    "no local rank": ({"LOCAL_RANK": "-1"}, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_the_processes_of_launchers_are_known(name):
+    environment, size, rank = TOGETHER[name]
+    assert check_launch(environment)[1:] == (size, rank)
+    assert is_first_process(environment) == (rank == 0)
+
+
+APART = {
+    "only a size": ({"WORLD_SIZE": "2"}, "WORLD_SIZE says that there are 2 processes, but RANK, LOCAL_RANK, MASTER_"),
+    "no local rank": (TORCHRUN | {"LOCAL_RANK": ""}, "but LOCAL_RANK is not set, without which"),
+    "mpirun": (MPI, "OMPI_COMM_WORLD_SIZE says that there are 4 processes, but MASTER_ADDR, MASTER_PORT are not set"),
+    "PMI": ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE says that there are 2 processes"),
+    "srun": (
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+        "srun started 2 processes, which would be as many runs",
+    ),
+    "accelerate on the CPU": (
+        POINT | {"ACCELERATE_USE_CPU": "True"},
+        "asked for several processes, but it starts only one",
+    ),
+    "a rank that was left": ({"RANK": "3", **POINT}, "RANK is set, as by torchrun, but not WORLD_SIZE, LOCAL_RANK"),
+    "a local rank that was left": ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, as by torchrun, but not WORLD_SIZE, RANK"),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_processes_that_could_not_find_each_other_are_refused(name, base, pictures, tmp_path, monkeypatch):
+    environment, message = APART[name]
+    with pytest.raises(UserError, match=message):
+        check_launch(environment)
+    monkeypatch.setattr("train_network.check_launch", lambda: check_launch(environment))
+    with pytest.raises(UserError, match=message):
+        train_network.main(options(base, pictures, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_accelerate_on_the_cpu_with_two_processes_is_one_line_with_exit_code_2(base, pictures, tmp_path):
+    launcher = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
+    done = subprocess.run(
+        [launcher, "launch", "--cpu", "--num_processes", "2", str(ROOT / "train_network.py"), *options(base, pictures, tmp_path / "out")],
+        capture_output=True, text=True, check=False, env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
+    assert "train_network.py: error: accelerate launch was asked for several processes" in done.stderr
+    assert "returned non-zero exit status 2" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_the_machine_cannot_join_are_refused(monkeypatch):
+    launch = find_launch(TORCHRUN)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"2 processes were started on this machine, but it has 1 GPU"):
+        runtime.check_devices(launch, {})
+    runtime.check_devices(launch, {"ACCELERATE_USE_CPU": "true"})
+    runtime.check_devices(launch, {"LOCAL_WORLD_SIZE": "1"})  # of two machines
+    monkeypatch.undo()
+    monkeypatch.setattr(runtime, "check_launch", lambda: launch)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # one that accelerate does not join, as MPS
+    monkeypatch.setattr(runtime, "check_devices", lambda launch: None)
+    with pytest.raises(UserError, match="2 processes were started, but on cpu they are no common run"):
+        runtime.start_runtime(PrecisionConfig(), LoggingConfig())
+
+
+# ---- the lock of an output name -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lock(tmp_path):
+    """Return the path of the lock of a run."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "x-run.lock"
+
+
+def write(lock, **changes):
+    lock.write_text(json.dumps(dataclasses.asdict(run_lock.own_holder()) | changes), encoding="utf-8")
+
+
+def dead_process():
+    return int(python("-c", "import os; print(os.getpid())").stdout)
+
+
+def test_a_run_holds_its_lock_and_removes_it_however_it_ends(base, pictures, lock):
+    seen = []
+    train_with(options(base, pictures, lock.parent), lambda _: seen.append(run_lock.read(lock)), after=1)
+    assert seen == [dataclasses.replace(run_lock.own_holder(), since=seen[0].since)]
+    assert not lock.exists()
+    for error in (KeyboardInterrupt, MemoryError, UserError):
+
+        def fail(progress, error=error):
+            assert lock.exists()
+            raise error("x")
+
+        with pytest.raises(error):
+            train_with(options(base, pictures, lock.parent), fail, after=1)
+        assert not lock.exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"save_model_as": "ckpt"}, {"network_dim": 2, "max_train_steps": 1}])
+def test_a_second_run_of_the_name_is_refused_and_harms_nothing(base, pictures, lock, more):
+    write(lock)
+    (lock.parent / "x-metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=rf"another run, process {os.getpid()} since .* writes .*x: wait for it or stop it"
+    ):
+        train_network.main(options(base, pictures, lock.parent, **more))
+    assert lock.exists()
+    assert sorted(path.name for path in lock.parent.iterdir()) == ["x-metrics.jsonl", "x-run.lock"]
+
+
+def test_another_name_is_another_run(base, pictures, lock):
+    write(lock)
+    assert train_network.main(options(base, pictures, lock.parent, output_name="y", max_train_steps=1)) == 0
+    assert lock.exists()
+
+
+STALE = {
+    "a process that has ended": lambda: {"process": dead_process()},
+    "its number is another's": lambda: {"birth": "before"},
+    "ended before a restart": lambda: {"birth": "another-boot 17"},
+}
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_the_lock_of_a_run_that_has_ended_is_taken_over(base, pictures, lock, caplog, name):
+    caplog.set_level("INFO")
+    write(lock, **STALE[name]())
+    train(base, pictures, lock.parent, max_train_steps=1)
+    assert "has ended without removing its lock" in caplog.text
+    assert not list(lock.parent.glob("*lock*"))
+
+
+def test_whether_a_run_on_another_machine_lives_is_not_known(base, pictures, lock):
+    write(lock, host="elsewhere", process=dead_process())
+    with pytest.raises(UserError, match=r"on elsewhere since .*if that run has ended, delete .*x-run\.lock"):
+        train_network.main(options(base, pictures, lock.parent))
+    lock.unlink()
+    train(base, pictures, lock.parent, max_train_steps=1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\ufeff{}"])
+def test_a_lock_that_cannot_be_read_is_refused(base, pictures, lock, text):
+    lock.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read: .*delete the file"):
+        train_network.main(options(base, pictures, lock.parent))
+
+
+def test_two_runs_that_take_over_the_same_lock_do_not_both_get_it(lock, monkeypatch):
+    write(lock, birth="before")
+    stale, mine = run_lock.read(lock), run_lock.own_holder()
+    write(lock, since="first")  # the other run was faster
+    assert not run_lock.remove(lock, stale)
+    assert run_lock.read(lock).since == "first"
+    assert not run_lock.remove(lock.with_name("absent"), stale)
+    run_lock.release(lock.with_name("absent"), mine)
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="again and again"):
+        patched.setattr(run_lock, "read", lambda path: None)
+        run_lock.take(lock, mine)
+
+
+def test_nothing_is_left_of_a_lock_that_cannot_be_written(lock, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_lock.json, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        run_lock.take(lock, run_lock.own_holder())
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("birth", [run_lock.birth_of, run_lock.birth_from_system])
+def test_a_process_is_known_by_its_birth(birth):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert birth(child.pid) == birth(child.pid) is not None
+        child.kill()
+        if birth is run_lock.birth_of and platform.system() == "Linux":
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            assert birth(child.pid) is None, "it has ended, but its parent has not asked"
+        child.wait()
+    assert birth(child.pid) is None
