@@ -12,12 +12,10 @@ from finetune.metadata_files import Entries, check_json_path, read_metadata, wri
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
 from library.config.values import parse_extension
-from library.errors import Problems, UserError
+from library.errors import MOST_NAMED, Problems, UserError, named
 from library.logs import FAILURE
 
 logger = logging.getLogger(__name__)
-
-MOST_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +67,8 @@ def merge_texts(argv: Sequence[str] | None, *, description: str | None, key: str
     pictures = list_all(files.train_data_dir, recursive=names.recursive)
     if not names.full_path:
         check_stems(pictures, files.train_data_dir)
-    named = {name_in(entries, picture, full_path=names.full_path): picture for picture in pictures}
-    texts, missing, damaged = read_texts(named, extension)
+    by_name = {name_in(entries, picture, full_path=names.full_path): picture for picture in pictures}
+    texts, missing, damaged = read_texts(by_name, extension)
     log_skipped(missing, damaged, extension)
     if not texts:
         raise UserError(
@@ -117,7 +115,7 @@ def check_stems(pictures: Sequence[Path], folder: Path) -> None:
     if lost:
         raise UserError(
             f"{len(lost)} of {len(pictures)} pictures cannot be told from others by their names without extension "
-            f"({', '.join(lost[:MOST_NAMED])}): rename them, or name pictures by their paths with --full_path"
+            f"({named(lost)}): rename them, or name pictures by their paths with --full_path"
         )
 
 
@@ -129,33 +127,33 @@ def name_in(entries: Entries, picture: Path, *, full_path: bool) -> str:
     return next((name for name in (whole, str(Path(whole).with_suffix(""))) if name in entries), usual)
 
 
-def read_texts(named: Mapping[str, Path], extension: str) -> tuple[dict[str, str], list[Path], list[str]]:
+def read_texts(by_name: Mapping[str, Path], extension: str) -> tuple[dict[str, str], list[Path], list[str]]:
     """Return name -> text, the pictures that have no text file, and what is wrong with files that cannot be read.
 
     Lines that are not blank are kept as lines: training uses the first, or with wildcards a random one.
     """
     from tqdm import tqdm
 
-    from library.data.captions import read_caption
+    from library.data.caption_files import read_caption
 
     texts, missing, damaged = {}, [], []
-    for name, picture in tqdm(named.items(), desc="texts", unit="file"):
+    for name, picture in tqdm(by_name.items(), desc="texts", unit="file"):
         try:
-            lines = read_caption(picture, extension)
+            file = read_caption(picture, extension)
         except UserError as error:
             damaged.append(str(error))
             continue
-        if lines is None:
+        if file.path is None:
             missing.append(picture)
         else:
-            texts[name] = "\n".join(lines)
+            texts[name] = "\n".join(file.lines)
     return texts, missing, damaged
 
 
 def log_skipped(missing: Sequence[Path], damaged: Sequence[str], extension: str) -> None:
     """Log the pictures without text, and the files that cannot be read."""
     if missing:
-        names = ", ".join(path.name for path in missing[:MOST_NAMED])
+        names = named([path.name for path in missing])
         logger.warning("%d pictures have no %s file (%s): they are skipped", len(missing), extension, names)
     for message in damaged[:MOST_NAMED]:
         logger.error("%s", message)

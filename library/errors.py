@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
+
+
+MOST_NAMED = 5  # names in a message
 
 
 class UserError(ValueError):
@@ -24,6 +27,12 @@ def shortened(text: str, most: int = 300) -> str:
 def shown(value: object) -> str:
     """Return a received value as it is shown in messages."""
     return shortened(repr(value), 120)
+
+
+def named(names: Sequence[str], separator: str = ", ") -> str:
+    """Return the first few names, and the number of the others."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return separator.join(names[:MOST_NAMED]) + more
 
 
 def message_of(error: Exception) -> str:

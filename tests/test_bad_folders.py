@@ -148,7 +148,11 @@ PICTURES = {
 }
 MASKS = {
     "absent folder": (shutil.rmtree, "conditioning_data_dir masks is not a folder"),
-    "absent mask": (lambda f: (f / "0.png").unlink(), "masks: 1 of 4 pictures have no mask of their name: 0.png"),
+    "absent mask": (
+        lambda f: (f / "0.png").unlink(),
+        "1 of 4 pictures have no mask of their name in conditioning_data_dir masks:\n",
+        "0.png",
+    ),
     "cut short": (
         lambda f: write(f / "0.png", (f / "0.png").read_bytes()[:2000]),
         "1 of 8 pictures cannot",
@@ -158,10 +162,11 @@ MASKS = {
     "a text": (lambda f: write(f / "0.png", b"white"), "masks/0.png: not a picture that can be read"),
     "another shape": (lambda f: write(f / "0.png", png_of(64, 128)), "1 masks have another aspect ratio", "64x128"),
 }
+NOT_UTF8 = "1 caption files are not UTF-8 text; save them as UTF-8:"
 CAPTIONS = {
-    "Latin-1": ("é".encode("latin-1"), "0.txt is not UTF-8 text (unexpected end of data at byte 0): save it as UTF-8"),
-    "UTF-16": ("a dog".encode("utf-16"), "0.txt is not UTF-8 text (invalid start byte at byte 0): save it as UTF-8"),
-    "binary": (bytes(range(256)), "0.txt is not UTF-8 text (invalid start byte at byte 128)"),
+    "Latin-1": ("é".encode("latin-1"), NOT_UTF8, "0.txt: probably Windows-1252 (Latin-1)"),
+    "UTF-16": ("a dog".encode("utf-16"), NOT_UTF8, "0.txt: probably UTF-16"),
+    "binary": (bytes(range(256)), NOT_UTF8, "0.txt: it has zero bytes"),
 }
 
 
@@ -172,8 +177,8 @@ def into_a_file(folder):
 
 TRAINING_FOLDERS = {
     "absent": (lambda f: shutil.rmtree(f.parent), "--train_data_dir: ", "train does not exist"),
-    "empty": (shutil.rmtree, "no subset to train on in ", "(sub-folders are named like 10_name)"),
-    "without a number": (lambda f: f.rename(f.parent / "dog"), "(sub-folders are named like 10_name)"),
+    "empty": (shutil.rmtree, "has no sub-folder named like 10_name: put the pictures into one"),
+    "without a number": (lambda f: f.rename(f.parent / "dog"), "has 4 pictures: rename it to 10_dog"),
     "repeated never": (lambda f: f.rename(f.parent / "0_dog"), "num_repeats of 1 or more"),
     "repeated for ever": (
         lambda f: f.rename(f.parent / f"{10**12}_dog"),

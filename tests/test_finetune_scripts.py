@@ -16,6 +16,7 @@ from scripts import ROOT, help_of, python
 from finetune import clean_captions_and_tags, merge_captions_to_metadata, merge_dd_tags_to_metadata
 from finetune.clean_captions_and_tags import CAPTION_REPLACEMENTS, clean_caption, clean_tags
 from library.config.dataset import SubsetOptions
+from library.data.faults import Faults, Notes
 from library.data.sources import list_subset
 from library.errors import UserError
 
@@ -61,7 +62,7 @@ def read(path):
 def as_trained(folder, metadata=None, **options):
     """Return picture -> caption, as training reads them."""
     subset = SubsetOptions(image_dir=folder, metadata_file=metadata, **options)
-    return {listed.path.name: "\n".join(listed.caption) for listed in list_subset(subset)}
+    return {listed.path.name: "\n".join(listed.caption) for listed in list_subset(subset, Faults(), Notes())}
 
 
 # ---- merging ------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from PIL import Image
 from library.config.dataset import SubsetOptions
 from library.data import buckets, captions, images
 from library.data.buckets import Placement
+from library.data.caption_files import CaptionFile, read_caption
 from library.data.captions import Moment
-from library.data.sources import caption_of
+from library.data.sources import caption_from
 from library.errors import UserError
 
 MOMENT = Moment(epoch=1, step=0, num_steps=100)
@@ -261,19 +262,19 @@ def test_token_warmup_shows_more_tags_with_time():
 
 def test_caption_files_and_those_of_face_crops(tmp_path):
     picture = tmp_path / "photo_10_20_30_40.png"
-    assert captions.read_caption(picture, ".txt") is None
+    assert read_caption(picture, ".txt") == CaptionFile(None, ())
     (tmp_path / "photo.txt").write_text("\ufeff a photo \n\nsecond", encoding="utf-8")
-    assert captions.read_caption(picture, ".txt") == ["a photo", "second"]
+    assert read_caption(picture, ".txt") == CaptionFile(tmp_path / "photo.txt", ("a photo", "second"))
     (tmp_path / "photo_10_20_30_40.txt").write_text(" \n", encoding="utf-8")
-    assert captions.read_caption(picture, ".txt") == []
+    assert read_caption(picture, ".txt").lines == ()
     (tmp_path / "photo_10_20_30_40.txt").write_bytes("日本語".encode("cp932"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        captions.read_caption(picture, ".txt")
+        read_caption(picture, ".txt")
 
 
 def test_a_caption_is_the_first_line_or_with_wildcards_all_or_the_class_token(tmp_path):
     def caption(stem, **values):
-        return caption_of(tmp_path / f"{stem}.png", options(caption_extension=".txt", **values))
+        return caption_from(read_caption(tmp_path / f"{stem}.png", ".txt"), options(**values))
 
     (tmp_path / "a.txt").write_text("own\nlines", encoding="utf-8")
     (tmp_path / "empty.txt").touch()

@@ -99,9 +99,9 @@ def test_with_wildcards_the_tags_follow_every_line_of_the_caption(folder):
     [
         ("{", "cannot be read"),
         ("[]", "must be an object of picture names, got list"),
-        ('{"p0": 3}', "p0 must have texts as caption and tags, got 3"),
-        ('{"p0": {"caption": 5}}', "p0 must have texts as caption and tags"),
-        ('{"p0": {}, "gone": {}, "away": {}}', "2 of 3 pictures are not there .*: gone, away"),
+        ('{"p0": 3}', "entries of metadata_file .* must have texts as caption and tags:\n  p0: got 3"),
+        ('{"p0": {"caption": 5}}', "must have texts as caption and tags:\n  p0: got "),
+        ('{"p0": {}, "gone": {}, "away": {}}', r"2 of 3 pictures of .*meta.json are not there; .*\n  gone\n  away"),
     ],
 )
 def test_a_damaged_metadata_file_is_told(folder, content, message):
@@ -188,7 +188,9 @@ def test_masks_that_are_missing_or_of_another_shape_are_told(folder):
     with pytest.raises(UserError, match=r"1 masks have another aspect ratio.*\n.*p0.png: 64x128, the picture is 190"):
         datasets_of(subset, masked_loss=True)
     (masks / "p1.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 5 pictures have no mask of their name: p1.png"):
+    with pytest.raises(
+        UserError, match=r"1 of 5 pictures have no mask of their name in .*masks:\n  .*p1.png\n1 masks have another"
+    ):
         datasets_of(subset, masked_loss=True)
 
 

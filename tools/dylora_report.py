@@ -23,7 +23,6 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from library.adapters.dylora import file_sizes, ranks_of
 from library.config.command_line import parse
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
-from library.config.dataset_file import read_datasets
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.options import REQUIRED, build, option, repeated
@@ -31,7 +30,7 @@ from library.config.preview import PreviewConfig, SamplerName
 from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
-from library.data.records import Dataset, build_datasets
+from library.data.records import Dataset, build_datasets, find_datasets
 from library.errors import Problems, UserError, shortened
 from library.logs import run_script
 from library.weight_file import WeightFile, open_weights
@@ -194,7 +193,7 @@ def seed_of(given: int | None, metadata: Mapping[str, str]) -> int:
 def load_datasets(training: TrainConfig, metadata: Mapping[str, str]) -> list[Dataset]:
     """Return the datasets; warn if the number of held-out pictures differs from the training."""
     datasets = build_datasets(
-        read_datasets(training.data, training.dataset, training.subset),
+        find_datasets(training.data, training.dataset, training.subset),
         latents_cached=False,  # pictures are not augmented here
         masked_loss=training.loss.masked_loss,
         seed=training.run.seed,

@@ -27,7 +27,7 @@ from library.data.resizing import plan
 from library.data.resizing.picture import NOTICES, OutputFormat
 from library.data.resizing.plan import Target
 from library.data.resizing.work import Making, Outcome, carry_out
-from library.errors import Problems, UserError
+from library.errors import Problems, UserError, named
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def lies_in(path: Path, folder: Path) -> bool:
 def check_existing(existing: set[Path], files: CopyOptions) -> None:
     """Raise UserError if files would be replaced without --overwrite."""
     if existing and not (files.skip_existing or files.overwrite):
-        names = plan.named([str(path) for path in sorted(existing)])
+        names = named([str(path) for path in sorted(existing)])
         raise UserError(
             f"dst_img_folder has files of these names already: {names}; --skip_existing keeps them, --overwrite "
             "replaces them"
@@ -164,7 +164,7 @@ def report(
     for notice, words in NOTICES.items():
         sources = [str(outcome.source) for outcome in outcomes if notice in outcome.notices]
         if sources:
-            logger.warning("%s: %d (%s)", words, len(sources), plan.named(sources))
+            logger.warning("%s: %d (%s)", words, len(sources), named(sources))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         logger.error("%s was left out: %s", outcome.source, outcome.error)

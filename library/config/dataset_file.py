@@ -165,8 +165,6 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
             found.append((folder, SUBSET_KEYS["num_repeats"].read(number, f"{folder}: num_repeats"), tokens))
         else:
             logger.warning("%s is skipped: its name does not start with a number of repeats, as in 10_name", folder)
-    if not found:
-        logger.warning("%s has no sub-folder with a number of repeats, as in 10_name", parent)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Caption rules: from the texts in a caption file to the text of one sample. Each rule is a small function.
+"""Caption rules: from the texts of a caption to the text of one sample. Each rule is a small function.
 
 The order is that of sd-scripts: prefix and suffix, dropout, wildcards, tags (kept, warmed up, shuffled,
 dropped), secondary separator. All randomness comes from the generator that is passed in.
@@ -14,12 +14,9 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from library.config.dataset import SubsetOptions
-from library.data.images import face_in_name
-from library.errors import UserError
 
 Caption = tuple[str, ...]
 
@@ -40,26 +37,6 @@ class Chance(Protocol):
     def choice(self, seq: Sequence[str], /) -> str: ...
 
     def shuffle(self, x: list[str], /) -> None: ...
-
-
-def read_caption(picture: Path, extension: str) -> list[str] | None:
-    """Return the lines of a picture's caption file that are not blank, stripped; None where there is no such file.
-
-    A face crop `name_x_y_w_h` without a file of its own has that of `name`. Raises UserError for a file that is
-    not UTF-8.
-    """
-    crop = face_in_name(picture.stem)
-    stems = [picture.stem] if crop is None else [picture.stem, crop[0]]
-    path = next((path for stem in stems if (path := picture.with_name(stem + extension)).is_file()), None)
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -126,7 +103,11 @@ class LongestDraw:
         return max(seq, key=self.measure)
 
     def shuffle(self, x: list[str], /) -> None:
-        """Leave the order as it is, on which the number of tokens does not depend."""
+        """Put a tag last whose end would be one token with the comma after it; nothing else depends on the order."""
+        ends = [index for index, tag in enumerate(x) if tag and not tag[-1].isalnum()]
+        if ends:
+            last = max(ends, key=lambda index: self.measure(x[index]) - self.measure(f"{x[index]},"))
+            x.append(x.pop(last))
 
 
 def longest_samples(

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from library.data.buckets import Placement, Size
+from library.data.picture_kinds import Loss, losses_of
 from library.errors import UserError
 from library.files import PICTURE_SUFFIXES
 
@@ -53,51 +54,44 @@ def list_pictures(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read ({error.strerror}); mend its permissions") from None
 
 
+class Header(NamedTuple):
+    """What the header of a picture says: (width, height) as displayed, and what of it training does not use."""
+
+    size: Size
+    losses: frozenset[Loss]
+
+
 def read_size(path: Path) -> Size:
     """Return (width, height) as displayed, from the header; raises UnreadablePictureError."""
+    return read_header(path).size
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a picture, without reading pixels; raises UnreadablePictureError."""
     try:
         with _open(path) as picture:
             turned = orientation_of(picture) in QUARTER_TURNS
             width, height = picture.size
+            losses = losses_of(picture)
     except (OSError, ValueError, SyntaxError) as error:
         raise UnreadablePictureError(_reason(path, error)) from None
-    return (height, width) if turned else (width, height)
+    return Header((height, width) if turned else (width, height), losses)
 
 
 def read_all(paths: Collection[Path], read: Callable[[Path], T], progress: str | None = None) -> dict[Path, T]:
-    """Return path -> read(path), read in threads; progress is the title of a progress bar.
-
-    Raises UserError that lists all paths for which read raises UnreadablePictureError.
-    """
+    """Return path -> read(path), read in threads, sorted by path; progress is the title of a progress bar."""
     from tqdm import tqdm
-
-    def read_or_error(path: Path) -> T | UnreadablePictureError:
-        try:
-            return read(path)
-        except UnreadablePictureError as error:
-            return error
 
     ordered = sorted(paths)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         bar = tqdm(
-            pool.map(read_or_error, ordered),
+            pool.map(read, ordered),
             total=len(ordered),
             desc=progress,
             unit="picture",
             disable=progress is None,
         )
-        results = dict(zip(ordered, bar, strict=True))
-    raise_for_unreadable(results.items())
-    return {path: result for path, result in results.items() if not isinstance(result, UnreadablePictureError)}
-
-
-def raise_for_unreadable(results: Collection[tuple[Path, object]]) -> None:
-    """Raise UserError that lists the pictures whose result is an UnreadablePictureError."""
-    failed = [f"  {path}: {result}" for path, result in results if isinstance(result, UnreadablePictureError)]
-    if failed:
-        raise UserError(
-            "\n".join([f"{len(failed)} of {len(results)} pictures cannot be read; mend or remove them:", *failed])
-        )
+        return dict(zip(ordered, bar, strict=True))
 
 
 def load_picture(path: Path, transparency: Literal["drop", "white"] = "drop") -> np.ndarray:

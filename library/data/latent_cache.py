@@ -21,6 +21,7 @@ import torch
 
 from library.data import images
 from library.data.buckets import Placement
+from library.data.picture_checks import raise_for_unreadable
 from library.data.records import Dataset, ImageRecord, all_records
 from library.errors import UserError
 from library.files import file_sha256
@@ -221,7 +222,7 @@ def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterato
                 else:
                     not_finite.append(source.record.path)
             bar.update(len(batch))
-    images.raise_for_unreadable(results)
+    raise_for_unreadable(results)
     if not_finite:
         names = ", ".join(str(path) for path in not_finite)
         raise UserError(f"the VAE gives NaN for {names}, in float32, too: its file is damaged; name another with --vae")

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_datasets
 from library.config.train import TrainConfig
 from library.data import buckets
 from library.data.buckets import Placement, Size
 from library.data.captions import Caption
-from library.data.images import Frame, Mask, fit, fit_mask, load_picture, read_all, read_size
-from library.data.sources import MOST_NAMED, Listed, list_subset
+from library.data.faults import Faults, Notes
+from library.data.images import Frame, Header, Mask, fit, fit_mask, load_picture
+from library.data.picture_checks import check_mask, check_shape, decode_pictures, note_losses, read_headers
+from library.data.sources import Listed, list_subset
+from library.data.surroundings import check_layout, note_unused
 from library.errors import Problems, UserError
 from library.files import PICTURE_SUFFIXES
 from library.randomness import random_for
 
 logger = logging.getLogger(__name__)
-
-LEAST_SIDE = 8  # pixels of a picture: one latent
-MOST_TIMES_BUCKET = 32  # a resized picture's area, in areas of its bucket
-SAME_RATIO = 0.01  # by which the aspect ratios of a picture and its mask may differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,31 +111,54 @@ def load_datasets(config: TrainConfig) -> list[Dataset]:
     if not is_known:
         return []
     return build_datasets(
-        read_datasets(data, config.dataset, config.subset),
+        find_datasets(data, config.dataset, config.subset),
         latents_cached=config.precision.cache_latents,
         masked_loss=config.loss.masked_loss,
         seed=config.run.seed,
     )
 
 
+def find_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptions) -> list[DatasetConfig]:
+    """Return the datasets of a run with all values looked up; raises UserError if there is nothing to train on."""
+    if data.dataset_config is None and data.in_json is None:
+        problems, notes = Problems(), Notes()
+        check_layout(data, problems, notes)
+        notes.log()
+        problems.raise_if_any()
+    return read_datasets(data, dataset, subset)
+
+
 def build_datasets(
     configs: Sequence[DatasetConfig], *, latents_cached: bool, masked_loss: bool = False, seed: int | None = None
 ) -> list[Dataset]:
-    """Return the datasets with their records; reads headers and captions, no pixels.
+    """Return the datasets with their records; reads headers and captions, and pixels only if something is wrong.
 
-    seed is for datasets without a validation_seed. Raises UserError that lists missing folders, pictures whose header
-    cannot be read, and options that contradict each other.
+    seed is for datasets without a validation_seed. Raises UserError that lists all missing folders, options that
+    contradict each other, and pictures, masks and captions that cannot be used.
     """
     subsets = [subset for config in configs for subset in config.subsets]
-    problems = Problems()
+    problems, faults, notes = Problems(), Faults(), Notes()
     for subset in subsets:
         check_subset(subset, problems, latents_cached=latents_cached, masked_loss=masked_loss)
     if masked_loss and not any(subset.alpha_mask or subset.conditioning_data_dir for subset in subsets):
         problems.add("--masked_loss needs masks: conditioning_data_dir of a subset, or --alpha_mask")
-    problems.raise_if_any()
-    found = [[list_subset(subset) for subset in config.subsets] for config in configs]
+    found = [
+        [
+            (problems.run(list_subset, subset, faults, notes) or []) if is_there(subset) else []
+            for subset in config.subsets
+        ]
+        for config in configs
+    ]
     pictures = [listed for of_dataset in found for of_subset in of_dataset for listed in of_subset]
-    sizes = read_all({path for listed in pictures for path in listed.files}, read_size)
+    headers = check_pictures(configs, found, faults)
+    note_losses(pictures, headers, notes)
+    if not faults:  # else pictures could go unused because of them
+        note_unused(subsets, pictures, notes)
+    notes.log()
+    faults.report(problems)
+    problems.raise_if_any()
+
+    sizes = {path: header.size for path, header in headers.items()}
     held_out = split_validation(configs, found, seed)
     built = (build_dataset(config, of, sizes, held_out) for config, of in zip(configs, found, strict=True))
     datasets = [dataset for dataset in built if dataset.all_records]
@@ -147,6 +168,33 @@ def build_datasets(
             raise UserError(f"validation_split holds out all {len(held_out)} pictures in {sources}: lower it")
         raise UserError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) in {sources}")
     return datasets
+
+
+def check_pictures(
+    configs: Sequence[DatasetConfig], found: Sequence[Sequence[Sequence[Listed]]], faults: Faults
+) -> dict[Path, Header]:
+    """Return the headers of all pictures and masks that can be read; what is wrong with the others is added to faults.
+
+    Where anything is wrong, pictures are decoded as well, so that those that are cut short are in the same list.
+    """
+    files = {path for of_dataset in found for listed in chain.from_iterable(of_dataset) for path in listed.files}
+    headers = read_headers(files, faults)
+    sizes = {path: header.size for path, header in headers.items()}
+    for config, of_dataset in zip(configs, found, strict=True):
+        for listed in chain.from_iterable(of_dataset):
+            if listed.path in sizes:
+                check_shape(listed, sizes[listed.path], place_picture(sizes[listed.path], config.options), faults)
+                check_mask(listed, sizes, faults)
+    if faults:
+        decode_pictures(headers, len(files), faults)
+    return headers
+
+
+def is_there(subset: SubsetOptions) -> bool:
+    """Return whether the folder or the metadata file of a subset, and the folder of its masks, can be read."""
+    folders = [folder for folder in (subset.image_dir, subset.conditioning_data_dir) if folder is not None]
+    file = subset.metadata_file
+    return all(folder.is_dir() for folder in folders) and (file is None or file.is_file())
 
 
 def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: bool, masked_loss: bool) -> None:
@@ -196,17 +244,16 @@ def share_of(paths: set[Path], share: float, seed: int) -> set[Path]:
 
 def verify_pictures(datasets: Sequence[Dataset]) -> None:
     """Decode every picture and mask once, so that one that cannot be read is reported before training starts."""
+    faults = Faults()
     files = {path for record in all_records(datasets) for path in record.files}
-    read_all(files, lambda path: load_picture(path).shape, "checking pictures")
+    decode_pictures(files, len(files), faults)
+    faults.raise_if_any()
 
 
 def build_dataset(
     config: DatasetConfig, found: Sequence[Sequence[Listed]], sizes: Mapping[Path, Size], held_out: set[Path]
 ) -> Dataset:
     """Return the dataset of the pictures in each subset; sizes are (width, height) of pictures and masks."""
-    for subset, of_subset in zip(config.subsets, found, strict=True):
-        if not of_subset:
-            logger.warning("%s has no pictures; it is skipped", subset.source)
     pictures = [listed for listed in chain.from_iterable(found) if not listed.subset.is_reg]
     regularisation = [listed for listed in chain.from_iterable(found) if listed.subset.is_reg]
     trained = [(listed, listed.subset.num_repeats) for listed in pictures if listed.path.resolve() not in held_out]
@@ -214,9 +261,6 @@ def build_dataset(
     split = [listed for listed in pictures if listed.subset.validation_split and listed.path.resolve() in held_out]
     records = tuple(record_of(listed, repeats, sizes, config.options) for listed, repeats in trained)
     validation = tuple(record_of(listed, 1, sizes, config.options).unvaried() for listed in split)
-    check_shapes(records + validation)
-    check_masks(records + validation, sizes)
-    _warn_without_caption([record for record in records if not any(record.caption)])
     return Dataset(config.options, records, validation)
 
 
@@ -225,38 +269,6 @@ def record_of(listed: Listed, repeats: int, sizes: Mapping[Path, Size], options:
     path, subset, caption, tags, mask = listed
     placement = place_picture(sizes[path], options)
     return ImageRecord(path, sizes[path], caption, repeats, subset, placement, tags, mask)
-
-
-def check_masks(records: Sequence[ImageRecord], sizes: Mapping[Path, Size]) -> None:
-    """Raise UserError for masks of another shape than their picture."""
-    others = []
-    for record in records:
-        if record.mask is not None:
-            (width, height), mask = record.size, sizes[record.mask.path]
-            if abs(mask[0] / mask[1] * height / width - 1) > SAME_RATIO:
-                others.append(f"  {record.mask.path}: {mask[0]}x{mask[1]}, the picture is {width}x{height}")
-    _refuse(others, "masks have another aspect ratio than their picture")
-
-
-def check_shapes(records: Sequence[ImageRecord]) -> None:
-    """Raise UserError for pictures so small or so narrow that covering a bucket would enlarge them too much."""
-    small = [record for record in records if min(record.size) < LEAST_SIDE]
-    _refuse(map(_with_size, small), f"pictures have a side of less than {LEAST_SIDE} pixels; remove them")
-    extreme = [
-        record
-        for record in records
-        if math.prod(record.placement.resized) > MOST_TIMES_BUCKET * math.prod(record.placement.bucket)
-    ]
-    _refuse(map(_with_size, extreme), "pictures are too long and narrow; crop or remove them")
-
-
-def _with_size(record: ImageRecord) -> str:
-    return "  {}: {}x{}".format(record.path, *record.size)
-
-
-def _refuse(lines: Iterable[str], reason: str) -> None:
-    if found := list(lines):
-        raise UserError("\n".join([f"{len(found)} {reason}:", *found]))
 
 
 def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[tuple[Listed, int]]:
@@ -292,12 +304,3 @@ def candidates(options: DatasetOptions) -> list[Size]:
     step = options.bucket_reso_steps
     shortest, longest = buckets.adjusted_range(options.min_bucket_reso, options.max_bucket_reso, step)
     return buckets.bucket_resolutions(options.size, shortest=shortest, longest=longest, step=step)
-
-
-def _warn_without_caption(records: list[ImageRecord]) -> None:
-    if records:
-        names = ", ".join(record.path.name for record in records[:MOST_NAMED])
-        more = f" and {len(records) - MOST_NAMED} more" if len(records) > MOST_NAMED else ""
-        logger.warning(
-            "%d pictures have an empty caption (no caption file, no class token): %s%s", len(records), names, more
-        )

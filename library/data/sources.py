@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.config.dataset import SubsetOptions
 from library.config.options import read_str
-from library.data.captions import Caption, read_caption
+from library.data.caption_files import CaptionFile, names_of, note_captions, read_caption
+from library.data.captions import Caption
+from library.data.faults import Faults, Notes
 from library.data.images import Mask, list_pictures
-from library.errors import UserError, shown
+from library.data.text_files import UnreadableTextError, read_text
+from library.errors import UserError, named, shown
 from library.files import PICTURE_SUFFIXES
 
-MOST_NAMED = 5  # pictures named in a message
+Row = tuple[Path, Caption, tuple[str, ...]]  # picture, caption, texts of tags
 
 
 class Listed(NamedTuple):
@@ -32,26 +36,48 @@ class Listed(NamedTuple):
         return (self.path,) if self.mask is None else (self.path, self.mask.path)
 
 
-def list_subset(subset: SubsetOptions) -> list[Listed]:
-    """Return the pictures of a subset, sorted by path; raises UserError for folders and files that cannot be used."""
+def list_subset(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Listed]:
+    """Return the pictures of a subset, sorted by path; those that cannot be used are added to faults.
+
+    Raises UserError for a folder or metadata file that cannot be used at all.
+    """
     if subset.metadata_file is not None:
-        captions = sorted(read_metadata(subset.metadata_file, subset), key=lambda row: row[0])
+        captions = sorted(read_metadata(subset.metadata_file, subset, faults, notes), key=lambda row: row[0])
     else:
-        read = ((path, caption_of(path, subset)) for path in list_pictures(subset.folder))
-        captions = [(path, caption, caption) for path, caption in read]
-    masks = find_masks(subset, [path for path, _, _ in captions])
+        captions = list_folder(subset, faults, notes)
+    if not captions and not faults:
+        notes.warn(f"{subset.source} has no pictures; it is skipped{without_regularisation(subset)}")
+    masks = find_masks(subset, [path for path, _, _ in captions], faults)
     return [Listed(path, subset, caption, tags, masks.get(path)) for path, caption, tags in captions]
 
 
-def caption_of(picture: Path, subset: SubsetOptions) -> Caption:
-    """Return the caption of a picture in a folder: that of its caption file, else the class token, else ("",).
+def without_regularisation(subset: SubsetOptions) -> str:
+    """Return what it means for the training that a subset has no pictures."""
+    return ", and the training goes on without regularisation by it" if subset.is_reg else ""
+
+
+def list_folder(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Row]:
+    """Return (picture, caption, tags) for the pictures in a subset's folder."""
+    found: dict[Path, CaptionFile] = {}
+    for picture in list_pictures(subset.folder):
+        try:
+            found[picture] = read_caption(picture, subset.caption_extension)
+        except UnreadableTextError as error:
+            faults.add(f"caption files {error.kind}", error.path, error.reason)
+            found[picture] = CaptionFile(error.path, ("",))  # so that what is wrong with the picture is found, too
+    note_captions(found, subset, notes)
+    captions = {picture: caption_from(file, subset) for picture, file in found.items()}
+    return [(picture, caption, caption) for picture, caption in captions.items()]
+
+
+def caption_from(file: CaptionFile, subset: SubsetOptions) -> Caption:
+    """Return the caption in a caption file, or without one the class token, else ("",).
 
     Of a file the first line counts, or with wildcards every line that is not blank.
     """
-    lines = read_caption(picture, subset.caption_extension)
-    if lines is None:
+    if file.path is None:
         return tuple((subset.class_tokens or "").split("\n"))
-    return tuple(lines if subset.enable_wildcard else lines[:1]) or ("",)
+    return tuple(file.lines if subset.enable_wildcard else file.lines[:1]) or ("",)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -59,67 +85,113 @@ def caption_of(picture: Path, subset: SubsetOptions) -> Caption:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def read_metadata(file: Path, subset: SubsetOptions) -> list[tuple[Path, Caption, tuple[str, ...]]]:
+def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Row]:
     """Return (picture, caption, tags) for the pictures that a metadata file lists; the tags as lines.
 
     A `.json` file is an object of picture -> {"caption", "tags"}, a `.jsonl` file has an object with
     "image_path", "caption" and "tags" on each line. A picture is a path, absolute or below image_dir; its
-    extension may be missing. Raises UserError for a damaged file and for missing pictures.
+    extension may be missing. Missing pictures are added to faults. Raises UserError for a damaged file.
     """
-    found, missing = [], []
-    entries = read_entries(file)
-    for name, values in entries.items():
+    found: dict[Path, Row] = {}
+    again: list[str] = []
+    longer: list[str] = []
+    entries = read_entries(file, faults, again)
+    missing = f"of {len(entries)} pictures of {file} are not there; they are looked for in {subset.folder}"
+    for name, values in entries:
         path = find_picture(name, subset.folder)
         if path is None:
-            missing.append(name)
-        else:
-            found.append((path, joined_caption(values, subset), tuple(values["tags"].split("\n"))))
-    if missing:
-        raise UserError(
-            f"{file}: {len(missing)} of {len(entries)} pictures are not there "
-            f"(they are looked for in {subset.folder}): {', '.join(missing[:MOST_NAMED])}"
+            faults.add(missing, name)
+            continue
+        if path in found:
+            again.append(name)
+        found[path] = (path, joined_caption(values, subset), tuple(values["tags"].split("\n")))
+        if not subset.enable_wildcard and len(values["caption"].strip().splitlines()) > 1:
+            longer.append(path.name)
+    for line in describe_entries(list(found.values()), subset, again=again, longer=longer):
+        notes.warn(f"{file}: {line}")
+    return list(found.values())
+
+
+def describe_entries(
+    found: Sequence[Row], subset: SubsetOptions, *, again: Sequence[str], longer: Sequence[str]
+) -> Iterator[str]:
+    """Yield warnings about the entries of a metadata file: names listed twice, several lines, no text."""
+    if again:
+        yield f"{len(again)} pictures are listed twice, and the last entry counts: {named(again)}"
+    if longer:
+        yield (
+            f"{len(longer)} captions have several lines, of which only the first is used: {named(longer)}; "
+            "--enable_wildcard takes one at random"
         )
-    return found
+    empty = [path for path, caption, _ in found if not any(caption)]
+    if empty:
+        ends = {subset.caption_extension, ".caption", ".txt"}
+        files = [path for path in empty if any(path.with_name(f"{path.stem}{end}").is_file() for end in ends)]
+        beside = (
+            f"; {len(files)} of them have a caption file, which is not read: "
+            "finetune/merge_captions_to_metadata.py takes it into the metadata file"
+        )
+        yield (
+            f"{len(empty)} of {len(found)} pictures have neither caption nor tags: {names_of(empty)}"
+            f"{beside if files else ''}"
+        )
 
 
-def read_entries(path: Path) -> dict[str, dict[str, str]]:
-    """Return picture name -> {"caption", "tags"} as texts."""
+def read_entries(path: Path, faults: Faults, again: list[str]) -> list[tuple[str, dict[str, str]]]:
+    """Return (picture name, {"caption", "tags"} as texts) in order.
+
+    Names that occur twice are added to again, and entries that cannot be used to faults.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        table = _by_line(path, text) if path.suffix.lower() == ".jsonl" else json.loads(text)
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_text(path)
+        table = _by_line(path, text, faults, again) if path.suffix.lower() == ".jsonl" else _object(text, again)
+    except UnreadableTextError as error:
+        raise UserError(f"metadata_file {error}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"metadata_file {path} cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"metadata_file {path} must be an object of picture names, got {type(table).__name__}")
-    return {name: _texts(path, name, values) for name, values in table.items()}
+    entries, kind = [], f"entries of metadata_file {path} must have texts as caption and tags"
+    for name, values in table.items():
+        try:
+            entries.append((name, {key: read_str(values.get(key) or "") for key in ("caption", "tags")}))
+        except (AttributeError, ValueError):
+            faults.add(kind, name, f"got {shown(values)}")
+    return entries
 
 
-def _by_line(path: Path, text: str) -> dict[str, Any]:
-    table = {}
+def _object(text: str, again: list[str]) -> Any:
+    """Return the value of a JSON text; adds keys of its outermost object that occur twice to again."""
+    last: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        last[:] = pairs  # the outermost object is complete last
+        return dict(pairs)
+
+    value = json.loads(text, object_pairs_hook=keep)
+    if isinstance(value, dict):
+        again += [name for name, number in Counter(name for name, _ in last).items() if number > 1]
+    return value
+
+
+def _by_line(path: Path, text: str, faults: Faults, again: list[str]) -> dict[str, Any]:
+    kind = f'lines of metadata_file {path} must be objects with a text as "image_path"'
+    table: dict[str, Any] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"metadata_file {path} cannot be read: line {number}: {error}") from None
+            faults.add(kind, f"line {number}", str(error))
+            continue
         if not isinstance(row, dict) or not isinstance(row.get("image_path"), str):
-            raise UserError(
-                f'metadata_file {path}: line {number} must be an object with a text as "image_path", got {shown(row)}'
-            )
+            faults.add(kind, f"line {number}", f"got {shown(row)}")
+            continue
+        if row["image_path"] in table:
+            again.append(row["image_path"])
         table[row["image_path"]] = row
     return table
-
-
-def _texts(path: Path, name: str, values: Any) -> dict[str, str]:
-    try:
-        return {key: read_str(values.get(key) or "") for key in ("caption", "tags")}
-    except (AttributeError, ValueError):
-        raise UserError(
-            f"metadata_file {path}: {name} must have texts as caption and tags, got {shown(values)}"
-        ) from None
 
 
 def find_picture(name: str, folder: Path) -> Path | None:
@@ -148,19 +220,22 @@ def joined_caption(values: Mapping[str, str], subset: SubsetOptions) -> Caption:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def find_masks(subset: SubsetOptions, pictures: Sequence[Path]) -> dict[Path, Mask]:
+def find_masks(subset: SubsetOptions, pictures: Sequence[Path], faults: Faults) -> dict[Path, Mask]:
     """Return picture -> its loss mask: its own opacity, or the picture of its name in the masks' folder.
 
-    Raises UserError that lists the pictures without a mask.
+    Pictures without a mask are added to faults.
     """
     folder = subset.conditioning_data_dir
     if folder is None or not pictures:
         return {path: Mask(path, "alpha") for path in pictures} if subset.alpha_mask else {}
-    by_stem = {path.stem: path for path in list_pictures(folder)}
-    missing = [path.name for path in pictures if path.stem not in by_stem]
-    if missing:
-        raise UserError(
-            f"conditioning_data_dir {folder}: {len(missing)} of {len(pictures)} pictures have no "
-            f"mask of their name: {', '.join(missing[:MOST_NAMED])}"
-        )
-    return {path: Mask(by_stem[path.stem], "red") for path in pictures}
+    by_stem = masks_by_stem(folder)
+    missing = f"of {len(pictures)} pictures have no mask of their name in conditioning_data_dir {folder}"
+    for path in pictures:
+        if path.stem not in by_stem:
+            faults.add(missing, path)
+    return {path: Mask(by_stem[path.stem], "red") for path in pictures if path.stem in by_stem}
+
+
+def masks_by_stem(folder: Path) -> dict[str, Path]:
+    """Return the masks in a folder by their names without extension; the last of several with one name."""
+    return {path.stem: path for path in list_pictures(folder)}

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, ImageFile
 from library.data import images
 from library.data.buckets import Size
 from library.data.images import Frame
+from library.data.picture_kinds import moves
 from library.errors import message_of
 
 # Warnings after a run about copies that lose something of their picture: kind -> text before the pictures' names.
@@ -118,11 +119,6 @@ def is_plain(picture: ImageFile.ImageFile) -> bool:
     if (picture.format, picture.mode) not in OPENCV_FLAGS or moves(picture):
         return False
     return picture.format != "PNG" or (picture.tile[0][3] == picture.mode and "transparency" not in picture.info)
-
-
-def moves(picture: Image.Image) -> bool:
-    """Return whether a file has several frames; an MPO is a photograph with its preview."""
-    return getattr(picture, "is_animated", False) and picture.format != "MPO"
 
 
 def from_cmyk(picture: Image.Image) -> Image.Image:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from library.errors import UserError
+from library.errors import UserError, named
 from library.files import PICTURE_SUFFIXES
 
 CACHES = (".npz", ".safetensors")  # latents and text encodings, which are not those of a smaller copy
-MOST_NAMED = 5
 
 
 class Target(NamedTuple):
@@ -173,9 +172,3 @@ def without(task: Task, existing: set[Path]) -> Task:
 def select(task: Task, keeps: Callable[[Copy | Reduced], bool]) -> Task:
     """Return a task with only those of its files for which keeps returns True."""
     return Task(task.source, tuple(filter(keeps, task.copies)), tuple(filter(keeps, task.reduced)))
-
-
-def named(names: Sequence[str], separator: str = ", ") -> str:
-    """Return the first few names, and the number of the others."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return separator.join(names[:MOST_NAMED]) + more

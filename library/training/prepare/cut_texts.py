@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -48,6 +49,7 @@ def cut_captions(
 ) -> list[CutText]:
     """Return the captions that are cut in some sample of a run, sorted by text."""
 
+    @functools.cache  # the same tags and choices are in many captions
     def measure(words: str) -> int:
         return len(tokenize(encoder, [words], options)[0].ids)
 
@@ -66,7 +68,7 @@ def cut_texts(texts: Sequence[tuple[str, Varies]], encoder: TextEncoder, options
     found = []
     for (text, varies), tokens in zip(texts, tokenize(encoder, [text for text, _ in texts], options), strict=True):
         if len(tokens.ids) > limit:
-            lost = "" if varies else encoder.tokenizer.decode(list(tokens.ids[limit:]))
+            lost = "" if varies else str(encoder.tokenizer.decode(list(tokens.ids[limit:])))
             found.append(CutText(text, tokens, limit, varies, lost))
     return found
 
