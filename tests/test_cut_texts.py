@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
@@ -49,6 +49,7 @@ RULES = st.fixed_dictionaries(
 
 
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=6).map(", ".join), min_size=1, max_size=2), RULES)
+@example(["(bright:1.3), a dog"], {"shuffle_caption": True})  # "),", but ")" at the end
 @settings(max_examples=60, deadline=None)
 def test_no_sample_is_longer_than_the_longest_one_told(lines, rules):
     caption, subset, steps = tuple(lines), SubsetOptions(**rules), 10

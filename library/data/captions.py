@@ -103,7 +103,11 @@ class LongestDraw:
         return max(seq, key=self.measure)
 
     def shuffle(self, x: list[str], /) -> None:
-        """Leave the order as it is, on which the number of tokens does not depend."""
+        """Put a tag last whose end would be one token with the comma after it; nothing else depends on the order."""
+        ends = [index for index, tag in enumerate(x) if tag and not tag[-1].isalnum()]
+        if ends:
+            last = max(ends, key=lambda index: self.measure(x[index]) - self.measure(f"{x[index]},"))
+            x.append(x.pop(last))
 
 
 def longest_samples(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -48,6 +49,7 @@ def cut_captions(
 ) -> list[CutText]:
     """Return the captions that are cut in some sample of a run, sorted by text."""
 
+    @functools.cache  # the same tags and choices are in many captions
     def measure(words: str) -> int:
         return len(tokenize(encoder, [words], options)[0].ids)
 
