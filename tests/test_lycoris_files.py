@@ -350,17 +350,19 @@ def test_embeddings_in_a_network_file_are_words(draw, two, tmp_path, caplog):
         draw(*prompt, "--textual_inversion_embeddings", alone[0], path)
 
 
-class Hooked(torch.nn.Module):
+class Hooked:
     """A network that acts by a hook, with no strength; it has a tensor of the file."""
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         return {f"{ATTENTION}.alpha": torch.ones(())}
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return None
 
     def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool, apply_unet: bool) -> None:
         unet.conv_out.register_forward_hook(lambda module, given, out: out)
+
+    def nothing(self, *args: Any) -> None:
+        """Stand for what is called of a torch module."""
+
+    load_state_dict = to = eval = requires_grad_ = nothing
 
 
 @pytest.mark.parametrize(
