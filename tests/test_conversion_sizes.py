@@ -537,6 +537,32 @@ def test_settings_that_no_shape_tells_are_kept_or_refused(store, tmp_path, case)
             as_file(source, tmp_path / "out.ckpt")
 
 
+def test_a_unet_without_texts_is_known_only_from_metadata(store, tmp_path):
+    """Its context has a width in the configuration, and no tensor tells it."""
+    plain = {"down_block_types": ("DownBlock2D",) * 4, "up_block_types": ("UpBlock2D",) * 4, "mid_block_type": None}
+    unet = small_unet(**plain)
+    model = planned(store("sd1").folder, tmp_path, "unet", unet)
+    assert built(as_file(model, tmp_path / "a.safetensors"), "unet") == shapes_in(unet)
+    with pytest.raises(UserError, match="a .ckpt has no place for the"):
+        as_file(model, tmp_path / "a.ckpt")
+
+
+def test_a_result_that_would_be_read_as_another_model_is_refused(store, tmp_path):
+    model = open_checkpoint(store("sd1").folder)
+    whole = whole_plan(model)
+    result = as_file(model, tmp_path / "a.safetensors")
+    lost = {**whole, "unet/lost.weight": whole["unet/conv_in.weight"]}
+    with pytest.raises(UserError, match="cannot be written to .*, since that would be read without unet/lost.weight"):
+        check_result(result, model, lost)
+
+
+def test_indices_that_old_folders_hold_have_no_place_in_openclip(store, tmp_path):
+    model = open_checkpoint(store("sd2").folder)
+    more = changed(model, "text_encoder/text_model.embeddings.position_ids", (1, 77))
+    expected = as_file(model, tmp_path / "a.safetensors").shapes
+    assert as_file(more, tmp_path / "a.safetensors").shapes == expected
+
+
 def test_hints_of_published_models_do_not_stop_a_pickle(store, tmp_path):
     hints = {"sample_size": 96, "upcast_attention": True}
     unet = small_unet(**(store("sd2").unet | hints))

@@ -194,7 +194,7 @@ def plan_of_part(checkpoint: Checkpoint, part: str, shapes: Shapes) -> Plan:
 def plan_to_original(checkpoint: Checkpoint, whole: Plan) -> Plan:
     """Return the plan of an original-layout file from a Diffusers folder and the plan of all its tensors.
 
-    Raises UserError for a tensor that has no place in such a file, or shares one.
+    Raises UserError for a tensor that has no place in such a file.
     """
     layout, shapes = Layout(checkpoint), checkpoint.shapes
     sources = {name: piece.places[0].name for name, piece in whole.items()} | position_ids(checkpoint)
@@ -213,9 +213,6 @@ def plan_to_original(checkpoint: Checkpoint, whole: Plan) -> Plan:
         if place.third is not None:
             thirds.setdefault(place.name, {})[place.third] = Place(source)
             continue
-        if place.name in plan:
-            other = plan[place.name].places[0].name
-            raise UserError(f"{checkpoint.path}: {source} and {other} have the same place in a checkpoint")
         shape = place.shape_of(shapes[source])
         if part == VAE and ".attentions." in name and len(shape) == 2:
             shape = (*shape, 1, 1)
