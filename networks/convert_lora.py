@@ -153,8 +153,9 @@ def for_diffusers(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors and metadata in the format of diffusers and PEFT."""
     from library.adapters.layers import peft_name
-    from library.adapters.lora_file import PEFT_METADATA, to_state_dict
+    from library.adapters.lora_file import to_state_dict
     from library.adapters.metadata import without_hashes
+    from library.adapters.peft_config import METADATA_KEY
 
     named = {peft_name(layer): file.changes[module] for module, layer in layers.items()}
     if not options.keep_alpha:
@@ -162,7 +163,7 @@ def for_diffusers(
     tensors = to_state_dict(named, written_type(options), (".lora_A.weight", ".lora_B.weight"))
     metadata = {"format": "pt"} | without_hashes(file.metadata)
     if options.keep_alpha:
-        metadata[PEFT_METADATA] = json.dumps(peft_configuration(file, layers), sort_keys=True)
+        metadata[METADATA_KEY] = json.dumps(peft_configuration(file, layers), sort_keys=True)
     return tensors, metadata
 
 

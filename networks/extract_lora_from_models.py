@@ -24,7 +24,7 @@ from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
 from library.config.tool_files import Precision
-from library.errors import Problems, UserError
+from library.errors import Problems, UserError, named
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     Pairs = dict[Layer, tuple[Place, Place]]  # place of a layer in the original model, and in the tuned one
 
 logger = logging.getLogger(__name__)
-
-MOST_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,8 +219,7 @@ def warn_of_left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> N
     if names:
         with_weights = [name for name in names if "norm" not in name and name.endswith(".weight")]
         advice = f"; --conv_dim extracts {len(with_weights)} of them" if with_weights else ""
-        shown = ", ".join(names[:MOST_NAMED])
-        logger.warning("%d tensors differ, too, and are not in the LoRA (%s)%s", len(names), shown, advice)
+        logger.warning("%d tensors differ, too, and are not in the LoRA (%s)%s", len(names), named(names), advice)
 
 
 def left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> Iterator[str]:

@@ -36,16 +36,14 @@ from library.adapters.names import (
     roles_of,
     spelled,
 )
-from library.adapters.peft_config import CONFIG_FILE, METADATA_KEY, read_config
-from library.errors import UserError
+from library.adapters.peft_config import CONFIG_FILE, read_config
+from library.errors import UserError, named
 from library.models import keys
 from library.models.family import SD1, SD2, ModelFamily
 from library.weight_file import WeightFile, check_finite, is_finite, open_weights
 
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
-PEFT_METADATA = METADATA_KEY
-MOST_NAMED = 5
 WIDTH_OF_TEXT_2 = 1280
 
 
@@ -110,9 +108,8 @@ class LoraFile:
         changed = {module for module, role, _ in roles_of(self.strange) if role == "down"}
         modules = [name for name in self.unknown if name in changed or name.startswith(BEGINNINGS)]
         if modules:
-            shown = ", ".join(modules[:MOST_NAMED])
             raise UserError(
-                f"{self.path}: {len(modules)} of {len(modules) + len(self.changes)} modules cannot be read ({shown}); "
+                f"{self.path}: {len(modules)} of {len(modules) + len(self.changes)} modules cannot be read ({named(modules)}); "
                 "networks/convert_lora.py --allow_unmatched writes a file without them"
             )
 
@@ -171,8 +168,9 @@ def read_lora(path: Path) -> LoraFile:
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}") from None
     if not changes:
-        shown = ", ".join(sorted(downs)[:MOST_NAMED])
-        raise UserError(f"{path}: none of its {len(downs)} modules is a layer of SD 1.x, SD 2.x or SDXL ({shown})")
+        raise UserError(
+            f"{path}: none of its {len(downs)} modules is a layer of SD 1.x, SD 2.x or SDXL ({named(sorted(downs))})"
+        )
     used = {name for module, _, name in roles_of(tensors, ALL_ROLES) if module in layers}
     extra = {name: tensor for name, tensor in tensors.items() if name not in used}
     return LoraFile(path, changes, dict(file.metadata), family, extra)

@@ -18,7 +18,7 @@ from library.adapters.layers import Layer, place_of, places
 from library.adapters.lora_file import LoraFile, read_lora
 from library.adapters.low_rank import Change
 from library.config.tool_files import MergedLoras
-from library.errors import UserError
+from library.errors import UserError, named
 from library.files import new_folder
 from library.models import keys
 from library.models.checkpoint import EXTRAS_FILE, TEXT_FILES, UNET_FILES, WHOLE, Checkpoint, tensor_name
@@ -28,7 +28,6 @@ from library.weight_file import WeightFile, is_finite, write_weights
 
 logger = logging.getLogger(__name__)
 
-MOST_NAMED = 5
 # Beginnings of the names of tensors that networks change; only these are written in another type.
 MERGED_PARTS = (keys.UNET_PREFIX, *keys.TEXT_PREFIXES, "unet/", "text_encoder")
 
@@ -168,9 +167,8 @@ def warn_of_unmatched(file: LoraFile, names: Sequence[str], where: Path | str, *
     """Warn of modules that have no place in a model; raises UserError unless that is allowed."""
     if not names:
         return
-    shown = ", ".join(names[:MOST_NAMED])
     total = len({*names, *file.changes, *file.vectors})
-    text = f"{file.path}: {len(names)} of {total} modules are not in {where} ({shown})"
+    text = f"{file.path}: {len(names)} of {total} modules are not in {where} ({named(names)})"
     if not allowed:
         raise UserError(f"{text}; --allow_unmatched skips them")
     logger.warning("%s; they are skipped", text)

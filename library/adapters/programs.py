@@ -12,7 +12,7 @@ import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from library.adapters.layers import UNET, Layer, layers_of
+from library.adapters.layers import UNET, layers_of, norms_of
 from library.models import keys
 from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
 from library.models.layout import unet_rule
@@ -312,15 +312,6 @@ DIFFUSERS_PATHS = (
         DIFFUSERS_LIBRARY, (SDXL,), TEXT_2, ("text_encoder_2.{path}", "text_encoder_2.text_model.{path}"), "matrices"
     ),
 )
-# End of the path of a layer -> the normalisations beside it.
-NORMS_BESIDE = (
-    ("conv_out", ("conv_norm_out",)),
-    ("conv1", ("norm1",)),
-    ("conv2", ("norm2",)),
-    ("proj_in", ("norm",)),
-    ("ff.net.2", ("norm1", "norm2", "norm3")),
-    ("mlp.fc1", ("layer_norm1", "layer_norm2")),
-)
 
 
 @functools.cache
@@ -352,22 +343,15 @@ def layers_spelled(family: ModelFamily) -> tuple[Mapping[str, str], ...]:
     """Return the fields of forms for all layers and normalisations of models of a family, with their part and sort."""
     rule = unet_rule(family, {})
     found = []
-    for layer in layers_of(family):
-        beside = [
-            layer.path.removesuffix(end) + norm for end, norms in NORMS_BESIDE for norm in norms if ends(layer, end)
-        ]
-        for sort, paths in (("matrix", [layer.path]), ("norm", beside)):
-            for path in paths:
-                block = path
-                if layer.part == UNET:
-                    block = next(rule(f"{path}.")).name.removeprefix(keys.UNET_PREFIX).removesuffix(".")
-                found.append({"part": layer.part, "sort": sort} | spellings(path, block))
+    # No program has a name for the last normalisation of a text encoder.
+    norms = [layer for layer in norms_of(family) if not layer.path.startswith("final_")]
+    for sort, layers in (("matrix", layers_of(family)), ("norm", norms)):
+        for layer in layers:
+            block = layer.path
+            if layer.part == UNET:
+                block = next(rule(f"{layer.path}.")).name.removeprefix(keys.UNET_PREFIX).removesuffix(".")
+            found.append({"part": layer.part, "sort": sort} | spellings(layer.path, block))
     return tuple(found)
-
-
-def ends(layer: Layer, end: str) -> bool:
-    """Return whether the path of a layer is an ending, or ends with it after a dot."""
-    return f".{layer.path}".endswith(f".{end}")
 
 
 def spellings(path: str, block_path: str) -> dict[str, str]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
 from library.adapters.layers import UNET
-from library.adapters.names import Shapes, family_of, kind_of, roles_of
+from library.adapters.names import EMBEDDING, Shapes, family_of, kind_of, roles_of
+from library.adapters.peft_config import METADATA_KEY
 from library.adapters.programs import (
     ALPHA,
     DIFFUSERS_LIBRARY,
@@ -24,13 +25,11 @@ from library.adapters.programs import (
 )
 from library.models.family import SD1, SDXL, ModelFamily
 
-LORA, EMBEDDING, OTHER = "LoRA", "bundled embedding", "other"
+LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
 # Pattern of the end of a tensor's name -> its kind, for those that are not told by `kind_of`.
 MORE_KINDS = ((r"\.[ab][12]\.weight$", "GLoRA"), (r"\.oft_diag$", "OFT"), (r"\.set_weight$", "difference"))
-EMBEDDING_START = "bundle_emb."
 # Endings that belong to a module of any kind.
 SHARED = (ALPHA, ".scale", ".weight", ".bias", ".rescale")
-PEFT_METADATA = "lora_adapter_metadata"  # where diffusers writes alphas, since version 0.35, and nobody else reads them
 HIDDEN = "without the alphas in the metadata"
 UNEVEN = "but with one alpha for all attention layers; networks/convert_lora.py mends the file"
 
@@ -115,8 +114,8 @@ def keys_of(shapes: Shapes) -> list[Key]:
 
 def kind_by_name(name: str, shape: Sequence[int]) -> str | None:
     """Return the kind of a tensor; None for one that belongs to a module of any kind, and for unknown names."""
-    if name.startswith(EMBEDDING_START):
-        return EMBEDDING
+    if name.startswith(EMBEDDING):
+        return BUNDLED
     kind = kind_of(name) or next((kind for pattern, kind in MORE_KINDS if re.search(pattern, name)), None)
     if kind is not None:
         return "BOFT" if kind == "OFT" and len(shape) == 4 else kind
@@ -151,7 +150,7 @@ def unknown_modules(keys: Sequence[Key], family: ModelFamily | None) -> list[str
     """Return the modules whose names no program reads."""
     tables = [*(program.names for program in PROGRAMS), DIFFUSERS_WORDS, DIFFUSERS_PATHS]
     known = [names_read(table, family or SD1) for table in tables]
-    modules = {key.module for key in keys if key.kind != EMBEDDING}
+    modules = {key.module for key in keys if key.kind != BUNDLED}
     return sorted(module for module in modules if not any(module in names for names in known))
 
 
@@ -181,7 +180,7 @@ def verdicts(
 def has_hidden_alphas(metadata: Mapping[str, str]) -> bool:
     """Return whether metadata have alphas that are not the ranks."""
     try:
-        table = json.loads(metadata.get(PEFT_METADATA, "{}"))
+        table = json.loads(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
         return False
     starts = [key.removesuffix("lora_alpha") for key in table if key.endswith(".lora_alpha")]
@@ -222,9 +221,9 @@ def verdict_of(program: Program, keys: Sequence[Key], family: ModelFamily | None
     if family is not None and (refusal := refused_names(program, keys, family)):
         return Verdict(0, (), refusal)
     modules: dict[str, dict[str, str]] = {}  # module -> ending -> name
-    embeddings = [key.name for key in keys if key.kind == EMBEDDING]
+    embeddings = [key.name for key in keys if key.kind == BUNDLED]
     for key in keys:
-        if key.kind != EMBEDDING:
+        if key.kind != BUNDLED:
             module, ending = first_dot(key.name) if program.by_first_dot else (key.module, key.ending)
             modules.setdefault(module, {})[ending] = key.name
     taken = {module: taken_of(program, set(parts)) for module, parts in modules.items()}
@@ -277,7 +276,7 @@ def incomplete(program: Program, modules: Iterable[str], family: ModelFamily) ->
 def refused_names(program: Program, keys: Sequence[Key], family: ModelFamily) -> str | None:
     """Return why a program refuses a file for the beginnings of its names, or for a mixture of them."""
     starts = program.prefixes.get(family)
-    named = [key.name for key in keys if key.kind != EMBEDDING]
+    named = [key.name for key in keys if key.kind != BUNDLED]
     if starts is not None:
         strange = next((name for name in named if not name.startswith(starts)), None)
         if strange is not None:

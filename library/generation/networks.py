@@ -14,13 +14,13 @@ from library.adapters.lora_file import check_lora, read_lora, to_state_dict
 from library.adapters.names import ALL_ROLES, kind_of, roles_of
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
-from library.errors import UserError
+from library.errors import UserError, named
 from library.models.base import BaseModel
 from library.networks.applied import apply_file
 from library.networks.merging import merge_file
 from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.networks.third_party import EMBEDDINGS, named, words_in
+from library.networks.third_party import EMBEDDINGS, words_in
 from library.weight_file import data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
                 settings.network_module,
                 len(left),
                 len(names),
-                named(left),
+                named(sorted(left)),
             )
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.errors import UserError
+from library.errors import UserError, named
 from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, text_encoder_for_networks
 from library.networks.protocol import HasMultiplier, Network
-from library.networks.third_party import EMBEDDINGS, has_values_once_read, named
+from library.networks.third_party import EMBEDDINGS, has_values_once_read
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
     left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDINGS)}
     if not taken:
         raise UserError(
-            f"{path}: {module} takes none of its {len(tensors)} tensors ({named(tensors)}): it is for another model or "
+            f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for another model or "
             "another module; networks/convert_lora.py gives files of diffusers and PEFT the names that are read here"
         )
     if left:
@@ -137,5 +137,5 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
             module,
             len(left),
             len(tensors),
-            named(left),
+            named(sorted(left)),
         )

@@ -35,7 +35,6 @@ FACTORS = {
 # Packages whose networks have the values of a file as soon as it is read; lycoris would add differences twice.
 READ_WITH_VALUES = ("lycoris",)
 EMBEDDINGS = "bundle_emb."  # beginning of the names of embeddings in a file, after which their words follow
-MOST_NAMES = 3
 
 
 @contextlib.contextmanager
@@ -115,9 +114,3 @@ def words_in(names: Collection[str]) -> list[str]:
     """Return the words of the embeddings among the tensors of a file."""
     bundled = (name.removeprefix(EMBEDDINGS) for name in names if name.startswith(EMBEDDINGS))
     return sorted({word.partition(".")[0] for word in bundled})
-
-
-def named(names: Collection[str]) -> str:
-    """Return the first of some names, for a message."""
-    first = sorted(names)[:MOST_NAMES]
-    return ", ".join(first) + (", ..." if len(names) > len(first) else "")
