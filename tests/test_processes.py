@@ -119,6 +119,13 @@ def lock(tmp_path):
     return tmp_path / "out" / "x-run.lock"
 
 
+def held(lock):
+    """Return the holder of a lock that is there."""
+    holder = run_lock.read(lock)
+    assert holder is not None
+    return holder
+
+
 def write(lock, **changes):
     lock.write_text(json.dumps(dataclasses.asdict(run_lock.own_holder()) | changes), encoding="utf-8")
 
@@ -129,7 +136,7 @@ def dead_process():
 
 def test_a_run_holds_its_lock_and_removes_it_however_it_ends(base, pictures, lock):
     seen = []
-    train_with(options(base, pictures, lock.parent), lambda _: seen.append(run_lock.read(lock)), after=1)
+    train_with(options(base, pictures, lock.parent), lambda _: seen.append(held(lock)), after=1)
     assert seen == [dataclasses.replace(run_lock.own_holder(), since=seen[0].since)]
     assert not lock.exists()
     for error in (KeyboardInterrupt, MemoryError, UserError):
@@ -194,10 +201,10 @@ def test_a_lock_that_cannot_be_read_is_refused(base, pictures, lock, text):
 
 def test_two_runs_that_take_over_the_same_lock_do_not_both_get_it(lock, monkeypatch):
     write(lock, birth="before")
-    stale, mine = run_lock.read(lock), run_lock.own_holder()
+    stale, mine = held(lock), run_lock.own_holder()
     write(lock, since="first")  # the other run was faster
     assert not run_lock.remove(lock, stale)
-    assert run_lock.read(lock).since == "first"
+    assert held(lock).since == "first"
     assert not run_lock.remove(lock.with_name("absent"), stale)
     run_lock.release(lock.with_name("absent"), mine)
     with monkeypatch.context() as patched, pytest.raises(UserError, match="again and again"):

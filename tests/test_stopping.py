@@ -27,6 +27,7 @@ from library.training.record import preview
 from tools import cache_latents
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+MAIN = threading.get_ident()
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
@@ -70,7 +71,7 @@ def test_it_does_not_wait_for_pictures_that_are_not_begun(base, pictures, tmp_pa
     def slow(self, frame):
         read.append(self.path)
         if len(read) == 3:
-            signal.pthread_kill(threading.main_thread().ident, number)
+            signal.pthread_kill(MAIN, number)
         time.sleep(0.02)
         return plain(self, frame)
 
@@ -85,11 +86,11 @@ def test_it_does_not_wait_for_pictures_that_are_not_begun(base, pictures, tmp_pa
 def test_hashing_and_reading_of_a_disk_cache_do_not_wait_either(base, pictures, tmp_path, monkeypatch):
     train(base, pictures, tmp_path / "a", cache_latents_to_disk=True)
     for name in ("read_entry", "file_sha256"):
-        seen = []
+        seen: list[object] = []
 
         def slow(source, *more, seen=seen):
             seen.append(source)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            signal.pthread_kill(MAIN, signal.SIGINT)
             time.sleep(0.02)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -214,7 +215,7 @@ def test_a_signal_while_a_file_waits_for_the_hash_ends_the_wait(base, pictures, 
     done = threading.Event()
 
     def slow(path):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(MAIN, signal.SIGINT)
         done.wait(60)
         return "0"
 
@@ -247,6 +248,7 @@ def test_workers_outlive_the_signal_until_the_step_is_done(base, pictures, tmp_p
         workers = multiprocessing.active_children()
         assert len(workers) == 1
         for worker in workers:
+            assert worker.pid is not None
             os.kill(worker.pid, number)
         time.sleep(0.2)
         signal.raise_signal(number)

@@ -181,16 +181,17 @@ def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path):
         ({"max_train_steps": 1}, []),
     ],
 )
-def test_the_end_is_always_in_the_previews_and_once(base, pictures, tmp_path, more, expected):
+def test_the_end_is_always_in_the_previews_and_once(base, pictures, tmp_path, monkeypatch, more, expected):
     (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1 --d 5\n", encoding="utf-8")
     folder = tmp_path / "out" / "sample"
     seen = []
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patched:
-        patched.setattr(
-            preview, "draw_sheet", lambda cells, rows, columns: seen.append(columns) or Image.new("L", (1, 1))
-        )
-        train(base, pictures, tmp_path / "out", sample_prompts=tmp_path / "p.txt", **more)
+
+    def sheet(cells, rows, columns):
+        seen.append(columns)
+        return Image.new("L", (1, 1))
+
+    monkeypatch.setattr(preview, "draw_sheet", sheet)
+    train(base, pictures, tmp_path / "out", sample_prompts=tmp_path / "p.txt", **more)
     found = sorted(path.name.split("_")[1] for path in folder.iterdir()) if folder.exists() else []
     assert found == expected
     assert len(seen[-1] if seen else []) == len(expected), "columns of the contact sheet"

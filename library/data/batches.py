@@ -10,7 +10,7 @@ import dataclasses
 import math
 import random
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -254,7 +254,7 @@ def _ignore_stops(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+def load_batches(loader: Iterable[Batch]) -> Generator[Batch]:
     """Yield the batches of a loader; its workers end with this iterator, also when it is closed before the last one."""
     batches = iter(loader)
     try:

@@ -50,7 +50,7 @@ def merge_file(
         merge_to = optional_method(network, "merge_to")
         if merge_to is None:
             raise UserError(f"{path}: the network of {module.name} has no merge_to, which merging needs")
-        if module.is_foreign:  # the suite's own warn of it themselves
+        if module.is_foreign and network is not None:  # the suite's own warn of it themselves
             fit = compare(tensors, network)
             for names, number, kind in ((fit.left, fit.modules, "modules"), (fit.tensors, fit.all_tensors, "tensors")):
                 if names:

@@ -57,6 +57,7 @@ def run(
                     stop_if_asked()
             happen(events, Moment(At.EPOCH, progress, None, points_after(progress.step, plan)))
             stop_if_asked()  # after the events, so that a complete epoch has its file
+        bar.close()  # before the last lines of the log
         happen(events, Moment(At.END, progress, None, points_after(progress.step, plan)))
 
 
