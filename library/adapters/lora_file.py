@@ -109,8 +109,8 @@ class LoraFile:
         modules = [name for name in self.unknown if name in changed or name.startswith(BEGINNINGS)]
         if modules:
             raise UserError(
-                f"{self.path}: {len(modules)} of {len(modules) + len(self.changes)} modules cannot be read ({named(modules)}); "
-                "networks/convert_lora.py --allow_unmatched writes a file without them"
+                f"{self.path}: {len(modules)} of {len(modules) + len(self.changes)} modules cannot be read "
+                f"({named(modules)}); networks/convert_lora.py --allow_unmatched writes a file without them"
             )
 
     def layer(self, module: str) -> Layer | None:

@@ -126,8 +126,9 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
     left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDINGS)}
     if not taken:
         raise UserError(
-            f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for another model or "
-            "another module; networks/convert_lora.py gives files of diffusers and PEFT the names that are read here"
+            f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "
+            "another model or another module; networks/convert_lora.py gives files of diffusers and PEFT the names that "
+            "are read here"
         )
     if left:
         logger.warning(

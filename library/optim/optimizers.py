@@ -326,9 +326,9 @@ def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.opti
     try:
         return _stepped(choice, learning_rate)
     except UserError as error:
-        for key, value in reversed(choice.arguments.items()):  # those of the user come last
-            rest = {name: other for name, other in choice.arguments.items() if name != key}
-            if _works(dataclasses.replace(choice, arguments=rest), learning_rate):
+        for key, value in reversed(choice.recorded.items()):  # those of the user come last
+            rest = {name: other for name, other in choice.recorded.items() if name != key}
+            if _works(dataclasses.replace(choice, recorded=rest), learning_rate):
                 raise UserError(f"--optimizer_args {key}={value!r} is refused: {message_of(error)}") from error
         raise
 
