@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 MOST_NAMED = 5  # names in a message
-LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")  # and other control characters
+LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # and what cannot be written
 
 
 class UserError(ValueError):

@@ -104,6 +104,7 @@ def test_any_metadata_are_written_so_that_the_file_is_read(tmp_path_factory, met
     folder = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
         for module in (lora, safetensors_io):
+            patch.setattr(module.logger, "disabled", True)  # names with half a character cannot pass between processes
             patch.setattr(module, "MAX_HEADER_BYTES", limit)
         assert lora.fitting(metadata, 32) == safetensors_io.fitting(metadata, 32)
         for write, number in ((lora.write_weights, 1), (write_weights, 2)):

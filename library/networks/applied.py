@@ -127,8 +127,8 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
     if not taken:
         raise UserError(
             f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "
-            "another model or another module; networks/convert_lora.py gives files of diffusers and PEFT the names that "
-            "are read here"
+            "another model or another module; networks/convert_lora.py gives files of diffusers and PEFT the names "
+            "that are read here"
         )
     if left:
         logger.warning(
