@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from library.config.options import read_str
+from library.config.kinds import read_str
 from library.errors import UserError, shown
 from library.files import replacing
 

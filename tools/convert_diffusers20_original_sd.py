@@ -23,7 +23,8 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config import tool_files
 from library.config.command_line import parse
-from library.config.options import REQUIRED, is_there, option
+from library.config.kinds import is_there
+from library.config.options import REQUIRED, option
 from library.errors import Problems
 from library.logs import run_script
 

@@ -6,7 +6,8 @@ import dataclasses
 import re
 from typing import Any
 
-from library.config.options import option, read_bool
+from library.config.kinds import read_bool
+from library.config.options import option
 from library.config.values import parse_text
 
 REPO_TYPES = ("model", "dataset", "space")

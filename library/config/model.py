@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from library.config.options import REQUIRED, option, read_path_text
+from library.config.kinds import read_path_text
+from library.config.options import REQUIRED, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from library.config import toml_text
-from library.config.options import REQUIRED, Option, option, read_float, read_int, section_options, unknown_message
+from library.config.kinds import read_float, read_int
+from library.config.options import REQUIRED, Option, option, section_options, unknown_message
 from library.config.retired import Retired
 from library.config.samplers import SamplerName
 from library.config.values import MOST_PIXELS, MOST_SEED, latent_side

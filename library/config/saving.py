@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from library.config.options import REQUIRED, option, read_path_text
+from library.config.kinds import read_path_text
+from library.config.options import REQUIRED, option
 from library.config.values import parse_text
 
 UNRECORDED = ("save_model_as=ckpt", "save_model_as=pt")  # these have no metadata

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.config.dataset import SubsetOptions
-from library.config.options import read_str
+from library.config.kinds import read_str
 from library.data.caption_files import CaptionFile, names_of, note_captions, read_caption
 from library.data.captions import Caption
 from library.data.faults import Faults, Notes
