@@ -153,6 +153,8 @@ def test_training_goes_on_from_weights_and_takes_their_dimensions(base, pictures
     same(train(base, pictures, tmp_path / "b", network_dim=3, network_weights=path, **still), first, 1e-5)
     again = train(base, pictures, tmp_path / "c", network_weights=path, dim_from_weights=True, **still)
     same(again, first, 1e-5)
+    told = metadata(tmp_path / "c" / "x.safetensors")
+    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("3", "2.0")
     with pytest.raises(UserError, match="has rank 3, this network 4"):
         train(base, pictures, tmp_path / "d", network_weights=path)
 

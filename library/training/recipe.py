@@ -33,7 +33,13 @@ from library.training.prepare.placing import caption_options, enable_gradient_ch
 from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
-from library.training.record.metadata import BackgroundHashes, FileMetadata, files_to_hash, training_metadata
+from library.training.record.metadata import (
+    BackgroundHashes,
+    FileMetadata,
+    files_to_hash,
+    shapes_from_weights,
+    training_metadata,
+)
 from library.training.record.metrics import Metrics
 from library.training.record.preview import Preview
 from library.training.record.run_files import RunFiles, epoch_interval
@@ -205,7 +211,10 @@ def make_checkpoints(
     """Return what writes the run's networks and states; optimizer is what their metadata say of it."""
     saving, is_main, predicts_v = config.saving, plan.rank == 0, base.predicts_v
     started = training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer)
-    if (note := note_on_alphas(state.network.file_alphas())) is not None:
+    alphas, start = state.network.file_alphas(), config.network.network_weights
+    if config.network.dim_from_weights and start is not None:
+        started |= shapes_from_weights(start, alphas.values())
+    if (note := note_on_alphas(alphas)) is not None:
         started[NOTE] = note
     return Checkpoints(
         files=RunFiles(saving),

@@ -13,12 +13,14 @@ import mimetypes
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from library import NAME, VERSION
+from library.adapters.metadata import common
+from library.adapters.names import roles_of
 from library.config.model import ModelConfig
 from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
@@ -32,7 +34,7 @@ from library.models.checkpoint import Checkpoint
 from library.models.family import ModelFamily
 from library.training.run.interruption import StopRequest
 from library.training.run.progress import Progress
-from library.weight_file import file_legacy_hash
+from library.weight_file import file_legacy_hash, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,13 @@ def training_metadata(
     if config.data.dataset_config:
         return values | describe_datasets(datasets)
     return values | describe_folders(config, datasets, plan.num_processes)
+
+
+def shapes_from_weights(path: Path, alphas: Collection[float]) -> dict[str, str]:
+    """Return rank and alpha of a network that takes its ranks from a file; none if the file is of another kind."""
+    shapes = open_weights(path).shapes
+    ranks = {shapes[name][0] for _, role, name in roles_of(shapes) if role == "down"}
+    return {"ss_network_dim": common(ranks), "ss_network_alpha": common(set(alphas))} if ranks and alphas else {}
 
 
 def recorded(config: TrainConfig, names: str) -> dict[str, Any]:
