@@ -9,19 +9,16 @@ python gen_img_diffusers.py --ckpt examples/pocket_model --prompt "a unicorn --w
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from library.config.command_line import given_options
-from library.config.effects import idle_options
+from library.config.effects import warn_of_idle
 from library.config.generation import GenerateConfig
-from library.config.options import all_options, build, flag_values
+from library.config.options import build
 from library.config.retired import GENERATION
 from library.config.saving import ConsoleConfig
 from library.errors import Problems, UserError
 from library.logs import choose_log_lines, run_script
-
-logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks.warn_of_tags(lines)
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("no prompt is given: use --prompt, --from_file, --from_picture or --interactive")
-    options = all_options(GenerateConfig)
-    for text in idle_options(options.values(), flag_values(config), options):
-        logger.warning("%s", text)
+    warn_of_idle(config)
 
     # Torch takes seconds to import, so all mistakes are reported before.
     from library.generation.recipe import generate

@@ -55,6 +55,10 @@ class InertList(Inert):
         return []
 
 
+class InertArray(Inert):
+    """Takes the place of an array of NumPy, which could be a weight."""
+
+
 class Parameters(collections.OrderedDict[str, Any]):
     """Takes the place of a module of torch that only holds tensors by name, and keeps these."""
 
@@ -88,7 +92,8 @@ HARMLESS = (
     Harmless(r"copyreg\._reconstructor", Inert, "how old pickles create any object"),
     Harmless(r"pathlib\.(_local\.)?\w+", Inert, "paths of the training"),
     Harmless(r"datetime\.\w+|uuid\.UUID|decimal\.Decimal|fractions\.Fraction", Inert, "times and numbers"),
-    Harmless(r"numpy(\._?core)?\.multiarray\.(scalar|_reconstruct)", Inert, "NumPy: a loss, a learning rate"),
+    Harmless(r"numpy(\._?core)?\.multiarray\.scalar", Inert, "NumPy: a loss, a learning rate"),
+    Harmless(r"numpy(\._?core)?\.multiarray\._reconstruct", InertArray, "NumPy: losses, states of generators"),
     Harmless(r"numpy\.(dtype|ndarray|bool_?|u?int\d+|float\d+|dtypes\.\w+)", Inert, "NumPy: the type of these"),
     Harmless(r"torch\.nn\.modules\.container\.ParameterDict", Parameters, "the first textual inversions"),
     Harmless(r"torch\.optim\.[\w.]+", Inert, "torch: optimizer or schedule, where not only its state is stored"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import UserError
 from library.file_kinds import AGAIN, PICKLE, weight_format
 from library.files import replacing
-from library.pickle_names import is_of_weights, names_in, stand_in_for, stand_ins
+from library.pickle_names import InertArray, is_of_weights, names_in, stand_in_for, stand_ins
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,10 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     content = load_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    entries = content.items() if isinstance(content, dict) else ()
+    entries = list(content.items()) if isinstance(content, dict) else []
+    array = next((name for name, value in entries if isinstance(value, InertArray)), None)
+    if array is not None:
+        raise UserError(f"{path}: {array} is an array of NumPy, not a tensor; save it as a tensor of torch")
     tensors = {name: value for name, value in entries if isinstance(name, str) and torch.is_tensor(value)}
     if not tensors:
         raise UserError(f"{path} has no weights")

@@ -707,12 +707,16 @@ class LoRANetwork(nn.Module):
         return fitted
 
     def load_weights(self, file: str | Path) -> str:
-        """Load a file; return in words how many modules were loaded and which have no counterpart.
+        """Load a file; return and raise as `load_tensors` does."""
+        return self.load_tensors(read_weights(Path(file)), str(file))
+
+    def load_tensors(self, weights: Weights, file: str) -> str:
+        """Load the tensors of a file; return in words how many modules were loaded and which have no counterpart.
 
         Alphas become those of the file; with one_alpha those of the network stay, and up matrices are scaled to match.
-        Raises ValueError if nothing matches, or ranks differ.
+        Raises ValueError if nothing matches, or ranks differ; file is its name in the message.
         """
-        weights = with_text_names(read_weights(Path(file)), len(self._text_encoder_parts))
+        weights = with_text_names(weights, len(self._text_encoder_parts))
         own, given = {name.split(".")[0] for name in self.state_dict()}, {name.split(".")[0] for name in weights}
         if not own & given:
             raise ValueError(
@@ -774,24 +778,29 @@ check_network_args = LoRANetwork.check_network_args
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file in the format safetensors, or of a pickle, of which nothing but tensors is loaded.
 
-    The content shows the format, since files are renamed. Raises ValueError for a pickle with anything else in it.
+    The content shows the format, since files are renamed. Raises ValueError for a pickle with anything else in it, for
+    what is no weight file, and for weights in 8 bits with a scale beside them.
     """
     with file.open("rb") as source:
         length, start = int.from_bytes(source.read(8), "little"), source.read(1)
         if start != b"{":
             source.seek(0)
             try:
-                weights = torch.load(source, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
+                found = torch.load(source, map_location="cpu", weights_only=True)
+                return found.get("state_dict", found)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError):
                 raise ValueError(f"{file} is no weight file, or holds more than tensors: convert it") from None
-            return weights.get("state_dict", weights)
         if length <= MAX_HEADER_BYTES:
-            return load_file(file)
-        # Written by an older version: without its metadata the package reads it, too.
-        source.seek(8)
-        tensors = json.loads(source.read(length))
-        tensors.pop("__metadata__", None)
-        return load(file_header(tensors, {}) + source.read())
+            weights = load_file(file)
+        else:  # written by an older version: without its metadata the package reads it, too
+            source.seek(8)
+            tensors = json.loads(source.read(length))
+            tensors.pop("__metadata__", None)
+            weights = load(file_header(tensors, {}) + source.read())
+    scaled = next((name for name in weights if name.endswith(("weight_scale", "scale_weight"))), None)
+    if scaled is not None:
+        raise ValueError(f"{file} holds weights in 8 bits with a scale ({scaled}): networks/convert_lora.py reads them")
+    return weights
 
 
 def with_text_names(weights: Weights, num_encoders: int) -> dict[str, Tensor]:
@@ -800,12 +809,12 @@ def with_text_names(weights: Weights, num_encoders: int) -> dict[str, Tensor]:
     diffusers numbers a single encoder, too, and with transformers since 5.6 trainers omit `text_model`.
     """
 
-    def canonical(match: re.Match[str]) -> str:
-        prefix = PREFIX_TEXT_ENCODER if num_encoders == 1 and match[1] == f"{PREFIX_TEXT_ENCODER}1" else match[1]
-        return f"{prefix}_text_model_"
+    def canonical(name: str) -> str:
+        if num_encoders == 1:
+            name = re.sub(rf"^{PREFIX_TEXT_ENCODER}1_", f"{PREFIX_TEXT_ENCODER}_", name)
+        return re.sub(rf"^({PREFIX_TEXT_ENCODER}\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", name)
 
-    pattern = re.compile(rf"^({PREFIX_TEXT_ENCODER}\d?)_(text_model_)?(?=encoder_)")
-    return {pattern.sub(canonical, name): tensor for name, tensor in weights.items()}
+    return {canonical(name): tensor for name, tensor in weights.items()}
 
 
 def advice(weights: Weights) -> str:
@@ -831,6 +840,8 @@ def rescaled(weights: Weights, alphas: Mapping[str, float]) -> dict[str, Tensor]
     for name, shape in shapes_in(weights).items():
         alpha, up = alphas.get(name, shape.alpha), f"{name}.lora_up.weight"
         if alpha != shape.alpha and up in weights:
+            if alpha == 0:
+                raise ValueError(f"{name}: no matrices have the same effect with alpha 0")
             result[up] = weights[up].detach().cpu().double() * (shape.alpha / alpha)
             result[f"{name}.alpha"] = torch.tensor(alpha)
     return result

@@ -272,6 +272,14 @@ def test_steps_on_the_command_line_win_over_epochs_in_the_file(tmp_path):
     assert (config.run.max_train_steps, config.run.max_train_epochs) == (3, None)
 
 
+def test_the_value_that_is_used_is_the_one_that_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.toml").write_text("max_train_epochs = 10\nmax_train_steps = 70\n", encoding="utf-8")
+    words = [*NEEDED, "--config_file", str(tmp_path / "a.toml"), "--max_train_epochs", "5"]
+    assert parse_train_config(words, Problems()).run.max_train_epochs == 5
+    assert "--max_train_epochs 5 of the command line is used, not --max_train_steps 70 of" in caplog.text
+
+
 def test_within_one_place_the_loser_is_named(caplog):
     config = parse_train_config([*NEEDED, "--max_train_steps=9", "--max_train_epochs=2"], Problems())
     assert config.run.max_train_epochs == 2
@@ -333,6 +341,7 @@ def test_a_retired_option_that_is_off_says_nothing(caplog, words):
         (["exclude=['a=b, c=d']"], {"exclude": "['a=b, c=d']"}),
         ([",", " conv_dim=4 ,"], {"conv_dim": "4"}),
         (["one=(0.5,)"], {"one": "(0.5,)"}),
+        (['name="x, y=2", z=1'], {"name": '"x, y=2"', "z": "1"}),
     ],
 )
 def test_commas_between_arguments_separate_them(words, pairs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from loras import make_lora
@@ -10,6 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import train_network
 from library.errors import UserError
+from library.networks.third_party import canonical_names
+from library.weight_file import read_weights
+from networks import lora
 
 CONV = {"network_dim": 2, "network_args": ["conv_dim=3", "conv_alpha=2"]}
 PLAIN = {"network_dim": 2, "max_train_steps": 1}
@@ -91,3 +95,50 @@ def test_modules_of_base_weights_that_the_models_lack_are_told(base, pictures, t
     train(base, pictures, tmp_path, **PLAIN, base_weights=tmp_path / "w.safetensors")
     (text,) = [message for message in warnings_of(caplog) if "w.safetensors" in message]
     assert "296 modules used, 1 left out (such as lora_unet_other)" in text
+
+
+@pytest.mark.parametrize("name", ["lora_te1_text_model_", "lora_te1_", "lora_te_"])
+def test_names_of_other_trainers_are_no_warning(base, pictures, tmp_path, file, caplog, name):
+    """diffusers numbers a text encoder that is alone, and trainers with transformers from 5.6 on omit `text_model`."""
+    caplog.set_level("INFO")
+    renamed = {key.replace("lora_te_text_model_", name): tensor for key, tensor in load_file(file).items()}
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    train(base, pictures, tmp_path, **CONV, max_train_steps=1, network_weights=tmp_path / "renamed.safetensors")
+    assert not [message for message in warnings_of(caplog) if "renamed.safetensors" in message]
+    assert "296 modules loaded" in caplog.text
+
+
+def test_all_that_the_suite_reads_is_read_from_weights(base, pictures, tmp_path, file):
+    """A pickle with harmless objects, and weights in 8 bits with a scale, as from any other tool of the suite."""
+    still = {"max_train_steps": 1, "learning_rate": "1e-12"}
+    weights = load_file(file)
+    torch.save({"state_dict": weights, "loss": np.float64(0.5)}, tmp_path / "a.ckpt")
+    scaled = dict(weights)
+    up = min(name for name in weights if name.endswith("lora_up.weight"))
+    scaled[up] = torch.full_like(weights[up], 2.0).to(torch.float8_e4m3fn)
+    scaled[f"{up}_scale"] = torch.tensor(0.25)
+    save_file(scaled, tmp_path / "b.safetensors")
+    for path, expected in ((tmp_path / "a.ckpt", weights[up]), (tmp_path / "b.safetensors", torch.tensor(0.5))):
+        found = train(base, pictures, tmp_path / path.stem, **CONV, **still, network_weights=path)
+        torch.testing.assert_close(found[up], expected.expand_as(found[up]), atol=1e-6, rtol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"8 bits with a scale \(.*weight_scale\): networks/convert_lora.py reads them"
+    ):
+        lora.read_weights(tmp_path / "b.safetensors")
+
+
+def test_arrays_among_the_weights_are_not_dropped(tmp_path):
+    torch.save({"a.weight": torch.ones(2), "b.weight": np.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"b\.weight is an array of NumPy, not a tensor"):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_both_rules_for_the_names_of_text_encoders_are_one():
+    """networks/lora.py stands alone, so it has the rule, too."""
+    modules = [f"lora_te{number}_{middle}{rest}.alpha" for number in ("", "1", "2") for middle in ("", "text_model_")
+               for rest in ("encoder_layers_0_mlp_fc1", "final_layer_norm", "embeddings")]  # fmt: skip
+    weights = {name: torch.ones(()) for name in [*modules, "lora_unet_conv_in.alpha"]}
+    one = torch.nn.Linear(1, 1)
+    two: list[torch.nn.Module] = [one, torch.nn.Linear(1, 1)]
+    assert list(lora.with_text_names(weights, 1)) == list(canonical_names(weights, one))
+    assert list(lora.with_text_names(weights, 2)) == list(canonical_names(weights, two))

@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from library.config.config_file import read_config_file
-from library.config.effects import idle_options, nearer_wins, without_losers
+from library.config.effects import nearer_wins, warn_of_idle, without_losers
 from library.config.options import (
     Given,
     Option,
-    all_options,
     build,
-    flag_values,
     help_text,
     root_options,
     section_options,
@@ -94,15 +92,12 @@ def parse(
     add to problems or raise UserError. Raises one UserError for all mistakes; exits with 0 after --help.
     """
     problems = Problems()
-    kind: type = root
-    options = all_options(kind)
     given = given_options(root, argv, problems, description=description, retired=retired)
     config = build(root, given.values, problems, given.unreadable)
     for rule in rules:
         problems.run(rule, config, problems)
     problems.raise_if_any()
-    for text in idle_options(options.values(), flag_values(config), options):
-        logger.warning("%s", text)
+    warn_of_idle(config)
     return config
 
 

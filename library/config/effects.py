@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from library.config.options import Option, format_default
+from library.config.options import Option, all_options, flag_values, format_default
 from library.config.values import written
 from library.errors import shortened
 
@@ -30,7 +30,7 @@ def nearer_wins(
     for flag in [flag for flag in farther if flag not in nearer and is_on(farther, flag)]:
         rivals = [other for other in nearer if _are_rivals(options[flag], options[other]) and is_on(nearer, other)]
         if rivals:
-            used, unused = (given_as(options[name], kept.get(name, nearer.get(name))) for name in (rivals[0], flag))
+            used, unused = (given_as(options[name], nearer.get(name, kept.get(name))) for name in (rivals[0], flag))
             logger.info("%s of %s is used, not %s of %s", used, near, unused, far)
             del kept[flag]
     return kept | dict(nearer)
@@ -59,6 +59,14 @@ def idle_options(options: Iterable[Option], values: Values, known: Mapping[str, 
     known are the options that conditions name, and values hold all of them.
     """
     return [text for entry in options if _differs(entry, values) for text in _reason(entry, values, known)]
+
+
+def warn_of_idle(config: object) -> None:
+    """Warn of the options of a configuration that were given in vain."""
+    kind: type = type(config)
+    known = all_options(kind)
+    for text in idle_options(known.values(), flag_values(config), known):
+        logger.warning("%s", text)
 
 
 def idle_in_all(options: Sequence[Option], places: Sequence[Values], known: Mapping[str, Option]) -> list[str]:

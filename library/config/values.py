@@ -83,7 +83,8 @@ def _split_pairs(words: Iterable[Any]) -> list[str]:
         text = f"{pairs.pop()} {word}" if is_open else word
         start = 0
         for found in NEXT_PAIR.finditer(text):
-            if found.start() >= start and not _depth(text[start : found.start()]):
+            before = text[start : found.start()]
+            if found.start() >= start and not _depth(before) and not any(before.count(quote) % 2 for quote in "\"'"):
                 pairs.append(text[start : found.start()])
                 start = found.end()
         pairs.append(text[start:])

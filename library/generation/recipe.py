@@ -223,4 +223,5 @@ def generate_typed(session: Session, maker: JobMaker, prompts: PromptConfig, dra
             for generated in session.generator.generate(jobs, session.batch_size):
                 logger.info("%s", session.writer.write(generated))
         except UserError as error:
-            logger.error("%s", error)
+            for line in error.lines:
+                logger.error("%s", line)

@@ -79,6 +79,9 @@ class OptionalMethods(Protocol):
     def load_weights(self, file: str, /) -> object:
         """Load a file that the network wrote."""
 
+    def load_tensors(self, weights: Mapping[str, Tensor], file: str, /) -> object:
+        """Load the tensors of such a file, as `load_weights` does; file is its name in messages."""
+
     def enable_gradient_checkpointing(self) -> object:
         """Adapt to gradient checkpointing, which is on."""
 

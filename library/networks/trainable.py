@@ -33,8 +33,9 @@ from library.networks.protocol import (
     missing_methods,
     optional_method,
 )
+from library.networks.third_party import canonical_names
 from library.safetensors_io import fitting
-from library.weight_file import open_weights
+from library.weight_file import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +255,7 @@ def build_network(
         if config.network_weights is not None:
             with module_errors(config, "load_weights", config.network_weights):
                 trained = {"text encoder": trains_text_encoder, "U-Net": trains_unet}
-                load_start(network, module, config.network_weights, {part for part, is_on in trained.items() if is_on})
+                load_start(network, module, text_encoder, {part for part, is_on in trained.items() if is_on})
         if checkpointing and (enable := optional_method(network, "enable_gradient_checkpointing")):
             enable()
         network.to(device)
@@ -276,24 +277,32 @@ def checked(network: Network | None, config: NetworkConfig) -> Network:
     return network
 
 
-def load_start(network: Network, module: ImportedModule, path: Path, trained: Collection[str]) -> None:
+def load_start(network: Network, module: ImportedModule, text_encoder: TextEncoders, trained: Collection[str]) -> None:
     """Load --network_weights; warn of what the file and the network do not share.
 
+    Networks that take tensors get those that the suite read, as in generation; others read the file themselves.
     trained are the parts of the models that the network is over. Raises UserError for a foreign network that silently
     loaded nothing; the suite's own raise ValueError.
     """
-    load = optional_method(network, "load_weights")
-    if load is None:
-        raise UserError(f"--network_weights: the network of {module.name} has no load_weights; leave the option out")
+    path = module.options.network_weights
+    assert path is not None  # else there is nothing to load
+    load, load_tensors = optional_method(network, "load_weights"), optional_method(network, "load_tensors")
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    report = load(str(path))
+    weights = read_weights(path)
+    if load_tensors is not None:
+        weights = canonical_names(weights, text_encoder)
+        report = load_tensors(weights, str(path))
+    elif load is not None:
+        report = load(str(path))
+    else:
+        raise UserError(f"--network_weights: the network of {module.name} has no load_weights; leave the option out")
     is_same = all(torch.equal(old, new.detach()) for old, new in zip(before, network.parameters(), strict=True))
     if module.is_foreign and is_same and not module.options.dim_from_weights:
         raise UserError(
             f"--network_weights {path}: {module.name} loaded nothing of it: the file is for another model or "
             " other --network_args, or the module cannot go on from its own files"
         )
-    warnings = misfits(compare(open_weights(path).shapes, network), module, trained)
+    warnings = misfits(compare(weights, network), module, trained)
     for text in warnings:
         logger.warning("%s: %s", path, text)
     if not warnings:

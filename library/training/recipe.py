@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from library.adapters.alphas import NOTE, note_on_alphas
 from library.config.config_file import to_toml
 from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt
@@ -37,7 +36,6 @@ from library.training.record.metadata import (
     BackgroundHashes,
     FileMetadata,
     files_to_hash,
-    shapes_from_weights,
     training_metadata,
 )
 from library.training.record.metrics import Metrics
@@ -210,12 +208,14 @@ def make_checkpoints(
 ) -> Checkpoints:
     """Return what writes the run's networks and states; optimizer is what their metadata say of it."""
     saving, is_main, predicts_v = config.saving, plan.rank == 0, base.predicts_v
-    started = training_metadata(config, plan, family=base.family, predicts_v=predicts_v, optimizer=optimizer)
-    alphas, start = state.network.file_alphas(), config.network.network_weights
-    if config.network.dim_from_weights and start is not None:
-        started |= shapes_from_weights(start, alphas.values())
-    if (note := note_on_alphas(alphas)) is not None:
-        started[NOTE] = note
+    started = training_metadata(
+        config,
+        plan,
+        family=base.family,
+        predicts_v=predicts_v,
+        optimizer=optimizer,
+        alphas=state.network.file_alphas(),
+    )
     return Checkpoints(
         files=RunFiles(saving),
         state=state,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from library import NAME, VERSION
+from library.adapters.alphas import NOTE, note_on_alphas
 from library.adapters.metadata import common
 from library.adapters.names import roles_of
 from library.config.model import ModelConfig
@@ -70,9 +71,18 @@ FOLDERS_RECORDED = """
 
 
 def training_metadata(
-    config: TrainConfig, plan: RunPlan, *, family: ModelFamily, predicts_v: bool, optimizer: str
+    config: TrainConfig,
+    plan: RunPlan,
+    *,
+    family: ModelFamily,
+    predicts_v: bool,
+    optimizer: str,
+    alphas: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the ss_* values known when training starts; optimizer is its class and arguments as text."""
+    """Return what is known when training starts: the ss_* values, and a note if diffusers will misread the file.
+
+    optimizer is its class and arguments as text, alphas those of the modules in the file.
+    """
     datasets = plan.datasets
     values: dict[str, Any] = {
         "ss_session_id": random.SystemRandom().randrange(2**32),
@@ -90,6 +100,10 @@ def training_metadata(
     values["ss_max_train_steps"] = plan.num_steps
     values["ss_num_epochs"] = plan.num_epochs
     values["ss_num_batches_per_epoch"] = plan.batches_per_epoch
+    if config.network.dim_from_weights and config.network.network_weights is not None:
+        values |= shapes_from_weights(config.network.network_weights, alphas.values())
+    if (note := note_on_alphas(alphas)) is not None:
+        values[NOTE] = note
     if config.network.network_args or config.network.network_dropout is not None:
         arguments = config.network.network_args or {}
         values["ss_network_args"] = json.dumps({"dropout": config.network.network_dropout} | arguments)
