@@ -313,10 +313,18 @@ def test_tensors_beside_a_lora_are_told_once(draw, two, tmp_path, caplog, more, 
     assert f"networks.lora does not draw {len(more)} of {len(load_file(path))} tensors ({min(more)}" in said[0]
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT", "Tucker"])
+@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT"])
 def test_the_module_that_draws_a_file_is_named(draw, store, kind):
     with pytest.raises(UserError, match="; --network_module lycoris.kohya draws what LyCORIS trained"):
         draw("--prompt", "a cat", "--network_module", "networks.lora", "--network_weights", store(kind))
+
+
+def test_cores_are_multiplied_in_by_the_module_of_the_suite(draw, store):
+    by_own, by_lycoris = (
+        draw("--prompt", "a cat", "--network_module", *module, "--network_weights", store("Tucker"))[0]
+        for module in (["networks.lora"], ["lycoris.kohya"])
+    )
+    assert np.abs(by_own.pixels.astype(int) - by_lycoris.pixels.astype(int)).max() <= 1
 
 
 def test_a_file_of_which_nothing_is_taken_is_refused(draw, lycoris, tmp_path):

@@ -440,8 +440,8 @@ STRANGE = {
     },
     "whole numbers": {
         "lora_unet_conv_in.alpha": torch.tensor(3),
-        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 2, dtype=torch.int8),
-        "lora_unet_conv_in.lora_up.weight": torch.ones(2, 2, dtype=torch.int8),
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 2, dtype=torch.int16),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(2, 2, dtype=torch.int16),
     },
 }
 
