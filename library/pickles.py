@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,22 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: {array} is an array of NumPy, not a tensor; save it as a tensor of torch")
     tensors = {name: value for name, value in entries if isinstance(name, str) and torch.is_tensor(value)}
     if not tensors:
+        where = next(iter(_places_of_tensors(content, ())), None)
+        if where is not None:
+            raise UserError(f"{path} has its weights under {'/'.join(where)}, where nothing reads them: save that part")
         raise UserError(f"{path} has no weights")
     return tensors
+
+
+def _places_of_tensors(content: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield the keys that lead to tables of tensors in nested tables."""
+    import torch
+
+    if isinstance(content, dict):
+        if place and any(torch.is_tensor(value) for value in content.values()):
+            yield place
+        for key, value in content.items():
+            yield from _places_of_tensors(value, (*place, str(key)))
 
 
 def write_pickle(path: Path, content: Mapping[str, Any]) -> None:

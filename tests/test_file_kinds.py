@@ -448,3 +448,9 @@ def test_names_are_found_in_every_version_of_pickles(protocol):
     }
     assert set(names_of(io.BytesIO(b"\x80\x02\x82\x05."))) == {"copyreg.extension_5"}
     assert set(names_of(io.BytesIO(b"\x80\x04\x93."))) == {"?.?"}
+
+
+def test_the_place_of_weights_that_are_not_found_is_told(tmp_path):
+    torch.save({"model": {"state_dict": {"a.weight": torch.ones(2)}}, "epoch": 3}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="has its weights under model/state_dict, where nothing reads them"):
+        open_weights(tmp_path / "a.ckpt")

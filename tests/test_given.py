@@ -194,6 +194,10 @@ def test_values_of_the_command_line_that_the_dataset_file_replaces_are_told(capl
         (["--validate_every_n_steps=13"], "--validate_every_n_steps 13 is more than the 12 steps of the run"),
         (["--caption_dropout_every_n_epochs=9"], "--caption_dropout_every_n_epochs 9 is more than the 3 epochs"),
         (["--token_warmup_step=50"], "--token_warmup_step 50 is more than the 12 steps of the run"),
+        (
+            ["--lr_warmup_steps=40", "--lr_scheduler=cosine"],
+            "--lr_warmup_steps 40 is more than the 12 steps of the run",
+        ),
     ],
 )
 def test_an_interval_longer_than_the_run_is_told(caplog, words, told):
@@ -306,9 +310,39 @@ def test_a_file_of_the_gui_runs_and_its_own_keys_are_named_once(tmp_path, caplog
     assert config.run.seed is None and config.text.max_token_length is None
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
-        f"{file}: keys of kohya_ss' GUI that a training does not read: epoch, noise_offset_type, "
+        f"{file}: keys of GUIs that a training does not read: epoch, noise_offset_type, "
         "loraplus_unet_lr_ratio (is read in network_args)"
     ]
+
+
+def test_a_length_of_0_in_a_file_is_unset(tmp_path):
+    file = tmp_path / "gui.toml"
+    file.write_text("save_every_n_epochs = 0\nmax_train_epochs = 0\nnetwork_dim = 0\nseed = 0\n", encoding="utf-8")
+    config = parse_train_config([*NEEDED, "--config_file", str(file)], Problems())
+    assert (config.saving.save_every_n_epochs, config.run.max_train_epochs, config.run.seed) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("broken.toml", 'output_dir = "D:\\sd', "is not valid TOML"),
+        ("data.toml", "[[datasets]]\nresolution = 64\n", "is a dataset file; give it as --dataset_config"),
+        ("gui.json", "{}", "--config_file is a TOML file, got "),
+    ],
+)
+def test_a_file_that_is_none_is_told_alone(tmp_path, name, text, told):
+    """Its options would all be told as missing."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        parse_train_config(["--config_file", str(tmp_path / name)], Problems())
+    assert len(caught.value.lines) == 1
+    assert told in str(caught.value)
+
+
+def test_a_configuration_file_is_no_dataset_file(tmp_path):
+    (tmp_path / "a.toml").write_text("output_dir = 'o'\ntrain_batch_size = 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is a configuration file; give it as --config_file"):
+        read_datasets(DataConfig(dataset_config=tmp_path / "a.toml"), DatasetOptions(), SubsetOptions())
 
 
 def test_keys_of_the_gui_are_no_options():
@@ -427,6 +461,7 @@ def test_a_backslash_that_breaks_toml_is_explained(tmp_path):
         'image_dir = "D:\\SD\\img"': r"write 'D:\SD\img' in single quotes, or D:/SD/img",
         'paths = ["C:\\Users\\me\\a", "b"]': r"write 'C:\Users\me\a' in single quotes, or C:/Users/me/a",
         'vae = "E:\\my models\\v.pt" # "x"': r"write 'E:\my models\v.pt' in single quotes",
+        'image_dir = "\\\\server\\share"': r"write '\\server\share' in single quotes, or //server/share",
     }.items():
         file.write_text(f"seed = 1\n{line}\n", encoding="utf-8")
         with pytest.raises(UserError, match=r"line 2") as caught:
@@ -539,11 +574,27 @@ def test_all_unknown_keys_of_a_dataset_file_are_told_together(tmp_path):
         assert told in line
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [("\u2014cache_latents", "two hyphens: --cache_latents"), ("^", "continues a line"), ("x", "after its")],
+)
+def test_a_word_that_belongs_to_no_option_is_explained(word, told):
+    with pytest.raises(UserError, match=told):
+        parse(TrainConfig, [*NEEDED, "--seed", "1", word])
+
+
 # ---- prompt lines -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "line", ["a girl -w 64 -h 64", "a girl \u2014w 64", "a girl --n bad \u2013h 64 --s 3", "x -d 1 --w 64"]
+    "line",
+    [
+        "a girl -w 64 -h 64",
+        "a girl \u2014w 64",
+        "a girl --n bad \u2013h 64 --s 3",
+        "x -d 1 --w 64",
+        "a \uff0d\uff0dw 64",
+    ],
 )
 def test_options_with_one_dash_are_warned_of(caplog, line):
     parse_line(line, "p.txt:1")

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 Root = TypeVar("Root")
 
+DASHES = re.compile(r"^[\u2010-\u2015\u2212\uff0d\u30fc]+")  # of word processors and Japanese keyboards
 # Numbers that are not options; the pattern of argparse has no exponents.
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -122,7 +123,10 @@ def given_options(
     given = Given.of(texts, options, problems)
     path = given.values.get("config_file")
     if path is not None and not given.values.get("output_config"):
-        file = problems.run(read_config_file, path, options, problems) or Given({}, {})
+        file = problems.run(read_config_file, path, options, problems)
+        if file is None:  # a file of which nothing can be read: all its options would be reported as missing
+            problems.raise_if_any()
+            raise AssertionError
         values = nearer_wins(given.values, file.values, options, near="the command line", far=str(path))
         unreadable = {flag: text for flag, text in file.unreadable.items() if flag not in given.values}
         given = Given(values, unreadable | given.unreadable)
@@ -152,6 +156,15 @@ def _with_whole_name(word: str, names: Sequence[str]) -> str:
     return f"--{fitting[0]}{sign}{value}"
 
 
+def advice_on(word: str) -> str:
+    """Return what to do about a word that belongs to no option."""
+    if word in ("\\", "^", "`"):
+        return "it continues a line only at the very end of the line, and only in the shell that knows it"
+    if DASHES.match(word):
+        return f"options begin with two hyphens: --{DASHES.sub('', word)}"
+    return "put it after its option, with quotes around spaces"
+
+
 def explain_unknown(
     words: Sequence[str], options: Mapping[str, Option], retired: Mapping[str, Retired], problems: Problems
 ) -> None:
@@ -160,7 +173,7 @@ def explain_unknown(
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
-            problems.add(f"unexpected argument {shown(word)}: put it after its option, with quotes around spaces")
+            problems.add(f"unexpected argument {shown(word)}: {advice_on(word)}")
             continue
         name, sign, value = word.lstrip("-").partition("=")
         row = retired.get(name)

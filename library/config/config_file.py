@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from library.config import toml_text
 from library.config.options import Given, Option, section_options, sections_of, unknown_message
 from library.config.retired import GUI_KEYS, RETIRED
 from library.config.values import written
-from library.errors import Problems
+from library.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +25,12 @@ def read_config_file(path: Path, options: Mapping[str, Option], problems: Proble
     UserError for a file that is no TOML.
     """
     path = with_toml_suffix(path)
-    values: dict[str, Any] = {}
     names = {alias: entry for entry in options.values() for alias in (entry.flag, *entry.spec.aliases)}
-    for key, value in _flat(toml_text.load(path)):
-        if key in values and values[key] != value:
-            is_secret = key in names and names[key].spec.secret
-            later = "the later value" if is_secret else f"the later value {value!r}"
-            logger.warning("%s: %s is given twice; %s is used", path, key, later)
-        values[key] = value
+    values = _load(path, {alias for alias, entry in names.items() if entry.spec.secret})
     of_gui = [key for key, value in values.items() if key in GUI_KEYS and value not in (0, "", [])]
     if of_gui:
         keys = ", ".join(f"{key} ({GUI_KEYS[key]})" if GUI_KEYS[key] else key for key in of_gui)
-        logger.warning("%s: keys of kohya_ss' GUI that a training does not read: %s", path, keys)
+        logger.warning("%s: keys of GUIs that a training does not read: %s", path, keys)
     texts = {}
     for key, value in values.items():
         if key in GUI_KEYS or (key in RETIRED and value in RETIRED[key].neutral):
@@ -45,13 +39,34 @@ def read_config_file(path: Path, options: Mapping[str, Option], problems: Proble
             logger.warning("%s: %s is ignored: %s", path, key, RETIRED[key].reason)
         elif key not in names:
             problems.add(unknown_message(f"{path}: {key}", key, names))
-        elif value not in ("", []):
+        elif value not in ("", []) and not _is_off(value, names[key]):
             texts[names[key].flag] = (value, f"{path}: {key}")
     return Given.of(texts, options, problems)
 
 
+def _load(path: Path, secrets: Collection[str]) -> dict[str, Any]:
+    """Return key -> value; secrets are keys whose values are not shown. Raises UserError for a file of another kind."""
+    table = toml_text.load(path)
+    if isinstance(table.get("datasets"), list):
+        raise UserError(f"--config_file: {path} is a dataset file; give it as --dataset_config")
+    values: dict[str, Any] = {}
+    for key, value in _flat(table):
+        if key in values and values[key] != value:
+            later = "the later value" if key in secrets else f"the later value {value!r}"
+            logger.warning("%s: %s is given twice; %s is used", path, key, later)
+        values[key] = value
+    return values
+
+
+def _is_off(value: Any, entry: Option) -> bool:
+    """Return whether a value is the 0 that GUIs write for an interval or a length that is not set."""
+    return value == 0 and entry.default is None and entry.spec.minimum == 1
+
+
 def with_toml_suffix(path: Path) -> Path:
-    """Return the path of --config_file, with `.toml` appended if it is missing."""
+    """Return the path of --config_file, with `.toml` appended if it is missing; raises UserError for a .json file."""
+    if path.suffix.lower() == ".json":
+        raise UserError(f"--config_file is a TOML file, got {path}: kohya_ss' GUI writes one beside its .json")
     return path if path.suffix.lower() == ".toml" else Path(f"{path}.toml")
 
 

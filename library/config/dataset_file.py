@@ -60,11 +60,14 @@ def read_dataset_file(
     Adds to problems unknown keys and what cannot be read; raises UserError for a file without datasets.
     """
     table = _load(path)
+    if "datasets" not in table and {"pretrained_model_name_or_path", "output_dir", "network_module"} & set(table):
+        raise UserError(f"--dataset_config: {path} is a configuration file; give it as --config_file")
     for key in [key for key in table if key not in ("datasets", "general")]:
         known = COMMAND_LINE_NAMES.get(key) or ALL_KEYS.get(key)
         if known is not None:
             levels = ", ".join(f"[{level}]" for level in known.spec.levels)
-            problems.add(f"{path}: {known.field} does not belong here: it is set in {levels}")
+            name = key if key == known.field else f"{key} is {known.field} in a dataset file, and"
+            problems.add(f"{path}: {name} does not belong here: it is set in {levels}")
         else:
             problems.add(f"{path}: {key} is not known{nearest(key, ('datasets', 'general'))}")
     general = _expect_table(table.get("general", {}), f"{path}: general")

@@ -58,13 +58,16 @@ class ScheduleConfig:
     """Learning rate schedule."""
 
     lr_scheduler: ScheduleName = option("constant", "how the learning rate changes over the run")
-    lr_warmup_steps: int | float = option(0, "steps of linear warm-up", parse=parse_steps, form=STEPS_FORM)
+    lr_warmup_steps: int | float = option(
+        0, "steps of linear warm-up", parse=parse_steps, form=STEPS_FORM, interval="steps"
+    )
     lr_decay_steps: int | float = option(
         0,
         "steps of decay of warmup_stable_decay",
         parse=parse_steps,
         form=STEPS_FORM,
         only_with=("lr_scheduler=warmup_stable_decay",),
+        interval="steps",
     )
     lr_scheduler_num_cycles: int = option(1, "cycles of the cosine schedules", minimum=1, only_with=WITH_CYCLES)
     lr_scheduler_power: float = option(1.0, "power of polynomial", only_with=("lr_scheduler=polynomial",))

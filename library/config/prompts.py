@@ -140,8 +140,8 @@ def parse_line(line: str, place: str, options: Mapping[str, Option] = LINE_OPTIO
     return read
 
 
-# A hyphen, or a dash that a word processor made of two.
-ONE_DASH = re.compile(r"(?<!\S)([-\u2010-\u2015\u2212](\w+))(?=\s+\S)")
+# A hyphen, or dashes that a word processor or a Japanese keyboard makes of two.
+ONE_DASH = re.compile(r"(?<!\S)((?:-|[\u2010-\u2015\u2212\uff0d\u30fc]{1,2})(\w+))(?=\s+\S)")
 
 
 def _name_and_value(word: str) -> tuple[str, str]:

@@ -68,16 +68,18 @@ RETIRED: dict[str, Retired] = (
     | {"dynamo_backend": Retired("dynamo_backend", NOT_COMPILED, harmless=True, neutral=("no", "NO", "", 0))}
 )
 
-# Keys that kohya_ss' GUI writes into its configuration files and that sd-scripts' trainings do not read
-# (kohya_gui/lora_gui.py, 2023 to 2025): the GUI computes other options from them.
-_TO_NETWORK_ARGS = "is read in network_args"
-GUI_KEYS: dict[str, str] = {
-    **dict.fromkeys(("epoch", "noise_offset_type", "lowvram", "max_resolution", "use_wandb", "no_token_padding"), ""),
-    **dict.fromkeys(("stop_text_encoder_training", "stop_text_encoder_training_pct"), ""),
-    **dict.fromkeys(
-        ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), _TO_NETWORK_ARGS
-    ),
-}
+# Keys that GUIs write into their files and that sd-scripts' trainings do not read, most of them of kohya_ss' GUI
+# (kohya_gui/lora_gui.py, 2023 to 2025): the GUI computes other options from them, or starts the training with them.
+_OF_GUIS = """
+    epoch noise_offset_type stop_text_encoder_training stop_text_encoder_training_pct lowvram max_resolution use_wandb
+    no_token_padding LoRA_type model_list sdxl additional_parameters num_processes num_machines multi_gpu gpu_ids
+    num_cpu_threads_per_process main_process_port extra_accelerate_launch_args dynamo_mode dynamo_use_dynamic
+    dynamo_use_fullgraph model_train_type enable_preview
+"""
+_OF_NETWORK_ARGS = "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio"
+GUI_KEYS: dict[str, str] = dict.fromkeys(_OF_GUIS.split(), "") | dict.fromkeys(
+    _OF_NETWORK_ARGS.split(), "is read in network_args"
+)
 
 # Those of gen_img_diffusers.py.
 _NO_PIPELINE = "diffusers' pipelines have nothing of the kind"

@@ -58,7 +58,9 @@ def windows_path_hint(path: str) -> str:
 
 def with_slashes(path: str) -> str:
     """Return a path with slashes, which Windows takes too, and which need no escape."""
-    return re.sub(r"\\+", "/", path)
+    start = re.match(r"\\*", path)
+    leading = len(start[0]) if start else 0  # two begin the name of a server
+    return "/" * leading + re.sub(r"\\+", "/", path[leading:])
 
 
 def read_text(path: Path) -> str:

@@ -84,7 +84,7 @@ def parse_train_config(
     if when_read is not None:
         problems.run(when_read, config)
     config = problems.run(resolve, config) or config
-    if not problems and "learning_rate" not in values and falls_back_on_learning_rate(config):
+    if not problems and not fixed and "learning_rate" not in values and falls_back_on_learning_rate(config):
         logger.warning("--learning_rate is not given: 2e-06 is the default, 1e-4 to 1e-3 suits a LoRA")
     return config
 
@@ -132,7 +132,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         if interval is not None and interval <= 0:
             changes.append(("preview", name, None, f"{interval} is no interval"))
     for section, field, value, why in changes:
-        logger.info("--%s is set to %s: %s", field, value, why)
+        logger.info("--%s is %s: %s", field, "unset" if value is None else f"set to {value}", why)
         changed = dataclasses.replace(getattr(config, section), **{field: value})
         config = dataclasses.replace(config, **{section: changed})
     return config

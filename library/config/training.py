@@ -62,11 +62,20 @@ class PrecisionConfig:
         False, "also keep the adapter and its gradients in bf16; needs --mixed_precision bf16", excludes=("full_fp16",)
     )
     fp8_base: bool = option(False, "keep the weights of U-Net and text encoder in 8 bits (float8_e4m3fn)")
-    fp8_base_unet: bool = option(False, "keep only the weights of the U-Net in 8 bits", not_with=("fp8_base",))
+    fp8_base_unet: bool = option(
+        False, "keep only the weights of the U-Net in 8 bits", not_with=("fp8_base",), excludes=("fp8_base",)
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     xformers: bool = option(False, "attention of xformers (CUDA); the default, torch's own, is as good")
-    sdpa: bool = option(False, "attention of torch; the default", not_with=("xformers",))
-    mem_eff_attn: bool = option(False, "accepted; torch's attention needs as little memory", not_with=("xformers",))
+    sdpa: bool = option(
+        False, "attention of torch; the default", not_with=("xformers",), excludes=("xformers", "mem_eff_attn")
+    )
+    mem_eff_attn: bool = option(
+        False,
+        "accepted; torch's attention needs as little memory",
+        not_with=("xformers",),
+        excludes=("xformers",),
+    )
     cache_latents: bool = option(False, "encode all pictures once, before training")
     cache_latents_to_disk: bool = option(
         False, "cache the encoded pictures on disk, beside the pictures; implies --cache_latents"

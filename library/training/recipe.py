@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +50,6 @@ from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, broadcast_parameters, shared, start_runtime
 from library.training.run.state import TrainState, begin, read_tensors
 from library.training.run.step import EagerStep
-
-logger = logging.getLogger(__name__)
 
 
 def train(
@@ -267,8 +264,6 @@ def make_events(
         epochs = measured.validate_every_n_epochs or 1
         due = Every(measured.validate_every_n_steps, epochs, (At.END,), once_a_step=True)
         validation = [Event("validation", due, Validation(due, pictures, objective, state, metrics, runtime, stop).log)]
-    elif measured.validate_every_n_steps or measured.validate_every_n_epochs:
-        logger.warning("nothing is held out to validate on: give --validation_split")
     final = (At.END,) if config.state.save_state_on_train_end else ()
     states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *final))
     return [

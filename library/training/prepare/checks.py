@@ -41,6 +41,9 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
     files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
+    rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
+    if len(rates) > encoders:
+        logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
     check_output(config.saving)
     if tracker_names(config.logs) and config.logs.logging_dir is not None:
