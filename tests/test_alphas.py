@@ -200,7 +200,10 @@ def network_of(models, module=lora, dim=8, alpha=3.0, **arguments):
     return network
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [None, pytest.param(torch.float16, marks=pytest.mark.slow), pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+)
 def test_one_alpha_is_the_same_change_in_diffusers_too(model_store, tmp_path, dtype):
     models, _ = model_store("sd1")
     given = dict(text.split("=") for text in (DIMS, ALPHAS)) | {"conv_dim": "4", "conv_alpha": "1"}
@@ -279,7 +282,7 @@ def test_a_run_that_diffusers_will_misread_says_so_at_start_end_and_in_the_file(
             assert (NOTE in file.metadata()) == has_note
 
 
-@pytest.mark.parametrize("more", [[], ["one_alpha=1"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["one_alpha=1"], marks=pytest.mark.slow)])
 def test_a_dry_run_says_so(model_store, pictures, tmp_path, caplog, more):
     caplog.set_level(logging.INFO)
     given = BLOCKS | {"network_args": [DIMS, ALPHAS, *more], "dry_run": True}

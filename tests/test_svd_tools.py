@@ -111,7 +111,7 @@ def test_what_is_kept_is_told_by_block(model_store, tmp_path, caplog):
 # ---- resize_lora --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [2, 6, 50])
+@pytest.mark.parametrize("rank", [pytest.param(2, marks=pytest.mark.slow), 6, pytest.param(50, marks=pytest.mark.slow)])
 def test_resize_cuts_the_change_and_keeps_the_scale_of_training(model_store, tmp_path, rank):
     models, _ = model_store("sd2")
     file = make_lora(models, tmp_path / "a.safetensors", rank=6, alpha=3.0, conv_dim="4", conv_alpha="1")
