@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
 from library.adapters.layers import UNET
 from library.adapters.names import EMBEDDING, Shapes, family_of, kind_of, roles_of
-from library.adapters.peft_config import METADATA_KEY
+from library.adapters.peft_config import METADATA_KEY, parsed
 from library.adapters.programs import (
     ALPHA,
     DIFFUSERS_LIBRARY,
@@ -23,6 +22,7 @@ from library.adapters.programs import (
     Source,
     names_read,
 )
+from library.errors import UserError
 from library.models.family import SD1, SDXL, ModelFamily
 
 LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
@@ -163,7 +163,7 @@ def verdicts(
     keys: Sequence[Key],
     family: ModelFamily | None,
     alphas: Mapping[str, float],
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str],
 ) -> Iterator[tuple[str, Verdict]]:
     """Yield each program with its verdict on a file with such tensors, and alphas by module (the rank if missing)."""
     verdict = diffusers(keys, family)
@@ -171,24 +171,18 @@ def verdicts(
     if verdict.refusal is None and misread(alphas, written):
         verdict = dataclasses.replace(verdict, remark=UNEVEN)
     yield "diffusers", verdict
-    remark = HIDDEN if has_hidden_alphas(metadata or {}) else None
+    remark = HIDDEN if has_hidden_alphas(metadata) else None
     for program in PROGRAMS:
         verdict = verdict_of(program, keys, family)
         yield program.title, dataclasses.replace(verdict, remark=remark if verdict.applied else None)
 
 
 def has_hidden_alphas(metadata: Mapping[str, str]) -> bool:
-    """Return whether metadata have alphas that are not the ranks."""
+    """Return whether metadata have alphas that are not the ranks; damaged metadata tell none."""
     try:
-        table = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+        return METADATA_KEY in metadata and parsed(metadata[METADATA_KEY], METADATA_KEY).has_own_alphas
+    except UserError:
         return False
-    starts = [key.removesuffix("lora_alpha") for key in table if key.endswith(".lora_alpha")]
-    return any(
-        table[f"{start}lora_alpha"] != table.get(f"{start}r")
-        or table.get(f"{start}alpha_pattern", {}) != table.get(f"{start}rank_pattern", {})
-        for start in starts
-    )
 
 
 def audience(
