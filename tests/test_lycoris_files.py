@@ -22,7 +22,7 @@ from library.errors import UserError
 from library.generation.embeddings import embeddings_of
 from library.models.base import find_base, load_base
 from library.models.precision import types_of
-from library.networks.applied import apply_file
+from library.networks.applied import apply_file, attached
 from library.networks.merging import merge_file
 from library.networks.modules import CanonicalTextEncoder, find_module
 
@@ -311,6 +311,7 @@ def test_tensors_beside_a_lora_are_told_once(draw, two, tmp_path, caplog, more, 
     said = [record.message for record in caplog.records if "does not draw" in record.message]
     assert len(said) == 1
     assert f"networks.lora does not draw {len(more)} of {len(load_file(path))} tensors ({min(more)}" in said[0]
+    assert ("lycoris.kohya draws norms" in said[0]) == (more is OF_NORMS)
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT", "Tucker"])
@@ -363,6 +364,26 @@ class Hooked:
         """Stand for what is called of a torch module."""
 
     load_state_dict = to = eval = requires_grad_ = nothing
+
+
+class Failing(Hooked):
+    """A network that takes a weight and replaces a forward, and then fails."""
+
+    def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool, apply_unet: bool) -> None:
+        unet.conv_out._parameters["weight"] = None
+        unet.conv_out.forward = unet.conv_in.forward = torch.nn.Identity().forward
+        raise RuntimeError("a layer is missing")
+
+
+def test_a_network_that_fails_leaves_the_models_as_they_were(base):
+    unet = base.unet
+    unet.conv_in.forward = before = unet.conv_in.forward  # as another network does
+    weight = unet.conv_out.weight
+    with pytest.raises(RuntimeError, match="a layer is missing"):
+        attached(Failing(), base.text_modules[0], unet)
+    assert unet.conv_out.weight is weight
+    assert "forward" not in vars(unet.conv_out)
+    assert vars(unet.conv_in)["forward"] is before
 
 
 @pytest.mark.parametrize(

@@ -128,13 +128,15 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
         left = names - {name for _, _, name in roles_of(names, ALL_ROLES)}
         left = {name for name in left if not name.startswith(EMBEDDINGS)}
         if left:
+            advice = "; --network_module lycoris.kohya draws norms" if "norm" in map(kind_of, left) else ""
             logger.warning(
-                "%s: %s does not draw %d of %d tensors (%s); --network_module lycoris.kohya draws norms",
+                "%s: %s does not draw %d of %d tensors (%s)%s",
                 path,
                 settings.network_module,
                 len(left),
                 len(names),
                 named(sorted(left)),
+                advice,
             )
 
 
