@@ -112,9 +112,12 @@ def with_scales(file: WeightFile) -> WeightFile:
     """Return a file whose weights in 8 bits are multiplied by the scales beside them."""
     infos = {name: (kind, file.shapes[name]) for name, kind in types_in(file)}
     scales = scaled_weights.scales_of(file.path, infos)
-    for name in infos:
-        if scaled_weights.last_part(name) == scaled_weights.SETTINGS:
-            scaled_weights.check_settings(file.path, name, bytes(file.tensor(name).tolist()))
+    for name, (kind, _) in infos.items():
+        if scaled_weights.last_part(name) != scaled_weights.SETTINGS:
+            continue
+        if kind != "uint8":
+            raise UserError(f"{file.path}: {name} is of the type {kind}, bytes are meant: {scaled_weights.ADVICE}")
+        scaled_weights.check_settings(file.path, name, bytes(file.tensor(name).flatten().tolist()))
     shapes = {name: shape for name, shape in file.shapes.items() if not scaled_weights.is_helper(name)}
     return WeightFile(file.path, shapes, file.content, {weight: file.tensor(scale) for weight, scale in scales.items()})
 
