@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 LEGACY_OFFSET, LEGACY_BYTES = 0x100000, 0x10000
+# Beginning of the names of embeddings in the file of a network, before their words; web UIs read them with it.
+EMBEDDING = "bundle_emb."
 
 
 @dataclasses.dataclass(frozen=True)

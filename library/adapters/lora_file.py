@@ -23,7 +23,6 @@ from library.adapters.names import (
     ANY_TEXT,
     BEGINNINGS,
     DOWN,
-    EMBEDDING,
     PEFT_ROOT,
     TEXT,
     TEXT_2,
@@ -40,7 +39,7 @@ from library.adapters.peft_config import CONFIG_FILE, read_config
 from library.errors import UserError, named
 from library.models import keys
 from library.models.family import SD1, SD2, ModelFamily
-from library.weight_file import WeightFile, check_finite, is_finite, open_weights
+from library.weight_file import EMBEDDING, WeightFile, check_finite, is_finite, open_weights
 
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")

@@ -54,7 +54,6 @@ VECTORS: dict[str, Literal["weight", "bias"]] = {
     ".diff": "weight",  # of ComfyUI, for normalisations; where it is a matrix it is the change of another layer
     ".diff_b": "bias",
 }
-EMBEDDING = "bundle_emb."  # beginning of the names of embeddings in a file, which web UIs read with it
 
 
 def kind_of(name: str) -> str | None:

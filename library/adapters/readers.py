@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
 from library.adapters.layers import UNET
-from library.adapters.names import EMBEDDING, Shapes, family_of, kind_of, roles_of
+from library.adapters.names import Shapes, family_of, kind_of, roles_of
 from library.adapters.peft_config import METADATA_KEY, parsed
 from library.adapters.programs import (
     ALPHA,
@@ -24,6 +24,7 @@ from library.adapters.programs import (
 )
 from library.errors import UserError
 from library.models.family import SD1, SDXL, ModelFamily
+from library.weight_file import EMBEDDING
 
 LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
 # Pattern of the end of a tensor's name -> its kind, for those that are not told by `kind_of`.

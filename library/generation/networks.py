@@ -20,14 +20,14 @@ from library.networks.applied import apply_file
 from library.networks.merging import merge_file
 from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.networks.third_party import EMBEDDINGS, words_in
-from library.weight_file import data_sha256, open_weights, read_metadata
+from library.networks.third_party import words_in
+from library.weight_file import EMBEDDING, data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
 
 # Modules whose files AUTOMATIC1111 reads (extensions-builtin/Lora/networks.py of 1.10.1), with tensors of these names.
 A1111_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")
-A1111_NAMES = ("lora_unet_", "lora_te_text_model_", "lora_te1_text_model_", EMBEDDINGS)
+A1111_NAMES = ("lora_unet_", "lora_te_text_model_", "lora_te1_text_model_", EMBEDDING)
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
             advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if others else ""
             raise UserError(f"{error}{advice}") from None
         left = names - {name for _, _, name in roles_of(names, ALL_ROLES)}
-        left = {name for name in left if not name.startswith(EMBEDDINGS)}
+        left = {name for name in left if not name.startswith(EMBEDDING)}
         if left:
             advice = "; --network_module lycoris.kohya draws norms" if "norm" in map(kind_of, left) else ""
             logger.warning(

@@ -14,7 +14,8 @@ from library.errors import UserError, named
 from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, text_encoder_for_networks
 from library.networks.protocol import HasMultiplier, Network
-from library.networks.third_party import EMBEDDINGS, has_values_once_read
+from library.networks.third_party import has_values_once_read
+from library.weight_file import EMBEDDING
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
     """Raise UserError for a file of which a network takes nothing; warn of the tensors that it does not take."""
     with torch.no_grad():  # some networks compute while they collect tensors
         taken = network.state_dict().keys() & tensors.keys()
-    left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDINGS)}
+    left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDING)}
     if not taken:
         raise UserError(
             f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "
