@@ -507,6 +507,9 @@ def test_an_alpha_counts_as_misread_where_it_is_missing():
     assert dict(readers.verdicts(keys, SD1, dict.fromkeys(names, 2.0), {}))["diffusers"].is_whole
 
 
+OTHER_ALPHAS = {"lora_adapter_metadata": '{"lora_alpha": 1, "r": 4}'}
+
+
 @pytest.mark.parametrize(
     ("settings", "is_hidden"),
     [
@@ -523,6 +526,15 @@ def test_alphas_in_the_metadata_are_seen_in_any_form(settings, is_hidden):
     shapes = of("lora_unet_mid_block_resnets_1_conv1", **WHOLE_LORA)
     found = dict(readers.verdicts(readers.keys_of(shapes), SD1, {}, {"lora_adapter_metadata": settings}))
     assert (found["sd-scripts"].remark is not None) == is_hidden
+
+
+def test_only_a_file_that_is_read_wholly_counts_as_read():
+    whole = of("lora_unet_mid_block_resnets_1_conv1", **WHOLE_LORA)
+    embedding = {"bundle_emb.word.string_to_param.*": (1, 8)}
+    unread = of("lora_unet_conv_norm_out", w_norm=(8,), b_norm=(8,))  # though the name begins as it knows
+    paths = {f"unet.mid_block.resnets.1.conv1{ending}": shape for ending, shape in PEFT.items()}
+    given = [(whole, {}), (whole | embedding, {}), (whole | unread, {}), (paths, {}), (whole, OTHER_ALPHAS)]
+    assert [readers.reads_wholly(A1111, *file) for file in given] == [True, True, False, False, False]
 
 
 # ---- the pages ----------------------------------------------------------------------------------------------

@@ -178,6 +178,13 @@ def verdicts(
         yield program.title, dataclasses.replace(verdict, remark=remark if verdict.applied else None)
 
 
+def reads_wholly(title: str, shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    """Return whether a program of PROGRAMS applies every tensor of a file as it is meant."""
+    program = next(program for program in PROGRAMS if program.title == title)
+    verdict = verdict_of(program, keys_of(shapes), detect(shapes, metadata))
+    return verdict.is_whole and not has_hidden_alphas(metadata)
+
+
 def has_hidden_alphas(metadata: Mapping[str, str]) -> bool:
     """Return whether metadata have alphas that are not the ranks; damaged metadata tell none."""
     try:

@@ -149,7 +149,7 @@ def from_json(table: Mapping[str, Any]) -> Recorded:
     )
 
 
-def from_parameters(text: str, path: Path, size: tuple[int, int] = (512, 512)) -> Recorded:
+def from_parameters(text: str, path: Path, size: tuple[int, int]) -> Recorded:
     """Return what AUTOMATIC1111's text says; size is that of the picture."""
     parts = a1111.parts_of(text)
     if parts is None:
