@@ -639,6 +639,7 @@ def test_other_kinds_are_refused_by_their_names(tmp_path):
         ("lokr_w1", "a LoKr"),
         ("dora_scale", "a DoRA"),
         ("lora_E", "an AdaLoRA"),
+        ("b1.weight", "a GLoRA"),
     ):
         tensors = kohya(QUERY, *pair()) | {f"{module}.{ending}": torch.ones(96, 96)}
         with pytest.raises(UserError, match=kind):

@@ -46,6 +46,8 @@ KINDS = (
     (r"\.diff_b$", "difference", None),
     (r"\.w_norm$", "norm", None),
     (r"\.b_norm$", "norm", None),
+    (r"\.[ab][12]\.weight$", "GLoRA", "a GLoRA"),
+    (r"\.set_weight$", "difference", None),
 )
 # Ending of a tensor that is added to a vector of a layer -> that vector.
 VECTORS: dict[str, Literal["weight", "bias"]] = {

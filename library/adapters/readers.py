@@ -27,8 +27,6 @@ from library.models.family import SD1, SDXL, ModelFamily
 from library.weight_file import EMBEDDING
 
 LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
-# Pattern of the end of a tensor's name -> its kind, for those that are not told by `kind_of`.
-MORE_KINDS = ((r"\.[ab][12]\.weight$", "GLoRA"), (r"\.oft_diag$", "OFT"), (r"\.set_weight$", "difference"))
 # Endings that belong to a module of any kind.
 SHARED = (ALPHA, ".scale", ".weight", ".bias", ".rescale")
 HIDDEN = "without the alphas in the metadata"
@@ -117,7 +115,7 @@ def kind_by_name(name: str, shape: Sequence[int]) -> str | None:
     """Return the kind of a tensor; None for one that belongs to a module of any kind, and for unknown names."""
     if name.startswith(EMBEDDING):
         return BUNDLED
-    kind = kind_of(name) or next((kind for pattern, kind in MORE_KINDS if re.search(pattern, name)), None)
+    kind = kind_of(name)
     if kind is not None:
         return "BOFT" if kind == "OFT" and len(shape) == 4 else kind
     return LORA if any(role != "alpha" for _, role, _ in roles_of([name])) else None
