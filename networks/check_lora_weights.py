@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
+from library.errors import named
 from library.logs import FAILURE, run_script
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{'':<15} {part['without_effect']:>7}  change nothing"
     if report["unknown_modules"]:
         names = report["unknown_modules"]
-        yield f"unknown  {len(names)} modules: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        yield f"unknown  {len(names)} modules: {named(names)}"
     yield ""
     yield from (f"DAMAGE   {text}" for text in report["damage"][:10])
     yield from (f"{name:<20} {verdict}" for name, verdict in report["readers"].items())

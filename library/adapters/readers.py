@@ -22,7 +22,7 @@ from library.adapters.programs import (
     Source,
     names_read,
 )
-from library.errors import UserError
+from library.errors import UserError, named
 from library.models.family import SD1, SDXL, ModelFamily
 from library.weight_file import EMBEDDING
 
@@ -64,8 +64,7 @@ class Verdict:
             return f"refuses the file: {self.refusal}"
         text = f"applies {self.applied} tensors"
         if self.skipped:
-            more = ", ..." if len(self.skipped) > 2 else ""
-            text += f", skips {len(self.skipped)} ({', '.join(self.skipped[:2])}{more})"
+            text += f", skips {len(self.skipped)} ({named(self.skipped)})"
         return f"{text}; {self.remark}" if self.remark else text
 
 

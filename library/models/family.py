@@ -242,8 +242,8 @@ def check_channels(channels: Any, source: Path) -> None:
     if channels in (None, UNET_BASE["in_channels"]):
         return
     raise UserError(
-        f"{source} is {input_of(channels).title}: its U-Net takes {channels} channels, and only those that take 4 are "
-        "trained and drawn with"
+        f"{source} is {input_of(channels).title}: its U-Net takes {channels} channels, and only those that take 4 "
+        "can be used for training and generation"
     )
 
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from library.errors import named
 from library.networks.protocol import Network
-
-SHOWN = 3  # names in a message
 
 
 class Fit(NamedTuple):
@@ -57,5 +56,4 @@ def modules_of(tensors: Iterable[str]) -> set[str]:
 
 def counted(names: Collection[str], of: int, kind: str = "modules") -> str:
     """Return in words how many of a number the names are, and the first of them."""
-    first = sorted(names)[:SHOWN]
-    return f"{len(names)} of {of} {kind} ({', '.join(first)}{', ...' if len(names) > len(first) else ''})"
+    return f"{len(names)} of {of} {kind} ({named(sorted(names))})"
