@@ -207,8 +207,8 @@ def networks_of(tags: list[a1111.NetworkTag], settings: Mapping[str, str]) -> tu
 
 
 def plain(name: str) -> str:
-    """Return a name as AUTOMATIC1111 writes it beside a hash."""
-    return name.replace(":", "").replace(",", "").lower()
+    """Return a name as it is compared: beside a hash it stands without marks, and letters may be of either case."""
+    return a1111.without_marks(name).lower()
 
 
 def sampler_of(settings: Mapping[str, str], path: Path) -> tuple[SamplerName, list[str]]:
