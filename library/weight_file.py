@@ -130,6 +130,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return dict(file.tensors(file.shapes))
 
 
+def at_first_dot(name: str) -> tuple[str, str]:
+    """Return (module, ending) of a tensor of a network whose module ends at the first dot; the dot is of the ending."""
+    module, dot, rest = name.partition(".")
+    return module, dot + rest
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a weight file; a pickle has none."""
     return {} if weight_format(path) == PICKLE else read_header(path).metadata

@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def readers_of(tensors: Mapping[str, torch.Tensor], family: ModelFamily | None, metadata: Mapping[str, str]) -> str:
     """Return in words which programs read a file with such tensors."""
     from library.adapters import readers
+    from library.adapters.names import ALPHA
 
     keys = readers.keys_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ".alpha"}
+    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ALPHA}
     return readers.audience(keys, family, alphas, metadata)
 
 

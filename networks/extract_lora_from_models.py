@@ -155,6 +155,7 @@ def check_kind(kind: KindConfig, original: Checkpoint, tuned: Checkpoint) -> Non
 def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions: bool) -> Pairs:
     """Return the layers that a LoRA changes, with their places in both models; raises UserError for unequal shapes."""
     from library.adapters.layers import places
+    from library.models.checkpoint import UNET
 
     first, second = places(original), places(tuned)
 
@@ -163,7 +164,7 @@ def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions:
 
     pairs = {layer: (place, second[layer]) for layer, place in first.items() if layer in second and wanted(layer)}
     only_one = sorted(f"{layer.part}.{layer.path}" for layer in {*first, *second} - pairs.keys() if wanted(layer))
-    if any(name.startswith("unet.") for name in only_one):
+    if any(name.startswith(f"{UNET}.") for name in only_one):
         raise UserError(
             f"{len(only_one)} layers are in one of {original.path} and {tuned.path} only, such as {only_one[-1]}: "
             "one of the models is incomplete"
@@ -183,7 +184,7 @@ def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions:
 
 def is_wanted(layer: Layer, *, with_convolutions: bool) -> bool:
     """Return whether a layer is extracted: all of text encoders, of the U-Net attentions or, with more, all blocks."""
-    from library.adapters.layers import UNET
+    from library.models.checkpoint import UNET
 
     return layer.part != UNET or ("_block" if with_convolutions else ".attentions.") in layer.path
 
@@ -255,7 +256,7 @@ def left_out(
 
 def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> set[str]:
     """Return the text encoders in which no number differs by more than --min_diff."""
-    from library.adapters.layers import UNET
+    from library.models.checkpoint import UNET
 
     largest: dict[str, float] = {}
     for layer, places in pairs.items():

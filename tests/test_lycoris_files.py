@@ -7,7 +7,7 @@ import json
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -360,6 +360,11 @@ class Hooked:
     def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool, apply_unet: bool) -> None:
         unet.conv_out.register_forward_hook(lambda module, given, out: out)
 
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return []
+
+    named_buffers = named_parameters
+
     def nothing(self, *args: Any) -> None:
         """Stand for what is called of a torch module."""
 
@@ -378,9 +383,9 @@ class Failing(Hooked):
 def test_a_network_that_fails_leaves_the_models_as_they_were(base):
     unet = base.unet
     unet.conv_in.forward = before = unet.conv_in.forward  # as another network does
-    weight = unet.conv_out.weight
+    weight, network = unet.conv_out.weight, cast("Any", Failing())
     with pytest.raises(RuntimeError, match="a layer is missing"):
-        attached(Failing(), base.text_modules[0], unet)
+        attached(network, base.text_modules[0], unet)
     assert unet.conv_out.weight is weight
     assert "forward" not in vars(unet.conv_out)
     assert vars(unet.conv_in)["forward"] is before

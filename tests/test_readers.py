@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from scripts import ROOT
 
 from library.adapters import programs, readers
-from library.adapters.layers import UNET, Layer, diffusers_word, layers_of, module_name, peft_name
+from library.adapters.layers import Layer, diffusers_word, layers_of, module_name, peft_name
 from library.models import building
+from library.models.checkpoint import UNET
 from library.models.family import FAMILIES, SD1, SD2, SDXL
 from networks import check_lora_weights, lora
 

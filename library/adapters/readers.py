@@ -7,11 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
-from library.adapters.layers import UNET
-from library.adapters.names import Shapes, family_of, kind_of, roles_of
+from library.adapters.names import ALPHA, Shapes, family_of, kind_of, roles_of
 from library.adapters.peft_config import METADATA_KEY, parsed
 from library.adapters.programs import (
-    ALPHA,
     DIFFUSERS_LIBRARY,
     DIFFUSERS_PATHS,
     DIFFUSERS_WORDS,
@@ -23,8 +21,9 @@ from library.adapters.programs import (
     names_read,
 )
 from library.errors import UserError, named
+from library.models.checkpoint import UNET
 from library.models.family import SD1, SDXL, ModelFamily
-from library.weight_file import EMBEDDING
+from library.weight_file import EMBEDDING, at_first_dot
 
 LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
 # Endings that belong to a module of any kind.
@@ -80,16 +79,10 @@ ENDINGS = sorted(
 def parted(name: str) -> tuple[str, str]:
     """Return (module, ending) of a tensor: a word ends at the first dot, a path before an ending that programs know."""
     if name.startswith(("lora_", "lycoris_")):
-        return first_dot(name)
+        return at_first_dot(name)
     ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
     module, dot, rest = name.rpartition(".")
     return (module, dot + rest) if ending is None else (name.removesuffix(ending), ending)
-
-
-def first_dot(name: str) -> tuple[str, str]:
-    """Return (module, ending) of a tensor whose module ends at the first dot."""
-    module, dot, rest = name.partition(".")
-    return module, dot + rest
 
 
 def keys_of(shapes: Shapes) -> list[Key]:
@@ -223,7 +216,7 @@ def verdict_of(program: Program, keys: Sequence[Key], family: ModelFamily | None
     embeddings = [key.name for key in keys if key.kind == BUNDLED]
     for key in keys:
         if key.kind != BUNDLED:
-            module, ending = first_dot(key.name) if program.by_first_dot else (key.module, key.ending)
+            module, ending = at_first_dot(key.name) if program.by_first_dot else (key.module, key.ending)
             modules.setdefault(module, {})[ending] = key.name
     taken = {module: taken_of(program, set(parts)) for module, parts in modules.items()}
     for module, parts in modules.items():

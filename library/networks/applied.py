@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError, named
 from library.models.base import BaseModel
+from library.networks.fit import names_in
 from library.networks.modules import ImportedModule, text_encoder_for_networks
 from library.networks.protocol import HasMultiplier, Network
 from library.networks.third_party import has_values_once_read
@@ -131,8 +132,7 @@ def restored(
 
 def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, module: str) -> None:
     """Raise UserError for a file of which a network takes nothing; warn of the tensors that it does not take."""
-    with torch.no_grad():  # some networks compute while they collect tensors
-        taken = network.state_dict().keys() & tensors.keys()
+    taken = names_in(network) & tensors.keys()
     left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDING)}
     if not taken:
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.networks.protocol import NetworkModule, TextEncoders
-from library.weight_file import EMBEDDING
+from library.weight_file import EMBEDDING, at_first_dot
 
 # Attributes of lycoris' class of networks: which layers its networks take.
 TARGETS = (
@@ -104,9 +104,9 @@ def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return module -> the rest of a name -> tensor, without bundled embeddings."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
-        module, dot, part = name.partition(".")
-        if dot and not name.startswith(EMBEDDING):
-            modules.setdefault(module, {})[part] = tensor
+        module, ending = at_first_dot(name)
+        if ending and not name.startswith(EMBEDDING):
+            modules.setdefault(module, {})[ending.removeprefix(".")] = tensor
     return modules
 
 
