@@ -314,7 +314,7 @@ def test_tensors_beside_a_lora_are_told_once(draw, two, tmp_path, caplog, more, 
     assert ("lycoris.kohya draws norms" in said[0]) == (more is OF_NORMS)
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT", "Tucker"])
+@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT", "GLoRA"])
 def test_the_module_that_draws_a_file_is_named(draw, store, kind):
     with pytest.raises(UserError, match="; --network_module lycoris.kohya draws what LyCORIS trained"):
         draw("--prompt", "a cat", "--network_module", "networks.lora", "--network_weights", store(kind))
