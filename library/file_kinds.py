@@ -109,6 +109,8 @@ def zip_format(path: Path) -> Format:
     members = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in members:
         raise UserError(f"{path} is not a weight file, but a program of torch (TorchScript): {OTHER_PROGRAM}")
+    if not names:
+        raise UserError(f"{path} is not a weight file, but an empty zip archive: {AGAIN}")
     if "data.pkl" not in members:
         raise UserError(f"{path} is not a weight file, but a zip archive with {names[0]!r} in it: {UNPACK}")
     return PICKLE

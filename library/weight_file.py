@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 LEGACY_OFFSET, LEGACY_BYTES = 0x100000, 0x10000
+# Beginning of the names of embeddings in the file of a network, before their words; web UIs read them with it.
+EMBEDDING = "bundle_emb."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +114,12 @@ def with_scales(file: WeightFile) -> WeightFile:
     """Return a file whose weights in 8 bits are multiplied by the scales beside them."""
     infos = {name: (kind, file.shapes[name]) for name, kind in types_in(file)}
     scales = scaled_weights.scales_of(file.path, infos)
-    for name in infos:
-        if scaled_weights.last_part(name) == scaled_weights.SETTINGS:
-            scaled_weights.check_settings(file.path, name, bytes(file.tensor(name).tolist()))
+    for name, (kind, _) in infos.items():
+        if scaled_weights.last_part(name) != scaled_weights.SETTINGS:
+            continue
+        if kind != "uint8":
+            raise UserError(f"{file.path}: {name} is of the type {kind}, bytes are meant: {scaled_weights.ADVICE}")
+        scaled_weights.check_settings(file.path, name, bytes(file.tensor(name).flatten().tolist()))
     shapes = {name: shape for name, shape in file.shapes.items() if not scaled_weights.is_helper(name)}
     return WeightFile(file.path, shapes, file.content, {weight: file.tensor(scale) for weight, scale in scales.items()})
 
@@ -123,6 +128,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a weight file of either format."""
     file = open_weights(path)
     return dict(file.tensors(file.shapes))
+
+
+def at_first_dot(name: str) -> tuple[str, str]:
+    """Return (module, ending) of a tensor of a network whose module ends at the first dot; the dot is of the ending."""
+    module, dot, rest = name.partition(".")
+    return module, dot + rest
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -21,12 +21,14 @@ if __package__ in (None, ""):  # started as a script, from any folder
 
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
+from library.errors import named
 from library.logs import FAILURE, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from library.adapters.low_rank import Change
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +47,9 @@ SHOWN = (
     "ss_training_comment",
     "modelspec.merged_from",
 )
-# Part of a model -> beginnings of its modules' names, in order of search.
-PARTS = (
-    ("U-Net", ("lora_unet_", "unet.")),
-    ("text encoder 2", ("lora_te2_", "text_encoder_2.")),
-    ("text encoder", ("lora_te", "text_encoder.")),
-)
+OTHER = "other"
+# Part of a model by its folder -> its title in the report.
+PARTS = {"unet": "U-Net", "text_encoder_2": "text encoder 2", "text_encoder": "text encoder", OTHER: OTHER}
 WIDTH = 90  # characters of a metadata text
 
 
@@ -99,7 +98,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
         "models": family.title if family else None,
         "names": readers.dialect(shapes),
         "types": sorted(types),
-        "parts": {title: part for title, part in summaries(modules) if part["modules"]},
+        "parts": {title: part for title, part in summaries(modules, family) if part["modules"]},
         "unknown_modules": readers.unknown_modules(keys, family),
         "damage": damage,
         "readers": {name: verdict.line() for name, verdict in verdicts.items()},
@@ -127,11 +126,14 @@ def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
     return found
 
 
-def summaries(modules: Mapping[str, Change]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each part of a model with a summary of its modules."""
-    left = dict(modules)
-    for title, starts in (*PARTS, ("other", ("",))):
-        own = {name: left.pop(name) for name in list(left) if name.startswith(starts)}
+def summaries(modules: Mapping[str, Change], family: ModelFamily | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each part of a model with a summary of its modules; those of no known layer are others."""
+    from library.adapters.lora_file import named_layers
+
+    layers = named_layers({name: change.down_shape for name, change in modules.items()}, family)
+    parts = {name: layers[name].part if name in layers else OTHER for name in modules}
+    for part, title in PARTS.items():
+        own = {name: change for name, change in modules.items() if parts[name] == part}
         norms = {name: change.norm() for name, change in own.items()}
         summary = {
             "modules": len(own),
@@ -193,7 +195,7 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{'':<15} {part['without_effect']:>7}  change nothing"
     if report["unknown_modules"]:
         names = report["unknown_modules"]
-        yield f"unknown  {len(names)} modules: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        yield f"unknown  {len(names)} modules: {named(names)}"
     yield ""
     yield from (f"DAMAGE   {text}" for text in report["damage"][:10])
     yield from (f"{name:<20} {verdict}" for name, verdict in report["readers"].items())

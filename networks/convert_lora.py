@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def readers_of(tensors: Mapping[str, torch.Tensor], family: ModelFamily | None, metadata: Mapping[str, str]) -> str:
     """Return in words which programs read a file with such tensors."""
     from library.adapters import readers
+    from library.adapters.names import ALPHA
 
     keys = readers.keys_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ".alpha"}
+    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ALPHA}
     return readers.audience(keys, family, alphas, metadata)
 
 
@@ -131,6 +132,7 @@ def for_kohya(
     from library.adapters.layers import diffusers_word, module_name
     from library.adapters.lora_file import to_state_dict
     from library.adapters.metadata import architecture, common, network_metadata, without_hashes
+    from library.adapters.peft_config import METADATA_KEY
     from library.models.family import SD1
 
     family = file.family or SD1  # SD 2.x has the same names
@@ -142,7 +144,7 @@ def for_kohya(
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
         metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version(predicts_v=False)}
-    kept = {key: text for key, text in file.metadata.items() if key not in ("format", "lora_adapter_metadata")}
+    kept = {key: text for key, text in file.metadata.items() if key not in ("format", METADATA_KEY)}
     if common({change.rank for change in changes}) == "Dynamic":
         logger.info("modules have different ranks; readers take each module's own")
     return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | without_hashes(kept)

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not changes:
         raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
     energy.log()
-    warn_of_left_out(original, tuned, pairs)
+    warn_of_left_out(original, tuned, pairs, has_convolutions=config.extract.conv_dim is not None)
     changes = with_one_alpha(changes, config.files.save_to)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
@@ -154,17 +154,17 @@ def check_kind(kind: KindConfig, original: Checkpoint, tuned: Checkpoint) -> Non
 
 def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions: bool) -> Pairs:
     """Return the layers that a LoRA changes, with their places in both models; raises UserError for unequal shapes."""
-    from library.adapters.layers import UNET, places
+    from library.adapters.layers import places
+    from library.models.checkpoint import UNET
 
     first, second = places(original), places(tuned)
-    inside = "_block" if with_convolutions else ".attentions."  # of the U-Net; of text encoders all layers
 
     def wanted(layer: Layer) -> bool:
-        return layer.part != UNET or inside in layer.path
+        return is_wanted(layer, with_convolutions=with_convolutions)
 
     pairs = {layer: (place, second[layer]) for layer, place in first.items() if layer in second and wanted(layer)}
     only_one = sorted(f"{layer.part}.{layer.path}" for layer in {*first, *second} - pairs.keys() if wanted(layer))
-    if any(name.startswith(UNET) for name in only_one):
+    if any(name.startswith(f"{UNET}.") for name in only_one):
         raise UserError(
             f"{len(only_one)} layers are in one of {original.path} and {tuned.path} only, such as {only_one[-1]}: "
             "one of the models is incomplete"
@@ -180,6 +180,13 @@ def paired_layers(original: Checkpoint, tuned: Checkpoint, *, with_convolutions:
                 "the models do not belong together"
             )
     return pairs
+
+
+def is_wanted(layer: Layer, *, with_convolutions: bool) -> bool:
+    """Return whether a layer is extracted: all of text encoders, of the U-Net attentions or, with more, all blocks."""
+    from library.models.checkpoint import UNET
+
+    return layer.part != UNET or ("_block" if with_convolutions else ".attentions.") in layer.path
 
 
 def extracted(
@@ -213,17 +220,23 @@ def extracted(
     return changes
 
 
-def warn_of_left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> None:
+def warn_of_left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs, *, has_convolutions: bool) -> None:
     """Warn of the layers whose weights or biases differ and are not extracted."""
-    names = list(left_out(original, tuned, pairs))
+    from library.adapters.layers import layers_of
+
+    left = list(left_out(original, tuned, pairs))
+    names = [f"{layer.part}.{layer.path}.{kind}" for layer, kind in left]
     if names:
-        with_weights = [name for name in names if "norm" not in name and name.endswith(".weight")]
-        advice = f"; --conv_dim extracts {len(with_weights)} of them" if with_weights else ""
+        matrices = {layer for layer in layers_of(original.family) if is_wanted(layer, with_convolutions=True)}
+        more = [layer for layer, kind in left if kind == "weight" and layer in matrices]
+        advice = f"; --conv_dim extracts {len(more)} of them" if more and not has_convolutions else ""
         logger.warning("%d tensors differ, too, and are not in the LoRA (%s)%s", len(names), named(names), advice)
 
 
-def left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> Iterator[str]:
-    """Yield the names in diffusers of the weights and biases that differ and are not among the pairs."""
+def left_out(
+    original: Checkpoint, tuned: Checkpoint, pairs: Pairs
+) -> Iterator[tuple[Layer, Literal["weight", "bias"]]]:
+    """Yield the weights and biases that differ and are not among the pairs."""
     import torch
 
     from library.adapters.layers import layers_of, norms_of, place_of
@@ -238,12 +251,12 @@ def left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> Iterator[
                 continue
             first, second = one.part_of(original.read(one.name)), other.part_of(tuned.read(other.name))
             if first.shape == second.shape and not torch.equal(first.float(), second.float()):
-                yield f"{layer.part}.{layer.path}.{kind}"
+                yield layer, kind
 
 
 def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> set[str]:
     """Return the text encoders in which no number differs by more than --min_diff."""
-    from library.adapters.layers import UNET
+    from library.models.checkpoint import UNET
 
     largest: dict[str, float] = {}
     for layer, places in pairs.items():

@@ -23,7 +23,7 @@ from library.config import tool_files
 from library.config.command_line import parse
 from library.config.options import option
 from library.config.tool_files import ConvertedLora, Precision, RankOptions
-from library.errors import Problems
+from library.errors import Problems, named
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def check_options(config: ResizeConfig, problems: Problems) -> None:
 def kept_tensors(file: LoraFile) -> dict[str, Tensor]:
     """Return what is written unchanged: vectors, embeddings, and with a warning tensors that nothing reads."""
     if file.strange:
-        shown = ", ".join(list(file.strange)[:5])
+        shown = named(list(file.strange))
         logger.warning("%s: %d tensors are kept, but no program reads them: %s", file.path, len(file.strange), shown)
     return {name: vector.values for name, vector in file.vectors.items()} | file.embeddings | file.strange
 

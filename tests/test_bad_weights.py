@@ -201,7 +201,7 @@ CHECKPOINTS = {
     "nothing": (lambda _: {}, "is not a Stable Diffusion", "its first is none"),
     "an inpainting model": (
         changed(STEM, lambda stem: torch.zeros(len(stem), 9, 3, 3)),
-        "is an inpainting model: its U-Net takes 9 channels, and only those that take 4 are trained",
+        "is an inpainting model: its U-Net takes 9 channels, and only those that take 4 can be used for training",
     ),
 }
 INCOMPLETE_CHECKPOINTS = {
@@ -216,7 +216,7 @@ INCOMPLETE_CHECKPOINTS = {
         "name a whole",
     ),
     "no VAE": (without(keys.VAE_PREFIX), "has no VAE: name one with --vae"),
-    "one tensor less": (without(TO_Q), "1 tensors of the UNet2DConditionModel are missing (such as", TO_Q),
+    "one tensor less": (without(TO_Q), "is incomplete: unet/", "in the file it would be", TO_Q),
     "one tensor less of the text": (without(TEXT), f"has an incomplete text encoder: {TEXT} is missing"),
     "wrong shape": (changed(TO_Q, lambda _: torch.zeros(3, 5)), f"{TO_Q} has the shape (3, 5), (32, 32) is needed"),
     "turned": (changed(FEED, lambda t: t.t().contiguous()), f"{FEED} has the shape (32, 256), (256, 32) is needed"),
@@ -235,7 +235,7 @@ INCOMPLETE_CHECKPOINTS = {
 }
 VAES = {
     "a U-Net": (lambda state: {TO_Q: state[TO_Q]}, False, "--vae: ", "has no VAE; name a file or a Diffusers folder"),
-    "one tensor less": (without(CONV_IN), True, "1 tensors of the AutoencoderKL are missing (such as", CONV_IN),
+    "one tensor less": (without(CONV_IN), True, "is incomplete: vae/", "is missing", CONV_IN),
     "wrong shape": (changed(CONV_IN, lambda _: torch.zeros(3, 5)), True, f"{CONV_IN} has the shape (3, 5)"),
     "NaN": (changed(CONV_IN, poisoned), True, f"v.safetensors: {CONV_IN} holds NaN or infinity"),
     "a part in Diffusers names": (

@@ -162,3 +162,16 @@ def test_alphas_that_diffusers_does_not_apply_are_told_and_convert_mends_it(mode
         pipe.unload_lora_weights()
     assert (found[0] - expected).norm() > 1e-3 * expected.norm()
     assert (found[1] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_modules_count_for_the_part_of_their_layer_whoever_named_them(tmp_path):
+    names = ("diffusion_model.middle_block.1.proj_in", "text_encoders.clip_l.transformer.text_model.encoder.layers.0")
+    pair = {"lora_down.weight": torch.ones(2, 768), "lora_up.weight": torch.ones(768, 2)}
+    modules = (names[0], f"{names[1]}.mlp.fc1", "lora_unet_nowhere")
+    save_file({f"{module}.{end}": tensor.clone() for module in modules for end, tensor in pair.items()}, tmp_path / "a")
+    report = check_lora_weights.report_of(tmp_path / "a", with_tensors=False)
+    assert {title: part["modules"] for title, part in report["parts"].items()} == {
+        "U-Net": 1,
+        "text encoder": 1,
+        "other": 1,
+    }

@@ -159,7 +159,7 @@ def test_a_model_without_vae(store, tmp_path):
             ["{blind}", "{out}"],
             "is incomplete: text_encoder_2/text_projection.weight",
         ),
-        (["{odd}", "{out}.safetensors"], "has something.weight, which has no place in a checkpoint"),
+        (["{odd}", "{out}.safetensors"], "has unet/something.weight, without a place in a checkpoint"),
     ],
 )
 def test_mistakes_are_told_and_leave_nothing(store, tmp_path, argv, text):

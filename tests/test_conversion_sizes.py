@@ -409,8 +409,11 @@ def test_a_file_with_a_hole_is_refused_by_name(store, name):
     ("prefix", "text"),
     [
         (f"{UNET}input_blocks.2.", "incomplete U-Net: model.diffusion_model.input_blocks.2.0.in_layers.0.weight"),
-        (f"{TEXT}encoder.layers.1.", r"encoder.layers.1.* is missing and 15 more"),
-        (f"{UNET}middle_block.1.", "has model.diffusion_model.middle_block.2.* which the unet that its other tensors"),
+        (f"{TEXT}encoder.layers.1.", r"encoder.layers.1.* and 11 more are missing \(as Diffusers"),
+        (
+            f"{UNET}middle_block.1.",
+            "has model.diffusion_model.middle_block.2.* but the other tensors of its unet describe no",
+        ),
         (f"{keys.VAE_PREFIX}encoder.down.1.", "incomplete VAE: first_stage_model.encoder.down.1.block.0.conv2"),
         (f"{keys.VAE_PREFIX}encoder.", "has no VAE: name one with --vae"),
     ],
@@ -432,14 +435,14 @@ SURPLUS = (
 
 @pytest.mark.parametrize("name", SURPLUS)
 def test_a_layer_that_has_no_place_is_refused_by_name(store, name):
-    with pytest.raises(UserError, match=rf"has {name}, which the|incomplete|no U-Net that can be built"):
+    with pytest.raises(UserError, match=rf"has {name}, but the|incomplete|no U-Net that can be built"):
         whole_plan(changed(open_checkpoint(store("sd1").checkpoint), name, (32, 32, 3, 3)))
 
 
 def test_a_layer_that_has_no_place_is_not_trained_without(store, tmp_path):
     more = {f"{UNET}label_emb.0.0.weight": torch.ones(3, 3)}
     file = with_tensors(store("sd1").checkpoint, tmp_path / "a.safetensors", more)
-    with pytest.raises(UserError, match=rf"has {UNET}label_emb.0.0.weight, which the unet that its other tensors"):
+    with pytest.raises(UserError, match=rf"has {UNET}label_emb.0.0.weight, but the other tensors of its unet describe"):
         tiny.load(file)
 
 
@@ -481,14 +484,14 @@ def test_sdxl_without_a_text_encoder_is_refused(store, tmp_path, part):
 # ---- what a file cannot express -----------------------------------------------------------------------------
 
 ODD_UNETS: dict[str, tuple[dict[str, Any], str]] = {
-    "classes": ({"num_class_embeds": 3}, "class_embedding.weight, which has no place in a checkpoint"),
+    "classes": ({"num_class_embeds": 3}, "class_embedding.weight, without a place in a checkpoint"),
     "class projection": (
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
-        "class_embedding.linear_1.weight, which has no place in a checkpoint",
+        "class_embedding.linear_1.weight, without a place in a checkpoint",
     ),
     "image projection": (
         {"encoder_hid_dim": 16, "encoder_hid_dim_type": "text_proj"},
-        "encoder_hid_proj.weight, which has no place in a checkpoint",
+        "encoder_hid_proj.weight, without a place in a checkpoint",
     ),
 }
 
@@ -509,7 +512,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "other blocks": (
         "unet",
         {"down_block_types": ("ResnetDownsampleBlock2D", *("CrossAttnDownBlock2D",) * 2, "DownBlock2D")},
-        "cannot be written to .*, since that describes no U-Net that can be built",
+        "cannot be written to .*, which would be wrong: .* describes no U-Net that can be built",
     ),
     "scale of latents": ("vae", {"scaling_factor": 0.5}, "scaling_factor"),
     "groups of the VAE": ("vae", {"norm_num_groups": 16}, "norm_num_groups"),
@@ -552,7 +555,9 @@ def test_a_result_that_would_be_read_as_another_model_is_refused(store, tmp_path
     whole = whole_plan(model)
     result = as_file(model, tmp_path / "a.safetensors")
     lost = {**whole, "unet/lost.weight": whole["unet/conv_in.weight"]}
-    with pytest.raises(UserError, match="cannot be written to .*, since that would be read without unet/lost.weight"):
+    with pytest.raises(
+        UserError, match="cannot be written to .*, which would be wrong: .* would be read without unet/lost.weight"
+    ):
         check_result(result, model, lost)
 
 

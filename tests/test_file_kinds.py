@@ -101,6 +101,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "zeros": (bytes(3000), "but a file that begins with zeros: its download did not finish"),
     "zip of something else": (zipped("model/readme.txt"), "but a zip archive with 'model/readme.txt' in it: unpack it"),
     "empty zip": (b"PK\x05\x06" + bytes(18), "but an empty zip archive"),
+    "zip whose list is empty": (b"PK\x03\x04" + bytes(26) + b"PK\x05\x06" + bytes(18), "but an empty zip archive"),
     "program": (program, "but a program of torch (TorchScript)"),
     "tar": (tarred("a", "b"), "but a tar archive: unpack it"),
     "oldest torch": (tarred("sys_info", "pickle", "storages", "tensors"), "is in the oldest format of torch (tar"),

@@ -639,6 +639,7 @@ def test_other_kinds_are_refused_by_their_names(tmp_path):
         ("lokr_w1", "a LoKr"),
         ("dora_scale", "a DoRA"),
         ("lora_E", "an AdaLoRA"),
+        ("b1.weight", "a GLoRA"),
     ):
         tensors = kohya(QUERY, *pair()) | {f"{module}.{ending}": torch.ones(96, 96)}
         with pytest.raises(UserError, match=kind):
@@ -657,15 +658,16 @@ def test_extracting_names_what_a_lora_cannot_hold(model_store, tmp_path, caplog)
         "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": "weight",
         "mid_block.attentions.0.transformer_blocks.0.norm1": "bias",
         "mid_block.resnets.0.conv1": "weight",
+        "conv_in": "weight",  # in no block, so that no option extracts it
     }
     for path, kind in changed.items():
         state[f"model.diffusion_model.{names.get(path, path)}.{kind}"] += 0.5
     tuned, out = written(tmp_path / "tuned.safetensors", state), tmp_path / "out.safetensors"
     argv = ["--model_org", paths["safetensors"], "--model_tuned", tuned, "--save_to", out, "--dim", 2]
     call(extract_lora_from_models, *argv)
-    told = "mid_block.resnets.0.conv1.weight, unet.mid_block.attentions.0.transformer_blocks.0.norm1.bias"
-    assert f"2 tensors differ, too, and are not in the LoRA (unet.{told}); --conv_dim extracts 1" in caplog.text
+    told = "conv_in.weight, unet.mid_block.resnets.0.conv1.weight, unet.mid_block.attentions.0.transformer_blocks.0.norm1.bias"
+    assert f"3 tensors differ, too, and are not in the LoRA (unet.{told}); --conv_dim extracts 1" in caplog.text
     caplog.clear()
     call(extract_lora_from_models, *argv, "--conv_dim", 2)
-    assert "1 tensors differ, too" in caplog.text
+    assert "2 tensors differ, too" in caplog.text
     assert "--conv_dim" not in caplog.text

@@ -7,7 +7,7 @@ import json
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from library.errors import UserError
 from library.generation.embeddings import embeddings_of
 from library.models.base import find_base, load_base
 from library.models.precision import types_of
-from library.networks.applied import apply_file
+from library.networks.applied import apply_file, attached
 from library.networks.merging import merge_file
 from library.networks.modules import CanonicalTextEncoder, find_module
 
@@ -311,9 +311,10 @@ def test_tensors_beside_a_lora_are_told_once(draw, two, tmp_path, caplog, more, 
     said = [record.message for record in caplog.records if "does not draw" in record.message]
     assert len(said) == 1
     assert f"networks.lora does not draw {len(more)} of {len(load_file(path))} tensors ({min(more)}" in said[0]
+    assert ("lycoris.kohya draws norms" in said[0]) == (more is OF_NORMS)
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT"])
+@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT", "GLoRA"])
 def test_the_module_that_draws_a_file_is_named(draw, store, kind):
     with pytest.raises(UserError, match="; --network_module lycoris.kohya draws what LyCORIS trained"):
         draw("--prompt", "a cat", "--network_module", "networks.lora", "--network_weights", store(kind))
@@ -367,10 +368,35 @@ class Hooked:
     def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool, apply_unet: bool) -> None:
         unet.conv_out.register_forward_hook(lambda module, given, out: out)
 
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return []
+
+    named_buffers = named_parameters
+
     def nothing(self, *args: Any) -> None:
         """Stand for what is called of a torch module."""
 
     load_state_dict = to = eval = requires_grad_ = nothing
+
+
+class Failing(Hooked):
+    """A network that takes a weight and replaces a forward, and then fails."""
+
+    def apply_to(self, text_encoder: Any, unet: Any, apply_text_encoder: bool, apply_unet: bool) -> None:
+        unet.conv_out._parameters["weight"] = None
+        unet.conv_out.forward = unet.conv_in.forward = torch.nn.Identity().forward
+        raise RuntimeError("a layer is missing")
+
+
+def test_a_network_that_fails_leaves_the_models_as_they_were(base):
+    unet = base.unet
+    unet.conv_in.forward = before = unet.conv_in.forward  # as another network does
+    weight, network = unet.conv_out.weight, cast("Any", Failing())
+    with pytest.raises(RuntimeError, match="a layer is missing"):
+        attached(network, base.text_modules[0], unet)
+    assert unet.conv_out.weight is weight
+    assert "forward" not in vars(unet.conv_out)
+    assert vars(unet.conv_in)["forward"] is before
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,13 @@ def change(out, inner, rank, alpha, generator):
     return Change(up, torch.randn(rank, inner, generator=generator), alpha, (rank, inner))
 
 
+def test_no_change_gets_the_alpha_zero_but_one_that_has_it():
+    own = change(2, 3, 1, 4.0, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="with alpha 4 cannot have alpha 0"):
+        own.with_alpha(0.0)
+    assert own.with_alpha(4.0) is own
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     out=st.integers(1, 12),

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from scripts import ROOT
 
 from library.adapters import programs, readers
-from library.adapters.layers import UNET, Layer, diffusers_word, layers_of, module_name, peft_name
+from library.adapters.layers import Layer, diffusers_word, layers_of, module_name, peft_name
 from library.models import building
+from library.models.checkpoint import UNET
 from library.models.family import FAMILIES, SD1, SD2, SDXL
 from networks import check_lora_weights, lora
 
@@ -64,7 +65,7 @@ def told(shapes, family, alphas=None):
     per_module = len(keys) // len({key.module for key in keys})
     return {
         title: "refuses" if verdict.refusal is not None else verdict.applied / per_module
-        for title, verdict in readers.verdicts(keys, family, alphas or {})
+        for title, verdict in readers.verdicts(keys, family, alphas or {}, {})
     }
 
 
@@ -174,7 +175,7 @@ def test_openclip_in_automatic1111_needs_the_whole_attention():
 def test_forge_refuses_more_than_twelve_unmatched_tensors():
     rest = file_of(SD1, lambda layer: module_name(layer, SD1), only=lambda layer: layer.part != UNET)
     for odd, refuses in (({f"odd.{n}": (1,) for n in range(12)}, False), ({f"odd.{n}": (1,) for n in range(13)}, True)):
-        verdict = dict(readers.verdicts(readers.keys_of(rest | odd), SD1, {}))["Forge"]
+        verdict = dict(readers.verdicts(readers.keys_of(rest | odd), SD1, {}, {}))["Forge"]
         assert (verdict.refusal is not None) == refuses
         assert refuses or (verdict.applied, len(verdict.skipped)) == (216, 12)
 
@@ -274,7 +275,7 @@ def test_the_kinds_that_programs_read(kind):
     shapes, whole, less, refuses = KINDS[kind]
     base = of("lora_te_text_model_encoder_layers_0_mlp_fc1", **{"lora_down__weight": (2, 8), "lora_up__weight": (8, 2)})
     keys = readers.keys_of(base | shapes)
-    found = dict(readers.verdicts(keys, SD1, {}))
+    found = dict(readers.verdicts(keys, SD1, {}, {}))
     for title in whole:
         assert (found[title].refusal, found[title].skipped) == (None, ()), title
     for title, number in less.items():
@@ -293,7 +294,7 @@ def test_norms_of_text_encoders_and_of_the_last_layer():
     text = of("lora_te_text_model_encoder_layers_0_layer_norm1", w_norm=(8,), b_norm=(8,))
     last = of("lora_unet_conv_norm_out", w_norm=(8,), b_norm=(8,))
     for shapes, skipping in ((text, {FORGE, COMFY}), (last, {A1111})):
-        found = dict(readers.verdicts(readers.keys_of(shapes), SD1, {}))
+        found = dict(readers.verdicts(readers.keys_of(shapes), SD1, {}, {}))
         assert {title for title in (A1111, FORGE, COMFY, INVOKE) if found[title].skipped} == skipping
 
 
@@ -393,7 +394,7 @@ def test_what_is_said_of_diffusers_is_what_diffusers_does(tiny, tmp_path, given)
         weights |= {name: value} if isinstance(value, torch.Tensor) else module_of(tiny, name, value, *endings)
     save_file(weights, tmp_path / "a.safetensors")
     keys = readers.keys_of({name: tuple(tensor.shape) for name, tensor in weights.items()})
-    verdict = dict(readers.verdicts(keys, SD1, {}))["diffusers"]
+    verdict = dict(readers.verdicts(keys, SD1, {}, {}))["diffusers"]
     text, unet = copy.deepcopy(tiny["text_encoder"]), copy.deepcopy(tiny["unet"])
     try:
         pipe_of(tiny | {"text_encoder": text, "unet": unet}).load_lora_weights(tmp_path, weight_name="a.safetensors")
@@ -483,7 +484,7 @@ def test_any_name_and_shape_gets_a_verdict_from_every_program():
         family = rng.choice([None, *FAMILIES])
         keys = readers.keys_of(shapes)
         readers.detect(shapes, {})
-        found = dict(readers.verdicts(keys, family, {}))
+        found = dict(readers.verdicts(keys, family, {}, {}))
         assert list(found) == TITLES
         for verdict in found.values():
             assert verdict.line()
@@ -503,8 +504,38 @@ def test_an_alpha_counts_as_misread_where_it_is_missing():
     shapes = {f"{name}{ending}": shape for name in names for ending, shape in LORA.items()}
     del shapes[f"{names[1]}.alpha"]
     keys = readers.keys_of(shapes)
-    assert "one alpha" in dict(readers.verdicts(keys, SD1, {names[0]: 1.0, names[1]: 2.0}))["diffusers"].line()
-    assert dict(readers.verdicts(keys, SD1, dict.fromkeys(names, 2.0)))["diffusers"].is_whole
+    assert "one alpha" in dict(readers.verdicts(keys, SD1, {names[0]: 1.0, names[1]: 2.0}, {}))["diffusers"].line()
+    assert dict(readers.verdicts(keys, SD1, dict.fromkeys(names, 2.0), {}))["diffusers"].is_whole
+
+
+OTHER_ALPHAS = {"lora_adapter_metadata": '{"lora_alpha": 1, "r": 4}'}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_hidden"),
+    [
+        ('{"unet.lora_alpha": 1, "unet.r": 4}', True),
+        ('{"lora_alpha": 1, "r": 4}', True),  # of a part that was saved alone
+        ('{"lora_alpha": 4, "r": 4, "alpha_pattern": {"conv1": 1}, "rank_pattern": {}}', True),
+        ('{"lora_alpha": 4, "r": 4, "alpha_pattern": null}', False),
+        ('{"text_encoder.lora_alpha": 8, "text_encoder.r": 8}', False),
+        ('{"no_lora_alpha": 8}', False),
+        *((text, False) for text in ("{", "[1]", "1", "null", '"lora_alpha"')),
+    ],
+)
+def test_alphas_in_the_metadata_are_seen_in_any_form(settings, is_hidden):
+    shapes = of("lora_unet_mid_block_resnets_1_conv1", **WHOLE_LORA)
+    found = dict(readers.verdicts(readers.keys_of(shapes), SD1, {}, {"lora_adapter_metadata": settings}))
+    assert (found["sd-scripts"].remark is not None) == is_hidden
+
+
+def test_only_a_file_that_is_read_wholly_counts_as_read():
+    whole = of("lora_unet_mid_block_resnets_1_conv1", **WHOLE_LORA)
+    embedding = {"bundle_emb.word.string_to_param.*": (1, 8)}
+    unread = of("lora_unet_conv_norm_out", w_norm=(8,), b_norm=(8,))  # though the name begins as it knows
+    paths = {f"unet.mid_block.resnets.1.conv1{ending}": shape for ending, shape in PEFT.items()}
+    given = [(whole, {}), (whole | embedding, {}), (whole | unread, {}), (paths, {}), (whole, OTHER_ALPHAS)]
+    assert [readers.reads_wholly(A1111, *file) for file in given] == [True, True, False, False, False]
 
 
 # ---- the pages ----------------------------------------------------------------------------------------------
@@ -540,7 +571,7 @@ def test_the_table_of_kinds_on_the_page_is_what_the_check_says(page, first):
         shapes = KINDS[kind][0]
         plain = PAIR if set(PAIR) < set(shapes) else {}  # what the kind adds to a LoRA
         keys = readers.keys_of(of("lora_unet_mid_block_resnets_1_conv1", **WHOLE_LORA) | shapes)
-        for (title, verdict), sign in zip(readers.verdicts(keys, SD1, {}), signs, strict=True):
+        for (title, verdict), sign in zip(readers.verdicts(keys, SD1, {}, {}), signs, strict=True):
             added = set(shapes) - set(plain)
             does = WHOLE if not added & set(verdict.skipped) else NOTHING
             assert SIGNS[sign] == (REFUSES if verdict.refusal is not None else does), (kind, title)

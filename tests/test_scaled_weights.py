@@ -198,6 +198,8 @@ REFUSED: dict[str, tuple[State, dict[str, str], str]] = {
         "a.comfy_quant is stored in a format",
     ),
     "damaged settings": (EIGHT | {"a.comfy_quant": torch.tensor([1], dtype=torch.uint8)}, {}, "not read (None)"),
+    "settings in other numbers": (EIGHT | {"a.comfy_quant": ONES}, {}, "a.comfy_quant is of the type float32, bytes"),
+    "settings in a matrix": (EIGHT | {"a.comfy_quant": torch.ones(2, 3, dtype=torch.uint8)}, {}, "not read (None)"),
     "in the metadata": (
         EIGHT,
         {"_quantization_metadata": json.dumps({"layers": {"a": {"format": "svdquant_int4"}}})},

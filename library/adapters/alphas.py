@@ -15,12 +15,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from library.adapters.low_rank import Change
+from library.adapters.names import spelled
 
 logger = logging.getLogger(__name__)
 
 NOTE = "alphas_note"  # metadata of a file that diffusers misreads
-# Beginnings of the names of a part's modules.
-PARTS = ("lora_unet_", "lora_te2_", "lora_te")
 # Modules that have the commonest alpha of their part in diffusers.
 WITHOUT_OWN = re.compile(r"lora_te|.*_to_(q|k|v|out_0)$")
 
@@ -32,10 +31,12 @@ def misread(alphas: Mapping[str, float], written: Collection[str] | None = None)
     two alphas are equally common, the order of the tensors decides in diffusers, and all modules count as misread.
     """
     given = alphas.keys() if written is None else written
-    left = dict(alphas)
+    parts: dict[str, dict[str, float]] = {}
+    for name, alpha in alphas.items():
+        if name.startswith("lora_"):  # only such files have alphas that are turned into a configuration
+            parts.setdefault(spelled(name).part, {})[name] = alpha
     found = []
-    for start in PARTS:
-        part = {name: left.pop(name) for name in list(left) if name.startswith(start)}
+    for part in parts.values():
         counts = collections.Counter(alpha for name, alpha in part.items() if name in given).most_common(2)
         if not counts:  # without any alpha, diffusers takes the rank of each module
             continue

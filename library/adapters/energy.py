@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from library.adapters.layers import UNET, Layer
+from library.adapters.layers import Layer
 from library.adapters.low_rank import Spectrum
+from library.models.checkpoint import UNET
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from library.models import keys
-from library.models.checkpoint import Checkpoint
+from library.models.checkpoint import UNET, Checkpoint
 from library.models.family import SDXL, ModelFamily
 from library.models.layout import TEXT_ROOT, Layout, Place, unet_rule
 
-UNET = "unet"
 UNET_WORD = "lora_unet_"
 
 

@@ -23,7 +23,6 @@ from library.adapters.names import (
     ANY_TEXT,
     BEGINNINGS,
     DOWN,
-    EMBEDDING,
     PEFT_ROOT,
     TEXT,
     TEXT_2,
@@ -39,12 +38,11 @@ from library.adapters.names import (
 from library.adapters.peft_config import CONFIG_FILE, read_config
 from library.errors import UserError, named
 from library.models import keys
-from library.models.family import SD1, SD2, ModelFamily
-from library.weight_file import WeightFile, check_finite, is_finite, open_weights
+from library.models.family import SD1, SD2, SDXL, ModelFamily
+from library.weight_file import EMBEDDING, WeightFile, check_finite, is_finite, open_weights
 
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
-WIDTH_OF_TEXT_2 = 1280
 
 
 class Vector(NamedTuple):
@@ -192,7 +190,7 @@ def named_layers(modules: Shapes, family: ModelFamily | None) -> dict[str, Layer
     """
     table, found = layers_by_word(family or SD1), {}
     widths = {shape[1] for module, shape in modules.items() if module.endswith(("q_proj", "fc1")) and len(shape) > 1}
-    text = TEXT_2 if WIDTH_OF_TEXT_2 in widths else TEXT
+    text = TEXT_2 if SDXL.text_widths[TEXT_2] in widths else TEXT
     for module in modules:
         part, word, _ = spelled(module)
         layer = table.get((text if part == ANY_TEXT else part, word))

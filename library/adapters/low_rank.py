@@ -51,10 +51,13 @@ class Change:
         """Return the same change with another alpha, the ratio of both multiplied into the factors.
 
         A power of two loses no bit: U is multiplied by it, or U and D by a part of it each if half precision would
-        underflow. For any other ratio U becomes float32.
+        underflow. For any other ratio U becomes float32. Raises ValueError for an alpha of 0, with which a module
+        changes nothing, unless it is the change's own.
         """
         if alpha == self.alpha:
             return self
+        if alpha == 0:
+            raise ValueError(f"a change with alpha {self.alpha:g} cannot have alpha 0, with which it changes nothing")
         ratio = self.alpha / alpha
         fraction, exponent = math.frexp(ratio)
         if fraction == 0.5:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from library.models.checkpoint import UNET
 from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
 
 Shapes = Mapping[str, Sequence[int]]
@@ -46,6 +47,8 @@ KINDS = (
     (r"\.diff_b$", "difference", None),
     (r"\.w_norm$", "norm", None),
     (r"\.b_norm$", "norm", None),
+    (r"\.[ab][12]\.weight$", "GLoRA", "a GLoRA"),
+    (r"\.set_weight$", "difference", None),
 )
 # Ending of a tensor that is added to a vector of a layer -> that vector.
 VECTORS: dict[str, Literal["weight", "bias"]] = {
@@ -54,7 +57,6 @@ VECTORS: dict[str, Literal["weight", "bias"]] = {
     ".diff": "weight",  # of ComfyUI, for normalisations; where it is a matrix it is the change of another layer
     ".diff_b": "bias",
 }
-EMBEDDING = "bundle_emb."  # beginning of the names of embeddings in a file, which web UIs read with it
 
 
 def kind_of(name: str) -> str | None:
@@ -87,7 +89,7 @@ def roles_of(names: Iterable[str], roles: Mapping[str, str] = ROLES) -> Iterator
 # The part of a model
 # --------------------------------------------------------------------------------------------------------------
 
-UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
+TEXT, TEXT_2 = "text_encoder", "text_encoder_2"
 ANY_TEXT = "text"  # a text encoder, and the name does not tell which
 PEFT_ROOT = "base_model.model."  # in names of a model that PEFT wrapped, before or after the name of the part
 Families = tuple[ModelFamily, ...]
@@ -150,7 +152,11 @@ UNET_PATHS: tuple[tuple[str, Families], ...] = (
 BY_BLOCKS = re.compile(r"(input_blocks|middle_block|output_blocks)_|time_embed_\d|label_emb_|out_\d")
 MANY_LAYERS = re.compile(r"(text_model_)?encoder_layers_(1[2-9]|2\d)_")  # more than CLIP ViT-L has
 TEXT_INPUT = re.compile(r".*(_[qkv]_proj|fc1)$")  # layers of a text encoder whose inputs are its states
-TEXT_WIDTHS: dict[int, Families] = {768: (SD1, SDXL), 1024: (SD2,), 1280: (SDXL,)}
+# Width of a text encoder -> the families that have one of it.
+TEXT_WIDTHS: dict[int, Families] = {
+    width: tuple(family for family in FAMILIES if width in family.text_widths.values())
+    for width in sorted({width for family in FAMILIES for width in family.text_widths.values()})
+}
 
 Modules = Sequence[tuple[Spelled, Sequence[int]]]  # with the shapes of their down matrices
 

@@ -55,6 +55,16 @@ class PeftConfig:
         except (AttributeError, TypeError, ValueError, re.error) as error:
             raise UserError(f"{self.source}: the alphas cannot be read: {error}") from None
 
+    @property
+    def has_own_alphas(self) -> bool:
+        """Whether some alpha is not the rank: then a program that does not read the settings applies another change."""
+        starts = [key.removesuffix("lora_alpha") for key in self.settings if key.rpartition(".")[2] == "lora_alpha"]
+        return any(
+            self.settings[f"{start}lora_alpha"] != self.settings.get(f"{start}r")
+            or (self.settings.get(f"{start}alpha_pattern") or {}) != (self.settings.get(f"{start}rank_pattern") or {})
+            for start in starts
+        )
+
     def check(self) -> None:
         """Raise UserError for the settings of another network than a LoRA, and of one for a changed base model."""
         for key, value in self.settings.items():

@@ -12,13 +12,12 @@ import functools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from library.adapters.layers import UNET, layers_of, norms_of
+from library.adapters.layers import layers_of, norms_of
+from library.adapters.names import ALPHA, DOWN, SD, TEXT, TEXT_2, UP
 from library.models import keys
+from library.models.checkpoint import UNET
 from library.models.family import FAMILIES, SD1, SD2, SDXL, ModelFamily
 from library.models.layout import unet_rule
-
-TEXT, TEXT_2 = "text_encoder", "text_encoder_2"
-SD = (SD1, SD2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +88,7 @@ class Program:
 # Rows that several programs share
 # --------------------------------------------------------------------------------------------------------------
 
-ALPHA = ".alpha"
-DOWN_UP = (".lora_down.weight", ".lora_up.weight")
+DOWN_UP = (DOWN, UP)
 A_B = (".lora_A.weight", ".lora_B.weight")
 DIFFUSERS = (".lora.down.weight", ".lora.up.weight")
 PROCESSOR = ("_lora.down.weight", "_lora.up.weight")

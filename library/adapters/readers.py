@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
-from library.adapters.layers import UNET
-from library.adapters.names import EMBEDDING, Shapes, family_of, kind_of, roles_of
-from library.adapters.peft_config import METADATA_KEY
+from library.adapters.names import ALPHA, Shapes, family_of, kind_of, roles_of
+from library.adapters.peft_config import METADATA_KEY, parsed
 from library.adapters.programs import (
-    ALPHA,
     DIFFUSERS_LIBRARY,
     DIFFUSERS_PATHS,
     DIFFUSERS_WORDS,
@@ -23,11 +20,12 @@ from library.adapters.programs import (
     Source,
     names_read,
 )
+from library.errors import UserError, named
+from library.models.checkpoint import UNET
 from library.models.family import SD1, SDXL, ModelFamily
+from library.weight_file import EMBEDDING, at_first_dot
 
 LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
-# Pattern of the end of a tensor's name -> its kind, for those that are not told by `kind_of`.
-MORE_KINDS = ((r"\.[ab][12]\.weight$", "GLoRA"), (r"\.oft_diag$", "OFT"), (r"\.set_weight$", "difference"))
 # Endings that belong to a module of any kind.
 SHARED = (ALPHA, ".scale", ".weight", ".bias", ".rescale")
 HIDDEN = "without the alphas in the metadata"
@@ -65,8 +63,7 @@ class Verdict:
             return f"refuses the file: {self.refusal}"
         text = f"applies {self.applied} tensors"
         if self.skipped:
-            more = ", ..." if len(self.skipped) > 2 else ""
-            text += f", skips {len(self.skipped)} ({', '.join(self.skipped[:2])}{more})"
+            text += f", skips {len(self.skipped)} ({named(self.skipped)})"
         return f"{text}; {self.remark}" if self.remark else text
 
 
@@ -82,16 +79,10 @@ ENDINGS = sorted(
 def parted(name: str) -> tuple[str, str]:
     """Return (module, ending) of a tensor: a word ends at the first dot, a path before an ending that programs know."""
     if name.startswith(("lora_", "lycoris_")):
-        return first_dot(name)
+        return at_first_dot(name)
     ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
     module, dot, rest = name.rpartition(".")
     return (module, dot + rest) if ending is None else (name.removesuffix(ending), ending)
-
-
-def first_dot(name: str) -> tuple[str, str]:
-    """Return (module, ending) of a tensor whose module ends at the first dot."""
-    module, dot, rest = name.partition(".")
-    return module, dot + rest
 
 
 def keys_of(shapes: Shapes) -> list[Key]:
@@ -116,7 +107,7 @@ def kind_by_name(name: str, shape: Sequence[int]) -> str | None:
     """Return the kind of a tensor; None for one that belongs to a module of any kind, and for unknown names."""
     if name.startswith(EMBEDDING):
         return BUNDLED
-    kind = kind_of(name) or next((kind for pattern, kind in MORE_KINDS if re.search(pattern, name)), None)
+    kind = kind_of(name)
     if kind is not None:
         return "BOFT" if kind == "OFT" and len(shape) == 4 else kind
     return LORA if any(role != "alpha" for _, role, _ in roles_of([name])) else None
@@ -163,7 +154,7 @@ def verdicts(
     keys: Sequence[Key],
     family: ModelFamily | None,
     alphas: Mapping[str, float],
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str],
 ) -> Iterator[tuple[str, Verdict]]:
     """Yield each program with its verdict on a file with such tensors, and alphas by module (the rank if missing)."""
     verdict = diffusers(keys, family)
@@ -171,24 +162,25 @@ def verdicts(
     if verdict.refusal is None and misread(alphas, written):
         verdict = dataclasses.replace(verdict, remark=UNEVEN)
     yield "diffusers", verdict
-    remark = HIDDEN if has_hidden_alphas(metadata or {}) else None
+    remark = HIDDEN if has_hidden_alphas(metadata) else None
     for program in PROGRAMS:
         verdict = verdict_of(program, keys, family)
         yield program.title, dataclasses.replace(verdict, remark=remark if verdict.applied else None)
 
 
+def reads_wholly(title: str, shapes: Shapes, metadata: Mapping[str, str]) -> bool:
+    """Return whether a program of PROGRAMS applies every tensor of a file as it is meant."""
+    program = next(program for program in PROGRAMS if program.title == title)
+    verdict = verdict_of(program, keys_of(shapes), detect(shapes, metadata))
+    return verdict.is_whole and not has_hidden_alphas(metadata)
+
+
 def has_hidden_alphas(metadata: Mapping[str, str]) -> bool:
-    """Return whether metadata have alphas that are not the ranks."""
+    """Return whether metadata have alphas that are not the ranks; damaged metadata tell none."""
     try:
-        table = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+        return METADATA_KEY in metadata and parsed(metadata[METADATA_KEY], METADATA_KEY).has_own_alphas
+    except UserError:
         return False
-    starts = [key.removesuffix("lora_alpha") for key in table if key.endswith(".lora_alpha")]
-    return any(
-        table[f"{start}lora_alpha"] != table.get(f"{start}r")
-        or table.get(f"{start}alpha_pattern", {}) != table.get(f"{start}rank_pattern", {})
-        for start in starts
-    )
 
 
 def audience(
@@ -224,7 +216,7 @@ def verdict_of(program: Program, keys: Sequence[Key], family: ModelFamily | None
     embeddings = [key.name for key in keys if key.kind == BUNDLED]
     for key in keys:
         if key.kind != BUNDLED:
-            module, ending = first_dot(key.name) if program.by_first_dot else (key.module, key.ending)
+            module, ending = at_first_dot(key.name) if program.by_first_dot else (key.module, key.ending)
             modules.setdefault(module, {})[ending] = key.name
     taken = {module: taken_of(program, set(parts)) for module, parts in modules.items()}
     for module, parts in modules.items():

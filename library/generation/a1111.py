@@ -170,6 +170,11 @@ def tag_of(name: str, strength: float) -> str | None:
     return None if NO_TAG.search(name) else f"<lora:{name}:{number(strength)}>"
 
 
+def without_marks(name: str) -> str:
+    """Return a name as it stands beside a hash, without what separates them."""
+    return name.replace(":", "").replace(",", "")
+
+
 def without_tags(prompt: str, kinds: Iterable[str] | None = None) -> tuple[str, list[NetworkTag], list[str]]:
     """Return a prompt without tags, the networks that they name, and what of them is not used.
 

@@ -12,9 +12,9 @@ import torch
 
 from library.errors import UserError
 from library.file_kinds import PICKLE, weight_format
-from library.networks.third_party import EMBEDDINGS, words_in
+from library.networks.third_party import words_in
 from library.pickles import load_pickle
-from library.weight_file import read_weights
+from library.weight_file import EMBEDDING, read_weights
 
 if TYPE_CHECKING:
     from library.models.base import TextEncoder, TextModule
@@ -65,7 +65,7 @@ def embeddings_of(path: Path) -> dict[str, torch.Tensor]:
     """
     content = load_pickle(path) if weight_format(path) == PICKLE else read_weights(path)
     if isinstance(content, dict) and (words := words_in([name for name in content if isinstance(name, str)])):
-        return {word: vectors_of(parts_of(content, f"{EMBEDDINGS}{word}."), path) for word in words}
+        return {word: vectors_of(parts_of(content, f"{EMBEDDING}{word}."), path) for word in words}
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):
         content = content["string_to_param"]
     return {path.stem: vectors_of(content if isinstance(content, dict) else {}, path)}

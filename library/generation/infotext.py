@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.samplers import SAMPLERS
-from library.generation.a1111 import KARRAS_BY_ITSELF, NEGATIVE, OTHER_NETWORKS, number, quoted, tag_of
+from library.generation.a1111 import KARRAS_BY_ITSELF, NEGATIVE, OTHER_NETWORKS, number, quoted, tag_of, without_marks
 from library.generation.init_images import floored
 from library.generation.recorded import KEY
 
@@ -177,8 +177,3 @@ def highres_settings(job: Job) -> dict[str, Any]:
             "Hires upscaler": "Latent (bicubic)" if used.latents_upscaling else "Lanczos",
         }
     return settings
-
-
-def without_marks(name: str) -> str:
-    """Return a name as it stands beside a hash, without what separates them."""
-    return name.replace(":", "").replace(",", "")

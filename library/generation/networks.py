@@ -12,6 +12,7 @@ import torch
 
 from library.adapters.lora_file import check_lora, read_lora, to_state_dict
 from library.adapters.names import ALL_ROLES, kind_of, roles_of
+from library.adapters.readers import reads_wholly
 from library.config.generation import GenerateConfig, NetworksConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError, named
@@ -20,14 +21,13 @@ from library.networks.applied import apply_file
 from library.networks.merging import merge_file
 from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.networks.third_party import EMBEDDINGS, words_in
-from library.weight_file import data_sha256, open_weights, read_metadata
+from library.networks.third_party import words_in
+from library.weight_file import EMBEDDING, data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
 
-# Modules whose files AUTOMATIC1111 reads (extensions-builtin/Lora/networks.py of 1.10.1), with tensors of these names.
-A1111_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")
-A1111_NAMES = ("lora_unet_", "lora_te_text_model_", "lora_te1_text_model_", EMBEDDINGS)
+# Modules with which a file acts as in other programs.
+COMMON_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")
 
 
 @dataclasses.dataclass
@@ -38,11 +38,15 @@ class LoadedNetwork:
     path: Path
     multiplier: float  # of --network_mul
     is_merged: bool
-    sha256: str  # of its tensors
-    hashes: tuple[str, ...] = ()  # by which programs know it, this one first
-    alias: str = ""  # its name in its metadata
-    has_tag: bool = False  # whether AUTOMATIC1111 reads it by `<lora:name:1>`
+    hashes: tuple[str, ...]  # by which programs know it, first the SHA-256 of its tensors
+    alias: str  # its name in its metadata
+    has_tag: bool  # whether AUTOMATIC1111 reads it by `<lora:name:1>`
     applied: HasMultiplier | None = None  # None where it is merged or added to the weights
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of its tensors."""
+        return self.hashes[0]
 
 
 @dataclasses.dataclass
@@ -126,15 +130,17 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
             advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if others else ""
             raise UserError(f"{error}{advice}") from None
         left = names - {name for _, _, name in roles_of(names, ALL_ROLES)}
-        left = {name for name in left if not name.startswith(EMBEDDINGS)}
+        left = {name for name in left if not name.startswith(EMBEDDING)}
         if left:
+            advice = "; --network_module lycoris.kohya draws norms" if "norm" in map(kind_of, left) else ""
             logger.warning(
-                "%s: %s does not draw %d of %d tensors (%s); --network_module lycoris.kohya draws norms",
+                "%s: %s does not draw %d of %d tensors (%s)%s",
                 path,
                 settings.network_module,
                 len(left),
                 len(names),
                 named(sorted(left)),
+                advice,
             )
 
 
@@ -150,7 +156,7 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
         if is_foreign(settings) and (wanted or options.network_pre_calc):
             logger.warning("%s is not merged but applied: merging is safe with networks of this suite only", path)
         is_merged = wanted and not is_foreign(settings)
-        networks.append(described(LoadedNetwork(settings, path, multiplier, is_merged, data_sha256(path))))
+        networks.append(described(settings, path, multiplier, is_merged=is_merged))
     found = LoadedNetworks(networks, models)
     for network in networks:
         if network.is_merged:
@@ -165,20 +171,22 @@ def load_networks(config: GenerateConfig, models: BaseModel, device: torch.devic
     return found
 
 
-def described(network: LoadedNetwork) -> LoadedNetwork:
-    """Return a network with what identifies it in other programs.
+def described(options: NetworkConfig, path: Path, multiplier: float, *, is_merged: bool) -> LoadedNetwork:
+    """Return a network that does not act yet, with what identifies it in other programs.
 
     AUTOMATIC1111 takes the hash in the metadata where there is one, which lycoris begins with 0x.
     """
-    file = open_weights(network.path)
+    file = open_weights(path)
     own = file.metadata.get("sshs_model_hash", "").lower()
-    hashes = (network.sha256, own, own.removeprefix("0x"))
-    return dataclasses.replace(
-        network,
+    hashes = (data_sha256(path), own, own.removeprefix("0x"))
+    return LoadedNetwork(
+        options,
+        path,
+        multiplier,
+        is_merged,
         hashes=tuple(dict.fromkeys(filter(None, hashes))),
         alias=file.metadata.get("ss_output_name", ""),
-        has_tag=network.options.network_module in A1111_MODULES
-        and all(name.startswith(A1111_NAMES) for name in file.shapes),
+        has_tag=options.network_module in COMMON_MODULES and reads_wholly("AUTOMATIC1111", file.shapes, file.metadata),
     )
 
 

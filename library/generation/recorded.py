@@ -149,7 +149,7 @@ def from_json(table: Mapping[str, Any]) -> Recorded:
     )
 
 
-def from_parameters(text: str, path: Path, size: tuple[int, int] = (512, 512)) -> Recorded:
+def from_parameters(text: str, path: Path, size: tuple[int, int]) -> Recorded:
     """Return what AUTOMATIC1111's text says; size is that of the picture."""
     parts = a1111.parts_of(text)
     if parts is None:
@@ -207,8 +207,8 @@ def networks_of(tags: list[a1111.NetworkTag], settings: Mapping[str, str]) -> tu
 
 
 def plain(name: str) -> str:
-    """Return a name as AUTOMATIC1111 writes it beside a hash."""
-    return name.replace(":", "").replace(",", "").lower()
+    """Return a name as it is compared: beside a hash it stands without marks, and letters may be of either case."""
+    return a1111.without_marks(name).lower()
 
 
 def sampler_of(settings: Mapping[str, str], path: Path) -> tuple[SamplerName, list[str]]:

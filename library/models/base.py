@@ -22,16 +22,15 @@ from library.models.building import build_part
 from library.models.checkpoint import (
     UNET,
     VAE,
-    WHOLE,
     Checkpoint,
     input_channels,
     open_checkpoint,
     open_vae,
     stored_tokens,
 )
-from library.models.completeness import check_surplus, diffusers_names
+from library.models.completeness import check_missing, check_surplus, diffusers_names
 from library.models.family import ModelFamily, TextModel
-from library.models.layout import Layout, Place, plan_of_part
+from library.models.layout import plan_of_part
 from library.models.precision import Types
 from library.models.tokenizer import VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
 from library.weight_file import check_finite
@@ -216,14 +215,7 @@ def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype
     names = diffusers_names(model)  # Diffusers name -> name in the module
     expected = model.state_dict()
     plan = plan_of_part(checkpoint, part, {name: tuple(expected[own].shape) for name, own in names.items()})
-    if len(plan) < len(names):
-        missing = [name for name in names if name not in plan]
-        first: Place = next(Layout(checkpoint).candidates(part, missing[0]), Place(missing[0]))
-        paths = ", ".join(str(path) for path in checkpoint.parts[part if part in checkpoint.parts else WHOLE].paths)
-        raise UserError(
-            f"{paths}: {len(missing)} tensors of the {type(model).__name__} are missing "
-            f"(such as {first.name.removeprefix(f'{part}/')})"
-        )
+    check_missing(checkpoint, part, [name for name in names if name not in plan])
     check_surplus(checkpoint, part, plan)
     targets: dict[str, list[str]] = {}  # name in the checkpoint -> Diffusers names
     for name, piece in plan.items():

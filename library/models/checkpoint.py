@@ -82,7 +82,7 @@ class Part:
 class PlannedPart(Part):
     """A part that is not written yet; of a folder, the configuration is there already."""
 
-    planned: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    planned: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = dataclasses.field(kw_only=True)
     planned_metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

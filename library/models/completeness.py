@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
-from library.errors import UserError
+from library.errors import UserError, named
 from library.models import keys
 from library.models.building import build_part
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, tensor_name
@@ -63,17 +63,11 @@ def check_missing(checkpoint: Checkpoint, part: str, missing: list[str]) -> None
     """Raise UserError for tensors of a part that a model lacks, by their Diffusers names."""
     if not missing:
         return
-    text = f"{checkpoint.path} is incomplete: {part}/{missing[0]}"
-    if part in checkpoint.parts:
-        raise UserError(f"{text} is missing{more(missing)}")
-    place = next(Layout(checkpoint).candidates(part, missing[0]), None)
-    own = f"; in the file it would be {place.name}" if place is not None else ""
-    raise UserError(f"{text} (as Diffusers names it) is missing{more(missing)}{own}")
-
-
-def more(names: Sequence[str], named: int = 1) -> str:
-    """Return how many names there are besides those that were named, as the end of a text."""
-    return f" and {len(names) - named} more" if len(names) > named else ""
+    one, verb = ("it", "is") if len(missing) == 1 else ("the first", "are")
+    place = None if part in checkpoint.parts else next(Layout(checkpoint).candidates(part, missing[0]), None)
+    own = f" (as Diffusers names tensors; in the file {one} would be {place.name})" if place is not None else ""
+    names = named([tensor_name(part, name) for name in missing])
+    raise UserError(f"{checkpoint.path} is incomplete: {names} {verb} missing{own}")
 
 
 def check_surplus(checkpoint: Checkpoint, part: str, plan: Plan) -> None:
@@ -91,10 +85,8 @@ def check_surplus(checkpoint: Checkpoint, part: str, plan: Plan) -> None:
         known = len(layers) + (0 if part in checkpoint.parts else text.unused_layers)
         surplus = [name for name, match in matches.items() if match and int(match[1]) >= known]
     if surplus:
-        source = "configuration describes" if part in checkpoint.parts else "other tensors describe"
-        raise UserError(
-            f"{checkpoint.path} has {surplus[0]}{more(surplus)}, which the {part} that its {source} does not have"
-        )
+        source = "configuration of its {} describes" if part in checkpoint.parts else "other tensors of its {} describe"
+        raise UserError(f"{checkpoint.path} has {named(surplus)}, but the {source.format(part)} no such layers")
 
 
 def own_names(checkpoint: Checkpoint, part: str) -> dict[str, str]:
@@ -119,9 +111,7 @@ def check_result(result: Checkpoint, source: Checkpoint, plan: Plan) -> None:
         if difference is not None:
             raise UserError(f"{result.path} would be read without {difference}, or with another shape of it")
     except UserError as error:
-        said = str(error).removeprefix(str(result.path))
-        reason = f"in that {said[2:]}" if said.startswith(": ") else f"that{said}"
-        raise UserError(f"{source.path} cannot be written to {result.path}, since {reason}") from None
+        raise UserError(f"{source.path} cannot be written to {result.path}, which would be wrong: {error}") from None
 
 
 def shapes_of(plan: Plan) -> dict[str, tuple[int, ...]]:

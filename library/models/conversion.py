@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.errors import UserError
+from library.errors import UserError, named
 from library.models import family as families
 from library.models.base import find_tokenizer, load_tokenizer
 from library.models.building import config_of, defaults_of, detected_config
@@ -32,7 +32,7 @@ from library.models.checkpoint import (
     stored_tokens,
     tensor_name,
 )
-from library.models.completeness import more, parts_of, whole_plan
+from library.models.completeness import parts_of, whole_plan
 from library.models.layout import (
     POSITION_IDS,
     TEXT_ROOT,
@@ -65,7 +65,6 @@ TEXT_SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "intermedi
 TEXT_OTHERS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 # Settings that may have one value for all blocks.
 ONE_FOR_ALL = ("attention_head_dim", "cross_attention_dim", "layers_per_block", "transformer_layers_per_block")
-MOST_NAMED = 3
 # Folders of a Diffusers model without weights that change its images.
 AROUND = ("scheduler", "tokenizer", "feature_extractor", "safety_checker")
 
@@ -114,7 +113,7 @@ def kept_beside(model: Checkpoint, whole: Plan, infos: Infos, path: Path) -> Kep
         names = [key for key in own if key not in (*SHAPED.get(part, TEXT_SIZES), *WITHOUT_EFFECT)]
         if names:
             raise UserError(
-                f"{model.path}: a {path.suffix} has no place for the {names[0]}{more(names)} of its {part}, which "
+                f"{model.path}: a {path.suffix} has no place for the {named(names)} of its {part}, which "
                 "differ from the published models: convert it to .safetensors"
             )
     for part, tokens in kept.tokens.items():
@@ -168,11 +167,10 @@ def tell_left_out(model: Checkpoint, whole: Plan) -> None:
     left = [name for name in unplaced(model, whole) if not name.endswith(POSITION_IDS)]
     inner = [name for name in left if split_name(name)[0] in SHAPED]
     if inner:
-        part, own = split_name(inner[0])
-        raise UserError(f"{model.path} has {own}, which has no place in a checkpoint (of its {part}{more(inner)})")
+        raise UserError(f"{model.path} has {named(inner)}, without a place in a checkpoint")
     outer = [name for name in left if split_name(name)[0] != EXTRAS]
     if outer:
-        logger.warning("%s left out, without a place in a checkpoint: %s", number_of(outer), some(outer))
+        logger.warning("%s left out, without a place in a checkpoint: %s", number_of(outer), named(sorted(outer)))
     folders = [path.name for path in sorted(model.path.iterdir()) if path.is_dir() and path.name not in model.parts]
     others = [name for name in folders if not name.startswith(AROUND)]
     if others:
@@ -182,11 +180,6 @@ def tell_left_out(model: Checkpoint, whole: Plan) -> None:
 def number_of(names: Sequence[str]) -> str:
     """Return a number of tensors as the subject of a text."""
     return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first names of several, and how many more there are."""
-    return ", ".join(sorted(names)[:MOST_NAMED]) + more(names, MOST_NAMED)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -200,9 +193,11 @@ def kept_in_folder(model: Checkpoint, whole: Plan) -> list[str]:
     unused = [name for name in left if name.startswith(TRAINING_ONLY)]
     kept = [name for name in left if not name.startswith(TRAINING_ONLY)]
     if unused:
-        logger.info("%s left out, which only training used: %s", number_of(unused), some(unused))
+        logger.info("%s left out, which only training used: %s", number_of(unused), named(sorted(unused)))
     if kept:
-        logger.info("%s kept, without a place in Diffusers, in %s: %s", number_of(kept), EXTRAS_FILE, some(kept))
+        logger.info(
+            "%s kept, without a place in Diffusers, in %s: %s", number_of(kept), EXTRAS_FILE, named(sorted(kept))
+        )
     return kept
 
 

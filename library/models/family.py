@@ -92,6 +92,11 @@ class ModelFamily:
         """Return the text encoder with a folder name."""
         return next(text for text in self.text_models if text.folder == folder)
 
+    @property
+    def text_widths(self) -> dict[str, int]:
+        """Width of each text encoder, by folder."""
+        return {text.folder: text.config["hidden_size"] for text in self.text_models}
+
     def base_version(self, *, predicts_v: bool) -> str:
         """Return `ss_base_model_version` of models that predict noise, or v."""
         return f"{self.version}_v" if predicts_v else self.version
@@ -242,8 +247,8 @@ def check_channels(channels: Any, source: Path) -> None:
     if channels in (None, UNET_BASE["in_channels"]):
         return
     raise UserError(
-        f"{source} is {input_of(channels).title}: its U-Net takes {channels} channels, and only those that take 4 are "
-        "trained and drawn with"
+        f"{source} is {input_of(channels).title}: its U-Net takes {channels} channels, and only those that take 4 "
+        "can be used for training and generation"
     )
 
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from library.errors import UserError, named
 from library.models.base import BaseModel
+from library.networks.fit import names_in
 from library.networks.modules import ImportedModule, text_encoder_for_networks
 from library.networks.protocol import HasMultiplier, Network
-from library.networks.third_party import EMBEDDINGS, has_values_once_read
+from library.networks.third_party import has_values_once_read
+from library.weight_file import EMBEDDING
 
 logger = logging.getLogger(__name__)
 
@@ -104,26 +106,34 @@ def attached(network: Network, encoder: nn.Module | list[nn.Module], unet: nn.Mo
     roots = [*(encoder if isinstance(encoder, list) else [encoder]), unet]
     leaves = [layer for root in roots for layer in root.modules() if not any(True for _ in layer.children())]
     kept = [(layer, layer.__dict__.pop("forward", None), dict(layer._parameters)) for layer in leaves]
-    network.apply_to(encoder, unet, True, True)  # lycoris has no defaults
-    blends = []
-    for layer, before, parameters in kept:
-        changed = layer.__dict__.pop("forward", None)
-        for name, parameter in parameters.items():
-            layer.register_parameter(name, parameter)
-        plain = layer.forward
-        if changed is not None:
-            blends.append(Blend(plain, changed, before or plain))
-        forward = before if changed is None else blends[-1]
-        if forward is not None:
-            layer.__dict__["forward"] = forward  # hides that of the class
-    return tuple(blends)
+    changed: dict[nn.Module, Forward] = {}
+    try:
+        network.apply_to(encoder, unet, True, True)  # lycoris has no defaults
+        changed = {layer: layer.__dict__["forward"] for layer in leaves if "forward" in layer.__dict__}
+    finally:
+        blends = [restored(*row, changed.get(row[0])) for row in kept]
+    return tuple(blend for blend in blends if blend is not None)
+
+
+def restored(
+    layer: nn.Module, before: Forward | None, parameters: Mapping[str, nn.Parameter | None], changed: Forward | None
+) -> Blend | None:
+    """Give a layer its own parameters and forward (None: that of its class) again, or a blend of that with changed."""
+    layer.__dict__.pop("forward", None)
+    for name, parameter in parameters.items():
+        layer.register_parameter(name, parameter)
+    plain = layer.forward
+    blend = None if changed is None else Blend(plain, changed, before or plain)
+    forward = before if blend is None else blend
+    if forward is not None:
+        layer.__dict__["forward"] = forward  # hides that of the class
+    return blend
 
 
 def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, module: str) -> None:
     """Raise UserError for a file of which a network takes nothing; warn of the tensors that it does not take."""
-    with torch.no_grad():  # some networks compute while they collect tensors
-        taken = network.state_dict().keys() & tensors.keys()
-    left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDINGS)}
+    taken = names_in(network) & tensors.keys()
+    left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDING)}
     if not taken:
         raise UserError(
             f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from library.errors import named
 from library.networks.protocol import Network
-
-SHOWN = 3  # names in a message
+from library.weight_file import at_first_dot
 
 
 class Fit(NamedTuple):
@@ -26,8 +27,7 @@ class Fit(NamedTuple):
 def compare(names: Iterable[str], network: Network) -> Fit:
     """Return how the names of a file's tensors fit a network."""
     given = set(names)
-    # A foreign state_dict can be the content of a file, in which tensors are omitted or renamed.
-    own = network.state_dict().keys() | all_tensors(network).keys()
+    own = names_in(network)
     trained = {name for name, _ in network.named_parameters()}
     of_file, of_network = modules_of(given), modules_of(own)
     return Fit(
@@ -35,9 +35,18 @@ def compare(names: Iterable[str], network: Network) -> Fit:
         all_tensors=len(given),
         own=len(modules_of(trained)),
         left=sorted(of_file - of_network),
-        tensors=sorted(name for name in given - own if module_of(name) in of_network),
+        tensors=sorted(name for name in given - own if at_first_dot(name)[0] in of_network),
         fresh=sorted(modules_of(trained) - of_file),
     )
+
+
+@torch.no_grad()  # some networks compute while they collect tensors
+def names_in(network: Network) -> set[str]:
+    """Return the names that the tensors of a network have, in it or in its files.
+
+    A foreign state_dict can be the content of a file, in which tensors are omitted or renamed.
+    """
+    return network.state_dict().keys() | all_tensors(network).keys()
 
 
 def all_tensors(network: Network) -> dict[str, Tensor]:
@@ -45,17 +54,11 @@ def all_tensors(network: Network) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
 
 
-def module_of(tensor: str) -> str:
-    """Return the module that a tensor belongs to."""
-    return tensor.partition(".")[0]
-
-
 def modules_of(tensors: Iterable[str]) -> set[str]:
     """Return the modules that tensors belong to."""
-    return {module_of(name) for name in tensors}
+    return {at_first_dot(name)[0] for name in tensors}
 
 
 def counted(names: Collection[str], of: int, kind: str = "modules") -> str:
     """Return in words how many of a number the names are, and the first of them."""
-    first = sorted(names)[:SHOWN]
-    return f"{len(names)} of {of} {kind} ({', '.join(first)}{', ...' if len(names) > len(first) else ''})"
+    return f"{len(names)} of {of} {kind} ({named(sorted(names))})"

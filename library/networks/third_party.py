@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from library.networks.protocol import NetworkModule, TextEncoders
+from library.weight_file import EMBEDDING, at_first_dot
 
 # Attributes of lycoris' class of networks: which layers its networks take.
 TARGETS = (
@@ -34,7 +35,6 @@ FACTORS = {
 }
 # Packages whose networks have the values of a file as soon as it is read; lycoris would add differences twice.
 READ_WITH_VALUES = ("lycoris",)
-EMBEDDINGS = "bundle_emb."  # beginning of the names of embeddings in a file, after which their words follow
 
 
 @contextlib.contextmanager
@@ -104,13 +104,13 @@ def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return module -> the rest of a name -> tensor, without bundled embeddings."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
-        module, dot, part = name.partition(".")
-        if dot and not name.startswith(EMBEDDINGS):
-            modules.setdefault(module, {})[part] = tensor
+        module, ending = at_first_dot(name)
+        if ending and not name.startswith(EMBEDDING):
+            modules.setdefault(module, {})[ending.removeprefix(".")] = tensor
     return modules
 
 
 def words_in(names: Collection[str]) -> list[str]:
     """Return the words of the embeddings among the tensors of a file."""
-    bundled = (name.removeprefix(EMBEDDINGS) for name in names if name.startswith(EMBEDDINGS))
+    bundled = (name.removeprefix(EMBEDDING) for name in names if name.startswith(EMBEDDING))
     return sorted({word.partition(".")[0] for word in bundled})
