@@ -29,6 +29,12 @@ from library.training.run import runtime
 POINT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **POINT}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+LOCAL_SIZES = {  # launchers by their number of processes -> the number on this machine
+    "WORLD_SIZE": "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "PMI_SIZE": "MPI_LOCALNRANKS",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_LOCAL_SIZE",
+}
 
 TOGETHER = {
     "alone": ({}, 1, 0),
@@ -93,19 +99,25 @@ def test_accelerate_on_the_cpu_with_two_processes_is_one_line_with_exit_code_2(b
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", LOCAL_SIZES)
+def test_a_machine_has_no_more_processes_than_gpus(monkeypatch, size):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    launch, local_size = find_launch({size: "16"}), LOCAL_SIZES[size]
+    with pytest.raises(UserError, match=r"9 processes were started on this machine, but it has 8 GPU.*start 8 on it"):
+        runtime.check_devices(launch, {local_size: "9"})
+    others = {name: "9" for name in LOCAL_SIZES.values() if name != local_size}
+    for environment in ({local_size: "8"}, {local_size: "9", "ACCELERATE_USE_CPU": "true"}, {}, others):
+        runtime.check_devices(launch, environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    runtime.check_devices(launch, {local_size: "9"})
+
+
 def test_processes_that_the_machine_cannot_join_are_refused(monkeypatch):
     launch = find_launch(TORCHRUN)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"2 processes were started on this machine, but it has 1 GPU"):
-        runtime.check_devices(launch, {})
-    runtime.check_devices(launch, {"ACCELERATE_USE_CPU": "true"})
-    runtime.check_devices(launch, {"LOCAL_WORLD_SIZE": "1"})  # of two machines
-    monkeypatch.undo()
     monkeypatch.setattr(runtime, "check_launch", lambda: launch)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # one that accelerate does not join, as MPS
     monkeypatch.setattr(runtime, "check_devices", lambda launch: None)
-    with pytest.raises(UserError, match="2 processes were started, but on cpu they are no common run"):
+    with pytest.raises(UserError, match="2 processes were started, but they cannot work together on cpu"):
         runtime.start_runtime(PrecisionConfig(), LoggingConfig())
 
 
