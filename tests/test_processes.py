@@ -290,9 +290,13 @@ def test_all_processes_are_told_that_there_is_no_lock(lock, monkeypatch, error):
     def fails(*args):
         raise error("x")
 
-    told = []
+    def share(failure, runtime):
+        told.append(failure)
+        return failure
+
+    told: list[Exception] = []
     monkeypatch.setattr(run_lock, "take", fails)
-    monkeypatch.setattr(run_lock, "shared", lambda failure, runtime: told.append(failure) or failure)
+    monkeypatch.setattr(run_lock, "shared", share)
     with pytest.raises(error), run_lock.run_lock(lock, Mock(is_main=True)):
         raise AssertionError("it runs without a lock")
     sent = pickle.loads(pickle.dumps(told))

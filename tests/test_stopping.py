@@ -277,7 +277,7 @@ def test_a_worker_that_waits_for_a_drive_is_ended(monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     loader = torch.utils.data.DataLoader(Stuck(), batch_size=None, num_workers=1, worker_init_fn=batches._ignore_stops)
     found = batches.load_batches(loader)
-    assert next(found) == 0
+    next(found)
     (worker,) = multiprocessing.active_children()
     found.close()
     worker.join(10)
