@@ -15,19 +15,26 @@ MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")  # where processes find each othe
 
 
 class Launcher(NamedTuple):
-    """The variables of a kind of launcher: number of processes, number of this one, and its number on the machine."""
+    """The variables of a kind of launcher: number of processes and of this one, in all and on this machine."""
 
     size: str
     rank: str
+    local_size: str
     local_rank: str
 
+    def missing(self, environment: Mapping[str, str]) -> list[str]:
+        """Return the variables that are not set, but without which processes do not find each other."""
+        return [name for name in (self.size, self.rank, self.local_rank, *MEETING_POINT) if not environment.get(name)]
 
-TORCHRUN = Launcher("WORLD_SIZE", "RANK", "LOCAL_RANK")  # and accelerate launch
+
+TORCHRUN = Launcher("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # and accelerate launch
 LAUNCHERS = (
     TORCHRUN,
-    Launcher("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    Launcher("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
-    Launcher("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+    Launcher(
+        "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
+    ),
+    Launcher("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    Launcher("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
 )
 # Number of tasks that srun starts. They do not find each other by themselves.
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
@@ -40,6 +47,10 @@ class Launch(NamedTuple):
     launcher: Launcher
     size: int
     rank: int
+
+    def local_size(self, environment: Mapping[str, str] = os.environ) -> int | None:
+        """Return the number of the processes on this machine, None if the launcher does not tell it."""
+        return _number(environment, self.launcher.local_size)
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -66,7 +77,7 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     if launch.size == 1:
         _check_alone(environment)
         return launch
-    missing = [name for name in (*launch.launcher, *MEETING_POINT) if not environment.get(name)]
+    missing = launch.launcher.missing(environment)
     if missing:
         raise UserError(
             f"{launch.launcher.size} says that there are {launch.size} processes, but {', '.join(missing)} "
@@ -95,7 +106,7 @@ def _check_alone(environment: Mapping[str, str]) -> None:
     least = {TORCHRUN.local_rank: 0, TORCHRUN.rank: 1}
     given = {name: _number(environment, name) for name in least}
     left = [name for name, number in given.items() if number is not None and number >= least[name]]
-    missing = [name for name in (*TORCHRUN, *MEETING_POINT) if not environment.get(name)]
+    missing = TORCHRUN.missing(environment)
     if left and missing:
         raise UserError(
             f"{left[0]} is set, as by torchrun, but not {', '.join(missing)}: {ADVICE}, or unset {left[0]} for one"

@@ -65,6 +65,16 @@ def test_it_counts_as_the_run_does(base, pictures, tmp_path):
     assert f"the run: {written['ss_max_train_steps']} steps (--max_train_epochs 2 x {match[3]}) = 2 epochs" in text
 
 
+def test_it_counts_the_processes_of_any_launcher(base, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert "4 batches = 4 steps" in dry(base, pictures, tmp_path)
+    for name, value in {"SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert "4 batches / 2 processes = 2 steps" in dry(base, pictures, tmp_path)
+
+
 def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatch):
     fed = []
     real = LiveConditioner.encode

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,6 +31,12 @@ from library.training.run import runtime
 POINT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **POINT}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+LOCAL_SIZES = {  # launchers by their number of processes -> the number on this machine
+    "WORLD_SIZE": "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "PMI_SIZE": "MPI_LOCALNRANKS",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_LOCAL_SIZE",
+}
 
 TOGETHER = {
     "alone": ({}, 1, 0),
@@ -93,19 +101,25 @@ def test_accelerate_on_the_cpu_with_two_processes_is_one_line_with_exit_code_2(b
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", LOCAL_SIZES)
+def test_a_machine_has_no_more_processes_than_gpus(monkeypatch, size):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    launch, local_size = find_launch({size: "16"}), LOCAL_SIZES[size]
+    with pytest.raises(UserError, match=r"9 processes were started on this machine, but it has 8 GPU.*start 8 on it"):
+        runtime.check_devices(launch, {local_size: "9"})
+    others = {name: "9" for name in LOCAL_SIZES.values() if name != local_size}
+    for environment in ({local_size: "8"}, {local_size: "9", "ACCELERATE_USE_CPU": "true"}, {}, others):
+        runtime.check_devices(launch, environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    runtime.check_devices(launch, {local_size: "9"})
+
+
 def test_processes_that_the_machine_cannot_join_are_refused(monkeypatch):
     launch = find_launch(TORCHRUN)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"2 processes were started on this machine, but it has 1 GPU"):
-        runtime.check_devices(launch, {})
-    runtime.check_devices(launch, {"ACCELERATE_USE_CPU": "true"})
-    runtime.check_devices(launch, {"LOCAL_WORLD_SIZE": "1"})  # of two machines
-    monkeypatch.undo()
     monkeypatch.setattr(runtime, "check_launch", lambda: launch)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # one that accelerate does not join, as MPS
     monkeypatch.setattr(runtime, "check_devices", lambda launch: None)
-    with pytest.raises(UserError, match="2 processes were started, but on cpu they are no common run"):
+    with pytest.raises(UserError, match="2 processes were started, but they cannot work together on cpu"):
         runtime.start_runtime(PrecisionConfig(), LoggingConfig())
 
 
@@ -192,34 +206,119 @@ def test_whether_a_run_on_another_machine_lives_is_not_known(base, pictures, loc
     train(base, pictures, lock.parent, max_train_steps=1)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\ufeff{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"host": 1}', "\ufeff{}"])
 def test_a_lock_that_cannot_be_read_is_refused(base, pictures, lock, text):
     lock.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read: .*delete the file"):
         train_network.main(options(base, pictures, lock.parent))
 
 
+def test_a_lock_that_another_run_fills_is_waited_for(lock, monkeypatch):
+    lock.touch()
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: write(lock))
+    with pytest.raises(UserError, match="another run, process .*wait for it or stop it"):
+        run_lock.take(lock, run_lock.own_holder())
+
+
+def test_a_lock_that_stays_empty_is_refused(lock, monkeypatch):
+    monkeypatch.setattr(run_lock, "PAUSE", 0)
+    lock.touch()
+    with pytest.raises(UserError, match="is being taken by another run: .*if there is no such run, delete the file"):
+        run_lock.take(lock, run_lock.own_holder())
+    assert lock.exists()
+
+
+def test_a_run_of_another_container_is_not_known_to_have_ended(lock, monkeypatch, tmp_path):
+    write(lock, process=dead_process())
+    (tmp_path / "self" / "ns").mkdir(parents=True)
+    (tmp_path / "self" / "ns" / "pid").symlink_to("pid:[17]")
+    monkeypatch.setattr(run_lock, "PROC", tmp_path)
+    with pytest.raises(UserError, match="if that run has ended, delete"):
+        run_lock.take(lock, run_lock.own_holder())
+    monkeypatch.setattr(run_lock, "PROC", tmp_path / "absent")
+    assert run_lock.this_host() == platform.node()
+
+
+@pytest.mark.parametrize(("held_birth", "birth"), [("", "7"), ("7", ""), ("", "")])
+def test_a_process_of_unknown_birth_may_be_the_run(lock, monkeypatch, held_birth, birth):
+    write(lock, birth=held_birth)
+    monkeypatch.setattr(run_lock, "birth_of", lambda process: birth)
+    with pytest.raises(UserError, match="if that run has ended, delete"):
+        run_lock.take(lock, run_lock.own_holder())
+    monkeypatch.setattr(run_lock, "birth_of", lambda process: None)
+    run_lock.take(lock, mine := run_lock.own_holder())
+    assert held(lock) == mine
+
+
 def test_two_runs_that_take_over_the_same_lock_do_not_both_get_it(lock, monkeypatch):
     write(lock, birth="before")
     stale, mine = held(lock), run_lock.own_holder()
     write(lock, since="first")  # the other run was faster
-    assert not run_lock.remove(lock, stale)
+    run_lock.remove_ended(lock, stale, mine)
     assert held(lock).since == "first"
-    assert not run_lock.remove(lock.with_name("absent"), stale)
-    run_lock.release(lock.with_name("absent"), mine)
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="again and again"):
-        patched.setattr(run_lock, "read", lambda path: None)
-        run_lock.take(lock, mine)
+    lock.unlink()
+    run_lock.remove_ended(lock, stale, mine)
+    assert not list(lock.parent.iterdir())
 
 
-def test_nothing_is_left_of_a_lock_that_cannot_be_written(lock, monkeypatch):
+def test_a_take_over_waits_for_another_and_replaces_one_that_has_ended(lock):
+    guard = lock.with_name(f"{lock.name}.taking")
+    write(lock, birth="before")
+    write(guard)
+    with pytest.raises(UserError, match="another run, process .*writes .*x: wait for it"):
+        run_lock.take(lock, run_lock.own_holder())
+    assert held(lock).birth == "before"
+    write(guard, birth="before")
+    run_lock.take(lock, mine := run_lock.own_holder())
+    assert held(lock) == mine
+    assert list(lock.parent.iterdir()) == [lock]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt("No space")])
+def test_nothing_is_left_of_a_lock_that_cannot_be_written(lock, monkeypatch, error):
     def full(*args):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(run_lock.json, "dump", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(type(error), match="No space"):
         run_lock.take(lock, run_lock.own_holder())
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("error", [OSError, UserError])
+def test_all_processes_are_told_that_there_is_no_lock(lock, monkeypatch, error):
+    def fails(*args):
+        raise error("x")
+
+    def share(failure, runtime):
+        told.append(failure)
+        return failure
+
+    told: list[Exception] = []
+    monkeypatch.setattr(run_lock, "take", fails)
+    monkeypatch.setattr(run_lock, "shared", share)
+    with pytest.raises(error), run_lock.run_lock(lock, Mock(is_main=True)):
+        raise AssertionError("it runs without a lock")
+    sent = pickle.loads(pickle.dumps(told))
+    assert (type(sent[0]), str(sent[0])) == (error, "x")
+    monkeypatch.setattr(run_lock, "shared", lambda failure, runtime: sent[0])
+    with pytest.raises(error), run_lock.run_lock(lock, Mock(is_main=False)):
+        raise AssertionError("it runs without a lock")
+
+
+@pytest.mark.parametrize("damage", ["text", "no right"])
+def test_a_lock_that_cannot_be_removed_does_not_hide_how_the_run_ended(lock, caplog, monkeypatch, damage):
+    def refused(*args, **more):
+        raise PermissionError(13, "another reads it")
+
+    with pytest.raises(KeyError, match="of the run"), run_lock.run_lock(lock, Mock(is_main=True, num_processes=1)):
+        if damage == "text":
+            lock.write_text("{", encoding="utf-8")
+        else:
+            monkeypatch.setattr(type(lock), "unlink", refused)
+        raise KeyError("of the run")
+    assert "the lock of this run was not removed" in caplog.text
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("birth", [run_lock.birth_of, run_lock.birth_from_system])
@@ -232,3 +331,22 @@ def test_a_process_is_known_by_its_birth(birth):
             assert birth(child.pid) is None, "it has ended, but its parent has not asked"
         child.wait()
     assert birth(child.pid) is None
+
+
+def test_a_birth_that_cannot_be_read_is_unknown(monkeypatch, tmp_path):
+    import psutil
+
+    def refused(*args, **more):
+        raise error
+
+    error: Exception = psutil.AccessDenied(1)
+    monkeypatch.setattr(psutil, "Process", refused)
+    assert run_lock.birth_from_system(1) == ""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "stat").write_text(f"7 (a) b) S {' '.join(['0'] * 30)}", encoding="utf-8")
+    monkeypatch.setattr(run_lock, "PROC", tmp_path)
+    assert run_lock.birth_in_proc(8) is None
+    assert run_lock.birth_in_proc(7) == "", "no boot"
+    error = PermissionError(13, "hidden")
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert run_lock.birth_in_proc(7) == ""

@@ -12,18 +12,20 @@ import threading
 import time
 
 import pytest
+import torch
 from runs import options, same, train, train_with
 from scripts import ROOT, python
 from tensors import metadata
 
 import train_network
-from library.data import latent_cache
+from library.data import batches, latent_cache
 from library.data.records import ImageRecord
 from library.models.conditioning import LiveConditioner
 from library.training import recipe
 from library.training.measure import validation
 from library.training.record import metadata as record
 from library.training.record import preview
+from library.training.run import interruption
 from tools import cache_latents
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -257,3 +259,44 @@ def test_workers_outlive_the_signal_until_the_step_is_done(base, pictures, tmp_p
         train_with(options(base, pictures, tmp_path, max_data_loader_n_workers=1), to_all, after=1)
     assert (tmp_path / "x-step00000001-state").is_dir()
     assert not multiprocessing.active_children()
+
+
+class Stuck(torch.utils.data.Dataset):
+    """Numbers, of which the second one never comes."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index:
+            time.sleep(600)
+        return index
+
+
+def test_a_worker_that_waits_for_a_drive_is_ended(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    loader = torch.utils.data.DataLoader(Stuck(), batch_size=None, num_workers=1, worker_init_fn=batches._ignore_stops)
+    found = batches.load_batches(loader)
+    next(found)
+    (worker,) = multiprocessing.active_children()
+    found.close()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_handler_that_is_not_python_s_does_not_fail_the_run(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    given, plain = [], signal.signal
+
+    def from_elsewhere(number, handler):
+        given.append(number)
+        former = plain(number, handler)
+        return None if number == signal.SIGTERM else former
+
+    with monkeypatch.context() as patched:
+        patched.setattr(interruption.signal, "signal", from_elsewhere)
+        with interruption.StopRequest():
+            pass
+    signal.signal(signal.SIGTERM, before)
+    assert given == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

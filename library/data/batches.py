@@ -260,7 +260,10 @@ def load_batches(loader: Iterable[Batch]) -> Generator[Batch]:
     try:
         yield from batches
     finally:
-        # A traceback can keep the loader until Python exits, and Python then waits for the workers, which no signal
-        # ends. There is no public method.
+        # A traceback can keep the loader until Python exits, and Python then waits for the workers. There is no public
+        # method.
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
+        for worker in getattr(batches, "_workers", ()):  # one that waits for a drive ignores the signal of the method
+            if worker.is_alive():
+                worker.kill()

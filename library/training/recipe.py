@@ -263,7 +263,8 @@ def make_events(
     if pictures is not None:
         epochs = measured.validate_every_n_epochs or 1
         due = Every(measured.validate_every_n_steps, epochs, (At.END,), once_a_step=True)
-        validation = [Event("validation", due, Validation(due, pictures, objective, state, metrics, runtime, stop).log)]
+        measuring = Validation(due, pictures, objective, state, metrics, runtime, stop)
+        validation = [Event("validation", measuring.due, measuring.log)]
     final = (At.END,) if config.state.save_state_on_train_end else ()
     states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *final))
     return [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from library.models.latent_encoder import LatentEncoder
 from library.models.precision import Types
 from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.optimizers import OptimizerChoice
+from library.processes import find_launch
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.training.charts.block_chart import count_blocks, plot_blocks
 from library.training.prepare.caches import all_captions
@@ -73,7 +73,7 @@ def dry_run(
     is_here = not config.hub.resume_from_huggingface  # a dry run downloads nothing
     resumed = find_state(config.state.resume, config.saving) if config.state.resume and is_here else None
     seed = choose_seed(config.run.seed, resumed)
-    plan = plan_steps(config.run, datasets, seed, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_steps(config.run, datasets, seed, num_processes=find_launch().size)
     plan = resume_plan(plan, config.state, config.saving, resumed)
     warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
     types = types_of_run(config.precision)

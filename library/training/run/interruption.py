@@ -46,13 +46,14 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: one that is not Python's, which cannot be set again
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._asked or not self._finishes_steps:
             raise KeyboardInterrupt
         self._asked = True
-        logger.warning("stopping after this step; once more stops at once, and loses what was not saved")
+        logger.warning("stopping after this step; a second signal stops at once and loses what is not saved")
         if self._cuts:
             raise CutShort
 

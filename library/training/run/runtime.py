@@ -93,7 +93,8 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
     )
     if accelerator.num_processes != launch.size:
         raise UserError(
-            f"{launch.size} processes were started, but on {accelerator.device.type} they are no common run: start one"
+            f"{launch.size} processes were started, but they cannot work together on {accelerator.device.type}: start "
+            "a single process"
         )
     types = types_of_run(precision, accelerator.device)
     processes = f"{accelerator.num_processes} process{'' if accelerator.num_processes == 1 else 'es'}"
@@ -105,13 +106,12 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
 
 def check_devices(launch: Launch, environment: Mapping[str, str] = os.environ) -> None:
     """Raise UserError for more processes on this machine than GPUs, of which each process needs one of its own."""
-    given = environment.get("LOCAL_WORLD_SIZE", "")
-    here = int(given) if given.isdecimal() else launch.size
+    here, gpus = launch.local_size(environment), torch.cuda.device_count()
     uses_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on")
-    if launch.size > 1 and not uses_cpu and torch.cuda.is_available() and here > torch.cuda.device_count():
+    if launch.size > 1 and here is not None and here > gpus > 0 and not uses_cpu:
         raise UserError(
-            f"{here} processes were started on this machine, but it has {torch.cuda.device_count()} GPU(s), and each "
-            f"process needs its own: give --nproc_per_node {torch.cuda.device_count()}"
+            f"{here} processes were started on this machine, but it has {gpus} GPU(s), and each process needs its own: "
+            f"start {gpus} on it (torchrun: --nproc_per_node {gpus})"
         )
 
 
