@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from library.adapters.names import kind_of
 from library.errors import UserError, named
 from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, text_encoder_for_networks
@@ -125,10 +126,11 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
         taken = network.state_dict().keys() & tensors.keys()
     left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDINGS)}
     if not taken:
+        is_lora = not any(kind_of(name) for name in tensors)  # convert_lora refuses other kinds
+        advice = "networks/convert_lora.py gives files of diffusers and PEFT the names that are read here"
         raise UserError(
             f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "
-            "another model or another module; networks/convert_lora.py gives files of diffusers and PEFT the names "
-            "that are read here"
+            f"another model or another module{f'; {advice}' if is_lora else ''}"
         )
     if left:
         logger.warning(
