@@ -243,13 +243,13 @@ def size_of(text: str, path: Path) -> tuple[int, int]:
     match = SIZE.fullmatch(text)
     if match is None:
         raise UserError(f"{path}: Size must be widthxheight in pixels, such as 512x768, got {shown(text)}")
-    problems, label = Problems(), f"{path}: Size: {text}: the"
-    width, height = (
-        problems.run(number_of, field, side, f"{label} {field}")
+    problems = Problems()
+    sides: dict[str, Any] = {
+        field: problems.run(number_of, field, side, f"{path}: Size: {text}: the {field}")
         for field, side in zip(("width", "height"), match.groups(), strict=True)
-    )
+    }
     problems.raise_if_any()
-    return width, height
+    return sides["width"], sides["height"]
 
 
 def told_of_tags(tags: Sequence[a1111.NetworkTag], negative_prompt: str) -> list[str]:

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.adapters.names import kind_of
 from library.errors import UserError, named
 from library.models.base import BaseModel
 from library.networks.modules import ImportedModule, text_encoder_for_networks
 from library.networks.protocol import HasMultiplier, Network
-from library.networks.third_party import EMBEDDINGS, has_values_once_read
+from library.networks.third_party import EMBEDDINGS, LYCORIS_KINDS, MAGNITUDE, has_values_once_read
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
         taken = network.state_dict().keys() & tensors.keys()
     left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDINGS)}
     if not taken:
-        is_lora = not any(kind_of(name) for name in tensors)  # convert_lora refuses other kinds
+        is_lora = not any(name.endswith(LYCORIS_KINDS) or MAGNITUDE in name for name in tensors)
         advice = "networks/convert_lora.py gives files of diffusers and PEFT the names that are read here"
         raise UserError(
             f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "

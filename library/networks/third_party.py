@@ -43,6 +43,7 @@ READ_WITH_VALUES = ("lycoris",)
 LYCORIS_NAMES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 LYCORIS_KINDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".oft_blocks", ".a1.weight", ".diff")
 LYCORIS_FAILS = (".on_input",)  # of IA3: lycoris writes such files and ends with a TypeError when it reads them (4.1.3)
+MAGNITUDE = "lora_magnitude_vector"  # in names of PEFT's DoRA
 # Endings of tensors that have two dimensions at least.
 MATRICES = (
     *(f".lora_{part}.weight" for part in ("up", "down", "mid")),
