@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = problems.run(checks.with_checkpoint, config) or config
     checks.check(config, problems)
     lines = problems.run(checks.load_lines, config.prompts) or []
-    recorded = problems.run(checks.load_recorded, config.prompts, config.images) or []
+    recorded = problems.run(checks.load_recorded, config.prompts, config.images, config.drawing.seed) or []
     problems.raise_if_any()
     checks.warn_of_strengths(config.networks, lines)
     checks.warn_of_tags(lines)

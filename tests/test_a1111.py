@@ -39,7 +39,7 @@ TAGS: dict[str, tuple[str, str, dict[str, float]]] = {
     "without a strength": ("<lora:px>\na fox", "a fox", {"px": 1.0}),
     "for text encoder and U-Net": ("a <lora:px:0.5:0.75>", "a", {"px": 0.75}),
     "by names": ("a <lora:px:te=0.3:unet=0.6>", "a", {"px": 0.6}),
-    "twice": ("a <lora:px:0.5> <lora:px:0.25>", "a", {"px": 0.75}),
+    "twice": ("a <lora:px:0.5> <lora:px:0.25>", "a", {"px": 0.5}),  # the last one, twice
     "with brackets, commas and dots": ("(a:1.2) <lora:my, (v2.1) px:1>", "(a:1.2)", {"my, (v2.1) px": 1.0}),
     "others": ("a <hypernet:hn:0.7> [b|c] <wibble:x>", "a  [b|c]", {}),
     "none": ("a < b: c > d, 1 <2: 3", "a < b: c > d, 1 <2: 3", {}),
@@ -52,7 +52,11 @@ def test_networks_are_taken_out_of_prompts(tmp_path, name):
     record = read(tmp_path, f"{text}\nNegative prompt: bad <lora:neg:0.1> <3\n{SETTINGS}")
     assert record.request.prompt == prompt
     assert record.request.negative_prompt == "bad  <3"
-    assert {network.name: network.strength for network in record.networks} == networks | {"neg": 0.1}
+    assert {network.name: network.strength for network in record.networks} == networks
+    assert record.told[-1] == "<lora:neg:0.1> in the negative prompt is left out: networks stand in the prompt alone"
+    assert ("names the network px 2 times: it is drawn with its last strength (0.25)" in record.told[0]) is (
+        name == "twice"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,7 @@ def test_networks_are_taken_out_of_prompts(tmp_path, name):
         ("<lora:px:0.5:1>", "the strength 0.5 for the text encoder of <lora:px:0.5:1>"),
         ("<lora:px:1:1:8:lbw=OUTALL>", "lbw=OUTALL, 8 of <lora:px:1:1:8:lbw=OUTALL>"),
         ("<lora:px:strong>", "<lora:px:strong>"),
+        ("<lora:px:nan>", "<lora:px:nan>"),
         ("<hypernet:hn:0.7>", "<hypernet:hn:0.7>"),
     ],
 )
@@ -225,8 +230,7 @@ def test_embeddings_of_a_picture_are_asked_for(draw, tmp_path, caplog):
         ({"Software": "NovelAI", "Comment": "{}"}, "is of NovelAI"),
         ({"Software": "GIMP", "Comment": "x"}, "does not say how it was drawn"),
         ({"parameters": "a fox, Steps: 3"}, "has no settings"),
-        ({"parameters": f"a\n{SETTINGS.replace('5', 'x')}"}, "'parameters' cannot be read"),
-        ({"parameters": f"a\n{SETTINGS}, Lora strengths: x: y"}, "'parameters' cannot be read"),
+        ({"parameters": f"a\n{SETTINGS}, Lora strengths: x: y"}, "Lora strengths: the strength of x must be a number"),
         ({"parameters": " "}, "does not say how it was drawn"),
     ],
 )
@@ -237,6 +241,109 @@ def test_what_cannot_be_read_is_called_what_it_is(tmp_path, texts, message):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(UserError, match=message):
         recorded.read_recorded(tmp_path / "a.png")
+
+
+BAD_SETTINGS = [
+    ("Size", "65x63", ["Size: 65x63: the width must be a multiple of 8, got 65", "Size: 65x63: the height must be at"]),
+    ("Size", "64x32", ["Size: 64x32: the height must be at least 64, got 32"]),
+    ("Size", "64 by 64", ["Size must be widthxheight in pixels, such as 512x768, got '64 by 64'"]),
+    ("Size", "64x99999", ["Size: 64x99999: the height must be at most 16384, got 99999"]),
+    ("Steps", "0", ["Steps must be at least 1, got 0"]),
+    ("Steps", "4.0", ["Steps must be a whole number, got '4.0'"]),
+    ("CFG scale", "abc", ["CFG scale must be a number, got 'abc'"]),
+    ("CFG scale", "inf", ["CFG scale must be a finite number, got inf"]),
+    ("Seed", "-1", ["Seed must be at least 0, got -1"]),
+    ("Clip skip", "99", ["Clip skip must be at most 12, got 99"]),
+    ("Denoising strength", "1.5", ["Denoising strength must be at most 1, got 1.5"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "parts"), BAD_SETTINGS)
+def test_settings_that_no_run_can_have_are_named(tmp_path, key, value, parts):
+    pairs = dict(pair.split(": ") for pair in SETTINGS.split(", ")) | {key: value}
+    with pytest.raises(UserError) as error:
+        read(tmp_path, "a\n" + ", ".join(f"{name}: {text}" for name, text in pairs.items()))
+    assert len(error.value.lines) == len(parts)
+    for line, part in zip(error.value.lines, parts, strict=True):
+        assert line.startswith(f"{tmp_path / 'read.png'}: {part}")
+
+
+OWN = {"prompt": "a", "seed": 5, "width": 64, "height": 64, "steps": 2, "scale": 4.0, "sampler": "ddim"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"width": 65}, "its text 'generation': width must be a multiple of 8, got 65"),
+        ({"steps": 0}, "its text 'generation': steps must be at least 1, got 0"),
+        ({"seed": "x"}, "its text 'generation': seed must be a whole number, got 'x'"),
+        ({"sampler": "wobbly"}, "was drawn with the sampler 'wobbly', which is not here"),
+    ],
+)
+def test_numbers_of_our_own_pictures_are_checked(tmp_path, changed, message):
+    with pytest.raises(UserError, match=message):
+        recorded.read_recorded(pictured(tmp_path / "a.png", json.dumps(OWN | changed), "generation"))
+
+
+def keyed(path: Path, keys: dict[str, str]) -> Path:
+    """Write a picture with the keys of sd-scripts."""
+    info = PngImagePlugin.PngInfo()
+    for key, text in keys.items():
+        info.add_text(key, text)
+    Image.new("RGB", (64, 64)).save(path, pnginfo=info)
+    return path
+
+
+def test_keys_of_sd_scripts_are_named(tmp_path):
+    keys = {"prompt": "a", "seed": "5", "steps": "many", "scale": "4", "sampler": "ddim"}
+    with pytest.raises(UserError, match="a.png: steps must be a whole number, got 'many'"):
+        recorded.read_recorded(keyed(tmp_path / "a.png", keys))
+    record = recorded.read_recorded(keyed(tmp_path / "b.png", {"prompt": "a", "steps": "3"}), 9)
+    assert (record.request.seed, record.request.steps, record.request.scale, record.request.sampler) == (
+        9,
+        3,
+        None,
+        None,
+    )
+    assert "drawn with 9" in record.told[0]
+    assert record.told[1] == "scale, sampler is not recorded: that of the options is taken"
+
+
+@pytest.mark.parametrize("seed", [[], ["--seed", 7]])
+def test_a_picture_without_a_seed_is_drawn_with_a_new_one(draw, tmp_path, caplog, seed):
+    picture = pictured(tmp_path / "a.png", f"a cat\n{SETTINGS.replace('Seed: 5, ', '')}")
+    with caplog.at_level("WARNING"):
+        (found,) = draw("--from_picture", picture, *seed)
+    used = found.texts["seed"]
+    assert used == "7" if seed else used.isdigit()
+    assert (
+        f"{picture}: the seed of the picture is not recorded: it is drawn with {used}, and will differ" in caplog.text
+    )
+
+
+ONLY_WORDS = {
+    "a [dog:cat:0.5]": ["[dog:cat:0.5]"],
+    "a [cat:10] [dog::.5]": ["[cat:10]", "[dog::.5]"],
+    "a [red|blue] hat, [red|blue] coat": ["[red|blue]"],
+    "a cat AND a dog :1.2 AND x": ["AND"],
+    "[a [b:c:0.2] d:e:0.5]": ["[b:c:0.2]"],
+    "[a], (b:1.2), [(c:1.2)], BREAK, LAND, a|b": [],
+    r"a \[x|y\]": [],
+}
+
+
+@pytest.mark.parametrize("prompt", ONLY_WORDS)
+def test_words_that_change_while_drawing_are_told_once(tmp_path, prompt):
+    told = tuple(f"{word} (read as words)" for word in ONLY_WORDS[prompt])
+    assert read(tmp_path, f"{prompt}\nNegative prompt: this AND that\n{SETTINGS}").left == told
+    negative = [word for word in ONLY_WORDS[prompt] if word != "AND"]
+    assert a1111.only_words_here("a", prompt) == negative
+
+
+def test_words_that_change_while_drawing_are_told_of_prompts(draw, caplog):
+    with caplog.at_level("WARNING"):
+        draw("--prompt", "a [dog|cat] AND a hat --n [x:y:0.5]")
+    assert "--prompt: [dog|cat], [x:y:0.5], AND is read as words, not as in AUTOMATIC1111" in caplog.text
 
 
 def test_all_pictures_that_cannot_be_read_are_told_together(draw, tmp_path):

@@ -189,7 +189,7 @@ def test_what_is_written_is_read_again(prompt, seed):
     values: dict[str, Any] = {"width": 64, "height": 72, "steps": 20, "scale": 7.5, "sampler": "euler_a"}
     values |= {"strength": 0.5, "clip_skip": 2}
     expected = dataclasses.replace(request, **values)
-    read = recorded.from_json(json.loads(texts["generation"]))
+    read = recorded.from_json(json.loads(texts["generation"]), Path("x"))
     assert read.request == expected
     assert read.begins_with == "x.png"
     if "Negative prompt:" not in prompt and prompt.strip():

@@ -16,10 +16,12 @@ from drawing import differ, lora_of, same_pixels
 from loras import outputs
 from safetensors.torch import load_file, save_file
 
+from library.config.generation import NetworksConfig
 from library.config.model import ModelConfig
 from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.generation.embeddings import embeddings_of
+from library.generation.networks import check_files
 from library.models.base import find_base, load_base
 from library.models.precision import types_of
 from library.networks.applied import apply_file, attached
@@ -314,18 +316,130 @@ def test_tensors_beside_a_lora_are_told_once(draw, two, tmp_path, caplog, more, 
     assert ("lycoris.kohya draws norms" in said[0]) == (more is OF_NORMS)
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "DoRA", "full", "OFT", "GLoRA"])
+LAYER = {
+    "lora_down.weight": torch.ones(2, 64) * 0.01,
+    "lora_up.weight": torch.ones(64, 2) * 0.01,
+    "alpha": torch.tensor(2.0),
+}
+
+
+def layer_of(module: str, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the tensors of a LoRA's module."""
+    return {f"{module}.{end}": tensor.clone() for end, tensor in (LAYER | changed).items()}
+
+
+UNKNOWN = [
+    "lora_unet_down_blocks_0_motion_modules_0_temporal_transformer_proj_in",
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+    "lora_vae_encoder_mid_block_attentions_0_to_q",
+    f"diffusion_model.{ATTENTION}",
+]
+
+
+@pytest.mark.parametrize("module", UNKNOWN)
+@pytest.mark.parametrize("name", ["networks.lora", "networks.dylora"])
+def test_modules_of_no_model_are_told_once(two, tmp_path, caplog, module, name):
+    own = load_file(two[0][0])
+    path = write(tmp_path / "a.safetensors", own | layer_of(module))
+    number = len({tensor.partition(".")[0] for tensor in own})
+    with caplog.at_level("WARNING"):
+        check_files(NetworksConfig(network_module=(name,), network_weights=(path,)), ())
+    told = f"{path}: 1 of {number + 1} modules are layers of no SD 1.x or 2.x model and are left out: {module}"
+    assert [record.message for record in caplog.records] == [told]
+
+
+@pytest.mark.parametrize("module", UNKNOWN[::2])
+def test_a_file_of_unknown_modules_is_refused(tmp_path, module):
+    path = write(tmp_path / "a.safetensors", layer_of(module))
+    with pytest.raises(UserError, match="none of its 1 modules is a layer of SD 1.x"):
+        check_files(NetworksConfig(network_module=("networks.lora",), network_weights=(path,)), ())
+
+
+@pytest.mark.parametrize("how", [[], ["--network_merge"], ["--network_pre_calc"]])
+def test_modules_that_the_model_lacks_are_told_once(draw, two, tmp_path, caplog, how):
+    other = layer_of("lora_unet_conv_in") | layer_of(UNKNOWN[0])
+    path = write(tmp_path / "a.safetensors", load_file(two[0][0]) | other)
+    (tmp_path / "p.txt").write_text("a cat --am 1\na cat --am 0.5", encoding="utf-8")
+    words = ["--network_module", "networks.lora", "--network_weights", path, "--steps", 1, *how]
+    with caplog.at_level("WARNING"):
+        draw("--from_file", tmp_path / "p.txt", *words)
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(said) == 2
+    assert f"left out: {UNKNOWN[0]}" in said[0]
+    assert "modules used, 1 left out (such as lora_unet_conv_in)" in said[1]
+
+
+DAMAGED = {
+    "NaN": (layer_of(ATTENTION, **{"lora_up.weight": torch.full((64, 2), torch.nan)}), "lora_up.weight holds NaN"),
+    "NaN beside": (layer_of(ATTENTION) | {"other.w_norm": torch.full((2,), torch.inf)}, "other.w_norm holds NaN"),
+    "no dimensions": (layer_of(ATTENTION, **{"lora_up.weight": torch.ones(())}), "has the shape \\(\\), a matrix"),
+    "a vector": ({f"{ATTENTION}.lokr_w1": torch.ones(4)}, "lokr_w1 has the shape \\(4,\\), a matrix is meant"),
+    "twice": (
+        layer_of("lora_te_text_model_encoder_layers_0_mlp_fc1")
+        | layer_of("lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        "has lora_te_text_model_encoder_layers_0_mlp_fc1.alpha twice \\(lora_te.*: save one adapter",
+    ),
+    "twice, without text_model": (
+        layer_of("lora_te_text_model_encoder_layers_0_mlp_fc1") | layer_of("lora_te_encoder_layers_0_mlp_fc1"),
+        "has lora_te_text_model_encoder_layers_0_mlp_fc1.alpha twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_files_of_foreign_modules_are_refused_before_models_are_loaded(tmp_path, damage):
+    tensors, message = DAMAGED[damage]
+    path = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match=f"a.safetensors.*{message}"):
+        check_files(NetworksConfig(network_module=("lycoris.kohya",), network_weights=(path,)), ())
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "DoRA", "full", "OFT", "GLoRA"])
 def test_the_module_that_draws_a_file_is_named(draw, store, kind):
     with pytest.raises(UserError, match="; --network_module lycoris.kohya draws what LyCORIS trained"):
         draw("--prompt", "a cat", "--network_module", "networks.lora", "--network_weights", store(kind))
 
 
-def test_cores_are_multiplied_in_by_the_module_of_the_suite(draw, store):
-    by_own, by_lycoris = (
-        draw("--prompt", "a cat", "--network_module", *module, "--network_weights", store("Tucker"))[0]
-        for module in (["networks.lora"], ["lycoris.kohya"])
-    )
-    assert np.abs(by_own.pixels.astype(int) - by_lycoris.pixels.astype(int)).max() <= 1
+PEFT = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+NOT_OF_LYCORIS = {
+    "IA3": ({f"{ATTENTION}.weight": torch.ones(64), f"{ATTENTION}.on_input": torch.tensor(0)}, "is an IA3"),
+    "LoKr of PEFT": ({f"{PEFT}.lokr_w1": torch.ones(4, 4), f"{PEFT}.lokr_w2": torch.ones(16, 16)}, "is a LoKr"),
+    "DoRA of PEFT": (
+        {
+            f"{PEFT}.lora_A.weight": torch.ones(2, 64),
+            f"{PEFT}.lora_B.weight": torch.ones(64, 2),
+            f"{PEFT}.lora_magnitude_vector": torch.ones(64),
+        },
+        "is a DoRA",
+    ),
+    "LoHa of SimpleTuner": ({"lycoris_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(64, 2)}, "is a LoHa"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_OF_LYCORIS)
+def test_no_module_is_named_for_files_that_it_does_not_draw(draw, lycoris, tmp_path, kind):
+    tensors, message = NOT_OF_LYCORIS[kind]
+    path = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match=message) as error:
+        check_files(NetworksConfig(network_module=("networks.lora",), network_weights=(path,)), ())
+    assert "lycoris.kohya" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        draw("--prompt", "a cat", *LYCORIS, path)
+    assert "\n" not in str(error.value)
+    assert "convert_lora" not in str(error.value)
+    assert ("writes files of IA3, but reads none" in str(error.value)) is (kind == "IA3")
+
+
+def test_cores_are_multiplied_in_by_the_module_of_the_suite(draw, store, tmp_path, caplog):
+    edges = ("lora_unet_conv_in.", "lora_unet_conv_out.")  # networks.lora is over the blocks alone, as in sd-scripts
+    inner = {name: tensor for name, tensor in load_file(store("Tucker")).items() if not name.startswith(edges)}
+    (by_lycoris,) = draw("--prompt", "a cat", *LYCORIS, write(tmp_path / "inner.safetensors", inner))
+    with caplog.at_level("WARNING"):
+        (by_own,) = draw("--prompt", "a cat", "--network_module", "networks.lora", "--network_weights", store("Tucker"))
+    same_pixels(by_own.pixels, by_lycoris.pixels)
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(said) == 1
+    assert "86 modules used, 2 left out (such as lora_unet_conv_in)" in said[0]
 
 
 def test_a_file_of_which_nothing_is_taken_is_refused(draw, lycoris, tmp_path):

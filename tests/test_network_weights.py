@@ -137,8 +137,9 @@ def test_both_rules_for_the_names_of_text_encoders_are_one():
     """networks/lora.py stands alone, so it has the rule, too."""
     modules = [f"lora_te{number}_{middle}{rest}.alpha" for number in ("", "1", "2") for middle in ("", "text_model_")
                for rest in ("encoder_layers_0_mlp_fc1", "final_layer_norm", "embeddings")]  # fmt: skip
-    weights = {name: torch.ones(()) for name in [*modules, "lora_unet_conv_in.alpha"]}
     one = torch.nn.Linear(1, 1)
     two: list[torch.nn.Module] = [one, torch.nn.Linear(1, 1)]
-    assert list(lora.with_text_names(weights, 1)) == list(canonical_names(weights, one))
-    assert list(lora.with_text_names(weights, 2)) == list(canonical_names(weights, two))
+    for name in [*modules, "lora_unet_conv_in.alpha"]:
+        weights = {name: torch.ones(())}
+        assert list(lora.with_text_names(weights, 1)) == list(canonical_names(weights, one))
+        assert list(lora.with_text_names(weights, 2)) == list(canonical_names(weights, two))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -39,9 +40,13 @@ NEUTRAL = {"RNG": ("CPU",), "ENSD": ("0",), "Variation seed strength": ("0", "0.
 OTHER_NETWORKS = "Networks of other modules"
 NEGATIVE = "Negative prompt:"
 NETWORK_TAGS = ("lora", "lyco")
+TAG_KINDS = (*NETWORK_TAGS, "hypernet")
 TAG = re.compile(r"<(\w+):([^>]+)>")
 NO_TAG = re.compile(r"[:=<>]")  # what a name cannot have in a tag
 PAIR = re.compile(r"(.+?):\s*([^\s:,]+)(?:,|$)")  # a name may have commas
+# Words that change during the sampling: [dog:cat:0.5], [cat:10], [dog::0.5], [dog|cat]; prompts that are joined: AND.
+CHANGING = re.compile(r"(?<!\\)\[(?:[^\[\]]*:\s*\d*\.?\d+\s*|[^\[\]]*\|[^\[\]]*)\]")
+JOINING = re.compile(r"\bAND\b")
 SETTING = re.compile(r'[ \t]*(?P<key>\w[\w /().-]*):[ \t]*(?P<value>"(?:\\.|[^"\\])*"|[^,\n]*)[ \t]*(?P<end>,|\n|\Z)')
 NO_SETTING = re.compile(r"[^,\n]*(?P<end>,|\n|\Z)")
 LEAST_SETTINGS = 3  # of a line of settings
@@ -175,6 +180,20 @@ def without_marks(name: str) -> str:
     return name.replace(":", "").replace(",", "")
 
 
+def tags_in(text: str) -> list[str]:
+    """Return the tags of networks in a prompt, as they stand in it."""
+    return [match[0] for match in TAG.finditer(text) if match[1].lower() in TAG_KINDS]
+
+
+def only_words_here(prompt: str, negative_prompt: str) -> list[str]:
+    """Return what AUTOMATIC1111 does not read as mere words in prompts without tags, and this suite does.
+
+    It joins prompts by AND, but not in the negative one.
+    """
+    found = [*CHANGING.findall(prompt), *CHANGING.findall(negative_prompt), *JOINING.findall(prompt)]
+    return list(dict.fromkeys(found))
+
+
 def without_tags(prompt: str, kinds: Iterable[str] | None = None) -> tuple[str, list[NetworkTag], list[str]]:
     """Return a prompt without tags, the networks that they name, and what of them is not used.
 
@@ -210,6 +229,8 @@ def network_tag(text: str) -> tuple[NetworkTag | None, str]:
         both = [float(word) for word in numbers[:2]] or [1.0]
         encoder = float(named.pop("te", both[0]))
         unet = float(named.pop("unet", both[-1] if len(both) > 1 else encoder))
+        if not math.isfinite(encoder + unet):
+            raise ValueError
     except ValueError:
         return None, f"<lora:{text}>"
     rest = [f"{key}={value}" for key, value in named.items()] + numbers[2:]

@@ -20,7 +20,7 @@ from library.config.prompts import PromptLine
 from library.config.tool_files import check_place
 from library.errors import Problems, UserError
 from library.file_kinds import weight_format
-from library.generation.a1111 import NETWORK_TAGS, TAG
+from library.generation import a1111
 from library.generation.grid import read_axes
 from library.generation.init_images import check_images, list_images, read_preparation
 from library.generation.recorded import Recorded, read_recorded
@@ -166,26 +166,33 @@ def warn_of_strengths(networks: NetworksConfig, lines: Sequence[PromptLine]) -> 
 
 
 def warn_of_tags(lines: Sequence[PromptLine]) -> None:
-    """Warn of networks in prompts as other programs have them: only in their pictures they are networks here."""
+    """Warn of what other programs do not read as mere words: networks, and words that change during the sampling."""
     for line in lines:
-        for text in (line.prompt, line.negative_prompt or ""):
-            tags = [match[0] for match in TAG.finditer(text) if match[1].lower() in (*NETWORK_TAGS, "hypernet")]
+        negative = line.negative_prompt or ""
+        for text in (line.prompt, negative):
+            tags = a1111.tags_in(text)
             if tags:
                 logger.warning(
                     "%s: %s is read as words: networks are --network_weights, their strengths --network_mul and --am",
                     line.place,
                     ", ".join(tags),
                 )
+        words = a1111.only_words_here(line.prompt, negative)
+        if words:
+            logger.warning("%s: %s is read as words, not as in AUTOMATIC1111", line.place, ", ".join(words))
 
 
-def load_recorded(prompts: PromptConfig, images: ImageConfig) -> list[Recorded]:
-    """Return what pictures say of themselves: of --from_picture, or of --image_path where there is no prompt."""
+def load_recorded(prompts: PromptConfig, images: ImageConfig, seed: int | None) -> list[Recorded]:
+    """Return what pictures say of themselves: of --from_picture, or of --image_path where there is no prompt.
+
+    seed is for pictures of which it is not known.
+    """
     given = prompts.from_picture or ()
     has_prompts = prompts.prompt is not None or prompts.from_file is not None or prompts.interactive or given
     if not has_prompts and images.image_path is not None and images.image_path.exists():
         given = list_images("--image_path", images.image_path).files
     problems = Problems()
-    recorded = [record for path in given if (record := problems.run(read_recorded, path)) is not None]
+    recorded = [record for path in given if (record := problems.run(read_recorded, path, seed)) is not None]
     problems.raise_if_any()
     for picture, record in zip(given, recorded, strict=True):
         warn_of_settings(picture, record, images)
@@ -205,5 +212,7 @@ def warn_of_settings(path: Path, record: Recorded, images: ImageConfig) -> None:
     begins = images.image_path is not None or images.highres_fix_scale is not None or record.request.highres is not None
     if record.request.strength is not None and not begins and record.begins_with is None:
         left.append(f"Denoising strength: {record.request.strength:g}")
+    for sentence in record.told:
+        logger.warning("%s: %s", path, sentence)
     if left:
         logger.warning("%s: the picture will differ, for this is not used: %s", path, ", ".join(left))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from library.adapters.lora_file import check_lora, read_lora, to_state_dict
+from library.adapters.lora_file import LoraFile, read_lora, to_state_dict
 from library.adapters.names import ALL_ROLES, kind_of, roles_of
 from library.adapters.readers import reads_wholly
 from library.config.generation import GenerateConfig, NetworksConfig
@@ -21,8 +22,8 @@ from library.networks.applied import apply_file
 from library.networks.merging import merge_file
 from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.networks.third_party import words_in
-from library.weight_file import EMBEDDING, data_sha256, open_weights, read_metadata
+from library.networks.third_party import check_matrices, is_for_lycoris, with_canonical_names, words_in
+from library.weight_file import EMBEDDING, check_adapter, data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class LoadedNetworks:
             if network.applied is not None:
                 network.applied.set_multiplier(multiplier)
         if self.base is not None and tuple(multipliers) != self.added:
-            self._add_to_weights(self.base, multipliers)
+            with contextlib.nullcontext() if self.added is None else nothing_told_again():
+                self._add_to_weights(self.base, multipliers)
             self.added = tuple(multipliers)
 
     @torch.no_grad()
@@ -86,6 +88,18 @@ class LoadedNetworks:
         for network, multiplier in zip(self.changeable, multipliers, strict=True):
             if network.applied is None:
                 merge_one(network, multiplier, self.models)
+
+
+@contextlib.contextmanager
+def nothing_told_again() -> Iterator[None]:
+    """Within this context the modules of the suite tell nothing but errors: they add files that they added before."""
+    modules = logging.getLogger("networks")
+    level = modules.level
+    modules.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        modules.setLevel(level)
 
 
 def options_of(config: NetworksConfig) -> list[tuple[NetworkConfig, Path, float]]:
@@ -108,7 +122,7 @@ def show_metadata(config: NetworksConfig) -> None:
 
 
 def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
-    """Raise UserError for files that their modules cannot draw; warn of tensors that are not drawn.
+    """Raise UserError for files that are damaged or that their modules cannot draw; warn of what is not drawn.
 
     embeddings are the files of --textual_inversion_embeddings. What a foreign module takes shows only when it reads.
     """
@@ -122,13 +136,14 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
                 ", ".join(words),
             )
         if is_foreign(settings):
+            check_foreign(path)
             continue
         try:
-            check_lora(path)
+            file = read_lora(path)
         except UserError as error:
-            others = {kind_of(name) for name in names} - {None, "norm"}
-            advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if others else ""
+            advice = "; --network_module lycoris.kohya draws what LyCORIS trained" if is_for_lycoris(names) else ""
             raise UserError(f"{error}{advice}") from None
+        warn_of_modules(file)
         left = names - {name for _, _, name in roles_of(names, ALL_ROLES)}
         left = {name for name in left if not name.startswith(EMBEDDING)}
         if left:
@@ -142,6 +157,28 @@ def check_files(networks: NetworksConfig, embeddings: Sequence[Path]) -> None:
                 named(sorted(left)),
                 advice,
             )
+
+
+def check_foreign(path: Path) -> None:
+    """Raise UserError for a damaged file of a foreign module, or one that has a module under two names."""
+    check_adapter(path)
+    shapes = open_weights(path).shapes
+    check_matrices(shapes, path)
+    with_canonical_names(shapes, path, is_alone=True)  # SD 1.x and 2.x have one text encoder
+
+
+def warn_of_modules(file: LoraFile) -> None:
+    """Warn of the modules of a file that no model of its family has: they are not drawn."""
+    lost = sorted({module for module, _, _ in roles_of(file.strange, ALL_ROLES)})
+    if lost:
+        logger.warning(
+            "%s: %d of %d modules are layers of no %s and are left out: %s",
+            file.path,
+            len(lost),
+            len(lost) + len(file.changes),
+            "SD 1.x or 2.x model" if file.family is None else f"{file.family.title} model",
+            named(lost),
+        )
 
 
 def load_networks(config: GenerateConfig, models: BaseModel, device: torch.device) -> LoadedNetworks:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.config.generation import DrawingConfig, ImageConfig, PromptConfig
+from library.config.options import section_options
 from library.config.samplers import SAMPLER_NAMES, SamplerName
-from library.errors import UserError
+from library.errors import Problems, UserError, shown
 from library.generation import a1111
 from library.generation.init_images import floored
-from library.generation.requests import Request
+from library.generation.requests import MOST_DRAWN_SEED, Request, check_side
 
 KEY = "generation"
 EXIF, USER_COMMENT, MAKER_NOTE = 0x8769, 0x9286, 0x927C
@@ -28,6 +31,23 @@ OTHER_PROGRAMS = (
     ("fooocus_scheme", "", "Fooocus"),
     ("Software", "NovelAI", "NovelAI"),
 )
+OPTIONS = {
+    option.field: option
+    for section in (DrawingConfig, ImageConfig, PromptConfig)
+    for option in section_options(section)
+}
+# Field of a request -> the option whose values it takes, its name in AUTOMATIC1111, and its name in sd-scripts.
+NUMBERS = {
+    "width": ("W", "", ""),
+    "height": ("H", "", ""),
+    "steps": ("steps", "Steps", "steps"),
+    "scale": ("scale", "CFG scale", "scale"),
+    "seed": ("seed", "Seed", "seed"),
+    "strength": ("strength", "Denoising strength", ""),
+    "clip_skip": ("clip_skip", "Clip skip", ""),
+}
+SIZE = re.compile(r"(\d+)x(\d+)")
+DEFAULT_SCALE = 7.0  # of AUTOMATIC1111
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +70,31 @@ class Recorded:
     mask: str | None = None
     embeddings: tuple[str, ...] = ()  # their words
     left: tuple[str, ...] = ()  # settings that change the image and are not used here
+    told: tuple[str, ...] = ()  # what else is to be known of it, each a sentence
 
 
-def read_recorded(path: Path) -> Recorded:
-    """Return what a picture's file says; raises UserError for one that says nothing."""
+def read_recorded(path: Path, seed: int | None = None) -> Recorded:
+    """Return what a picture's file says; raises UserError for one that says nothing, or what no run can have.
+
+    seed is for a picture of which it is not known; None: a random one.
+    """
     texts, size = read_texts(path)
     if KEY in texts:
         try:
-            return from_json(json.loads(texts[KEY]))
+            return from_json(json.loads(texts[KEY]), path)
+        except UserError:  # which is a ValueError
+            raise
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: its text {KEY!r} is damaged: give the prompt by --prompt") from None
     if "parameters" in texts:
-        return from_parameters(texts["parameters"], path, size)
+        return from_parameters(texts["parameters"], path, size, seed)
     program = next(
         (name for key, start, name in OTHER_PROGRAMS if key in texts and texts[key].lstrip().startswith(start)), None
     )
     if program is not None:
         raise UserError(f"{path} is of {program}, whose records cannot be read here; give the prompt by --prompt")
     if "prompt" in texts:
-        return from_short(texts, size, path)
+        return from_short(texts, size, path, seed)
     raise UserError(f"{path} does not say how it was drawn: it has no text 'parameters'; give the prompt by --prompt")
 
 
@@ -130,12 +156,45 @@ def comment_text(comment: bytes) -> str:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def from_json(table: Mapping[str, Any]) -> Recorded:
+def number_of(field: str, value: Any, label: str) -> Any:
+    """Return the number of a request's field in its type; raises UserError for one that its option does not take."""
+    number = OPTIONS[NUMBERS[field][0]].read(value, label)
+    if field in ("width", "height"):
+        check_side(number, label)
+    return number
+
+
+def numbers_of(
+    texts: Mapping[str, str], names: Mapping[str, str], path: Path, seed: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the numbers of a request in texts, where names tell field -> key, and what is to be told of them.
+
+    Raises UserError that names each setting that is no such number.
+    """
+    problems = Problems()
+    found = {
+        field: problems.run(number_of, field, texts[key], f"{path}: {key}")
+        for field, key in names.items()
+        if key in texts
+    }
+    problems.raise_if_any()
+    if "seed" in found:
+        return found, []
+    found["seed"] = random.Random().randint(0, MOST_DRAWN_SEED) if seed is None else seed
+    return found, [f"the seed of the picture is not recorded: it is drawn with {found['seed']}, and will differ"]
+
+
+def from_json(table: Mapping[str, Any], path: Path) -> Recorded:
     """Return what the text `generation` says."""
     fields = {field.name for field in dataclasses.fields(Request)}
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in fields
     }
+    for field in NUMBERS.keys() & values.keys():
+        if values[field] is not None:
+            values[field] = number_of(field, values[field], f"{path}: its text {KEY!r}: {field}")
+    if values.get("sampler") is not None:
+        known_sampler(values["sampler"], path)
     networks = tuple(
         RecordedNetwork(network["file"], network["sha256"], float(network["strength"]))
         for network in table.get("networks", ())
@@ -149,57 +208,87 @@ def from_json(table: Mapping[str, Any]) -> Recorded:
     )
 
 
-def from_parameters(text: str, path: Path, size: tuple[int, int]) -> Recorded:
-    """Return what AUTOMATIC1111's text says; size is that of the picture."""
+def from_parameters(text: str, path: Path, size: tuple[int, int], seed: int | None) -> Recorded:
+    """Return what AUTOMATIC1111's text says; size is that of the picture, seed for one of which it is not known."""
     parts = a1111.parts_of(text)
     if parts is None:
         raise UserError(f"{path}: its text 'parameters' has no settings; give the prompt by --prompt")
     settings = parts.settings
     sampler, schedule = sampler_of(settings, path)
     prompt, tags, rest = a1111.without_tags(parts.prompt)
-    negative, more_tags, more_rest = a1111.without_tags(parts.negative_prompt, (*a1111.NETWORK_TAGS, "hypernet"))
-    sides = floored(size)
-    try:
-        networks = networks_of([*tags, *more_tags], settings)
-        if "Size" in settings:
-            sides = (int(settings["Size"].split("x")[0]), int(settings["Size"].split("x")[1]))
-        request = Request(
+    negative, _, _ = a1111.without_tags(parts.negative_prompt, a1111.TAG_KINDS)
+    words = [f"{word} (read as words)" for word in a1111.only_words_here(prompt, negative)]
+    numbers, told = numbers_of(settings, {field: row[1] for field, row in NUMBERS.items() if row[1]}, path, seed)
+    width, height = size_of(settings["Size"], path) if "Size" in settings else floored(size)
+    return Recorded(
+        Request(
             prompt=prompt,
             negative_prompt=negative,
-            seed=int(settings["Seed"]),
-            width=sides[0],
-            height=sides[1],
-            steps=int(settings["Steps"]),
-            scale=float(settings.get("CFG scale", 7)),
+            width=width,
+            height=height,
             sampler=sampler,
-            strength=float(settings["Denoising strength"]) if "Denoising strength" in settings else None,
-            clip_skip=int(settings["Clip skip"]) if "Clip skip" in settings else None,
             normalize="none" if settings.get("Emphasis") == "No norm" else None,
-        )
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{path}: its text 'parameters' cannot be read; give the prompt by --prompt") from None
-    return Recorded(
-        request,
+            **{"scale": DEFAULT_SCALE} | numbers,
+        ),
         model_sha256=settings.get("Model hash"),
-        networks=networks,
+        networks=networks_of(tags, settings, path),
         embeddings=tuple(name for name, _ in a1111.pairs_of(settings.get("TI hashes", ""))),
-        left=(*schedule, *a1111.not_used(settings | parts.further), *rest, *more_rest),
+        left=(*schedule, *a1111.not_used(settings | parts.further), *rest, *words),
+        told=(*told, *told_of_tags(tags, parts.negative_prompt)),
     )
 
 
-def networks_of(tags: list[a1111.NetworkTag], settings: Mapping[str, str]) -> tuple[RecordedNetwork, ...]:
+def size_of(text: str, path: Path) -> tuple[int, int]:
+    """Return width and height of `512x768`; raises UserError for sides that latents cannot have."""
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise UserError(f"{path}: Size must be widthxheight in pixels, such as 512x768, got {shown(text)}")
+    problems = Problems()
+    sides: dict[str, Any] = {
+        field: problems.run(number_of, field, side, f"{path}: Size: {text}: the {field}")
+        for field, side in zip(("width", "height"), match.groups(), strict=True)
+    }
+    problems.raise_if_any()
+    return sides["width"], sides["height"]
+
+
+def told_of_tags(tags: Sequence[a1111.NetworkTag], negative_prompt: str) -> list[str]:
+    """Return what is to be told of the networks in prompts: those named twice, and those in the negative prompt."""
+    told = []
+    for name, strengths in strengths_of(tags).items():
+        if len(strengths) > 1:
+            told.append(
+                f"the prompt names the network {name} {len(strengths)} times: it is drawn with its last strength "
+                f"({a1111.number(strengths[-1])}) each time, as AUTOMATIC1111 does"
+            )
+    lost = a1111.tags_in(negative_prompt)
+    if lost:
+        told.append(f"{', '.join(lost)} in the negative prompt is left out: networks stand in the prompt alone")
+    return told
+
+
+def strengths_of(tags: Sequence[a1111.NetworkTag]) -> dict[str, list[float]]:
+    """Return network -> its strengths in the tags of a prompt, in order."""
+    return {tag.name: [other.strength for other in tags if other.name == tag.name] for tag in tags}
+
+
+def networks_of(
+    tags: Sequence[a1111.NetworkTag], settings: Mapping[str, str], path: Path
+) -> tuple[RecordedNetwork, ...]:
     """Return the networks of an image: those in its prompt, and those of other modules in its settings.
 
-    A network that the prompt names twice acts with both strengths. Earlier versions of the suite have the strengths in
-    a setting; of a network that only has a hash the strength is not known.
+    AUTOMATIC1111 keeps one object for a network and adds it once for each tag, with the strength that it was given
+    last. Earlier versions of the suite have the strengths in a setting; of a network that only has a hash the strength
+    is not known.
     """
     digests = dict(a1111.pairs_of(settings.get("Lora hashes", "")))
-    strengths: dict[str, float | None] = {}
-    for tag in tags:
-        strengths[tag.name] = (strengths.get(tag.name) or 0.0) + tag.strength
+    strengths: dict[str, float | None] = {name: len(given) * given[-1] for name, given in strengths_of(tags).items()}
     for key in ("Lora strengths", a1111.OTHER_NETWORKS):
         for name, word in a1111.pairs_of(settings.get(key, "")):
-            strengths.setdefault(re.sub(r" \([\w.]+\)$", "", name), float(word))
+            try:
+                strengths.setdefault(re.sub(r" \([\w.]+\)$", "", name), float(word))
+            except ValueError:
+                raise UserError(f"{path}: {key}: the strength of {name} must be a number, got {shown(word)}") from None
     known = {plain(name) for name in strengths}
     strengths |= {name: None for name in digests if plain(name) not in known}
     by_name = {plain(name): digest for name, digest in digests.items()}
@@ -218,22 +307,20 @@ def sampler_of(settings: Mapping[str, str], path: Path) -> tuple[SamplerName, li
     return name or known_sampler(word, path), schedule
 
 
-def from_short(texts: Mapping[str, str], size: tuple[int, int], path: Path) -> Recorded:
-    """Return what the keys of sd-scripts say; the size is that of the picture."""
-    try:
-        request = Request(
-            prompt=texts["prompt"],
-            negative_prompt=texts.get("negative-prompt", ""),
-            seed=int(texts["seed"]),
-            width=floored(size)[0],
-            height=floored(size)[1],
-            steps=int(texts["steps"]),
-            scale=float(texts["scale"]),
-            sampler=known_sampler(texts["sampler"], path),
-        )
-    except (KeyError, ValueError):
-        raise UserError(f"{path}: what it says of itself cannot be read; give the prompt by --prompt") from None
-    return Recorded(request)
+def from_short(texts: Mapping[str, str], size: tuple[int, int], path: Path, seed: int | None) -> Recorded:
+    """Return what the keys of sd-scripts say; size is that of the picture, seed for one of which it is not known."""
+    numbers, told = numbers_of(texts, {field: row[2] for field, row in NUMBERS.items() if row[2]}, path, seed)
+    request = Request(
+        prompt=texts["prompt"],
+        negative_prompt=texts.get("negative-prompt", ""),
+        width=floored(size)[0],
+        height=floored(size)[1],
+        sampler=known_sampler(texts["sampler"], path) if "sampler" in texts else None,
+        **numbers,
+    )
+    missing = [key for key in ("steps", "scale", "sampler") if key not in texts]
+    told += [f"{', '.join(missing)} is not recorded: that of the options is taken"] if missing else []
+    return Recorded(request, told=tuple(told))
 
 
 def known_sampler(name: str, path: Path) -> SamplerName:

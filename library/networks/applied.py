@@ -15,7 +15,7 @@ from library.models.base import BaseModel
 from library.networks.fit import names_in
 from library.networks.modules import ImportedModule, text_encoder_for_networks
 from library.networks.protocol import HasMultiplier, Network
-from library.networks.third_party import has_values_once_read
+from library.networks.third_party import LYCORIS_KINDS, MAGNITUDE, has_values_once_read
 from library.weight_file import EMBEDDING
 
 logger = logging.getLogger(__name__)
@@ -135,10 +135,11 @@ def check_taken(network: Network, tensors: Mapping[str, Tensor], path: Path, mod
     taken = names_in(network) & tensors.keys()
     left = {name for name in tensors.keys() - taken if not name.startswith(EMBEDDING)}
     if not taken:
+        is_lora = not any(name.endswith(LYCORIS_KINDS) or MAGNITUDE in name for name in tensors)
+        advice = "networks/convert_lora.py gives files of diffusers and PEFT the names that are read here"
         raise UserError(
             f"{path}: {module} takes none of its {len(tensors)} tensors ({named(sorted(tensors))}): it is for "
-            "another model or another module; networks/convert_lora.py gives files of diffusers and PEFT the names "
-            "that are read here"
+            f"another model or another module{f'; {advice}' if is_lora else ''}"
         )
     if left:
         logger.warning(

@@ -29,6 +29,7 @@ HINTS = (
         "duplicated lora name",
         "its default preset takes layers of the U-Net twice; add preset=attn-mlp to --network_args",
     ),
+    ("lycoris", "IA3Module.make_module_from_state_dict", "this version of it writes files of IA3, but reads none"),
 )
 
 
@@ -100,7 +101,7 @@ class ImportedModule:
         weights = read_weights(path) if weights is None else weights
         if not self.is_foreign:
             return module.create_network_from_weights(multiplier, str(path), *models, weights, **arguments)
-        named = canonical_names(weights, text_encoder)
+        named = canonical_names(weights, text_encoder, path)
         with no_layers_by_preset(self.module):
             network, _ = module.create_network_from_weights(
                 multiplier, str(path), *models, with_alphas(named), **arguments

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from library.errors import UserError
 from library.networks.protocol import NetworkModule, TextEncoders
 from library.weight_file import EMBEDDING, at_first_dot
+
+Value = TypeVar("Value")
 
 # Attributes of lycoris' class of networks: which layers its networks take.
 TARGETS = (
@@ -35,6 +40,19 @@ FACTORS = {
 }
 # Packages whose networks have the values of a file as soon as it is read; lycoris would add differences twice.
 READ_WITH_VALUES = ("lycoris",)
+# Of files that lycoris.kohya reads: beginnings of all names, and endings by which it tells kinds other than LoRA.
+LYCORIS_NAMES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+LYCORIS_KINDS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".oft_blocks", ".a1.weight", ".diff")
+LYCORIS_FAILS = (".on_input",)  # of IA3: lycoris writes such files and ends with a TypeError when it reads them (4.1.3)
+MAGNITUDE = "lora_magnitude_vector"  # in names of PEFT's DoRA
+# Endings of tensors that have two dimensions at least.
+MATRICES = (
+    *(f".lora_{part}.weight" for part in ("up", "down", "mid")),
+    *(f".hada_w{n}_{side}" for n in (1, 2) for side in "ab"),
+    *(f".lokr_w{n}{side}" for n in (1, 2) for side in ("", "_a", "_b")),
+    *(f".{side}{n}.weight" for side in "ab" for n in (1, 2)),
+    ".oft_blocks",
+)
 
 
 @contextlib.contextmanager
@@ -60,18 +78,44 @@ def has_values_once_read(module: str) -> bool:
     return module.partition(".")[0] in READ_WITH_VALUES
 
 
-def canonical_names(weights: Mapping[str, Tensor], text_encoder: TextEncoders) -> dict[str, Tensor]:
+def canonical_names(
+    weights: Mapping[str, Value], text_encoder: TextEncoders, source: Path | None = None
+) -> dict[str, Value]:
     """Return the tensors of a file under the names that modules have over the text encoder of the suite.
+
+    source is the file in messages. Raises UserError for a file that has a module under two names.
+    """
+    return with_canonical_names(weights, source, is_alone=not isinstance(text_encoder, list))
+
+
+def with_canonical_names(weights: Mapping[str, Value], source: Path | None, *, is_alone: bool) -> dict[str, Value]:
+    """Return the tensors of a file, or their shapes, under the names over one text encoder, or over several.
 
     Trainers with transformers from 5.6 on leave `text_model` out; some number a text encoder that is alone.
     """
-    is_alone = not isinstance(text_encoder, list)
+    found: dict[str, str] = {}
+    for name in weights:
+        new = re.sub(r"^lora_te1_", "lora_te_", name) if is_alone else name
+        new = re.sub(r"^(lora_te\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", new)
+        first = found.setdefault(new, name)
+        if first != name:
+            raise UserError(f"{source or 'the file'} has {new} twice ({first} and {name}): save one adapter")
+    return {new: weights[name] for new, name in found.items()}
 
-    def canonical(name: str) -> str:
-        name = re.sub(r"^lora_te1_", "lora_te_", name) if is_alone else name
-        return re.sub(r"^(lora_te\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", name)
 
-    return {canonical(name): tensor for name, tensor in weights.items()}
+def check_matrices(shapes: Mapping[str, Collection[int]], path: Path) -> None:
+    """Raise UserError for a matrix of a file that has fewer than two dimensions."""
+    for name, shape in shapes.items():
+        if name.endswith(MATRICES) and len(shape) < 2:
+            raise UserError(f"{path} is damaged: {name} has the shape {tuple(shape)}, a matrix is meant")
+
+
+def is_for_lycoris(names: Collection[str]) -> bool:
+    """Return whether lycoris.kohya draws a file, by the names of its tensors, and it is no mere LoRA."""
+    own = [name for name in names if not name.startswith(EMBEDDING)]
+    return all(name.startswith(LYCORIS_NAMES) and not name.endswith(LYCORIS_FAILS) for name in own) and any(
+        name.endswith(LYCORIS_KINDS) for name in own
+    )
 
 
 def with_alphas(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
