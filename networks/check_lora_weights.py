@@ -7,7 +7,6 @@ python networks/check_lora_weights.py lora.safetensors --json > lora.json
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import logging
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from library.adapters.low_rank import Change
+    from library.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,9 @@ SHOWN = (
     "ss_training_comment",
     "modelspec.merged_from",
 )
-# Part of a model -> beginnings of its modules' names, in order of search.
-PARTS = (
-    ("U-Net", ("lora_unet_", "unet.")),
-    ("text encoder 2", ("lora_te2_", "text_encoder_2.")),
-    ("text encoder", ("lora_te", "text_encoder.")),
-)
+# Part of a model, as `library/adapters/names.py` calls it -> its title; `text` is one of unknown number.
+TITLES = {"unet": "U-Net", "text_encoder_2": "text encoder 2", "text_encoder": "text encoder", "text": "text encoder"}
+OTHER = "other"
 WIDTH = 90  # characters of a metadata text
 
 
@@ -77,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     """Return the report on a file, as an object for JSON."""
     from library.adapters import readers
-    from library.adapters.lora_file import refuse_model
+    from library.adapters.lora_file import refuse_model, whole_changes
     from library.weight_file import data_sha256, open_weights
 
     file = open_weights(path)
@@ -87,7 +84,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     family = readers.detect(shapes, metadata)
     keys = readers.keys_of(shapes)
     tensors = dict(file.tensors(shapes))
-    modules = whole_changes(tensors)
+    modules = whole_changes(path, metadata, tensors)
     damage = damage_of(tensors)
     alphas = {name: change.alpha for name, change in modules.items()}
     verdicts = {} if damage else dict(readers.verdicts(keys, family, alphas, metadata))
@@ -99,7 +96,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
         "models": family.title if family else None,
         "names": readers.dialect(shapes),
         "types": sorted(types),
-        "parts": {title: part for title, part in summaries(modules) if part["modules"]},
+        "parts": {title: part for title, part in summaries(modules, family) if part["modules"]},
         "unknown_modules": readers.unknown_modules(keys, family),
         "damage": damage,
         "readers": {name: verdict.line() for name, verdict in verdicts.items()},
@@ -115,23 +112,22 @@ def counted(values: Iterator[str]) -> dict[str, int]:
     return dict(collections.Counter(values).most_common())
 
 
-def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
-    """Return module -> change for the modules whose tensors are complete and fit together."""
-    from library.adapters.lora_file import change_of, parts_of
+def titles_of(modules: Mapping[str, Change], family: ModelFamily | None) -> dict[str, str]:
+    """Return the title of the part of a model that each module is in."""
+    from library.adapters.lora_file import named_layers
+    from library.adapters.names import BEGINNINGS, spelled
 
-    found = {}
-    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    for stem, part in parts_of(numbers).items():
-        with contextlib.suppress(KeyError, ValueError):
-            found[stem] = change_of(stem, part)
-    return found
+    layers = named_layers({name: change.down_shape for name, change in modules.items()}, family)
+    parts = {name: layers[name].part if name in layers else spelled(name).part for name in modules}
+    is_named = {name for name in modules if name in layers or name.startswith(BEGINNINGS)}
+    return {name: TITLES[part] if name in is_named else OTHER for name, part in parts.items()}
 
 
-def summaries(modules: Mapping[str, Change]) -> Iterator[tuple[str, dict[str, Any]]]:
+def summaries(modules: Mapping[str, Change], family: ModelFamily | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each part of a model with a summary of its modules."""
-    left = dict(modules)
-    for title, starts in (*PARTS, ("other", ("",))):
-        own = {name: left.pop(name) for name in list(left) if name.startswith(starts)}
+    titles = titles_of(modules, family)
+    for title in dict.fromkeys((*TITLES.values(), OTHER)):
+        own = {name: change for name, change in modules.items() if titles[name] == title}
         norms = {name: change.norm() for name, change in own.items()}
         summary = {
             "modules": len(own),

@@ -9,13 +9,13 @@ import re
 import pytest
 import torch
 from drawing import pipe_of
-from loras import deltas, make_lora, outputs
+from loras import assert_deltas, deltas, make_lora, outputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.weight_file import data_sha256
-from networks import convert_lora, lora
+from networks import convert_lora, lora, resize_lora
 
 
 def convert(source, target, *argv):
@@ -67,6 +67,30 @@ def test_diffusers_loads_what_was_converted(model_store, family_name, tmp_path, 
     assert (expected - plain).abs().max() > 0.01
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(1.0, float(expected.abs().max())))
     torch.testing.assert_close(got_text, expected_text, rtol=0, atol=2e-5 * max(1.0, float(expected_text.abs().max())))
+
+
+@pytest.mark.parametrize("again", [[], ["--keep_alpha"]])
+def test_the_alphas_of_a_configuration_count_once(model_store, tmp_path, again):
+    """A file with such metadata goes to diffusers, to sd-scripts and through a resize, and means the same."""
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors", alpha=2.0)
+    there = convert(file, tmp_path / "b.safetensors", "--to", "diffusers", "--keep_alpha")
+    other = convert(there, tmp_path / "c.safetensors", "--to", "diffusers", *again)
+    with safe_open(other, "pt") as opened:
+        assert ("lora_adapter_metadata" in opened.metadata()) == bool(again)
+    assert_deltas(convert(other, tmp_path / "d.safetensors"), deltas(file))
+    smaller = tmp_path / "e.safetensors"
+    assert resize_lora.main(["--model", str(there), "--save_to", str(smaller), "--new_rank", "4"]) == 0
+    assert_deltas(smaller, deltas(file), 1e-5)
+    found = []
+    for path in (file, there, other, smaller):
+        text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])
+        pipe_of(models | {"text_encoder": text, "unet": unet}, family="sd1").load_lora_weights(
+            tmp_path, weight_name=path.name
+        )
+        found.append(outputs(text, unet)[1])
+    for output in found[1:]:
+        torch.testing.assert_close(output, found[0], rtol=0, atol=2e-5 * max(1.0, float(found[0].abs().max())))
 
 
 def test_what_diffusers_saves_is_read_with_its_alphas(model_store, tmp_path):

@@ -308,7 +308,7 @@ def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.T
 
 def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: MergeOptions) -> dict[str, str]:
     """Return the metadata of the merged model: those of the first one, title, sources and recipe."""
-    from library.adapters.metadata import HASHES, RECIPE, without_hashes
+    from library.adapters.metadata import HASHES, RECIPE, inherited
 
     titles = [model.file.metadata.get("modelspec.title") or model.file.path.stem for model in models]
     sources = [
@@ -317,7 +317,7 @@ def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: Merge
         for model in models
     ]
     recipe = {"operation": "merge_models", "unet_only": merge.unet_only, "models": sources}
-    return without_hashes(models[0].file.metadata) | {
+    return inherited(models[0].file.metadata) | {
         "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join(titles),
         RECIPE: json.dumps(recipe, ensure_ascii=False),

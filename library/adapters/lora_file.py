@@ -6,8 +6,10 @@ and shapes are those of the layers, whatever they are in the file, so that files
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,6 +43,8 @@ from library.errors import UserError, named
 from library.models import keys
 from library.models.family import SD1, SD2, ModelFamily
 from library.weight_file import WeightFile, check_finite, is_finite, open_weights
+
+logger = logging.getLogger(__name__)
 
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
@@ -157,7 +161,7 @@ def read_lora(path: Path) -> LoraFile:
     downs = {module: tuple(part["down"].shape) for module, part in parts.items() if "down" in part}
     family = family_of(downs, file.metadata)
     layers = named_layers(downs, family)
-    alphas = alphas_of(file, {module: parts[module] for module in layers})
+    alphas = alphas_of(path, file.metadata, {module: parts[module] for module in layers})
     changes: dict[str, Change] = {}
     for module, layer in sorted(layers.items()):
         name = module_name(layer, family or SD1)
@@ -214,18 +218,39 @@ def vector_of(name: str, tensor: Tensor, family: ModelFamily | None) -> Vector |
     return None if layer is None else Vector(layer, kind, dot + last, tensor)
 
 
-def alphas_of(file: WeightFile, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+def whole_changes(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Return module (by its name in the file) -> change for those whose tensors are complete and fit together.
+
+    tensors are of any kinds of networks. A warning tells why a configuration of PEFT is not used; the alphas are the
+    ranks then.
+    """
+    parts = {
+        module: {role: tensor if tensor.is_floating_point() else tensor.float() for role, tensor in part.items()}
+        for module, part in parts_of(tensors).items()
+        if {"down", "up"} <= part.keys() and part["down"].ndim > 1
+    }
+    try:
+        alphas = alphas_of(path, metadata, parts)
+    except UserError as error:
+        logger.warning("%s; the ranks are taken for alphas", error)
+        alphas = {}
+    found = {}
+    for module, part in parts.items():
+        with contextlib.suppress(ValueError):
+            found[module] = change_of(module, part, alphas.get(module))
+    return found
+
+
+def alphas_of(path: Path, metadata: Mapping[str, str], parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
     """Return the alphas of the modules without an alpha that a configuration of PEFT tells.
 
     Raises UserError for a configuration of another network than a LoRA, and if PEFT's own file lacks it.
     """
     without = {module: len(part["down"]) for module, part in parts.items() if "alpha" not in part}
     by_peft = [module for module in without if PEFT_ROOT in module]
-    config = read_config(file.path, file.metadata, is_peft=bool(by_peft) or file.path.stem == "adapter_model")
+    config = read_config(path, metadata, is_peft=bool(by_peft) or path.stem == "adapter_model")
     if config is None and by_peft:
-        raise UserError(
-            f"{file.path} is an adapter of PEFT, whose alphas are in {CONFIG_FILE}: put that file beside it"
-        )
+        raise UserError(f"{path} is an adapter of PEFT, whose alphas are in {CONFIG_FILE}: put that file beside it")
     if config is None:
         return {}
     found = {module: config.alpha_of(module, rank) for module, rank in without.items()}
