@@ -132,7 +132,7 @@ def for_kohya(
     """Return tensors and metadata in the format of sd-scripts."""
     from library.adapters.alphas import with_one_alpha
     from library.adapters.layers import diffusers_word, module_name
-    from library.adapters.lora_file import to_state_dict
+    from library.adapters.lora_file import to_state_dict, with_own_text_names
     from library.adapters.metadata import architecture, common, inherited, network_metadata
     from library.models.family import SD1
 
@@ -148,6 +148,7 @@ def for_kohya(
     kept = {key: text for key, text in inherited(file.metadata).items() if key != "format"}
     if common({change.rank for change in changes}) == "Dynamic":
         logger.info("modules have different ranks; readers take each module's own")
+    tensors = with_own_text_names(tensors, [file])
     return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | kept
 
 

@@ -120,9 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     energy = EnergyByBlock()
     changes = extracted(config.extract, original, tuned, pairs, energy)
     if not changes:
-        raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
+        others = left_out_words(original, tuned, pairs)
+        raise UserError(
+            f"{original.path} and {tuned.path} do not differ in the layers that are extracted, in those of text "
+            f"encoders by no more than --min_diff {config.extract.min_diff:g}: there is nothing to extract"
+            f"{f', but {others}' if others else ''}"
+        )
     energy.log()
-    warn_of_left_out(original, tuned, pairs)
+    if others := left_out_words(original, tuned, pairs):
+        logger.warning("not in the LoRA: %s", others)
     changes = with_one_alpha(changes, config.files.save_to)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
@@ -213,13 +219,12 @@ def extracted(
     return changes
 
 
-def warn_of_left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> None:
-    """Warn of the layers whose weights or biases differ and are not extracted."""
+def left_out_words(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> str | None:
+    """Return in words which layers have weights or biases that differ and are not extracted; None if there are none."""
     names = list(left_out(original, tuned, pairs))
-    if names:
-        with_weights = [name for name in names if "norm" not in name and name.endswith(".weight")]
-        advice = f"; --conv_dim extracts {len(with_weights)} of them" if with_weights else ""
-        logger.warning("%d tensors differ, too, and are not in the LoRA (%s)%s", len(names), named(names), advice)
+    with_weights = [name for name in names if "norm" not in name and name.endswith(".weight")]
+    advice = f"; --conv_dim extracts {len(with_weights)} of them" if with_weights else ""
+    return f"{len(names)} other tensors differ ({named(names)}){advice}" if names else None
 
 
 def left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> Iterator[str]:

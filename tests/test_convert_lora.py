@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.weight_file import data_sha256
-from networks import convert_lora, lora, resize_lora
+from networks import convert_lora, lora, merge_lora, resize_lora, svd_merge_lora
+
+SHAPES = {"lora_down.weight": (2, 768), "lora_up.weight": (3072, 2)}
 
 
 def convert(source, target, *argv):
@@ -236,3 +238,25 @@ def test_the_last_line_tells_who_reads_the_result(model_store, tmp_path, caplog,
     caplog.set_level("INFO")
     convert(file, tmp_path / "b.safetensors", *words)
     assert caplog.messages[-1] == audience
+
+
+@pytest.mark.parametrize("start", ["lora_te_", "lora_te1_"])
+def test_a_text_encoder_keeps_its_name_where_no_family_is_told(tmp_path, start):
+    """The first encoder of SDXL is that of SD 1.x, and files with it alone may be for either."""
+    module = f"{start}text_model_encoder_layers_0_"
+    weights = {f"{module}mlp_fc1.{name}": torch.randn(shape) for name, shape in SHAPES.items()}
+    weights |= {f"{module}layer_norm1.w_norm": torch.randn(768)}
+    file = tmp_path / "a.safetensors"
+    save_file(weights, file)
+    out = tmp_path / "out.safetensors"
+    for tool, argv in (
+        (convert_lora, ("--model", file)),
+        (resize_lora, ("--model", file, "--new_rank", "2")),
+        (merge_lora, ("--models", file, file, "--ratios", "0.5", "0.5", "--save_precision", "float")),
+        (svd_merge_lora, ("--models", file, file, "--ratios", "0.5", "0.5", "--new_rank", "2")),
+    ):
+        assert tool.main([*map(str, argv), "--save_to", str(out)]) == 0
+        assert {name.rpartition("_layers")[0] for name in load_file(out)} == {f"{start}text_model_encoder"}, tool
+        assert_deltas(out, deltas(file), 1e-5)
+    save_file(weights, file, {"ss_base_model_version": "sd_v1"})
+    assert all(name.startswith("lora_te_") for name in load_file(convert(file, out)))

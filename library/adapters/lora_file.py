@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
 WIDTH_OF_TEXT_2 = 1280
+# Beginnings of the names of a text encoder that is alone, and of the first of two: they have the same layers.
+ALONE, FIRST_OF_TWO = "lora_te_", "lora_te1_"
 
 
 class Vector(NamedTuple):
@@ -78,6 +81,7 @@ class LoraFile:
     metadata: dict[str, str]
     family: ModelFamily | None  # None where the modules fit several
     extra: dict[str, Tensor]  # tensors that are not part of a change, by their names in the file
+    numbers_text: bool = False  # it is of a text encoder alone, numbered as the first of two: SDXL, or diffusers
 
     @property
     def title(self) -> str:
@@ -177,7 +181,8 @@ def read_lora(path: Path) -> LoraFile:
         )
     used = {name for module, _, name in roles_of(tensors, ALL_ROLES) if module in layers}
     extra = {name: tensor for name, tensor in tensors.items() if name not in used}
-    return LoraFile(path, changes, dict(file.metadata), family, extra)
+    numbers_text = family is None and all(module.startswith(FIRST_OF_TWO) for module in layers)
+    return LoraFile(path, changes, dict(file.metadata), family, extra, numbers_text)
 
 
 def refuse_doubles(file: WeightFile) -> None:
@@ -315,6 +320,13 @@ def fitted(change: Change, layer: Layer, family: ModelFamily | None, stem: str) 
     if kernels == {"pointwise"}:
         return dataclasses.replace(change, down_shape=(*change.down_shape[:2], 1, 1))
     return change
+
+
+def with_own_text_names(tensors: Mapping[str, Tensor], files: Sequence[LoraFile]) -> dict[str, Tensor]:
+    """Return tensors to be written, with the names that the text encoder has in the files if no family tells them."""
+    if any(file.family is not None for file in files) or not any(file.numbers_text for file in files):
+        return dict(tensors)
+    return {re.sub(f"^{ALONE}", FIRST_OF_TWO, name): tensor for name, tensor in tensors.items()}
 
 
 def to_state_dict(
