@@ -7,7 +7,6 @@ python networks/check_lora_weights.py lora.safetensors --json > lora.json
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import logging
@@ -47,9 +46,9 @@ SHOWN = (
     "ss_training_comment",
     "modelspec.merged_from",
 )
+# Part of a model, as `library/adapters/names.py` calls it -> its title; `text` is one of unknown number.
+TITLES = {"unet": "U-Net", "text_encoder_2": "text encoder 2", "text_encoder": "text encoder", "text": "text encoder"}
 OTHER = "other"
-# Part of a model by its folder -> its title in the report.
-PARTS = {"unet": "U-Net", "text_encoder_2": "text encoder 2", "text_encoder": "text encoder", OTHER: OTHER}
 WIDTH = 90  # characters of a metadata text
 
 
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     """Return the report on a file, as an object for JSON."""
     from library.adapters import readers
-    from library.adapters.lora_file import refuse_model
+    from library.adapters.lora_file import refuse_model, whole_changes
     from library.weight_file import data_sha256, open_weights
 
     file = open_weights(path)
@@ -86,7 +85,7 @@ def report_of(path: Path, *, with_tensors: bool) -> dict[str, Any]:
     family = readers.detect(shapes, metadata)
     keys = readers.keys_of(shapes)
     tensors = dict(file.tensors(shapes))
-    modules = whole_changes(tensors)
+    modules = whole_changes(path, metadata, tensors)
     damage = damage_of(tensors)
     alphas = {name: change.alpha for name, change in modules.items()}
     verdicts = {} if damage else dict(readers.verdicts(keys, family, alphas, metadata))
@@ -114,26 +113,22 @@ def counted(values: Iterator[str]) -> dict[str, int]:
     return dict(collections.Counter(values).most_common())
 
 
-def whole_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
-    """Return module -> change for the modules whose tensors are complete and fit together."""
-    from library.adapters.lora_file import change_of, parts_of
+def titles_of(modules: Mapping[str, Change], family: ModelFamily | None) -> dict[str, str]:
+    """Return the title of the part of a model that each module is in."""
+    from library.adapters.lora_file import named_layers
+    from library.adapters.names import BEGINNINGS, spelled
 
-    found = {}
-    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    for stem, part in parts_of(numbers).items():
-        with contextlib.suppress(KeyError, ValueError):
-            found[stem] = change_of(stem, part)
-    return found
+    layers = named_layers({name: change.down_shape for name, change in modules.items()}, family)
+    parts = {name: layers[name].part if name in layers else spelled(name).part for name in modules}
+    is_named = {name for name in modules if name in layers or name.startswith(BEGINNINGS)}
+    return {name: TITLES[part] if name in is_named else OTHER for name, part in parts.items()}
 
 
 def summaries(modules: Mapping[str, Change], family: ModelFamily | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each part of a model with a summary of its modules; those of no known layer are others."""
-    from library.adapters.lora_file import named_layers
-
-    layers = named_layers({name: change.down_shape for name, change in modules.items()}, family)
-    parts = {name: layers[name].part if name in layers else OTHER for name in modules}
-    for part, title in PARTS.items():
-        own = {name: change for name, change in modules.items() if parts[name] == part}
+    """Yield each part of a model with a summary of its modules."""
+    titles = titles_of(modules, family)
+    for title in dict.fromkeys((*TITLES.values(), OTHER)):
+        own = {name: change for name, change in modules.items() if titles[name] == title}
         norms = {name: change.norm() for name, change in own.items()}
         summary = {
             "modules": len(own),

@@ -78,17 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
-    logger.info("%s", readers_of(tensors, file.family, metadata))
+    logger.info("%s", readers_of(config.files.save_to, tensors, file.family, metadata))
     return 0
 
 
-def readers_of(tensors: Mapping[str, torch.Tensor], family: ModelFamily | None, metadata: Mapping[str, str]) -> str:
+def readers_of(
+    path: Path, tensors: Mapping[str, torch.Tensor], family: ModelFamily | None, metadata: Mapping[str, str]
+) -> str:
     """Return in words which programs read a file with such tensors."""
     from library.adapters import readers
-    from library.adapters.names import ALPHA
+    from library.adapters.lora_file import whole_changes
 
     keys = readers.keys_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    alphas = {key.module: float(tensors[key.name]) for key in keys if key.ending == ALPHA}
+    alphas = {module: change.alpha for module, change in whole_changes(path, metadata, tensors).items()}
     return readers.audience(keys, family, alphas, metadata)
 
 
@@ -130,9 +132,8 @@ def for_kohya(
     """Return tensors and metadata in the format of sd-scripts."""
     from library.adapters.alphas import with_one_alpha
     from library.adapters.layers import diffusers_word, module_name
-    from library.adapters.lora_file import to_state_dict
-    from library.adapters.metadata import architecture, common, network_metadata, without_hashes
-    from library.adapters.peft_config import METADATA_KEY
+    from library.adapters.lora_file import to_state_dict, with_own_text_names
+    from library.adapters.metadata import architecture, common, inherited, network_metadata
     from library.models.family import SD1
 
     family = file.family or SD1  # SD 2.x has the same names
@@ -144,10 +145,11 @@ def for_kohya(
     metadata = network_metadata([file], {change.rank for change in changes}, {change.alpha for change in changes})
     if file.family is not None:
         metadata |= {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.base_version(predicts_v=False)}
-    kept = {key: text for key, text in file.metadata.items() if key not in ("format", METADATA_KEY)}
+    kept = {key: text for key, text in inherited(file.metadata).items() if key != "format"}
     if common({change.rank for change in changes}) == "Dynamic":
         logger.info("modules have different ranks; readers take each module's own")
-    return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | without_hashes(kept)
+    tensors = with_own_text_names(tensors, [file])
+    return tensors, architecture(file.family, file.metadata, is_network=True) | metadata | kept
 
 
 def for_diffusers(
@@ -156,14 +158,14 @@ def for_diffusers(
     """Return tensors and metadata in the format of diffusers and PEFT."""
     from library.adapters.layers import peft_name
     from library.adapters.lora_file import to_state_dict
-    from library.adapters.metadata import without_hashes
+    from library.adapters.metadata import inherited
     from library.adapters.peft_config import METADATA_KEY
 
     named = {peft_name(layer): file.changes[module] for module, layer in layers.items()}
     if not options.keep_alpha:
         named = {name: change.with_alpha(float(change.rank)) for name, change in named.items()}
     tensors = to_state_dict(named, written_type(options), (".lora_A.weight", ".lora_B.weight"))
-    metadata = {"format": "pt"} | without_hashes(file.metadata)
+    metadata = {"format": "pt"} | inherited(file.metadata)
     if options.keep_alpha:
         metadata[METADATA_KEY] = json.dumps(peft_configuration(file, layers), sort_keys=True)
     return tensors, metadata

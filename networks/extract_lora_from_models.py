@@ -116,13 +116,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     original, tuned = open_checkpoint(config.files.model_org), open_checkpoint(config.files.model_tuned)
     check_kind(config.kind, original, tuned)
-    pairs = paired_layers(original, tuned, with_convolutions=config.extract.conv_dim is not None)
+    has_convolutions = config.extract.conv_dim is not None
+    pairs = paired_layers(original, tuned, with_convolutions=has_convolutions)
     energy = EnergyByBlock()
     changes = extracted(config.extract, original, tuned, pairs, energy)
     if not changes:
-        raise UserError(f"{original.path} and {tuned.path} are equal in every layer: there is nothing to extract")
+        others = left_out_words(original, tuned, pairs, has_convolutions=has_convolutions)
+        raise UserError(
+            f"{original.path} and {tuned.path} do not differ in the layers that are extracted, in those of text "
+            f"encoders by no more than --min_diff {config.extract.min_diff:g}: there is nothing to extract"
+            f"{f', but {others}' if others else ''}"
+        )
     energy.log()
-    warn_of_left_out(original, tuned, pairs, has_convolutions=config.extract.conv_dim is not None)
+    if others := left_out_words(original, tuned, pairs, has_convolutions=has_convolutions):
+        logger.warning("not in the LoRA: %s", others)
     changes = with_one_alpha(changes, config.files.save_to)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
     with disk_errors(config.files.save_to):
@@ -220,17 +227,16 @@ def extracted(
     return changes
 
 
-def warn_of_left_out(original: Checkpoint, tuned: Checkpoint, pairs: Pairs, *, has_convolutions: bool) -> None:
-    """Warn of the layers whose weights or biases differ and are not extracted."""
+def left_out_words(original: Checkpoint, tuned: Checkpoint, pairs: Pairs, *, has_convolutions: bool) -> str | None:
+    """Return in words which layers have weights or biases that differ and are not extracted; None if there are none."""
     from library.adapters.layers import layers_of
 
     left = list(left_out(original, tuned, pairs))
     names = [f"{layer.part}.{layer.path}.{kind}" for layer, kind in left]
-    if names:
-        matrices = {layer for layer in layers_of(original.family) if is_wanted(layer, with_convolutions=True)}
-        more = [layer for layer, kind in left if kind == "weight" and layer in matrices]
-        advice = f"; --conv_dim extracts {len(more)} of them" if more and not has_convolutions else ""
-        logger.warning("%d tensors differ, too, and are not in the LoRA (%s)%s", len(names), named(names), advice)
+    matrices = {layer for layer in layers_of(original.family) if is_wanted(layer, with_convolutions=True)}
+    more = [layer for layer, kind in left if kind == "weight" and layer in matrices]
+    advice = f"; --conv_dim extracts {len(more)} of them" if more and not has_convolutions else ""
+    return f"{len(names)} other tensors differ ({named(names)}){advice}" if names else None
 
 
 def left_out(

@@ -135,7 +135,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     from tqdm import tqdm
 
     from library.adapters.alphas import with_one_alpha
-    from library.adapters.lora_file import to_state_dict
+    from library.adapters.lora_file import to_state_dict, with_own_text_names
     from library.adapters.low_rank import SUMS, mixed
     from library.adapters.merging import merged_vectors, parts_by_module
     from library.adapters.metadata import architecture, network_metadata
@@ -163,7 +163,8 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     with disk_errors(config.files.save_to):
         dtype = written_type(config)
         vectors = {name: values.to(dtype) for name, values in merged_vectors(files).items()}
-        write_weights(config.files.save_to, to_state_dict(changes, dtype) | vectors, metadata)
+        tensors = with_own_text_names(to_state_dict(changes, dtype) | vectors, [each.file for each in files])
+        write_weights(config.files.save_to, tensors, metadata)
 
 
 def check_factors(parts: Mapping[str, list[tuple[float, Change]]], merge: MergeOptions) -> None:

@@ -55,7 +55,7 @@ class ResizeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ResizeConfig, argv, description=__doc__, rules=(check_options,))
-    from library.adapters.lora_file import read_lora, to_state_dict
+    from library.adapters.lora_file import read_lora, to_state_dict, with_own_text_names
     from library.files import disk_errors
     from networks.lora import write_weights
 
@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     file.refuse_unknown()
     changes = resized(config, file)
     tensors = to_state_dict(changes, tool_files.dtype_named(config.files.save_precision or "float"))
+    tensors = with_own_text_names(tensors | kept_tensors(file), [file])
     with disk_errors(config.files.save_to):
-        write_weights(config.files.save_to, tensors | kept_tensors(file), metadata_of(config, file, changes))
+        write_weights(config.files.save_to, tensors, metadata_of(config, file, changes))
     logger.info("saved %s", config.files.save_to)
     return 0
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(SvdMergeConfig, argv, description=__doc__, rules=(check_files, check_merging))
     from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
-    from library.adapters.lora_file import to_state_dict
+    from library.adapters.lora_file import to_state_dict, with_own_text_names
     from library.adapters.merging import merged_vectors, parts_by_module, read_weighted
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     metadata = metadata_of(config, files, changes)
     with disk_errors(config.files.save_to):
         vectors = {name: values.to(dtype) for name, values in merged_vectors(files).items()}
-        write_weights(config.files.save_to, to_state_dict(changes, dtype) | vectors, metadata)
+        tensors = with_own_text_names(to_state_dict(changes, dtype) | vectors, [each.file for each in files])
+        write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s", config.files.save_to)
     return 0
 

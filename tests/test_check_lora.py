@@ -53,6 +53,7 @@ VARIANTS = {
     "Tucker": lambda w: w | {f"{MIDDLE}.lora_mid.weight": torch.ones(4, 4, 1, 1)},
     "LoHa": lambda w: {n: t for n, t in w.items() if MIDDLE not in n} | {f"{MIDDLE}.hada_w1_a": torch.ones(2, 2)},
     "a difference": lambda w: w | {"lora_unet_conv_in.diff": torch.ones(2, 2)},
+    "(1, 1) alphas": lambda w: {n: t.reshape(1, 1) if n.endswith(".alpha") else t for n, t in w.items()},
     "a foreign tensor": lambda w: w | {"emp": torch.ones(1)},
     "2-D projections": lambda w: {n: t.flatten(1) if "proj_in" in n and t.ndim == 4 else t for n, t in w.items()},
 }
@@ -81,7 +82,7 @@ def test_other_names_and_kinds_are_told(model_store, tmp_path, capsys):
     out = tmp_path / "b.safetensors"
     assert convert_lora.main(["--model", str(file), "--save_to", str(out), "--to", "diffusers"]) == 0
     one, other = report(file, capsys), report(out, capsys)
-    assert (one["names"], other["names"]) == ("sd-scripts", "diffusers or PEFT")
+    assert (one["names"], other["names"]) == ("sd-scripts", "diffusers")
     for title, part in one["parts"].items():
         assert other["parts"][title]["mean_norm"] == pytest.approx(part["mean_norm"])
     factors = {f"{MIDDLE}.lokr_w1": torch.ones(2, 2), f"{MIDDLE}.lokr_w2": torch.ones(2, 2)}
@@ -164,14 +165,97 @@ def test_alphas_that_diffusers_does_not_apply_are_told_and_convert_mends_it(mode
     assert (found[1] - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_modules_count_for_the_part_of_their_layer_whoever_named_them(tmp_path):
-    names = ("diffusion_model.middle_block.1.proj_in", "text_encoders.clip_l.transformer.text_model.encoder.layers.0")
-    pair = {"lora_down.weight": torch.ones(2, 768), "lora_up.weight": torch.ones(768, 2)}
-    modules = (names[0], f"{names[1]}.mlp.fc1", "lora_unet_nowhere")
-    save_file({f"{module}.{end}": tensor.clone() for module in modules for end, tensor in pair.items()}, tmp_path / "a")
-    report = check_lora_weights.report_of(tmp_path / "a", with_tensors=False)
-    assert {title: part["modules"] for title, part in report["parts"].items()} == {
+# ---- alphas of PEFT's configurations, and the names of other programs ----------------------------------------
+
+WIDE = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def pair(module, downs=(".lora_A.weight", ".lora_B.weight"), rank=16, width=768):
+    torch.manual_seed(0)
+    return {f"{module}{downs[0]}": torch.randn(rank, width), f"{module}{downs[1]}": torch.randn(8, rank)}
+
+
+def norm_of(weights, scale):
+    down, up = (tensor.double() for tensor in weights.values())
+    return scale * float((up @ down).norm())
+
+
+def test_alpha_and_norm_are_those_of_the_configuration(tmp_path, capsys):
+    weights = pair(f"base_model.model.{WIDE}")
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(weights, file)
+    (tmp_path / "adapter_config.json").write_text('{"r": 16, "lora_alpha": 0.5}', encoding="utf-8")
+    found = report(file, capsys)
+    part = found["parts"]["U-Net"]
+    assert part["alphas"] == {"0.5": 1}
+    assert part["largest_norm"] == pytest.approx(norm_of(weights, 0.5 / 16))
+    assert found["names"] == "PEFT"
+    weights = pair(f"unet.{WIDE}")
+    table = {"unet.r": 16, "unet.lora_alpha": 16, "unet.alpha_pattern": {WIDE: 4}}
+    save_file(weights, tmp_path / "b.safetensors", {"lora_adapter_metadata": json.dumps(table)})
+    found = report(tmp_path / "b.safetensors", capsys)
+    part = found["parts"]["U-Net"]
+    assert (part["alphas"], part["largest_norm"]) == ({"4": 1}, pytest.approx(norm_of(weights, 4 / 16)))
+    assert "without the alphas" in found["readers"]["stable-diffusion.cpp"]
+    save_file(weights, tmp_path / "b.safetensors")
+    assert "without the alphas" not in report(tmp_path / "b.safetensors", capsys)["readers"]["stable-diffusion.cpp"]
+
+
+def test_a_configuration_that_cannot_be_used_is_told(tmp_path, capsys, caplog):
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(pair(f"base_model.model.{WIDE}"), file)
+    assert report(file, capsys)["parts"]["U-Net"]["alphas"] == {"16": 1}
+    assert "put that file beside it; the ranks are taken for alphas" in caplog.text
+
+
+def test_alphas_in_whole_numbers_count(tmp_path, capsys):
+    weights = pair(
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", (".lora_down.weight", ".lora_up.weight")
+    )
+    alpha = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.alpha": torch.tensor(2)}
+    save_file(weights | alpha, tmp_path / "a.safetensors")
+    part = report(tmp_path / "a.safetensors", capsys)["parts"]["U-Net"]
+    assert (part["alphas"], part["largest_norm"]) == ({"2": 1}, pytest.approx(norm_of(weights, 2 / 16)))
+
+
+@pytest.mark.parametrize(
+    ("names", "unet", "text"),
+    [
+        ("PEFT", f"base_model.model.{WIDE}", "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"),
+        (
+            "ComfyUI",
+            "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+        ),
+        ("LyCORIS", f"lycoris_{WIDE.replace('.', '_')}", "lycoris_text_model_encoder_layers_0_self_attn_q_proj"),
+        ("unknown", WIDE, "text_model.encoder.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_parts_and_names_are_told_for_the_files_of_all_programs(tmp_path, capsys, names, unet, text):
+    save_file(pair(unet) | pair(text) | pair("nowhere.at.all"), tmp_path / "a.safetensors")
+    found = report(tmp_path / "a.safetensors", capsys)
+    assert {title: part["modules"] for title, part in found["parts"].items()} == {
         "U-Net": 1,
         "text encoder": 1,
         "other": 1,
     }
+    assert found["names"] == names
+    save_file(pair("lycoris_nowhere"), tmp_path / "a.safetensors")
+    assert list(report(tmp_path / "a.safetensors", capsys)["parts"]) == ["U-Net"]
+
+
+def test_alphas_in_tensors_and_metadata_are_refused_as_diffusers_does(model_store, tmp_path, capsys):
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors")
+    weights, about = load_file(file), {"ss_base_model_version": "sd_v1"}
+    text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])
+    pipe = pipe_of(models | {"text_encoder": text, "unet": unet}, family="sd1")
+    save_file(weights, file, about | {"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 8}'})
+    found = report(file, capsys)["readers"]
+    assert found["diffusers"].startswith("refuses the file: it has alphas both")
+    assert "without the alphas" not in found["ComfyUI"]  # each module has its own
+    with pytest.raises(ValueError, match="cannot be specified"):
+        pipe.load_lora_weights(tmp_path, weight_name=file.name)
+    save_file(weights, file, about | {"lora_adapter_metadata": "null"})
+    assert report(file, capsys)["readers"]["diffusers"].startswith("applies")
+    pipe.load_lora_weights(tmp_path, weight_name=file.name)

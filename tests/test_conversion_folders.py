@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from conversions import convert, read
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from scripts import ROOT, python
 from tensors import assert_same, metadata, read_folder
@@ -124,13 +125,41 @@ def test_the_name_of_a_folder_may_hold_a_dot_and_the_folder_be_there(store, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "my.model"]
 
 
-def test_a_model_without_vae(store, tmp_path):
+def test_a_model_without_vae(store, tmp_path, caplog):
     model = store("sd1")
     state = {name: t for name, t in read(model.checkpoint).items() if not name.startswith("first_stage_model.")}
     save_file(state, tmp_path / "bare.safetensors")
     convert(tmp_path / "bare.safetensors", tmp_path / "folder")
+    assert "bare.safetensors has no VAE, and neither has" in caplog.text
+    with pytest.raises(ValueError, match="vae"):
+        StableDiffusionPipeline.from_pretrained(tmp_path / "folder")
+    assert "from_pretrained of diffusers refuses the folder unless it is given vae=" in caplog.text
+    StableDiffusionPipeline.from_pretrained(tmp_path / "folder", vae=model.models["vae"])
+    caplog.clear()
     convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    assert "has no VAE, and neither has" in caplog.text
     assert_same(read(tmp_path / "back.safetensors"), state)
+    caplog.clear()
+    convert(model.folder, tmp_path / "whole.safetensors")
+    assert "VAE" not in caplog.text
+
+
+@pytest.mark.parametrize("target", ["out", "out.safetensors", "out.ckpt"])
+def test_weights_that_are_no_numbers_are_told(store, tmp_path, caplog, target):
+    state = read(store("sd1").checkpoint)
+    name = "model.diffusion_model.out.2.weight"
+    state[name][0, 0, 0, 0] = torch.nan
+    state["first_stage_model.quant_conv.bias"][0] = 1e6
+    save_file(state, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / target)
+    shown = "conv_out.weight" if target == "out" else name
+    assert f": NaN or infinity in tensors: 1 ({shown})" in caplog.text
+    assert "too large" not in caplog.text
+    caplog.clear()
+    shutil.rmtree(tmp_path / target) if target == "out" else (tmp_path / target).unlink()
+    convert(tmp_path / "a.safetensors", tmp_path / target, "--fp16")
+    assert "quant_conv.bias" in caplog.text
+    assert "too large for float16" in caplog.text
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ import re
 import pytest
 import torch
 from drawing import pipe_of
-from loras import deltas, make_lora, outputs
+from loras import assert_deltas, deltas, make_lora, outputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.weight_file import data_sha256
-from networks import convert_lora, lora
+from networks import convert_lora, lora, merge_lora, resize_lora, svd_merge_lora
+
+SHAPES = {"lora_down.weight": (2, 768), "lora_up.weight": (3072, 2)}
 
 
 def convert(source, target, *argv):
@@ -67,6 +69,30 @@ def test_diffusers_loads_what_was_converted(model_store, family_name, tmp_path, 
     assert (expected - plain).abs().max() > 0.01
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(1.0, float(expected.abs().max())))
     torch.testing.assert_close(got_text, expected_text, rtol=0, atol=2e-5 * max(1.0, float(expected_text.abs().max())))
+
+
+@pytest.mark.parametrize("again", [[], ["--keep_alpha"]])
+def test_the_alphas_of_a_configuration_count_once(model_store, tmp_path, again):
+    """A file with such metadata goes to diffusers, to sd-scripts and through a resize, and means the same."""
+    models, _ = model_store("sd1")
+    file = make_lora(models, tmp_path / "a.safetensors", alpha=2.0)
+    there = convert(file, tmp_path / "b.safetensors", "--to", "diffusers", "--keep_alpha")
+    other = convert(there, tmp_path / "c.safetensors", "--to", "diffusers", *again)
+    with safe_open(other, "pt") as opened:
+        assert ("lora_adapter_metadata" in opened.metadata()) == bool(again)
+    assert_deltas(convert(other, tmp_path / "d.safetensors"), deltas(file))
+    smaller = tmp_path / "e.safetensors"
+    assert resize_lora.main(["--model", str(there), "--save_to", str(smaller), "--new_rank", "4"]) == 0
+    assert_deltas(smaller, deltas(file), 1e-5)
+    found = []
+    for path in (file, there, other, smaller):
+        text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])
+        pipe_of(models | {"text_encoder": text, "unet": unet}, family="sd1").load_lora_weights(
+            tmp_path, weight_name=path.name
+        )
+        found.append(outputs(text, unet)[1])
+    for output in found[1:]:
+        torch.testing.assert_close(output, found[0], rtol=0, atol=2e-5 * max(1.0, float(found[0].abs().max())))
 
 
 def test_what_diffusers_saves_is_read_with_its_alphas(model_store, tmp_path):
@@ -212,3 +238,25 @@ def test_the_last_line_tells_who_reads_the_result(model_store, tmp_path, caplog,
     caplog.set_level("INFO")
     convert(file, tmp_path / "b.safetensors", *words)
     assert caplog.messages[-1] == audience
+
+
+@pytest.mark.parametrize("start", ["lora_te_", "lora_te1_"])
+def test_a_text_encoder_keeps_its_name_where_no_family_is_told(tmp_path, start):
+    """The first encoder of SDXL is that of SD 1.x, and files with it alone may be for either."""
+    module = f"{start}text_model_encoder_layers_0_"
+    weights = {f"{module}mlp_fc1.{name}": torch.randn(shape) for name, shape in SHAPES.items()}
+    weights |= {f"{module}layer_norm1.w_norm": torch.randn(768)}
+    file = tmp_path / "a.safetensors"
+    save_file(weights, file)
+    out = tmp_path / "out.safetensors"
+    for tool, argv in (
+        (convert_lora, ("--model", file)),
+        (resize_lora, ("--model", file, "--new_rank", "2")),
+        (merge_lora, ("--models", file, file, "--ratios", "0.5", "0.5", "--save_precision", "float")),
+        (svd_merge_lora, ("--models", file, file, "--ratios", "0.5", "0.5", "--new_rank", "2")),
+    ):
+        assert tool.main([*map(str, argv), "--save_to", str(out)]) == 0
+        assert {name.rpartition("_layers")[0] for name in load_file(out)} == {f"{start}text_model_encoder"}, tool
+        assert_deltas(out, deltas(file), 1e-5)
+    save_file(weights, file, {"ss_base_model_version": "sd_v1"})
+    assert all(name.startswith("lora_te_") for name in load_file(convert(file, out)))

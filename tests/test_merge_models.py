@@ -280,7 +280,10 @@ def test_models_that_do_not_belong_together_are_refused_in_one_line(model_store,
         (two, "only models of one family can be merged: .* is SD 1.x, .* is SD 2.x"),
         (tmp_path / "sdxl.safetensors", "only models of one family"),
         (tmp_path / "inpainting.safetensors", f"{first} is of the shape .*4.* and .*8"),
-        (tmp_path / "lora.safetensors", "is a network: networks/merge_lora.py merges those"),
+        (
+            tmp_path / "lora.safetensors",
+            "is a network \\(LoRA\\), and no checkpoint: networks/merge_lora.py merges LoRA",
+        ),
     ):
         with pytest.raises(UserError, match=message) as caught:
             merge("--models", one, other, "--output", out)
@@ -315,3 +318,70 @@ def test_what_breaks_in_the_middle_leaves_the_old_file(pair, tmp_path, monkeypat
         merge("--models", one, two, "--output", out)
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == b"old"
+
+
+KEY = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
+
+
+def two_files(folder, one, other, name=KEY):
+    paths = folder / "a.safetensors", folder / "b.safetensors"
+    for path, tensor in zip(paths, (one, other), strict=True):
+        save_file({name: tensor, "model.diffusion_model.out.0.bias": torch.ones(2)}, path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"lora_unet_x.weight": torch.ones(4), "lora_unet_x.on_input": torch.tensor(False)},
+        {f"lora_unet_x.{end}.weight": torch.ones(2, 2) for end in ("a1", "a2", "b1", "b2")},
+        {"lora_unet_x.oft_blocks": torch.ones(2, 2, 2)},
+        {"lora_unet_x.diff": torch.ones(2, 2)},
+        {"unet.x.processor.to_k_lora.down.weight": torch.ones(2, 2)},
+    ],
+    ids=["IA3", "GLoRA", "OFT", "difference", "LoRA"],
+)
+def test_networks_of_all_kinds_are_refused(tmp_path, tensors, request):
+    save_file(tensors, tmp_path / "a.safetensors")
+    kind = request.node.callspec.id
+    with pytest.raises(UserError, match=rf"is a network \({kind}\), and no checkpoint"):
+        merge("--models", tmp_path / "a.safetensors", tmp_path / "a.safetensors", "--output", tmp_path / "out")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_checkpoint_with_an_embedding_is_no_network(tmp_path):
+    paths = two_files(tmp_path, torch.ones(2, 2), torch.ones(2, 2), "bundle_emb.word.string_to_param.*")
+    merge("--models", *paths, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("argv", [[], ["--saving_precision", "bf16"]])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, bad, at, argv):
+    tensors = [torch.ones(2, 2), torch.ones(2, 2)]
+    tensors[at][1, 0] = bad
+    paths = two_files(tmp_path, *tensors)
+    with pytest.raises(UserError, match=f"{paths[at].name}: {KEY} holds NaN or infinity"):
+        merge("--models", *paths, "--output", tmp_path / "out", *argv)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_part_that_is_copied_is_checked_and_constants_may_be_infinite(tmp_path):
+    vae = "first_stage_model.quant_conv.weight"
+    paths = two_files(tmp_path, torch.full((2, 2), torch.nan), torch.ones(2, 2), vae)
+    with pytest.raises(UserError, match=f"{vae} holds NaN"):
+        merge("--models", *paths, "--output", tmp_path / "out", "--unet_only")
+    paths = two_files(tmp_path, torch.tensor([-torch.inf, 1.0]), torch.tensor([-torch.inf, 1.0]), "log_sigmas")
+    merge("--models", *paths, "--output", tmp_path / "out")
+    assert torch.isinf(load_file(tmp_path / "out.safetensors")["log_sigmas"][0])
+
+
+@pytest.mark.parametrize("large", [40000.0, -60000.0])
+def test_sums_that_are_too_large_for_their_type_are_refused(tmp_path, large):
+    halves = torch.full((2, 2), large, dtype=torch.float16)
+    argv = ["--models", *two_files(tmp_path, halves, halves), "--ratios", 1, 1, "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match=f"{KEY} becomes too large for float16: .*--saving_precision bf16 or float"):
+        merge(*argv)
+    assert not (tmp_path / "out.safetensors").exists()
+    merge(*argv, "--saving_precision", "float")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[KEY], 2 * halves.float())

@@ -329,9 +329,13 @@ def test_models_that_do_not_belong_together_are_refused(model_store, tmp_path):
         call(extract_lora_from_models, *argv, "--model_tuned", other["safetensors"])
     with pytest.raises(UserError, match="--v2 was given"):
         call(extract_lora_from_models, *argv, "--model_tuned", paths["ckpt"], "--v2")
-    with pytest.raises(UserError, match="are equal in every layer"):
+    with pytest.raises(UserError, match="do not differ in the layers that are extracted.* nothing to extract$"):
         call(extract_lora_from_models, *argv, "--model_tuned", paths["ckpt"])
     state = load_file(paths["safetensors"])
+    conv = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    save_file(state | {conv: state[conv] + 1}, tmp_path / "conv.safetensors")
+    with pytest.raises(UserError, match=r"nothing to extract, but 1 other tensors differ \(.*--conv_dim extracts 1"):
+        call(extract_lora_from_models, *argv, "--model_tuned", tmp_path / "conv.safetensors")
     name = "model.diffusion_model.middle_block.1.proj_in.weight"
     state[name] = state[name].clone().fill_(torch.nan)
     save_file(state, tmp_path / "nan.safetensors")

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +25,7 @@ from library.config import tool_files
 from library.config.command_line import parse
 from library.config.kinds import is_there
 from library.config.options import REQUIRED, option
-from library.errors import Problems
+from library.errors import Problems, named
 from library.logs import run_script
 
 if TYPE_CHECKING:
@@ -110,12 +110,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = open_checkpoint(config.files.model_to_load, variant=config.files.variant)
     check_flags(model.family, model.path, v1=config.model.v1, v2=config.model.v2)
+    warn_of_no_vae(model, config.files.model_to_save)
     if is_checkpoint(config.files.model_to_save):
         write_checkpoint(config, model)
     else:
         write_folder(config, model)
     logger.info("saved %s", config.files.model_to_save)
     return 0
+
+
+def warn_of_no_vae(model: Checkpoint, destination: Path) -> None:
+    """Log that a model has no VAE, and what reads the result nevertheless."""
+    from library.models.checkpoint import VAE
+    from library.models.completeness import parts_of
+
+    if VAE not in parts_of(model):
+        others = (
+            "others need a VAE beside the file"
+            if is_checkpoint(destination)
+            else ("from_pretrained of diffusers refuses the folder unless it is given vae=AutoencoderKL...")
+        )
+        logger.warning(
+            "%s has no VAE, and neither has %s: train_network.py and gen_img_diffusers.py read it with --vae, and %s",
+            model.path,
+            destination,
+            others,
+        )
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -263,6 +283,23 @@ def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     return bool(found)
 
 
+def with_warning(
+    tensors: Iterable[tuple[str, torch.Tensor]], path: Path, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and tensors; at the end log those of a file, written in a type, that are not finite."""
+    from library.weight_file import is_finite
+
+    bad = []
+    for name, tensor in tensors:
+        bad += [] if is_finite(tensor) else [name]
+        yield name, tensor
+        del tensor  # before the next one is made
+    if bad:
+        kind = str(dtype).removeprefix("torch.")
+        advice = "" if dtype is None else f"; numbers of the source that are finite are too large for {kind}"
+        logger.warning("%s: NaN or infinity in tensors: %d (%s)%s", path.name, len(bad), named(bad), advice)
+
+
 def write_file(
     saving: WriteOptions, model: Checkpoint, content: Content, path: Path, metadata: Mapping[str, str]
 ) -> None:
@@ -277,6 +314,7 @@ def write_file(
 
     made = layout.planned_tensors(content.plan, model, content.infos)
     part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
+    made = with_warning(made, path, written_type(saving))
     tensors = tqdm(made, total=len(content.plan), desc=part, unit="tensor")
     if path.suffix.lower() == ".safetensors":
         write_stream(path, content.infos, tensors, metadata)

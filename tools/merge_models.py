@@ -103,6 +103,14 @@ class WeightedCheckpoint:
         """Return a tensor; it can be read only once."""
         return next(self.file.tensors((self.names[name],)))[1]
 
+    def weight(self, name: str) -> torch.Tensor:
+        """Return a tensor, as `tensor` does; raises UserError if a number in it is NaN or infinite."""
+        from library.weight_file import check_finite
+
+        tensor = self.tensor(name)
+        check_finite(tensor, self.names[name], self.file.path)
+        return tensor
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
@@ -151,12 +159,23 @@ def check_models(config: MergeConfig, problems: Problems) -> None:
 def check_family(models: Sequence[WeightedCheckpoint]) -> None:
     """Raise UserError for networks and for models of several families; an unknown family is no error."""
     for model in models:
-        if any(".lora_" in name or ".hada_" in name or ".lokr_" in name for name in model.names):
-            raise UserError(f"{model.file.path} is a network: networks/merge_lora.py merges those")
+        kind = network_kind(model)
+        if kind is not None:
+            raise UserError(
+                f"{model.file.path} is a network ({kind}), and no checkpoint: networks/merge_lora.py merges LoRA files"
+            )
     titles = {model.file.path: title for model in models if (title := family_title(model)) is not None}
     if len(set(titles.values())) > 1:
         found = ", ".join(f"{path} is {title}" for path, title in titles.items())
         raise UserError(f"only models of one family can be merged: {found}")
+
+
+def network_kind(model: WeightedCheckpoint) -> str | None:
+    """Return the kind of network that a file is, or None for another file; a checkpoint may have embeddings in it."""
+    from library.adapters.readers import BUNDLED, kind_by_name
+
+    kinds = (kind_by_name(name, model.shape(name)) for name in model.names)
+    return next((kind for kind in kinds if kind not in (None, BUNDLED)), None)
 
 
 def family_title(model: WeightedCheckpoint) -> str | None:
@@ -264,13 +283,17 @@ def merged_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor of the merged model; at most two tensors are in memory at a time.
 
-    At the end what differs in the models and is not summed is logged.
+    At the end what differs in the models and is not summed is logged. Raises UserError for weights with NaN or
+    infinity, and for sums that are too large for their type.
     """
     from tqdm import tqdm
 
+    from library.weight_file import is_finite
+
     differing: dict[tuple[Path, str], list[str]] = {}
     for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
-        tensor = models[0].tensor(name)
+        is_constant = constant_kind(name) is not None
+        tensor = models[0].tensor(name) if is_constant else models[0].weight(name)
         if tensor.is_floating_point() and is_merged(name, merge):
             tensor = weighted_sum(models, name, tensor, merge.device)
         elif not merge.unet_only or not any(part in name for part in NOT_UNET):
@@ -278,7 +301,13 @@ def merged_tensors(
                 if name in model.names and not is_same(tensor, model.tensor(name)):
                     kind = constant_kind(name) or "whole numbers"
                     differing.setdefault((model.file.path, kind), []).append(name)
-        yield name, tensor.to(dtype)
+        tensor = tensor.to(dtype)
+        if not is_constant and not is_finite(tensor):
+            raise UserError(
+                f"{name} becomes too large for {str(dtype).removeprefix('torch.')}: "
+                "take smaller ratios, or --saving_precision bf16 or float"
+            )
+        yield name, tensor
     for (path, kind), names in differing.items():
         shown = f"{names[0]}, ..." if len(names) > 1 else names[0]
         logger.warning("%s: the %s differ (%s); those of the first model are used", path, kind, shown)
@@ -302,13 +331,13 @@ def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.T
     total = base * (models[0].ratio + lacking)
     for model in models[1:]:
         if name in model.names:
-            total.add_(model.tensor(name).to(device, torch.float32), alpha=model.ratio)
+            total.add_(model.weight(name).to(device, torch.float32), alpha=model.ratio)
     return total.cpu()
 
 
 def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: MergeOptions) -> dict[str, str]:
     """Return the metadata of the merged model: those of the first one, title, sources and recipe."""
-    from library.adapters.metadata import HASHES, RECIPE, without_hashes
+    from library.adapters.metadata import HASHES, RECIPE, inherited
 
     titles = [model.file.metadata.get("modelspec.title") or model.file.path.stem for model in models]
     sources = [
@@ -317,7 +346,7 @@ def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: Merge
         for model in models
     ]
     recipe = {"operation": "merge_models", "unet_only": merge.unet_only, "models": sources}
-    return without_hashes(models[0].file.metadata) | {
+    return inherited(models[0].file.metadata) | {
         "modelspec.title": output.stem,
         "modelspec.merged_from": ", ".join(titles),
         RECIPE: json.dumps(recipe, ensure_ascii=False),

@@ -6,8 +6,11 @@ and shapes are those of the layers, whatever they are in the file, so that files
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,8 +44,12 @@ from library.models import keys
 from library.models.family import SD1, SD2, SDXL, ModelFamily
 from library.weight_file import EMBEDDING, WeightFile, check_finite, is_finite, open_weights
 
+logger = logging.getLogger(__name__)
+
 # Beginnings of names in base models and their parts.
 MODEL_NAMES = (keys.UNET_PREFIX, keys.VAE_PREFIX, *keys.TEXT_PREFIXES, "down_blocks.")
+# Beginnings of the names of a text encoder that is alone, and of the first of two: they have the same layers.
+ALONE, FIRST_OF_TWO = "lora_te_", "lora_te1_"
 
 
 class Vector(NamedTuple):
@@ -72,6 +79,7 @@ class LoraFile:
     metadata: dict[str, str]
     family: ModelFamily | None  # None where the modules fit several
     extra: dict[str, Tensor]  # tensors that are not part of a change, by their names in the file
+    numbers_text: bool = False  # it is of a text encoder alone, numbered as the first of two: SDXL, or diffusers
 
     @property
     def title(self) -> str:
@@ -155,7 +163,7 @@ def read_lora(path: Path) -> LoraFile:
     downs = {module: tuple(part["down"].shape) for module, part in parts.items() if "down" in part}
     family = family_of(downs, file.metadata)
     layers = named_layers(downs, family)
-    alphas = alphas_of(file, {module: parts[module] for module in layers})
+    alphas = alphas_of(path, file.metadata, {module: parts[module] for module in layers})
     changes: dict[str, Change] = {}
     for module, layer in sorted(layers.items()):
         name = module_name(layer, family or SD1)
@@ -171,7 +179,8 @@ def read_lora(path: Path) -> LoraFile:
         )
     used = {name for module, _, name in roles_of(tensors, ALL_ROLES) if module in layers}
     extra = {name: tensor for name, tensor in tensors.items() if name not in used}
-    return LoraFile(path, changes, dict(file.metadata), family, extra)
+    numbers_text = family is None and all(module.startswith(FIRST_OF_TWO) for module in layers)
+    return LoraFile(path, changes, dict(file.metadata), family, extra, numbers_text)
 
 
 def refuse_doubles(file: WeightFile) -> None:
@@ -212,18 +221,39 @@ def vector_of(name: str, tensor: Tensor, family: ModelFamily | None) -> Vector |
     return None if layer is None else Vector(layer, kind, dot + last, tensor)
 
 
-def alphas_of(file: WeightFile, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+def whole_changes(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """Return module (by its name in the file) -> change for those whose tensors are complete and fit together.
+
+    tensors are of any kinds of networks. A warning tells why a configuration of PEFT is not used; the alphas are the
+    ranks then.
+    """
+    parts = {
+        module: {role: tensor if tensor.is_floating_point() else tensor.float() for role, tensor in part.items()}
+        for module, part in parts_of(tensors).items()
+        if {"down", "up"} <= part.keys() and part["down"].ndim > 1
+    }
+    try:
+        alphas = alphas_of(path, metadata, parts)
+    except UserError as error:
+        logger.warning("%s; the ranks are taken for alphas", error)
+        alphas = {}
+    found = {}
+    for module, part in parts.items():
+        with contextlib.suppress(ValueError):
+            found[module] = change_of(module, part, alphas.get(module))
+    return found
+
+
+def alphas_of(path: Path, metadata: Mapping[str, str], parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
     """Return the alphas of the modules without an alpha that a configuration of PEFT tells.
 
     Raises UserError for a configuration of another network than a LoRA, and if PEFT's own file lacks it.
     """
     without = {module: len(part["down"]) for module, part in parts.items() if "alpha" not in part}
     by_peft = [module for module in without if PEFT_ROOT in module]
-    config = read_config(file.path, file.metadata, is_peft=bool(by_peft) or file.path.stem == "adapter_model")
+    config = read_config(path, metadata, is_peft=bool(by_peft) or path.stem == "adapter_model")
     if config is None and by_peft:
-        raise UserError(
-            f"{file.path} is an adapter of PEFT, whose alphas are in {CONFIG_FILE}: put that file beside it"
-        )
+        raise UserError(f"{path} is an adapter of PEFT, whose alphas are in {CONFIG_FILE}: put that file beside it")
     if config is None:
         return {}
     found = {module: config.alpha_of(module, rank) for module, rank in without.items()}
@@ -288,6 +318,13 @@ def fitted(change: Change, layer: Layer, family: ModelFamily | None, stem: str) 
     if kernels == {"pointwise"}:
         return dataclasses.replace(change, down_shape=(*change.down_shape[:2], 1, 1))
     return change
+
+
+def with_own_text_names(tensors: Mapping[str, Tensor], files: Sequence[LoraFile]) -> dict[str, Tensor]:
+    """Return tensors to be written, with the names that the text encoder has in the files if no family tells them."""
+    if any(file.family is not None for file in files) or not any(file.numbers_text for file in files):
+        return dict(tensors)
+    return {re.sub(f"^{ALONE}", FIRST_OF_TWO, name): tensor for name, tensor in tensors.items()}
 
 
 def to_state_dict(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.adapters.alphas import NOTE
+from library.adapters.peft_config import METADATA_KEY
 from library.models.family import ModelFamily
 from library.weight_file import data_sha256
 
@@ -19,16 +20,22 @@ RECIPE = "merge_recipe"  # JSON: the source files with their hashes and ratios
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")  # of the file that they are in
 
 
-def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file without what is true of its tensors only, for a file created from it."""
-    return {key: text for key, text in metadata.items() if key not in (*HASHES, NOTE)}
+OF_TENSORS = (*HASHES, NOTE, METADATA_KEY)  # what is true of the tensors of one file only
+
+
+def inherited(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file without what is true of its tensors only, for a file created from it.
+
+    The configuration of PEFT is such: who writes a file that needs one makes it anew.
+    """
+    return {key: text for key, text in metadata.items() if key not in OF_TENSORS}
 
 
 def commented(metadata: Mapping[str, str], comment: str) -> dict[str, str]:
-    """Return metadata without hashes and with a training comment before the existing one."""
+    """Return the inherited metadata with a training comment before the existing one."""
     former = metadata.get("ss_training_comment")
     whole = comment if former in (None, "", "None") else f"{comment}; {former}"
-    return without_hashes(metadata) | {"ss_training_comment": whole}
+    return inherited(metadata) | {"ss_training_comment": whole}
 
 
 def merged_metadata(

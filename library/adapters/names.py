@@ -116,6 +116,14 @@ PREFIXES: tuple[tuple[str, str | None, Families], ...] = (
     ("", None, FAMILIES),
 )
 BEGINNINGS = (PEFT_ROOT, *(prefix for prefix, _, _ in PREFIXES if prefix))
+# Program -> beginnings of names by its rules; in the names of diffusers, PEFT's beginning may follow that of the part.
+DIALECTS = (
+    ("sd-scripts", ("lora_",)),
+    ("LyCORIS", ("lycoris_",)),
+    ("ComfyUI", ("diffusion_model.", "model.diffusion_model.", "text_encoders.")),
+    ("diffusers", ("unet.", "text_encoder.", "text_encoder_2.")),
+    ("PEFT", (PEFT_ROOT,)),
+)
 TEXT_PATH = re.compile(r"(text_model_)?encoder_layers_\d")
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from library.adapters.alphas import misread
-from library.adapters.names import ALPHA, Shapes, family_of, kind_of, roles_of
+from library.adapters.names import ALPHA, DIALECTS, Shapes, family_of, kind_of, roles_of
 from library.adapters.peft_config import METADATA_KEY, parsed
 from library.adapters.programs import (
     DIFFUSERS_LIBRARY,
@@ -28,6 +28,7 @@ from library.weight_file import EMBEDDING, at_first_dot
 LORA, BUNDLED, OTHER = "LoRA", "bundled embedding", "other"
 # Endings that belong to a module of any kind.
 SHARED = (ALPHA, ".scale", ".weight", ".bias", ".rescale")
+TWICE = f"it has alphas both in tensors and in its metadata ({METADATA_KEY})"
 HIDDEN = "without the alphas in the metadata"
 UNEVEN = "but with one alpha for all attention layers; networks/convert_lora.py mends the file"
 
@@ -131,10 +132,7 @@ def detect(shapes: Shapes, metadata: Mapping[str, str]) -> ModelFamily | None:
 
 def dialect(shapes: Shapes) -> str:
     """Return the programs whose naming a file follows."""
-    starts = {name.split(".")[0].split("_")[0] for name in shapes}
-    if "lora" in starts:
-        return "sd-scripts"
-    return "diffusers or PEFT" if starts & {"unet", "text"} else "unknown"
+    return next((title for title, starts in DIALECTS if any(name.startswith(starts) for name in shapes)), "unknown")
 
 
 def unknown_modules(keys: Sequence[Key], family: ModelFamily | None) -> list[str]:
@@ -156,13 +154,18 @@ def verdicts(
     alphas: Mapping[str, float],
     metadata: Mapping[str, str],
 ) -> Iterator[tuple[str, Verdict]]:
-    """Yield each program with its verdict on a file with such tensors, and alphas by module (the rank if missing)."""
+    """Yield each program with its verdict on a file with such tensors.
+
+    alphas are what the file means by module, from its tensors or a configuration of PEFT; without either, the ranks.
+    """
     verdict = diffusers(keys, family)
     written = {key.module for key in keys if key.ending == ALPHA}
+    if verdict.refusal is None and written and metadata.get(METADATA_KEY, "") not in ("", "null"):
+        verdict = Verdict(0, (), TWICE)
     if verdict.refusal is None and misread(alphas, written):
         verdict = dataclasses.replace(verdict, remark=UNEVEN)
     yield "diffusers", verdict
-    remark = HIDDEN if has_hidden_alphas(metadata) else None
+    remark = HIDDEN if has_hidden_alphas(keys, alphas) else None
     for program in PROGRAMS:
         verdict = verdict_of(program, keys, family)
         yield program.title, dataclasses.replace(verdict, remark=remark if verdict.applied else None)
@@ -172,15 +175,24 @@ def reads_wholly(title: str, shapes: Shapes, metadata: Mapping[str, str]) -> boo
     """Return whether a program of PROGRAMS applies every tensor of a file as it is meant."""
     program = next(program for program in PROGRAMS if program.title == title)
     verdict = verdict_of(program, keys_of(shapes), detect(shapes, metadata))
-    return verdict.is_whole and not has_hidden_alphas(metadata)
+    return verdict.is_whole and not has_alphas_of_peft(metadata)
 
 
-def has_hidden_alphas(metadata: Mapping[str, str]) -> bool:
+def has_alphas_of_peft(metadata: Mapping[str, str]) -> bool:
     """Return whether metadata have alphas that are not the ranks; damaged metadata tell none."""
     try:
         return METADATA_KEY in metadata and parsed(metadata[METADATA_KEY], METADATA_KEY).has_own_alphas
     except UserError:
         return False
+
+
+def has_hidden_alphas(keys: Sequence[Key], alphas: Mapping[str, float]) -> bool:
+    """Return whether a module has an alpha that is not its rank, and that no tensor tells."""
+    shapes = {key.name: key.shape for key in keys}
+    roles = list(roles_of(shapes))
+    ranks = {module: shapes[name][0] for module, role, name in roles if role == "down" and shapes[name]}
+    written = {module for module, role, _ in roles if role == "alpha"}
+    return any(module not in written and alphas.get(module, rank) != rank for module, rank in ranks.items())
 
 
 def audience(
@@ -329,7 +341,7 @@ def words_in_diffusers(keys: Sequence[Key], family: ModelFamily | None) -> tuple
     for key in keys:
         if key.ending not in (*DOWN_UP, ALPHA) or not set(DOWN_UP) <= endings[key.module]:
             return f"{key.name} is {kind_words(key.kind)}", set()
-        if key.ending == ALPHA and key.shape not in ((), (1,)):
+        if key.ending == ALPHA and math.prod(key.shape) != 1:
             return f"{key.name} is not one number", set()
     text = [module for module in endings if module.startswith(("lora_te_", "lora_te1_"))]
     if text and not any(re.search(r"_out_proj$|_mlp_fc\d$", module) for module in text):
@@ -381,7 +393,8 @@ def refused_projection(keys: Sequence[Key], family: ModelFamily | None) -> str |
 
 def is_projection(key: Key) -> bool:
     """Return whether a tensor is a matrix for the input or output projection of a transformer of the U-Net."""
-    return bool(re.search(r"(?<!ff_net_0_)proj_(in|out)$", key.module)) and UNET in key.module and len(key.shape) > 1
+    named = re.search(r"(?<!ff_net_0_)proj_(in|out)$", key.module) and UNET in key.module
+    return bool(named) and key.ending != ALPHA and len(key.shape) > 1
 
 
 def kind_words(kind: str) -> str:
