@@ -12,7 +12,7 @@ from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data.records import build_datasets
-from library.data.text_files import UnreadableTextError, probable_encoding, read_text
+from library.text_files import UnreadableTextError, probable_encoding, read_text
 from library.errors import UserError
 
 

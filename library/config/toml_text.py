@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.text_files import read_text
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -59,16 +60,6 @@ def windows_path_hint(path: str) -> str:
 def with_slashes(path: str) -> str:
     """Return a path with slashes, which Windows takes too, and which need no escape."""
     return re.sub(r"\\+", "/", path)
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file (UTF-8, without its byte order mark); raises UserError if that fails."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def dump(sections: Mapping[str, Mapping[str, Any]]) -> str:

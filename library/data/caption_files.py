@@ -10,7 +10,7 @@ from typing import NamedTuple
 from library.config.dataset import SubsetOptions
 from library.data.faults import Notes
 from library.data.images import face_in_name
-from library.data.text_files import UnreadableTextError, read_text
+from library.text_files import UnreadableTextError, read_text
 from library.errors import named, shown
 from library.files import PICTURE_SUFFIXES
 
