@@ -11,8 +11,15 @@ from runs import BY_FILE
 CONFIG_FILES = {
     "no TOML": ("network_dim = ", "c.toml is not valid TOML: Invalid value"),
     "brackets": ("x = " + "[" * 5000, "c.toml is not valid TOML: maximum recursion depth"),
-    "not UTF-8": ("output_name = 'é'".encode("latin-1"), "c.toml is not UTF-8 text (probably Windows-1252", "save it as"),
-    "Shift JIS": ("output_name = '赤い花'".encode("cp932"), "c.toml is not UTF-8 text (probably cp932 (Shift JIS)): save"),
+    "not UTF-8": (
+        "output_name = 'é'".encode("latin-1"),
+        "c.toml is not UTF-8 text (probably Windows-1252",
+        "save it as",
+    ),
+    "Shift JIS": (
+        "output_name = '赤い花'".encode("cp932"),
+        "c.toml is not UTF-8 text (probably cp932 (Shift JIS)): save",
+    ),
     "UTF-16": ("network_dim = 4".encode("utf-16"), "c.toml is not UTF-8 text (probably UTF-16): save it as UTF-8"),
     "unknown key": ("[a]\nnetwrk_dim = 4", "c.toml: netwrk_dim is not known; did you mean network_dim?"),
     "retired": ("dataset_class = 'mine'", "c.toml: dataset_class is not available: a foreign dataset class"),
@@ -71,8 +78,11 @@ DATASETS = {
         "datasets[0].subsets[0].class_tokens must be a text, got '\\ud800'",
     ),
     "JSON in UTF-16": ("d.json", "{}".encode("utf-16"), "d.json is not UTF-8 text (probably UTF-16): save it"),
-    "JSON in Shift JIS": ("d.json", '{"a": "写真"}'.encode("cp932"), "d.json is not UTF-8 text (probably cp932 (Shift JIS))"),
-
+    "JSON in Shift JIS": (
+        "d.json",
+        '{"a": "写真"}'.encode("cp932"),
+        "d.json is not UTF-8 text (probably cp932 (Shift JIS))",
+    ),
 }
 METADATA = {
     "empty": ("m.json", "", "m.json cannot be read: Expecting value: line 1"),

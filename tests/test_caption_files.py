@@ -12,8 +12,8 @@ from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data.records import build_datasets
-from library.text_files import UnreadableTextError, probable_encoding, read_text
 from library.errors import UserError
+from library.text_files import UnreadableTextError, probable_encoding, read_text
 
 
 def save(folder: Path, *names: str) -> Path:

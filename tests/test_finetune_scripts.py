@@ -317,7 +317,9 @@ def test_a_table_of_ones_own_takes_the_place_of_the_built_in_one(tmp_path):
     table.write_text('{"女": "犬"}', encoding="cp932")
     with pytest.raises(UserError, match=r"--replacements: .*table.json is not UTF-8 text \(probably cp932 "):
         clean(source, out, "--replacements", table)
-    with pytest.raises(UserError, match=r"^.*table.json is not UTF-8 text \(probably cp932 \(Shift JIS\)\): save it as"):
+    with pytest.raises(
+        UserError, match=r"^.*table.json is not UTF-8 text \(probably cp932 \(Shift JIS\)\): save it as"
+    ):
         clean(table, out)
     with pytest.raises(UserError, match="in_json: .*gone.json is not a file\nout_json must be the name of a .json"):
         clean(tmp_path / "gone.json", tmp_path / "out.txt")

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from library.config.dataset import SubsetOptions
 from library.data.faults import Notes
 from library.data.images import face_in_name
-from library.text_files import UnreadableTextError, read_text
 from library.errors import named, shown
 from library.files import PICTURE_SUFFIXES
+from library.text_files import UnreadableTextError, read_text
 
 # Files that are named like pictures but hold no caption: settings, metadata, caches, other pictures.
 NO_CAPTIONS = (

@@ -14,9 +14,9 @@ from library.data.caption_files import CaptionFile, names_of, note_captions, rea
 from library.data.captions import Caption
 from library.data.faults import Faults, Notes
 from library.data.images import Mask, list_pictures
-from library.text_files import UnreadableTextError, read_text
 from library.errors import UserError, named, shown
 from library.files import PICTURE_SUFFIXES
+from library.text_files import UnreadableTextError, read_text
 
 Row = tuple[Path, Caption, tuple[str, ...]]  # picture, caption, texts of tags
 
