@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from library.errors import UserError
+from library.errors import UserError, quotes_hint
 
 
 class UnreadableTextError(UserError):
@@ -29,7 +29,8 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UnreadableTextError(path, "does not exist", reason="it is not there", kind="do not exist") from None
+        text = f"does not exist{quotes_hint(path)}"
+        raise UnreadableTextError(path, text, reason="it is not there", kind="do not exist") from None
     except OSError as error:
         text = f"cannot be read ({error.strerror}); mend its permissions"
         raise UnreadableTextError(
