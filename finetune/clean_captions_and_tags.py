@@ -9,7 +9,6 @@ The rules for tags are EMOTICON, RATING and CONTRADICTIONS below, those for capt
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 import sys
@@ -23,6 +22,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
 from finetune.metadata_files import Entries, check_json_path, read_metadata, write_metadata
 from library.config.command_line import parse
 from library.config.options import REQUIRED, option
+from library.config.toml_text import load_json
 from library.errors import Problems, UserError, shown
 from library.logs import run_script
 
@@ -113,9 +113,9 @@ def check_files(config: CleanOptions, problems: Problems) -> None:
 def read_replacements(path: Path) -> dict[str, str]:
     """Return the replacements in a JSON file; raises UserError for a damaged file, or one of another form."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--replacements: {path} cannot be read: {error}") from None
+        table = load_json(path)
+    except UserError as error:
+        raise UserError(f"--replacements: {error}") from None
     is_table = isinstance(table, dict) and all(words.strip() and isinstance(text, str) for words, text in table.items())
     if not is_table:
         raise UserError(f'--replacements: {path} must be an object such as {{"woman": "girl"}}, got {shown(table)}')

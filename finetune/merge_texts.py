@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.metadata_files import Entries, check_json_path, read_metadata, write_metadata
 from library.config.command_line import parse
@@ -14,6 +15,9 @@ from library.config.options import REQUIRED, option
 from library.config.values import parse_extension
 from library.errors import MOST_NAMED, Problems, UserError, named
 from library.logs import FAILURE
+
+if TYPE_CHECKING:
+    from library.data.caption_files import CaptionFile
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +72,14 @@ def merge_texts(argv: Sequence[str] | None, *, description: str | None, key: str
     if not names.full_path:
         check_stems(pictures, files.train_data_dir)
     by_name = {name_in(entries, picture, full_path=names.full_path): picture for picture in pictures}
-    texts, missing, damaged = read_texts(by_name, extension)
-    log_skipped(missing, damaged, extension)
+    found, damaged = read_texts(pictures, extension)
+    log_skipped(found, damaged, extension)
+    # Lines that are not blank are kept as lines: training uses the first, or with wildcards a random one.
+    texts = {
+        name: "\n".join(found[picture].lines)
+        for name, picture in by_name.items()
+        if picture in found and found[picture].path is not None
+    }
     if not texts:
         raise UserError(
             f"none of the {len(pictures)} pictures of {files.train_data_dir} has a {extension} file that can be read: "
@@ -127,34 +137,40 @@ def name_in(entries: Entries, picture: Path, *, full_path: bool) -> str:
     return next((name for name in (whole, str(Path(whole).with_suffix(""))) if name in entries), usual)
 
 
-def read_texts(by_name: Mapping[str, Path], extension: str) -> tuple[dict[str, str], list[Path], list[str]]:
-    """Return name -> text, the pictures that have no text file, and what is wrong with files that cannot be read.
-
-    Lines that are not blank are kept as lines: training uses the first, or with wildcards a random one.
-    """
+def read_texts(pictures: Sequence[Path], extension: str) -> tuple[dict[Path, CaptionFile], list[str]]:
+    """Return picture -> its text file, and what is wrong with the files that cannot be read."""
     from tqdm import tqdm
 
     from library.data.caption_files import read_caption
 
-    texts, missing, damaged = {}, [], []
-    for name, picture in tqdm(by_name.items(), desc="texts", unit="file"):
+    found, damaged = {}, []
+    for picture in tqdm(pictures, desc="texts", unit="file"):
         try:
-            file = read_caption(picture, extension)
+            found[picture] = read_caption(picture, extension)
         except UserError as error:
             damaged.append(str(error))
-            continue
-        if file.path is None:
-            missing.append(picture)
-        else:
-            texts[name] = "\n".join(file.lines)
-    return texts, missing, damaged
+    return found, damaged
 
 
-def log_skipped(missing: Sequence[Path], damaged: Sequence[str], extension: str) -> None:
-    """Log the pictures without text, and the files that cannot be read."""
+def log_skipped(found: Mapping[Path, CaptionFile], damaged: Sequence[str], extension: str) -> None:
+    """Log the pictures without text, with the files beside them that could hold it, and the files not readable."""
+    from library.data.caption_files import names_of, other_files, remedies
+
+    missing = [picture for picture, file in found.items() if file.path is None]
     if missing:
-        names = named([path.name for path in missing])
-        logger.warning("%d pictures have no %s file (%s): they are skipped", len(missing), extension, names)
+        others: dict[str, list[Path]] = {}
+        for folder in {picture.parent: None for picture in missing}:
+            within = {picture: file for picture, file in found.items() if picture.parent == folder}
+            for ending, pictures in other_files(within, folder, extension).items():
+                others.setdefault(ending, []).extend(pictures)
+        way = f"rename these to {extension}" if any(file.lines for file in found.values()) else "--caption_extension {}"
+        logger.warning(
+            "%d pictures have no %s file (%s): they are skipped%s",
+            len(missing),
+            extension,
+            names_of(missing),
+            remedies(others, missing, way),
+        )
     for message in damaged[:MOST_NAMED]:
         logger.error("%s", message)
     if len(damaged) > MOST_NAMED:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from library.config.kinds import read_str
+from library.config.toml_text import load_json
 from library.errors import UserError, shown
 from library.files import replacing
 
@@ -23,10 +24,7 @@ def check_json_path(path: Path, label: str, *, exists: bool) -> None:
 
 def read_metadata(path: Path) -> Entries:
     """Return the entries of a metadata file by picture; raises UserError for a damaged file."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    table = load_json(path)
     if not isinstance(table, dict):
         raise UserError(f"{path} must be an object of picture names, got {type(table).__name__}")
     for name, values in table.items():

@@ -12,6 +12,7 @@ Result = TypeVar("Result")
 
 MOST_NAMED = 5  # names in a message
 LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # and what cannot be written
+QUOTES = ("'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d")
 
 
 class UserError(ValueError):
@@ -47,6 +48,12 @@ def named(names: Sequence[str], separator: str = ", ") -> str:
     """Return the first few names, and the number of the others."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return separator.join(names[:MOST_NAMED]) + more
+
+
+def quotes_hint(path: object) -> str:
+    """Return what is said of a path that is not there and begins with a quote character; else an empty text."""
+    is_quoted = str(path).startswith(QUOTES)
+    return "; the quotes are part of the value: Windows' cmd takes only double quotes" if is_quoted else ""
 
 
 def message_of(error: Exception) -> str:

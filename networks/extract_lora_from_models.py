@@ -114,7 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.models.checkpoint import open_checkpoint
     from networks.lora import write_weights
 
-    original, tuned = open_checkpoint(config.files.model_org), open_checkpoint(config.files.model_tuned)
+    problems = Problems()
+    original, tuned = (
+        problems.run(open_checkpoint, path) for path in (config.files.model_org, config.files.model_tuned)
+    )
+    problems.raise_if_any()
+    assert original is not None and tuned is not None  # else there are problems
     check_kind(config.kind, original, tuned)
     has_convolutions = config.extract.conv_dim is not None
     pairs = paired_layers(original, tuned, with_convolutions=has_convolutions)

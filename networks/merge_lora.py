@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from library.adapters.low_rank import Change
     from library.adapters.merging import Weighted
+    from library.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +85,15 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     """Run the script with a command line; return the exit code."""
     config = parse(MergeConfig, argv, description=description, rules=(check_files, check_kind))
     from library.adapters.merging import read_weighted
+    from library.models.checkpoint import open_checkpoint
 
+    problems, path = Problems(), config.files.sd_model
+    model = None if path is None else problems.run(open_checkpoint, path)
+    check_readable(config.files.models, problems)
+    problems.raise_if_any()
     weighted = read_weighted(config.files)
-    if config.files.sd_model is not None:
-        merge_into_model(config.files.sd_model, config, weighted)
+    if model is not None:
+        merge_into_model(model, config, weighted)
     else:
         merge_into_lora(config, weighted)
     logger.info("saved %s", config.files.save_to)
@@ -111,14 +117,20 @@ def check_kind(config: MergeConfig, problems: Problems) -> None:
         problems.add("--shuffle needs --concat")
 
 
-def merge_into_model(path: Path, config: MergeConfig, files: Sequence[Weighted]) -> None:
-    """Write the base model at a path with the changes of all files added, tensor by tensor."""
+def check_readable(models: Sequence[Path], problems: Problems) -> None:
+    """Add to problems the files that are no LoRA, or that cannot be read; no numbers are read of safetensors."""
+    from library.adapters.lora_file import check_lora
+
+    for path in models:
+        problems.run(check_lora, path)
+
+
+def merge_into_model(model: Checkpoint, config: MergeConfig, files: Sequence[Weighted]) -> None:
+    """Write the base model with the changes of all files added, tensor by tensor."""
     from library.adapters.merging import Merge, additions_by_tensor, write_merged
     from library.adapters.metadata import architecture
-    from library.models.checkpoint import open_checkpoint
     from library.models.family import check_flags
 
-    model = open_checkpoint(path)
     check_flags(model.family, model.path, v2=config.files.v2)
     additions = additions_by_tensor(model, files, allow_unmatched=config.merge.allow_unmatched)
     own = {} if model.is_folder else dict(model.metadata)

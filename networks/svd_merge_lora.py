@@ -67,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.adapters.merging import merged_vectors, parts_by_module, read_weighted
     from library.files import disk_errors
     from networks.lora import write_weights
+    from networks.merge_lora import check_readable
 
+    problems = Problems()
+    check_readable(config.files.models, problems)
+    problems.raise_if_any()
     files = read_weighted(config.files)
     parts = parts_by_module(files, allow_unmatched=config.merge.allow_unmatched)
     energy = EnergyByBlock()

@@ -11,7 +11,16 @@ from runs import BY_FILE
 CONFIG_FILES = {
     "no TOML": ("network_dim = ", "c.toml is not valid TOML: Invalid value"),
     "brackets": ("x = " + "[" * 5000, "c.toml is not valid TOML: maximum recursion depth"),
-    "not UTF-8": ("output_name = 'é'".encode("latin-1"), "c.toml cannot be read as UTF-8 text", "byte 0xe9"),
+    "not UTF-8": (
+        "output_name = 'é'".encode("latin-1"),
+        "c.toml is not UTF-8 text (probably Windows-1252",
+        "save it as",
+    ),
+    "Shift JIS": (
+        "output_name = '赤い花'".encode("cp932"),
+        "c.toml is not UTF-8 text (probably cp932 (Shift JIS)): save",
+    ),
+    "UTF-16": ("network_dim = 4".encode("utf-16"), "c.toml is not UTF-8 text (probably UTF-16): save it as UTF-8"),
     "unknown key": ("[a]\nnetwrk_dim = 4", "c.toml: netwrk_dim is not known; did you mean network_dim?"),
     "retired": ("dataset_class = 'mine'", "c.toml: dataset_class is not available: a foreign dataset class"),
     "of another type": ("network_dim = 4.5", "c.toml: network_dim must be a whole number, got 4.5"),
@@ -68,7 +77,12 @@ DATASETS = {
         '{"datasets": [{"resolution": 64, "subsets": [{"image_dir": "a", "class_tokens": "\\ud800"}]}]}',
         "datasets[0].subsets[0].class_tokens must be a text, got '\\ud800'",
     ),
-    "JSON in UTF-16": ("d.json", "{}".encode("utf-16"), "d.json cannot be read as UTF-8 text"),
+    "JSON in UTF-16": ("d.json", "{}".encode("utf-16"), "d.json is not UTF-8 text (probably UTF-16): save it"),
+    "JSON in Shift JIS": (
+        "d.json",
+        '{"a": "写真"}'.encode("cp932"),
+        "d.json is not UTF-8 text (probably cp932 (Shift JIS))",
+    ),
 }
 METADATA = {
     "empty": ("m.json", "", "m.json cannot be read: Expecting value: line 1"),
@@ -104,7 +118,8 @@ METADATA = {
 PROMPTS = {
     "empty": ("p.txt", "# nothing\n", "p.txt has no prompts"),
     "another ending": ("p.yaml", "a", "--sample_prompts must be a .txt, .toml or .json file, got"),
-    "not UTF-8": ("p.txt", b"\xe9", "p.txt cannot be read as UTF-8 text"),
+    "not UTF-8": ("p.txt", b"\xe9", "p.txt is not UTF-8 text (probably Windows-1252"),
+    "Shift JIS": ("p.txt", "赤い花".encode("cp932"), "p.txt is not UTF-8 text (probably cp932 (Shift JIS)): save it"),
     "unknown option": ("p.txt", "a\nb --q 3", "p.txt:2: --q is not known (known: --n --w --h"),
     "width in words": ("p.txt", "a --w big", "p.txt:1: --w must be a whole number, got 'big'"),
     "no width": ("p.txt", "a --w", "p.txt:1: --w must be a whole number, got ''"),

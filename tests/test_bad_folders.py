@@ -177,7 +177,7 @@ def into_a_file(folder):
 
 TRAINING_FOLDERS = {
     "absent": (lambda f: shutil.rmtree(f.parent), "--train_data_dir: ", "train does not exist"),
-    "empty": (shutil.rmtree, "has no sub-folder named like 10_name: put the pictures into one"),
+    "empty": (shutil.rmtree, "has no sub-folder named like 10_name: put the pictures into such a sub-folder"),
     "without a number": (lambda f: f.rename(f.parent / "dog"), "has 4 pictures: rename it to 10_dog"),
     "repeated never": (lambda f: f.rename(f.parent / "0_dog"), "num_repeats of 1 or more"),
     "repeated for ever": (

@@ -165,6 +165,14 @@ def small(checkpoint):
     return {name: checkpoint[name] for name in list(checkpoint)[:5]}
 
 
+@pytest.mark.parametrize("option", ["network_weights", "base_weights"])
+def test_a_base_model_is_no_adapter(refused, tmp_path, checkpoint, option):
+    path = as_file(tmp_path / "model.safetensors", checkpoint)
+    refused(
+        {option: [path] if option == "base_weights" else path}, "model.safetensors is a base model, not a LoRA file"
+    )
+
+
 TO_Q = f"{keys.UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 STEM = f"{keys.UNET_PREFIX}input_blocks.0.0.weight"
 FEED = f"{keys.UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.ff.net.0.proj.weight"

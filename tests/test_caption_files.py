@@ -12,8 +12,8 @@ from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data.records import build_datasets
-from library.data.text_files import UnreadableTextError, probable_encoding, read_text
 from library.errors import UserError
+from library.text_files import UnreadableTextError, probable_encoding, read_text
 
 
 def save(folder: Path, *names: str) -> Path:
@@ -73,6 +73,54 @@ def test_some_without_captions_are_told_and_files_to_rename(tmp_path, caplog):
         f"{folder}: 8 of 9 pictures have no .txt file and get the caption 'cls': 1.png, 2.png, 3.png, 4.png, 5.png and "
         "3 more; 1 of them have a .caption file: rename these to .txt"
     ]
+
+
+SEPARATED: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    # options, separator of the captions, how it is written on the command line, what the captions lack
+    "ideographic": ({"shuffle_caption": True}, "、", "、", ","),
+    "full width": ({"caption_tag_dropout_rate": 0.5}, "，", "，", ","),
+    "semicolon": ({"token_warmup_step": 2.0, "keep_tokens": 1}, "; ", '";"', ","),
+    "comma": ({"shuffle_caption": True, "caption_separator": "|"}, ", ", '","', "|"),
+}
+
+
+@pytest.mark.parametrize("case", SEPARATED.values(), ids=SEPARATED.keys())
+def test_captions_that_another_separator_divides_are_told(tmp_path, caplog, case):
+    options, separator, written, own = case
+    rules = [name for name in options if name not in ("keep_tokens", "caption_separator")]
+    text, folder = separator.join(("red", "blue")), save(tmp_path / "x", "0.png", "1.png", "2.png")
+    for name in ("0", "1"):
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    (folder / "2.txt").write_text("alone", encoding="utf-8")
+    subset = SubsetOptions(image_dir=folder, caption_extension=".txt", **options)
+    build(subset)
+    said = f"2 of 3 captions have no '{own}' but '{separator.strip()}', so that each is a single tag for {rules[0]}"
+    option = f"--caption_separator {written}, or caption_separator in the dataset file, separates them"
+    assert warnings(caplog) == [f"{folder}: {said}: 0.png, 1.png; {option}"]
+    # Where some captions have the separator of the options, the others are to be changed.
+    caplog.clear()
+    (folder / "2.txt").write_text(f"a{own}b", encoding="utf-8")
+    build(subset)
+    assert warnings(caplog) == [f"{folder}: {said}: 0.png, 1.png; write '{own}' in these"]
+    # Nothing is said where nothing divides captions, or where all are divided.
+    caplog.clear()
+    divided = {"caption_separator": separator.strip(), "shuffle_caption": True}
+    build(SubsetOptions(image_dir=folder, caption_extension=".txt"))
+    (folder / "2.txt").unlink()
+    (folder / "2.png").unlink()
+    build(SubsetOptions(image_dir=folder, caption_extension=".txt", **divided))
+    assert warnings(caplog) == []
+
+
+def test_separators_of_metadata_files_and_marks_are_told_apart(tmp_path, caplog):
+    folder, file = save(tmp_path / "x", "0.png", "1.png"), tmp_path / "m.json"
+    rows = {"0": {"caption": "A flower, red", "tags": "花、赤"}, "1": {"caption": "a;;;b"}}
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    build(
+        SubsetOptions(image_dir=folder, metadata_file=file, shuffle_caption=True, secondary_separator=";;;"),
+    )
+    (line,) = warnings(caplog)
+    assert "1 of 2 captions have no ',' but '、', so that each is a single tag for shuffle_caption: 0.png;" in line
 
 
 def test_a_text_in_another_encoding_is_a_caption_file_too(tmp_path, caplog):

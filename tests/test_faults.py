@@ -194,6 +194,20 @@ def test_what_is_lost_of_pictures_is_told_with_their_names(tmp_path, caplog):
     assert "transparent" not in caplog.text
 
 
+@pytest.mark.parametrize("content", [b'{"a": ', '{"a": {"caption": "赤い花"}}'.encode("cp932"), b"[]"])
+def test_pictures_are_not_called_unused_if_what_lists_them_cannot_be_read(tmp_path, caplog, content):
+    file, other = tmp_path / "m.json", tmp_path / "n.json"
+    file.write_bytes(content)
+    other.write_text('{"b": {"caption": "b"}}', encoding="utf-8")
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    subsets = [SubsetOptions(image_dir=tmp_path, metadata_file=path) for path in (file, other)]
+    assert len(refusal(*subsets)) == 1
+    assert warnings(caplog) == []
+    build(subsets[1])
+    assert "1 pictures are in no metadata file and are not used: a.png" in warnings(caplog)[0]
+
+
 def test_without_colour_management_no_profile_is_judged(monkeypatch):
     def absent(*given: object, **named: object) -> None:
         raise ImportError("no littlecms")
@@ -238,10 +252,10 @@ def test_a_folder_whose_pictures_are_all_too_deep_is_told(tmp_path, caplog):
 
 
 REGULARISATION: dict[str, tuple[str, str]] = {
-    "directly": ("reg/a.png", "but 1 pictures directly in it (a.png): move them to one"),
+    "directly": ("reg/a.png", "but 1 pictures directly in it (a.png): move them to such a sub-folder"),
     "one level too deep": ("reg/x/1_dog/a.png", "but {reg}/x has: --reg_data_dir {reg}/x"),
     "without a number": ("reg/dog/a.png", "but {reg}/dog has 1 pictures: rename it to 10_dog"),
-    "nothing": ("reg/x/y/z/a.png", ": put the pictures into one"),
+    "nothing": ("reg/x/y/z/a.png", ": put the pictures into such a sub-folder"),
 }
 
 

@@ -182,6 +182,27 @@ def test_every_script_tells_it(base, good, tmp_path, case, name):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("o.", "folder"))] == []
 
 
+BOTH: dict[str, tuple[Any, str]] = {
+    "merge_lora": (merge_lora, "--models {page} {good} {pointer} --ratios 1 1 1"),
+    "merge_lora, base": (merge_lora, "--sd_model {page} --models {pointer} --ratios 1"),
+    "svd_merge_lora": (svd_merge_lora, "--models {page} {good} {pointer} --ratios 1 1 1"),
+    "extract_lora_from_models": (extract_lora_from_models, "--model_org {page} --model_tuned {pointer}"),
+}
+
+
+@rows(BOTH)
+def test_several_broken_files_are_told_at_once(good, tmp_path, case):
+    script, words = case
+    places = {"good": good, "page": tmp_path / "page.safetensors", "pointer": tmp_path / "pointer.ckpt"}
+    places["page"].write_bytes(WRONG)
+    places["pointer"].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\nsize 2\n")
+    with pytest.raises(UserError) as caught:
+        call(script, *(word.format(**places) for word in words.split()), "--save_to", tmp_path / "o.safetensors")
+    first, second = caught.value.lines
+    assert "page.safetensors is not a weight file, but a web page" in first
+    assert "pointer.ckpt is not a weight file, but a pointer of Git LFS" in second
+
+
 @pytest.mark.parametrize("option", ["base", "vae", "network_weights", "base_weights"])
 def test_training_tells_it_before_anything_is_loaded(refused, tmp_path, option):
     (tmp_path / "x.pt").write_bytes(WRONG)

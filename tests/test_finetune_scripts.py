@@ -117,6 +117,27 @@ def test_what_a_metadata_file_has_already_is_kept(folder, tmp_path):
     assert len(read(out)) == 4
 
 
+def test_texts_of_another_extension_are_told_as_in_training(tmp_path, caplog):
+    for name in ("x/a.png", "x/b.png", "y/a.png", "y/c.png"):
+        picture(tmp_path / "p" / name, "red" if name != "y/c.png" else None, ".txt")
+    out = tmp_path / "meta.json"
+    words = (tmp_path / "p", out, "--recursive", "--full_path")
+    with pytest.raises(UserError, match="none of the 4 pictures"):
+        captions(*words)
+    said = (
+        "4 pictures have no .caption file (a.png, b.png, a.png, c.png): they are skipped; 3 of them have a .txt file: "
+    )
+    assert f"{said}--caption_extension .txt" in caplog.messages
+    caplog.clear()
+    (tmp_path / "p" / "y" / "c.caption").write_text("blue", encoding="utf-8")
+    assert captions(*words) == 0
+    assert "3 of them have a .txt file: rename these to .caption" in caplog.text
+    caplog.clear()
+    assert captions(*words, "--caption_extension", ".txt") == 0
+    assert "1 of them have a .caption file: rename these to .txt" in caplog.text
+    assert {values["caption"] for values in read(out).values()} == {"red", "blue"}
+
+
 def test_missing_and_damaged_texts_are_counted_and_the_rest_is_done(folder, tmp_path, caplog):
     picture(folder / "no text.png")
     out = tmp_path / "meta.json"
@@ -314,6 +335,13 @@ def test_a_table_of_ones_own_takes_the_place_of_the_built_in_one(tmp_path):
         table.write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             clean(source, out, "--replacements", table)
+    table.write_text('{"女": "犬"}', encoding="cp932")
+    with pytest.raises(UserError, match=r"--replacements: .*table.json is not UTF-8 text \(probably cp932 "):
+        clean(source, out, "--replacements", table)
+    with pytest.raises(
+        UserError, match=r"^.*table.json is not UTF-8 text \(probably cp932 \(Shift JIS\)\): save it as"
+    ):
+        clean(table, out)
     with pytest.raises(UserError, match="in_json: .*gone.json is not a file\nout_json must be the name of a .json"):
         clean(tmp_path / "gone.json", tmp_path / "out.txt")
     with pytest.raises(UserError, match="unexpected argument"):

@@ -10,6 +10,7 @@ import pytest
 from runs import NEEDED
 
 import gen_img_diffusers
+from library.config import toml_text
 from library.config.command_line import parse
 from library.config.dataset import DataConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_datasets
@@ -546,6 +547,24 @@ def test_all_mistakes_of_command_line_file_and_paths_are_told_together(tmp_path)
         assert told in text
     assert "--resolution is missing" not in text  # it was there
     assert len(set(caught.value.lines)) == len(caught.value.lines)
+
+
+QUOTES_OF_A_VALUE = "does not exist; the quotes are part of the value: Windows' cmd takes only double quotes"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dataset_config", "'a.toml'"), ("vae", "\u201cv.ckpt"), ("in_json", "`m`")]
+)
+def test_quotes_that_are_part_of_a_path_are_told(option, value):
+    problems = Problems()
+    check(parse_train_config([*NEEDED, f"--{option}={value}", "--resolution=64"], problems), problems)
+    with pytest.raises(UserError) as caught:
+        problems.raise_if_any()
+    assert f"--{option}: {value} {QUOTES_OF_A_VALUE}" in caught.value.lines
+    with pytest.raises(UserError, match=r"^--model: 'a b.safetensors' is not a file; the quotes are part"):
+        resize_lora.main(["--model", "'a b.safetensors'", "--save_to", "o.safetensors"])
+    with pytest.raises(UserError, match=f"{QUOTES_OF_A_VALUE}$"):
+        toml_text.load_json(Path("'a.json'"))
 
 
 def test_all_unknown_keys_of_a_dataset_file_are_told_together(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-STANDARD_AND_CONFIG = {"library.config", "library.errors"}
+STANDARD_AND_CONFIG = {"library.config", "library.errors", "library.text_files"}
 FILES = {
     *("library.files", "library.file_kinds", "library.pickles", "library.pickle_names"),
     *("library.safetensors_io", "library.scaled_weights", "library.weight_file"),
@@ -17,7 +17,7 @@ FILES = {
 
 # Package -> packages of the suite that its modules may import (besides itself).
 MAY_IMPORT = {
-    "library/config": {"library.errors"},
+    "library/config": {"library.errors", "library.text_files"},
     "library/data": STANDARD_AND_CONFIG | FILES | {"library.randomness"},
     "library/diffusion": STANDARD_AND_CONFIG | {"library.randomness"},
     "library/optim": STANDARD_AND_CONFIG,

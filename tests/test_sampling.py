@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.models.base import TextEncoder, text_body
 from library.models.conditioning import LiveConditioner, TextOptions, tokenize, windows_of
 from library.models.tokenizer import EOS_TOKEN, load_clip_tokenizer, shipped_vocabulary
+from library.sampling import contact_sheet
 from library.sampling.contact_sheet import draw_sheet
 from library.sampling.previews import generate_previews
 
@@ -240,3 +241,39 @@ def test_a_contact_sheet_has_each_picture_in_its_cell():
             x, y = width - 68 * (3 - column) + 32, height - 68 * (2 - row) + 32
             expected = (255, 255, 255) if cells[row][column] is None else (50 * row, 80 * column, 0)
             assert tuple(sheet[y, x]) == expected
+
+
+def dejavu_is_installed() -> bool:
+    return bool(list(contact_sheet.installed(("DejaVuSans.ttf",), 13)))
+
+
+def sheet_of(monkeypatch, fonts: tuple[str, ...], *rows: str) -> np.ndarray:
+    """Return a sheet whose usual font is that of Pillow, which has Latin letters only."""
+    monkeypatch.setattr(contact_sheet, "FONTS", ())
+    monkeypatch.setattr(contact_sheet, "OTHER_FONTS", fonts)
+    contact_sheet.warn_of_boxes.cache_clear()
+    return np.asarray(draw_sheet([[None]] * len(rows), rows, ["start"], title="Sheet", cell=64))
+
+
+def test_characters_that_no_font_has_are_told_once(monkeypatch, caplog):
+    sheet_of(monkeypatch, ("absent.ttf",), "a cat", "black and white \u3000")
+    assert caplog.messages == []
+    sheet_of(monkeypatch, ("absent.ttf",), "猫", "赤い花")
+    (line,) = caplog.messages
+    assert "show boxes" in line
+    assert "fonts-noto-cjk" in line
+
+
+@pytest.mark.skipif(not dejavu_is_installed(), reason="no DejaVuSans.ttf")
+def test_a_font_that_has_the_characters_is_used_for_their_text_alone(monkeypatch, caplog):
+    boxes = sheet_of(monkeypatch, (), "a cat", "жук", "b")
+    assert len(caplog.messages) == 1
+    caplog.clear()
+    letters = sheet_of(monkeypatch, ("absent.ttf", "DejaVuSans.ttf"), "a cat", "жук", "b")
+    assert caplog.messages == []
+    changed = np.flatnonzero((boxes != letters).any(axis=(1, 2)))
+    step = (len(boxes) - contact_sheet.LABEL_HEIGHT) // 3
+    assert set((changed - contact_sheet.LABEL_HEIGHT) // step) == {1}
+    # 猫 is a box in both fonts.
+    sheet_of(monkeypatch, ("DejaVuSans.ttf",), "猫")
+    assert len(caplog.messages) == 1

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from library.config.kinds import Kind, is_there, kind_of
 from library.config.retired import RETIRED, Retired
-from library.errors import Problems, UserError, shown
+from library.errors import Problems, UserError, quotes_hint, shown
 
 Root = TypeVar("Root")
 
@@ -113,7 +113,7 @@ class Option:
         elif self.spec.reads is not None and value is not None:
             for path in value if isinstance(value, tuple) else (value,):
                 if not is_there(path, self.spec.reads):
-                    problems.add(f"{self.label}: {path} is not {self.spec.reads}")
+                    problems.add(f"{self.label}: {path} is not {self.spec.reads}{quotes_hint(path)}")
 
     def _check_range(self, number: Any, label: str) -> None:
         if not isinstance(number, int | float) or isinstance(number, bool):

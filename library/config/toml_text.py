@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import UserError
+from library.text_files import read_text
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -61,16 +62,6 @@ def with_slashes(path: str) -> str:
     start = re.match(r"\\*", path)
     leading = len(start[0]) if start else 0  # two begin the name of a server
     return "/" * leading + re.sub(r"\\+", "/", path[leading:])
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file (UTF-8, without its byte order mark); raises UserError if that fails."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def dump(sections: Mapping[str, Mapping[str, Any]]) -> str:

@@ -22,7 +22,7 @@ from library.config.preview import PreviewConfig
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
 from library.config.training import PrecisionConfig, RunConfig, TextConfig, ValidationConfig
 from library.config.values import written
-from library.errors import Problems, UserError
+from library.errors import Problems, UserError, quotes_hint
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def _check_paths(config: TrainConfig, problems: Problems) -> None:
     named = [(name, path) for name, path in paths.items() if path is not None]
     for name, path in [*named, *(("base_weights", path) for path in config.network.base_weights or ())]:
         if not _exists(path):
-            problems.add(f"--{name}: {path} does not exist")
+            problems.add(f"--{name}: {path} does not exist{quotes_hint(path)}")
         elif name in MUST_BE_FILES and path.is_dir():
             problems.add(f"--{name}: {path} is a folder; name a file")
         elif name.endswith("_data_dir") and not path.is_dir():
@@ -297,7 +297,7 @@ def _check_model(model: ModelConfig) -> None:
     if not _exists(Path(path)):
         raise UserError(
             f"--pretrained_model_name_or_path: {path} does not exist here, and nothing is downloaded: "
-            "name a .safetensors or .ckpt file or a Diffusers folder"
+            f"name a .safetensors or .ckpt file or a Diffusers folder{quotes_hint(path)}"
         )
 
 

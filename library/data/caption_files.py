@@ -10,9 +10,9 @@ from typing import NamedTuple
 from library.config.dataset import SubsetOptions
 from library.data.faults import Notes
 from library.data.images import face_in_name
-from library.data.text_files import UnreadableTextError, read_text
 from library.errors import named, shown
 from library.files import PICTURE_SUFFIXES
+from library.text_files import UnreadableTextError, read_text
 
 # Files that are named like pictures but hold no caption: settings, metadata, caches, other pictures.
 NO_CAPTIONS = (
@@ -64,25 +64,32 @@ def note_captions(found: Mapping[Path, CaptionFile], subset: SubsetOptions, note
 def is_planned(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> bool:
     """Return whether class tokens are the caption of all pictures, and no file beside them could be a caption."""
     has_files = any(file.path is not None for file in found.values())
-    return bool(found) and bool(subset.class_tokens) and not has_files and not other_files(found, subset)
+    return (
+        bool(found)
+        and bool(subset.class_tokens)
+        and not has_files
+        and not other_files(found, subset.folder, subset.caption_extension)
+    )
 
 
 def describe_captions(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> Iterator[str]:
     """Yield warnings about the caption files of the pictures in a subset's folder."""
     extension = shown_extension(subset.caption_extension)
-    others = other_files(found, subset)
+    others = other_files(found, subset.folder, subset.caption_extension)
+    option = "--caption_extension {}, or caption_extension in the dataset file"
+    way = f"rename these to {subset.caption_extension}" if any(file.lines for file in found.values()) else option
     missing = [picture for picture, file in found.items() if file.path is None]
     if missing:
         yield (
             f"{subset.folder}: {len(missing)} of {len(found)} pictures have no {extension} file and "
-            f"{caption_without_file(subset)}: {names_of(missing)}{remedies(others, missing, found, subset)}"
+            f"{caption_without_file(subset)}: {names_of(missing)}{remedies(others, missing, way)}"
         )
     empty = [picture for picture, file in found.items() if file.path is not None and not file.lines]
     if empty:
         unused = f", and not {shown(subset.class_tokens)}" if subset.class_tokens else ""
         yield (
             f"{subset.folder}: the {extension} files of {len(empty)} of {len(found)} pictures are empty, so that their "
-            f"caption is empty{unused}: {names_of(empty)}{remedies(others, empty, found, subset)}"
+            f"caption is empty{unused}: {names_of(empty)}{remedies(others, empty, way)}"
         )
     longer = [picture for picture, file in found.items() if len(file.lines) > 1]
     if longer and not subset.enable_wildcard:
@@ -100,23 +107,18 @@ def caption_without_file(subset: SubsetOptions) -> str:
     return f"get the caption {shown(subset.class_tokens)}" if subset.class_tokens else "an empty caption"
 
 
-def remedies(
-    others: Mapping[str, Sequence[Path]],
-    lacking: Iterable[Path],
-    found: Mapping[Path, CaptionFile],
-    subset: SubsetOptions,
-) -> str:
-    """Return what gives the lacking pictures a caption, from the files beside them: ending -> pictures."""
+def remedies(others: Mapping[str, Sequence[Path]], lacking: Iterable[Path], way: str) -> str:
+    """Return what gives the lacking pictures a caption, from the files beside them: ending -> pictures.
+
+    way says what to do, with {} for the ending.
+    """
     lacking = set(lacking)
-    has_captions = any(file.lines for file in found.values())
-    parts = []
-    for ending, pictures in others.items():
-        number = sum(picture in lacking for picture in pictures)
-        if number:
-            option = f"--caption_extension {ending}, or caption_extension in the dataset file"
-            way = f"rename these to {subset.caption_extension}" if has_captions else option
-            parts.append(f"; {number} of them have a {ending} file: {way}")
-    return "".join(parts)
+    numbers = {ending: sum(picture in lacking for picture in pictures) for ending, pictures in others.items()}
+    return "".join(
+        f"; {number} of them have a {ending} file: {way.replace('{}', ending)}"
+        for ending, number in numbers.items()
+        if number
+    )
 
 
 def names_of(pictures: Sequence[Path]) -> str:
@@ -129,8 +131,8 @@ def shown_extension(extension: str) -> str:
     return repr(extension) if any(character.isspace() or character == "," for character in extension) else extension
 
 
-def other_files(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> dict[str, list[Path]]:
-    """Return ending -> pictures that lack a caption and have a text of that ending; the most frequent ending first.
+def other_files(found: Mapping[Path, CaptionFile], folder: Path, extension: str) -> dict[str, list[Path]]:
+    """Return ending -> pictures of a folder that lack a caption and have a text of that ending, most pictures first.
 
     The ending is what follows the picture's name without extension: `.txt`, `.TXT`, or `.png.txt` of `a.png.txt`.
     """
@@ -142,10 +144,10 @@ def other_files(found: Mapping[Path, CaptionFile], subset: SubsetOptions) -> dic
         return {}
     stems = {stem for picture in found for stem in stems_of(picture)}
     by_ending: dict[str, dict[Path, Path]] = {}
-    for path in files_of(subset.folder):
+    for path in files_of(folder):
         stem = longest_stem(path.name, stems) or ""
         ending = path.name.removeprefix(stem)
-        if stem in lacking and ending != subset.caption_extension and can_be_caption(path):
+        if stem in lacking and ending != extension and can_be_caption(path):
             by_ending.setdefault(ending, {}).update(dict.fromkeys(lacking[stem], path))
     texts = {ending: files for ending, files in by_ending.items() if is_text(next(iter(files.values())))}
     return {ending: list(files) for ending, files in sorted(texts.items(), key=lambda item: -len(item[1]))}

@@ -182,6 +182,21 @@ def split_tags(text: str, options: SubsetOptions) -> tuple[list[str], list[str],
     return tags[: options.keep_tokens], tags[options.keep_tokens :], []
 
 
+# What else separates tags -> how it is written on a command line.
+SEPARATORS = {",": '","', "\u3001": "\u3001", "\uff0c": "\uff0c", ";": '";"', "\uff1b": "\uff1b"}
+
+
+def other_separator(caption: Caption, options: SubsetOptions) -> str | None:
+    """Return what separates the tags of a caption that does not have the separator of the options; None if nothing."""
+    text = "\n".join(caption if options.enable_wildcard else caption[:1])
+    for mark in (options.keep_tokens_separator, options.secondary_separator):
+        text = text.replace(mark, "") if mark else text
+    if options.caption_separator in text:
+        return None
+    most = max(SEPARATORS, key=text.count)
+    return most if most in text else None
+
+
 def num_warm_tags(num_tags: int, options: SubsetOptions, moment: Moment) -> int:
     """Return how many of the flexible tags the warm-up shows at this step."""
     steps = options.token_warmup_step

@@ -161,7 +161,7 @@ def build_datasets(
     pictures = [listed for of_dataset in found for of_subset in of_dataset for listed in of_subset]
     headers = check_pictures(configs, found, faults)
     note_losses(pictures, headers, notes)
-    if not faults:  # else pictures could go unused because of them
+    if not faults and not problems:  # else pictures could go unused because of them
         note_unused(subsets, pictures, notes)
     notes.log()
     faults.report(problems)
@@ -214,7 +214,10 @@ def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: b
         problems.add(f"metadata_file {subset.metadata_file} is not a file")
     for name in ("color_aug", "random_crop"):
         if latents_cached and getattr(subset, name):
-            problems.add(f"{name} of {subset.source} needs pixels in every step: leave out it or --cache_latents")
+            problems.add(
+                f"{name} of {subset.source} needs pixels in every step, and --cache_latents keeps none: "
+                "leave out one of the two"
+            )
     if latents_cached and subset.face_crop_aug_range:
         logger.warning("face_crop_aug_range of %s goes unused: the latents are cached", subset.source)
     folder = subset.conditioning_data_dir

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.config.dataset import SubsetOptions
+from library.config.dataset import BY_TAGS, SubsetOptions
 from library.config.kinds import read_str
 from library.data.caption_files import CaptionFile, names_of, note_captions, read_caption
-from library.data.captions import Caption
+from library.data.captions import SEPARATORS, Caption, other_separator
 from library.data.faults import Faults, Notes
 from library.data.images import Mask, list_pictures
-from library.data.text_files import UnreadableTextError, read_text
 from library.errors import UserError, named, shown
 from library.files import PICTURE_SUFFIXES
+from library.text_files import UnreadableTextError, read_text
 
 Row = tuple[Path, Caption, tuple[str, ...]]  # picture, caption, texts of tags
 
@@ -47,6 +47,8 @@ def list_subset(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Lis
         captions = list_folder(subset, faults, notes)
     if not captions and not faults:
         notes.warn(f"{subset.source} has no pictures; it is skipped{without_regularisation(subset)}")
+    for line in describe_separators(captions, subset):
+        notes.warn(line)
     masks = find_masks(subset, [path for path, _, _ in captions], faults)
     return [Listed(path, subset, caption, tags, masks.get(path)) for path, caption, tags in captions]
 
@@ -78,6 +80,28 @@ def caption_from(file: CaptionFile, subset: SubsetOptions) -> Caption:
     if file.path is None:
         return tuple((subset.class_tokens or "").split("\n"))
     return tuple(file.lines if subset.enable_wildcard else file.lines[:1]) or ("",)
+
+
+def describe_separators(rows: Sequence[Row], subset: SubsetOptions) -> Iterator[str]:
+    """Yield warnings about captions that the rules for tags take for a single tag, since others separate them."""
+    rules = [name for name in BY_TAGS if getattr(subset, name)]
+    if not rules:
+        return
+    texts = {path: tags if any(tags) else caption for path, caption, tags in rows}
+    own = subset.caption_separator
+    by_other: dict[str, list[Path]] = {}
+    for path, caption in texts.items():
+        other = other_separator(caption, subset)
+        if other is not None:
+            by_other.setdefault(other, []).append(path)
+    is_mixed = len(by_other) > 1 or any(own in text for caption in texts.values() for text in caption)
+    for other, pictures in by_other.items():
+        option = f"--caption_separator {SEPARATORS[other]}, or caption_separator in the dataset file, separates them"
+        yield (
+            f"{subset.source}: {len(pictures)} of {len(rows)} captions have no {shown(own)} but {shown(other)}, so "
+            f"that each is a single tag for {' and '.join(rules)}: {names_of(pictures)}; "
+            f"{f'write {shown(own)} in these' if is_mixed else option}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------

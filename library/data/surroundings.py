@@ -78,13 +78,15 @@ def what_to_do(option: str, parent: Path, loose: Sequence[Path]) -> str:
     if loose and is_numbered(parent.resolve()):
         return f": name the folder above it, --{option} {parent.resolve().parent}"
     if loose:
-        return f", but {len(loose)} pictures directly in it ({names_below(parent, loose)}): move them to one"
+        return (
+            f", but {len(loose)} pictures directly in it ({names_below(parent, loose)}): move them to such a sub-folder"
+        )
     for folder in folders_in(parent):
         if any(is_numbered(inner) for inner in folders_in(folder)):
             return f", but {folder} has: --{option} {folder}"
         if pictures := pictures_in(folder):
             return f", but {folder} has {len(pictures)} pictures: rename it to 10_{folder.name}"
-    return ": put the pictures into one"
+    return ": put the pictures into such a sub-folder"
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from library.config.network import NetworkConfig
 from library.config.values import written
 from library.errors import UserError, shortened
 from library.models.base import BaseModel
+from library.models.family import detect_family
 from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles, TextEncoders
 from library.networks.third_party import canonical_names, no_layers_by_preset, with_alphas
-from library.weight_file import check_adapter, check_name, read_weights
+from library.weight_file import check_adapter, check_name, open_weights, read_weights
 
 PACKAGES = {"lycoris": "lycoris-lora"}  # module -> package on PyPI, if its name differs
 # Advice for known failures: first part of the module's name, part of the message, advice.
@@ -140,9 +141,21 @@ def check_network(config: NetworkConfig) -> None:
             raise UserError(f"{option}: {config.network_module} has no create_network_from_weights; leave {option} out")
     for path in (config.network_weights, *(config.base_weights or ())):
         if path is not None:
+            refuse_model(path)
             check_adapter(path)
             if found.is_foreign:
                 check_name(path)
+
+
+def refuse_model(path: Path) -> None:
+    """Raise UserError for a file that holds a base model; of safetensors only the header is read."""
+    shapes = open_weights(path).shapes
+    try:
+        detect_family(shapes, str(path))
+    except UserError:
+        return
+    if not any("lora" in name for name in shapes):
+        raise UserError(f"{path} is a base model, not a LoRA file: are two options swapped?")
 
 
 def is_foreign(config: NetworkConfig) -> bool:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from library.files import replacing
 
+logger = logging.getLogger(__name__)
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 CELL = 256  # longest side of a picture on the sheet, in pixels
 LABEL_HEIGHT, LABEL_WIDTH, GAP = 24, 200, 4
 BACKGROUND, INK = "white", "black"
-# The first that is installed; the last resort has no Japanese.
+# The first that is installed; the last resorts have no Japanese.
 FONTS = ("NotoSansCJK-Regular.ttc", "YuGothM.ttc", "msgothic.ttc", "Hiragino Sans GB.ttc", "ipag.ttf", "DejaVuSans.ttf")
+# For texts with characters that this one lacks.
+OTHER_FONTS = (
+    *("meiryo.ttc", "YuGothR.ttc", "msyh.ttc", "malgun.ttf"),  # Windows
+    *("NotoSansCJKjp-Regular.otf", "NotoSansJP-Regular.otf", "NotoSansJP-Regular.ttf", "NotoSerifCJK-Regular.ttc"),
+    *("ipaexg.ttf", "fonts-japanese-gothic.ttf", "TakaoGothic.ttf", "VL-Gothic-Regular.ttf"),
+    *("DroidSansFallbackFull.ttf", "DroidSansFallback.ttf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "unifont.ttf"),
+    *("Arial Unicode.ttf", "AppleSDGothicNeo.ttc"),  # macOS
+)
+NO_CHARACTER = "\U0010ffff"  # is drawn as every character that a font lacks
 
 
 def draw_sheet(
@@ -29,13 +43,15 @@ def draw_sheet(
     side = min(size, cell)
     step = side + GAP
     sheet = Image.new("RGB", (LABEL_WIDTH + step * len(columns), LABEL_HEIGHT + step * len(rows)), BACKGROUND)
-    pen, font = ImageDraw.Draw(sheet), label_font(13)
+    pen, fonts = ImageDraw.Draw(sheet), LabelFonts(13)
     if title:
+        font = fonts.of(title)
         pen.text((6, LABEL_HEIGHT // 2), wrap(title, font, LABEL_WIDTH - 12, max_lines=1)[0], INK, font, anchor="lm")
     for column, label in enumerate(columns):
-        pen.text((LABEL_WIDTH + column * step + side // 2, LABEL_HEIGHT // 2), label, fill=INK, font=font, anchor="mm")
+        middle = LABEL_WIDTH + column * step + side // 2
+        pen.text((middle, LABEL_HEIGHT // 2), label, fill=INK, font=fonts.of(label), anchor="mm")
     for row, label in enumerate(rows):
-        top = LABEL_HEIGHT + row * step
+        top, font = LABEL_HEIGHT + row * step, fonts.of(label)
         text = "\n".join(wrap(label, font, LABEL_WIDTH - 12, max_lines=side // 16))
         pen.multiline_text((6, top + side // 2), text, fill=INK, font=font, anchor="lm", spacing=2)
         for column, picture in enumerate(cells[row]):
@@ -52,17 +68,65 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def label_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+class LabelFonts:
+    """The fonts of the labels on a sheet: the usual one, and others for texts with characters that it lacks."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.usual = size, label_font(size)
+
+    @functools.cached_property
+    def others(self) -> list[Font]:
+        """The other fonts that are installed."""
+        return list(installed((*FONTS, *OTHER_FONTS), self.size))
+
+    def of(self, text: str) -> Font:
+        """Return the font that lacks the fewest characters of a text, the usual one if it lacks none."""
+        if not lacking(text, self.usual):
+            return self.usual
+        font = min((self.usual, *self.others), key=lambda font: len(lacking(text, font)))
+        if lacking(text, font):
+            warn_of_boxes()
+        return font
+
+
+def label_font(size: int) -> Font:
     """Return a font for labels."""
-    for name in FONTS:
+    return next(installed(FONTS, size), None) or ImageFont.load_default(size)
+
+
+def installed(names: Sequence[str], size: int) -> Iterator[Font]:
+    """Yield the fonts that are in the folders of the system, by their file names."""
+    for name in names:
         try:
-            return ImageFont.truetype(name, size)
+            yield ImageFont.truetype(name, size)
         except OSError:
             continue
-    return ImageFont.load_default(size)
 
 
-def wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, *, max_lines: int) -> list[str]:
+def lacking(text: str, font: Font) -> set[str]:
+    """Return the characters of a text for which a font has no picture; ASCII is in all fonts."""
+    rest = {character for character in text if not character.isascii() and not character.isspace()}
+    box = picture_of(NO_CHARACTER, font) if rest else None
+    return {character for character in rest if picture_of(character, font) == box}
+
+
+def picture_of(character: str, font: Font) -> tuple[tuple[int, int], bytes]:
+    """Return size and pixels of a character."""
+    mask = font.getmask(character)
+    return mask.size, bytes(mask)
+
+
+@functools.cache
+def warn_of_boxes() -> None:
+    """Warn of characters that are drawn as boxes, once in a process."""
+    logger.warning(
+        "sheets of pictures show boxes in the place of some characters, for no font that is looked for has them: "
+        "install one, for Japanese, Chinese and Korean the package fonts-noto-cjk (Debian, Ubuntu) or "
+        "google-noto-sans-cjk-fonts (Fedora); on Windows, the Japanese supplemental fonts"
+    )
+
+
+def wrap(text: str, font: Font, width: int, *, max_lines: int) -> list[str]:
     """Return text in lines of at most width pixels, broken at spaces where there are some."""
     lines = [""]
     for word in text.replace("\n", " ").split(" "):

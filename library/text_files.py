@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from library.errors import UserError
+from library.errors import UserError, quotes_hint
 
 
 class UnreadableTextError(UserError):
@@ -22,9 +22,15 @@ class UnreadableTextError(UserError):
 
 
 def read_text(path: Path) -> str:
-    """Return the content of a UTF-8 file, without a byte order mark; raises UnreadableTextError."""
+    """Return the content of a UTF-8 file, without a byte order mark; every line break is one character.
+
+    Raises UnreadableTextError.
+    """
     try:
         data = path.read_bytes()
+    except FileNotFoundError:
+        text = f"does not exist{quotes_hint(path)}"
+        raise UnreadableTextError(path, text, reason="it is not there", kind="do not exist") from None
     except OSError as error:
         text = f"cannot be read ({error.strerror}); mend its permissions"
         raise UnreadableTextError(
@@ -32,7 +38,7 @@ def read_text(path: Path) -> str:
         ) from None
     try:
         if b"\0" not in data:
-            return data.decode("utf-8-sig")
+            return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         reason = "it has zero bytes"
     except UnicodeDecodeError as error:
         reason = f"{error.reason} at byte {error.start}"
