@@ -193,7 +193,7 @@ def test_what_is_written_is_read_again(prompt, seed):
     assert read.request == expected
     assert read.begins_with == "x.png"
     if "Negative prompt:" not in prompt and prompt.strip():
-        read = recorded.from_parameters(texts["parameters"], Path("x"), (512, 512))
+        read = recorded.from_parameters(texts["parameters"], Path("x"), (512, 512), None)
         assert read.request == expected
         assert read.networks == (RecordedNetwork("x, y", "cd" * 6, 1.0),)
         assert read.model_sha256 == "ab" * 5

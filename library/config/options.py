@@ -113,7 +113,7 @@ class Option:
         elif self.spec.reads is not None and value is not None:
             for path in value if isinstance(value, tuple) else (value,):
                 if not is_there(path, self.spec.reads):
-                    problems.add(f"{self.label}: {path} is not {self.spec.reads}{quotes_hint(path)}")
+                    problems.add(f"{self.label}: {path} is not {self.spec.reads}{quotes_hint(path)}{folder_hint(path)}")
 
     def _check_range(self, number: Any, label: str) -> None:
         if not isinstance(number, int | float) or isinstance(number, bool):
@@ -164,6 +164,11 @@ def all_options(root: type) -> dict[str, Option]:
     table = {entry.flag: entry for entry in options}
     assert len(table) == len(options), "two sections declare the same flag"
     return table
+
+
+def folder_hint(path: Path) -> str:
+    """Return which file of a folder that PEFT wrote is meant; "" for any other path."""
+    return "; name adapter_model.safetensors in it" if (path / "adapter_model.safetensors").is_file() else ""
 
 
 @dataclasses.dataclass(frozen=True)
