@@ -13,6 +13,7 @@ import functools
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from library.config.kinds import Kind, is_there, kind_of
