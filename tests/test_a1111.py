@@ -443,7 +443,7 @@ ODD_PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", pytest.param("webp", marks=pytest.mark.slow)])
 def test_odd_prompts_survive_the_round_trip(draw, two, tmp_path, suffix):
     lines = [f"{prompt} --d 5 --f {index}.{suffix}" for index, prompt in enumerate(ODD_PROMPTS)]
     (tmp_path / "p.txt").write_text("\n".join(lines), encoding="utf-8")

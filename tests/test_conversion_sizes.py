@@ -341,7 +341,7 @@ def test_models_with_more_inputs_are_converted_and_not_trained(store, tmp_path, 
     convert(tmp_path / "out", tmp_path / "back.safetensors")
     assert_same(read(tmp_path / "back.safetensors"), read(file))
     for path in (file, tmp_path / "out") if name == "sd1" else ():
-        with pytest.raises(UserError, match=f"takes {channels} channels, and only those that take 4 are trained"):
+        with pytest.raises(UserError, match=f"takes {channels} channels, and only those that take 4 can be used"):
             tiny.load(path)
 
 

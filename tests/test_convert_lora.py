@@ -49,7 +49,7 @@ def test_a_scale_that_is_no_power_of_two_costs_one_rounding_of_float32(model_sto
         assert (after - before).norm() < 1e-7 * before.norm(), module
 
 
-@pytest.mark.parametrize("keep", [[], ["--keep_alpha"]])
+@pytest.mark.parametrize("keep", [[], pytest.param(["--keep_alpha"], marks=pytest.mark.slow)])
 def test_diffusers_loads_what_was_converted(model_store, family_name, tmp_path, keep):
     models, _ = model_store(family_name)
     text, unet = copy.deepcopy(models["text_encoder"]), copy.deepcopy(models["unet"])

@@ -22,7 +22,7 @@ def extract(path, *more):
     assert extract_lora_from_dylora.main(argv) == 0
 
 
-@pytest.mark.parametrize("kind", [LIERLA, C3LIER], ids=["LierLa", "C3Lier"])
+@pytest.mark.parametrize("kind", [LIERLA, pytest.param(C3LIER, marks=pytest.mark.slow)], ids=["LierLa", "C3Lier"])
 def test_the_file_of_a_rank_gives_what_training_saw_at_that_rank(base, pictures, tmp_path, model_store, kind):
     import copy
 

@@ -67,7 +67,14 @@ def test_two_networks_at_strengths_of_each_prompt(draw, model_store, two, tmp_pa
     same_pixels(shots[3].pixels, plain)
 
 
-@pytest.mark.parametrize("how", [["--network_merge"], ["--network_pre_calc"], ["--network_merge_n_models", 1]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--network_merge"],
+        ["--network_pre_calc"],
+        pytest.param(["--network_merge_n_models", 1], marks=pytest.mark.slow),
+    ],
+)
 def test_merging_draws_what_the_applied_networks_draw(draw, two, how):
     _, words = two
     multipliers = ["--network_mul", 0.7, 0.4]

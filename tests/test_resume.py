@@ -78,7 +78,7 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--optimizer_type", "AdamW8bit", "--network_dim", "64"],
+        pytest.param(["--optimizer_type", "AdamW8bit", "--network_dim", "64"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "AdaFactor"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "SGDNesterov"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "Prodigy", "--learning_rate", "1.0"], marks=pytest.mark.slow),
@@ -240,7 +240,8 @@ def server():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("rounds", [pytest.param(10), pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [10, 100])
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_path, server, rounds):
     more = ["--save_state", "--save_every_n_steps", "1", "--cache_latents_to_disk"]
     plain = json.loads(data.read_text(encoding="utf-8"))

@@ -205,9 +205,7 @@ def plan_to_original(checkpoint: Checkpoint, whole: Plan) -> Plan:
         try:
             place = next(layout.rules[part](name), None)
         except KeyError:
-            raise UserError(
-                f"{checkpoint.path} has {name}, which has no place in a checkpoint (of its {part})"
-            ) from None
+            raise UserError(f"{checkpoint.path} has {part}/{name}, without a place in a checkpoint") from None
         if place is None:
             continue
         if place.third is not None:
