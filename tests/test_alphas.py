@@ -282,7 +282,8 @@ def test_a_run_that_diffusers_will_misread_says_so_at_start_end_and_in_the_file(
             assert (NOTE in file.metadata()) == has_note
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["one_alpha=1"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["one_alpha=1"]])
 def test_a_dry_run_says_so(model_store, pictures, tmp_path, caplog, more):
     caplog.set_level(logging.INFO)
     given = BLOCKS | {"network_args": [DIMS, ALPHAS, *more], "dry_run": True}

@@ -43,7 +43,7 @@ def split_text_encoder(folder, ending=""):
     whole.unlink()
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_sharded_folders(store, tmp_path, name):
     model = store(name)
     folder = tmp_path / "folder"

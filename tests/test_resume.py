@@ -67,7 +67,9 @@ def run(base, data, out, *more, **values):
     return load_file(out / "x.safetensors")
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])  # an epoch has 4 steps, the last one of a single batch
+@pytest.mark.parametrize(  # an epoch has 4 steps, the last one of a single batch
+    "step", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     expected = run(base, data, tmp_path / "whole")
     train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1"), after=step)
