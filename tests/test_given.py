@@ -134,6 +134,7 @@ def warnings_of(caplog, *words, subset=None, dataset=None):
         (["--text_encoder_lr=1e-5", "--network_train_unet_only"], "has no effect with --network_train_unet_only"),
         (["--keep_tokens=2"], "--keep_tokens 2 has no effect without --shuffle_caption"),
         (["--prior_loss_weight=0.5"], "--prior_loss_weight 0.5 has no effect without --reg_data_dir or is_reg"),
+        (["--in_json=m.json", "--reg_data_dir=r"], "--reg_data_dir r has no effect with --in_json"),
         (["--max_bucket_reso=2048"], "--max_bucket_reso 2048 has no effect without --enable_bucket"),
         (["--wandb_api_key=secret"], "--wandb_api_key ... has no effect without --log_with wandb or --log_with all"),
         (

@@ -158,8 +158,6 @@ def folder_subsets(data: DataConfig, subset: SubsetOptions) -> list[SubsetOption
     With --in_json the only subset is that of the pictures listed in the file.
     """
     if data.in_json is not None:
-        if data.reg_data_dir is not None:
-            logger.warning("--reg_data_dir is ignored: --in_json lists the pictures")
         return [dataclasses.replace(subset, image_dir=data.train_data_dir, metadata_file=data.in_json)]
     return [
         dataclasses.replace(
