@@ -179,6 +179,12 @@ def _folder_of_masks(parent: Path | None, folder: Path) -> Path | None:
     return parent / folder.name if parent is not None and (parent / folder.name).is_dir() else parent
 
 
+def is_numbered(folder: Path) -> bool:
+    """Return whether a folder is named like 10_name."""
+    number = folder.name.partition("_")[0]
+    return number.isascii() and number.lstrip("-").isdigit()
+
+
 def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
     found = []
     try:
@@ -187,7 +193,7 @@ def _numbered_folders(parent: Path) -> list[tuple[Path, int, str]]:
         raise UserError(f"{parent} cannot be read ({error.strerror}); mend its permissions") from None
     for folder in folders:
         number, _, tokens = folder.name.partition("_")
-        if number.isascii() and number.lstrip("-").isdigit():
+        if is_numbered(folder):
             found.append((folder, SUBSET_KEYS["num_repeats"].read(number, f"{folder}: num_repeats"), tokens))
         else:
             logger.warning("%s is skipped: its name does not start with a number of repeats, as in 10_name", folder)

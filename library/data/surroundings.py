@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from library.config.dataset import DataConfig, SubsetOptions
+from library.config.dataset_file import is_numbered
 from library.data.caption_files import files_of
 from library.data.faults import Notes
 from library.data.sources import Listed, masks_by_stem
@@ -45,12 +46,6 @@ def names_below(folder: Path, paths: Sequence[Path]) -> str:
 # --------------------------------------------------------------------------------------------------------------
 # Folders N_name
 # --------------------------------------------------------------------------------------------------------------
-
-
-def is_numbered(folder: Path) -> bool:
-    """Return whether a folder is named like 10_name."""
-    number = folder.name.partition("_")[0]
-    return number.isascii() and number.lstrip("-").isdigit()
 
 
 def check_layout(data: DataConfig, problems: Problems, notes: Notes) -> None:
