@@ -25,6 +25,12 @@ WORDS = {
     "two values": (["--output_name", "my", "model"], "unexpected argument 'model': put it after its option"),
     "no value": (["--seed"], "--seed: expected one argument"),
     "retired": (["--deepspeed"], "--deepspeed is not available: an adapter over a frozen base needs no sharding"),
+    "rate of one encoder": (
+        ["--text_encoder_lr1=1e-5"],
+        "--text_encoder_lr1 is not available: the rates of both text encoders are one option",
+        "--text_encoder_lr 1e-5 1e-5",
+    ),
+    "rates of blocks": (["--block_lr", "1,1"], "rates by block are --network_args down_lr_weight="),
     "config file to write": (["--output_config"], "--output_config needs --config_file"),
 }
 OPTIONS = {
@@ -70,6 +76,14 @@ OPTIONS = {
     "log file": ({"console_log_file": "train"}, "--console_log_file: train cannot be written (Is a directory)"),
     "tracker": ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
     "repository": ({"huggingface_repo_id": "name"}, "--huggingface_repo_id must be USER/NAME, got 'name'"),
+    "text cache": (
+        {"cache_text_encoder_outputs": True},
+        "outputs needs --network_train_unet_only: the outputs of text",
+    ),
+    "text cache on disk": (
+        {"cache_text_encoder_outputs_to_disk": True, "unet_lr": 1e-4},
+        "--cache_text_encoder_outputs needs --network_train_unet_only",
+    ),
     "tokenizer": ({"tokenizer_cache_dir": "train"}, "--tokenizer_cache_dir: train has no vocab.json or tokenizer"),
 }
 AFTER_LOADING = ("step beyond the end", "layers beyond", "tokenizer")

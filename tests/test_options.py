@@ -136,9 +136,24 @@ def test_mistakes_on_the_command_line_are_told(argv, message):
 
 
 def test_options_that_change_nothing_are_ignored_with_a_warning(caplog):
-    config = read("--lowram", "--ddp_timeout", "30", "--network_dim", "4")
+    given = [
+        "--lowram",
+        "--ddp_timeout=30",
+        "--fused_backward_pass",
+        "--fused_optimizer_groups=7",
+        "--diffusers_xformers",
+    ]
+    config = read(*given, "--train_text_encoder", "--disable_mmap_load_safetensors", "--network_dim=4")
     assert config.network.network_dim == 4
-    assert [record.message.split(" ")[0] for record in caplog.records] == ["--lowram", "--ddp_timeout"]
+    assert [record.message.partition(" is ignored: ")[0] for record in caplog.records] == [
+        *(name.partition("=")[0] for name in given),
+        "--train_text_encoder",
+        "--disable_mmap_load_safetensors",
+    ]
+
+
+def test_abbreviations_never_mean_options_of_other_scripts():
+    assert read("--learning", "0.5").optimizer.learning_rate == 0.5
 
 
 def test_the_record_of_a_run_repeats_it(tmp_path):
@@ -175,9 +190,17 @@ def test_help_names_every_option_with_its_meaning():
 def test_implied_options_are_set_once_and_said(base_argv, caplog):
     caplog.set_level("INFO")
     config = parse_train_config(
-        [*base_argv, "--cache_latents_to_disk", "--use_8bit_adam", "--sample_every_n_steps", "0"], Problems()
+        [
+            *base_argv,
+            "--cache_latents_to_disk",
+            "--cache_text_encoder_outputs_to_disk",
+            "--use_8bit_adam",
+            "--sample_every_n_steps=0",
+        ],
+        Problems(),
     )
     assert config.precision.cache_latents
+    assert config.precision.cache_text_encoder_outputs
     assert config.optimizer.optimizer_type == "AdamW8bit"
     assert config.preview.sample_every_n_steps is None
     assert "--cache_latents is set to True" in caplog.text

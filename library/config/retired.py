@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +20,19 @@ class Retired:
     harmless: bool = False  # whether the run continues without it
     takes_value: bool = True
     neutral: tuple[object, ...] = ("", 0)  # values in a config file that mean "off"; 0 includes false
+    elsewhere: bool = False  # an option of another script of sd-scripts, so no abbreviation means it
 
 
-def _rows(reasons: Mapping[str, str], *, harmless: bool = False, takes_value: bool = True) -> dict[str, Retired]:
-    """Return name -> option; names with the same reason are separated by spaces."""
-    return {
-        name: Retired(name, reason, harmless, takes_value)
-        for names, reason in reasons.items()
-        for name in names.split()
-    }
+def _rows(reasons: Mapping[str, str], **same: Any) -> dict[str, Retired]:
+    """Return name -> option; names with the same reason are separated by spaces, same are fields of all options."""
+    return {name: Retired(name, reason, **same) for names, reason in reasons.items() for name in names.split()}
 
 
 ADAPTER_FITS = "an adapter over a frozen base needs no sharding; several GPUs run through accelerate (DDP)"
 
 NOT_COMPILED = "the run is not compiled; the result is the same"
+
+NOT_FUSED = "it saves memory for the gradients of whole models; those of an adapter are small"
 
 _HARMLESS_SWITCHES = {
     "lowram": "models always load straight into place, tensor by tensor",
@@ -42,27 +42,42 @@ _HARMLESS_SWITCHES = {
     "console_log_simple": "log lines are always plain",
     "torch_compile": NOT_COMPILED,
     "disable_mmap_load_safetensors": "files are never memory-mapped",
+    "fused_backward_pass": NOT_FUSED,
     "ddp_gradient_as_bucket_view ddp_static_graph": "gradients travel in one flat buffer already",
 }
 _HARMLESS_VALUES = {
     "ddp_timeout": "torch's own is kept",
 }
 _REFUSED_SWITCHES = {
-    "fused_backward_pass": "it fuses the optimizer into the backward pass of whole models; an adapter gains nothing",
-    "cpu_offload_checkpointing": "the U-Net of SD 1.x and 2.x has no such mode",
+    "cpu_offload_checkpointing": "U-Nets have no such mode; --gradient_checkpointing is the option that saves memory",
     "deepspeed zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": ADAPTER_FITS,
-    "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "SDXL is not trained by this version",
 }
 _REFUSED_VALUES = {
     "dataset_class": "a foreign dataset class cannot promise an order that is a function of seed and epoch",
     "zero_stage": ADAPTER_FITS,
     "offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path": ADAPTER_FITS,
 }
+# Options of trainings of whole models, and one that a page of sd-scripts has by mistake.
+_ELSEWHERE_HARMLESS_SWITCHES = {
+    "train_text_encoder": "text encoders are trained unless --network_train_unet_only is given",
+    "diffusers_xformers": "--xformers is the option",
+}
+_ELSEWHERE_HARMLESS_VALUES = {"fused_optimizer_groups": NOT_FUSED}
+_ELSEWHERE_REFUSED_VALUES = {
+    "text_encoder_lr1 text_encoder_lr2 learning_rate_te1 learning_rate_te2": (
+        "the rates of both text encoders are one option, as in --text_encoder_lr 1e-5 1e-5"
+    ),
+    "learning_rate_te": "--text_encoder_lr is the option",
+    "block_lr": "rates by block are --network_args down_lr_weight=..., mid_lr_weight=... and up_lr_weight=...",
+}
 RETIRED: dict[str, Retired] = (
     _rows(_HARMLESS_SWITCHES, harmless=True, takes_value=False)
     | _rows(_HARMLESS_VALUES, harmless=True)
     | _rows(_REFUSED_SWITCHES, takes_value=False)
     | _rows(_REFUSED_VALUES)
+    | _rows(_ELSEWHERE_HARMLESS_SWITCHES, harmless=True, takes_value=False, elsewhere=True)
+    | _rows(_ELSEWHERE_HARMLESS_VALUES, harmless=True, elsewhere=True)
+    | _rows(_ELSEWHERE_REFUSED_VALUES, elsewhere=True, neutral=("",))  # a rate of 0 is not "off": it trains nothing
     # GUIs of sd-scripts write its defaults into their configuration files.
     | {"zero_stage": Retired("zero_stage", ADAPTER_FITS, neutral=(2, "", 0))}
     | {"dynamo_backend": Retired("dynamo_backend", NOT_COMPILED, harmless=True, neutral=("no", "NO", "", 0))}

@@ -13,6 +13,7 @@ from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
+from library.config.training import PrecisionConfig
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
 from library.networks.modules import check_network
@@ -31,7 +32,9 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
-    problems.run(trained_parts, config.network, config.optimizer)
+    trained = problems.run(trained_parts, config.network, config.optimizer)
+    if trained is not None:
+        problems.run(check_text_cache, config.precision, trains_text_encoder=trained[0])
     problems.run(check_steps, config, choice)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
@@ -49,6 +52,15 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     if tracker_names(config.logs) and config.logs.logging_dir is not None:
         check_folder("logging_dir", config.logs.logging_dir)
     return files
+
+
+def check_text_cache(precision: PrecisionConfig, *, trains_text_encoder: bool) -> None:
+    """Raise UserError for stored outputs of text encoders that are trained, which change with every step."""
+    if precision.cache_text_encoder_outputs and trains_text_encoder:
+        raise UserError(
+            "--cache_text_encoder_outputs needs --network_train_unet_only: the outputs of text encoders that are "
+            "trained change with every step"
+        )
 
 
 def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
