@@ -84,6 +84,7 @@ OPTIONS = {
         {"cache_text_encoder_outputs_to_disk": True, "unet_lr": 1e-4},
         "--cache_text_encoder_outputs needs --network_train_unet_only",
     ),
+    "steps of SDXL": ({"bucket_reso_steps": 32}, "--bucket_reso_steps must be a multiple of 64 for SD 1.x, got 32"),
     "tokenizer": ({"tokenizer_cache_dir": "train"}, "--tokenizer_cache_dir: train has no vocab.json or tokenizer"),
 }
 AFTER_LOADING = ("step beyond the end", "layers beyond", "tokenizer")

@@ -322,22 +322,26 @@ BAD = [
         "num_repeats must be a whole number, got 'many'",
     ),
     ({"datasets": [{"subsets": [{"image_dir": "x"}]}]}, "resolution is missing"),
+    (
+        {"datasets": [{"resolution": 500, "subsets": [{"image_dir": "x"}]}]},
+        "datasets[0].resolution must be a multiple of 8 without buckets, got (500, 500)",
+    ),
     ({"datasets": [{"resolution": 512, "subsets": [{"image_dir": "x", "is_reg": True}]}]}, "no subset to train on"),
     (
         {"datasets": [{"resolution": 128, "enable_bucket": True, "subsets": [{"image_dir": "x"}]}]},
-        "min_bucket_reso 256 is more than",
+        "datasets[0].min_bucket_reso 256 is more than",
     ),
     (
-        {"datasets": [{"resolution": 2048, "enable_bucket": True, "subsets": [{"image_dir": "x"}]}]},
+        {"datasets": [{"resolution": [512, 1536], "enable_bucket": True, "subsets": [{"image_dir": "x"}]}]},
         "max_bucket_reso 1024 is less than",
     ),
     (
         {
             "datasets": [
-                {"resolution": 512, "enable_bucket": True, "bucket_reso_steps": 96, "subsets": [{"image_dir": "x"}]}
+                {"resolution": 512, "enable_bucket": True, "bucket_reso_steps": 48, "subsets": [{"image_dir": "x"}]}
             ]
         },
-        "must be a multiple of 64, got 96",
+        "datasets[0].bucket_reso_steps must be a multiple of 32, got 48",
     ),
     (
         {

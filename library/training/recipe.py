@@ -63,7 +63,7 @@ def train(
     """
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
-    files = check_before_loading(config, prompts, choice)
+    files = check_before_loading(config, datasets, prompts, choice)
     report.describe_data(datasets)
     if config.run.dry_run or not config.precision.cache_latents:
         verify_pictures(datasets)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.config.dataset_file import check_bucket_steps
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.prompts import Prompt
@@ -14,8 +15,10 @@ from library.config.samplers import SamplerName
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
 from library.config.training import PrecisionConfig
+from library.data.records import Dataset
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
+from library.models.family import ModelFamily
 from library.networks.modules import check_network
 from library.networks.trainable import trained_parts
 from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
@@ -28,7 +31,9 @@ from library.training.record.tracking import check_trackers, tracker_names
 logger = logging.getLogger(__name__)
 
 
-def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> BaseFiles:
+def check_before_loading(
+    config: TrainConfig, datasets: Sequence[Dataset], prompts: list[Prompt], choice: OptimizerChoice
+) -> BaseFiles:
     """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
@@ -43,7 +48,7 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
         logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
-    files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
+    files = check_base(problems, config.model, config.loss, datasets, prompts, config.preview.sample_sampler)
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
@@ -72,7 +77,12 @@ def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
 
 
 def check_base(
-    problems: Problems, model: ModelConfig, loss: LossConfig, prompts: Sequence[Prompt], sampler: SamplerName
+    problems: Problems,
+    model: ModelConfig,
+    loss: LossConfig,
+    datasets: Sequence[Dataset],
+    prompts: Sequence[Prompt],
+    sampler: SamplerName,
 ) -> BaseFiles:
     """Return the files of the base model; raises UserError for all problems, including those found before.
 
@@ -83,9 +93,16 @@ def check_base(
     files = problems.run(find_base, model)
     if files is not None:
         problems.run(check_prediction, loss, predicts_v=files.predicts_v)
+        check_sides(datasets, files.checkpoint.family, problems)
     problems.raise_if_any()
     assert files is not None  # else there was a problem
     return files
+
+
+def check_sides(datasets: Sequence[Dataset], family: ModelFamily, problems: Problems) -> None:
+    """Add to problems the sides of buckets that the models of a family do not take."""
+    for dataset in datasets:
+        check_bucket_steps(dataset.options, dataset.place, family.step, f" for {family.title}", problems)
 
 
 def check_output(saving: SavingConfig) -> None:
