@@ -60,6 +60,7 @@ NO_TORCH_AT_THE_TOP = [
 
 def modules():
     yield ROOT / "train_network.py"
+    yield ROOT / "sdxl_train_network.py"
     yield ROOT / "gen_img_diffusers.py"
     for folder in ("library", "networks", "tools", "finetune"):
         yield from sorted((ROOT / folder).rglob("*.py"))

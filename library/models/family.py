@@ -85,9 +85,12 @@ class ModelFamily:
     unet_head_width: int | None  # channels of an attention head; None: the same number of heads in every block
     vae: dict[str, Any]
     text_models: tuple[TextModel, ...]
-    version: str
+    version: str  # in the metadata of networks
+    v_version: str  # the same of models that predict v
     epsilon_architecture: str
     v_architecture: str
+    implementation: str = "diffusers"  # in the metadata of networks
+    has_clip_skip: bool = True  # whether models are used with other layers of the text encoder than their own
 
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
@@ -110,7 +113,11 @@ class ModelFamily:
 
     def base_version(self, *, predicts_v: bool) -> str:
         """Return `ss_base_model_version` of models that predict noise, or v."""
-        return f"{self.version}_v" if predicts_v else self.version
+        return self.v_version if predicts_v else self.version
+
+    def clip_skip(self, given: int | None) -> int | None:
+        """Return the layer to use for a --clip_skip, counted from the end; None: the one of the published models."""
+        return given if self.has_clip_skip else None
 
     def architecture(self, *, predicts_v: bool) -> str:
         """Return `modelspec.architecture` of models that predict noise, or v."""
@@ -136,6 +143,7 @@ SD1 = ModelFamily(
         ),
     ),
     version="sd_v1",
+    v_version="sd_v1_v",
     epsilon_architecture="stable-diffusion-v1",
     v_architecture="stable-diffusion-v1",
 )
@@ -159,6 +167,7 @@ SD2 = ModelFamily(
         ),
     ),
     version="sd_v2",
+    v_version="sd_v2_v",
     epsilon_architecture="stable-diffusion-v2-512",
     v_architecture="stable-diffusion-v2-768-v",
 )
@@ -205,8 +214,11 @@ SDXL = ModelFamily(
         ),
     ),
     version="sdxl_base_v1-0",
+    v_version="sdxl_base_v1-0",
     epsilon_architecture="stable-diffusion-xl-v1-base",
     v_architecture="stable-diffusion-xl-v1-base",
+    implementation="https://github.com/Stability-AI/generative-models",
+    has_clip_skip=False,
 )
 FAMILIES = (SD1, SD2, SDXL)
 

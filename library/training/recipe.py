@@ -25,7 +25,7 @@ from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.training.measure.validation import Validation, held_out, validation_seed
 from library.training.prepare.caches import build_conditioner, cache_latents
-from library.training.prepare.checks import check_before_loading
+from library.training.prepare.checks import check_before_loading, options_for
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, enable_gradient_checkpointing, open_base
 from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
@@ -64,6 +64,7 @@ def train(
     # Find whatever is wrong before anything large is loaded.
     choice = choose_optimizer(config.optimizer)
     files = check_before_loading(config, datasets, prompts, choice)
+    config = options_for(config, files.checkpoint.family)
     report.describe_data(datasets)
     if config.run.dry_run or not config.precision.cache_latents:
         verify_pictures(datasets)

@@ -29,6 +29,7 @@ from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.training.measure.validation import HeldOut, held_out, spread_timesteps, validation_seed
 from library.training.prepare.caches import cache_latents
+from library.training.prepare.checks import options_for
 from library.training.prepare.placing import caption_options, open_base
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, start_runtime
@@ -83,6 +84,7 @@ def load_measurement(
     config: TrainConfig, datasets: list[Dataset], files: BaseFiles, *, seed: int, num_timesteps: int, draws: int
 ) -> Measurement:
     """Load the models and encode the pictures of datasets from `to_measure`; return their measurement."""
+    config = options_for(config, files.checkpoint.family)
     runtime = start_runtime(config.precision, config.logs)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)

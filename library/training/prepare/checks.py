@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ def check_before_loading(
         logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
-    files = check_base(problems, config.model, config.loss, datasets, prompts, config.preview.sample_sampler)
+    files = check_base(
+        problems, config.model, config.loss, datasets, prompts=prompts, sampler=config.preview.sample_sampler
+    )
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
@@ -81,6 +84,7 @@ def check_base(
     model: ModelConfig,
     loss: LossConfig,
     datasets: Sequence[Dataset],
+    *,
     prompts: Sequence[Prompt],
     sampler: SamplerName,
 ) -> BaseFiles:
@@ -97,6 +101,16 @@ def check_base(
     problems.raise_if_any()
     assert files is not None  # else there was a problem
     return files
+
+
+def options_for(config: TrainConfig, family: ModelFamily) -> TrainConfig:
+    """Return the options of a run for a family: without a --clip_skip that has no effect, which is told."""
+    given = config.text.clip_skip
+    used = family.clip_skip(given)
+    if used == given:
+        return config
+    logger.info("--clip_skip %d has no effect: %s models are always used with the same layer", given, family.title)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, clip_skip=used))
 
 
 def check_sides(datasets: Sequence[Dataset], family: ModelFamily, problems: Problems) -> None:

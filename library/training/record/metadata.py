@@ -305,7 +305,7 @@ def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool, res
     values = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{family.architecture(predicts_v=predicts_v)}/lora",
-        "implementation": "diffusers",
+        "implementation": family.implementation,
         "implementation_version": f"{NAME}/{VERSION}",
         "title": title,
         "resolution": f"{resolution[0]}x{resolution[1]}",
