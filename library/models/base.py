@@ -88,6 +88,7 @@ class BaseModel:
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     texts: tuple[TextEncoder, ...]
+    zero_snr: bool = False  # whether the last timestep is pure noise
 
     @property
     def text_modules(self) -> list[nn.Module]:

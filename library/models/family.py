@@ -88,6 +88,7 @@ class ModelFamily:
     version: str
     epsilon_architecture: str
     v_architecture: str
+    pipeline: str = "StableDiffusion"  # beginning of the names of its pipelines in diffusers
 
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
@@ -207,6 +208,7 @@ SDXL = ModelFamily(
     version="sdxl_base_v1-0",
     epsilon_architecture="stable-diffusion-xl-v1-base",
     v_architecture="stable-diffusion-xl-v1-base",
+    pipeline="StableDiffusionXL",
 )
 FAMILIES = (SD1, SD2, SDXL)
 
@@ -279,8 +281,7 @@ def pipeline_name(family: ModelFamily, channels: int, source: Path) -> str:
             f"{source} is {kind.title}: its U-Net takes {channels} channels, and a Diffusers folder of it needs more "
             f"than the parts that are converted; those that take {known} are converted"
         )
-    start = "StableDiffusionXL" if family is SDXL else "StableDiffusion"
-    return start + kind.pipeline
+    return family.pipeline + kind.pipeline
 
 
 def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> ModelFamily:
