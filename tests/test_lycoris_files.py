@@ -92,7 +92,7 @@ def make(lycoris: Any, models: Any, path: Path, alpha: float, **arguments: Any) 
 @pytest.fixture
 def base(model_store):
     path = model_store("sd1")[1]["folder"]
-    return load_base(find_base(ModelConfig(pretrained_model_name_or_path=str(path))), types_of("no", half_vae=False))
+    return load_base(find_base(ModelConfig(pretrained_model_name_or_path=str(path))), types_of("no", no_half_vae=True))
 
 
 def module_of(name: str = "lycoris.kohya", **arguments: str) -> Any:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.training.run.runtime import start_runtime
 
     files = find_base(config.model)
-    runtime = start_runtime(config.precision, config.logs)
+    runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
     cache_latents(config.precision, datasets, encoder, runtime)
     return 0

@@ -88,7 +88,7 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
         )
     )
     precision = "fp16" if speed.fp16 else "bf16" if speed.bf16 else "no"
-    base = load_base(files, types_of(precision, half_vae=not speed.no_half_vae))
+    base = load_base(files, types_of(precision, vae_overflows=files.vae_overflows, no_half_vae=speed.no_half_vae))
     if speed.opt_channels_last:
         for module in (base.unet, base.vae):
             torch.nn.utils.convert_conv2d_weight_memory_format(module, torch.channels_last)

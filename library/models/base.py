@@ -7,6 +7,7 @@ read from pickles.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from library.config.model import ModelConfig
 from library.errors import UserError, message_of
 from library.models import family as families
-from library.models.building import build_part
+from library.models.building import build_part, config_of
 from library.models.checkpoint import (
     UNET,
     VAE,
@@ -32,6 +33,7 @@ from library.models.completeness import check_missing, check_surplus, diffusers_
 from library.models.family import ModelFamily, TextModel
 from library.models.layout import plan_of_part
 from library.models.precision import Types
+from library.models.prediction import prediction_of, settled
 from library.models.tokenizer import VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
 from library.weight_file import check_finite
 
@@ -104,29 +106,38 @@ class BaseFiles:
     vae: Checkpoint  # the same, or that of --vae
     tokenizers: tuple[Path | None, ...]  # folder for each text encoder; None: the included vocabulary
     predicts_v: bool
+    zero_snr: bool = False  # whether the last timestep is pure noise
+
+    @functools.cached_property
+    def vae_overflows(self) -> bool:
+        """Whether the VAE overflows in fp16, by its configuration; a file has that of the published models."""
+        # Configurations of SD 1.x and 2.x say so, too, where the default of diffusers was written into them.
+        family = self.checkpoint.family
+        return bool(family.vae.get("force_upcast")) and bool(config_of(self.vae, VAE).get("force_upcast", True))
 
 
-def find_base(config: ModelConfig) -> BaseFiles:
+def find_base(config: ModelConfig, *, zero_snr: bool = False) -> BaseFiles:
     """Return the files of the base model and what it predicts, from names and configurations alone.
 
-    Raises UserError if there is no model, and for options that contradict the files.
+    zero_snr: the last timestep is pure noise, whatever the files say. Raises UserError if there is no model, and for
+        options that contradict the files.
     """
     path = Path(config.pretrained_model_name_or_path)
     checkpoint = open_checkpoint(path)
-    family, says_v = checkpoint.family, checkpoint.predicts_v
+    family = checkpoint.family
     families.check_channels(input_channels(checkpoint), path)
     families.check_flags(family, path, v2=config.v2)
     if family is families.SD2 and not config.v2:
         logger.info("%s is an SD 2.x model: --v2 is set", path)
-    if says_v and not config.v_parameterization:
-        logger.info("the scheduler of %s says that it predicts v: --v_parameterization is set", path)
-    if config.v_parameterization and says_v is False:
-        logger.warning("--v_parameterization was given, but the scheduler of %s says epsilon; v is trained", path)
+    predicts_v, zero_snr = settled(
+        prediction_of(checkpoint), path, predicts_v=config.v_parameterization, zero_snr=zero_snr
+    )
     return BaseFiles(
         checkpoint=checkpoint,
         vae=checkpoint if config.vae is None else open_vae(config.vae, family),
         tokenizers=tuple(find_tokenizer(text, path, config.tokenizer_cache_dir) for text in family.text_models),
-        predicts_v=config.v_parameterization or bool(says_v),
+        predicts_v=predicts_v,
+        zero_snr=zero_snr,
     )
 
 
@@ -166,7 +177,9 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
     vae = load_part(files.vae, VAE, types.vae if filled is None or VAE in filled else None)
     checkpoint.close()  # with the weights of a pickle that no part uses
     files.vae.close()
-    return BaseModel(checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts)
+    return BaseModel(
+        checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts, zero_snr=files.zero_snr
+    )
 
 
 def load_vae(files: BaseFiles, types: Types) -> AutoencoderKL:

@@ -68,7 +68,7 @@ def check_base(
     """
     for name in {prompt.sampler or sampler for prompt in prompts}:
         problems.run(check_sampler, name)
-    files = problems.run(find_base, model)
+    files = problems.run(find_base, model, zero_snr=loss.zero_terminal_snr)
     if files is not None:
         problems.run(check_prediction, loss, predicts_v=files.predicts_v)
     problems.raise_if_any()

@@ -76,7 +76,7 @@ def dry_run(
     plan = plan_steps(config.run, datasets, seed, num_processes=find_launch().size)
     plan = resume_plan(plan, config.state, config.saving, resumed)
     warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
-    types = types_of_run(config.precision)
+    types = types_of_run(config.precision, vae_overflows=files.vae_overflows)
     on_disk = config.precision.cache_latents_to_disk
     base = load_base(files, types, filled=(VAE,) if on_disk else ())
     text = caption_options(config.text)
