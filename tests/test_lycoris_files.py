@@ -455,7 +455,7 @@ def test_embeddings_in_a_network_file_are_words(draw, two, tmp_path, caplog):
     lora = load_file(two[0][0])
     bundled = {"bundle_emb.zqx.string_to_param.*": vectors["zqx"], "bundle_emb.zqy.clip_l": vectors["zqy"]}
     path = write(tmp_path / "a.safetensors", lora | bundled | {"bundle_emb.zqy.clip_g": torch.ones(1, 128)})
-    assert {word: found.shape[0] for word, found in embeddings_of(path).items()} == {"zqx": 2, "zqy": 1}
+    assert {word: len(found[0]) for word, found in embeddings_of(path).items()} == {"zqx": 2, "zqy": 1}
     network = ["--network_module", "networks.lora", "--network_weights", path]
     prompt = ["--prompt", "a zqx cat zqy"]
     with caplog.at_level("WARNING"):

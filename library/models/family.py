@@ -105,6 +105,11 @@ class ModelFamily:
         return LATENT_SCALE * 2 ** (len(self.unet["block_out_channels"]) - 1)
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether the U-Net is told the size of the original picture and where it was cut."""
+        return "addition_time_embed_dim" in self.unet
+
+    @property
     def text_widths(self) -> dict[str, int]:
         """Width of each text encoder, by folder."""
         return {text.folder: text.config["hidden_size"] for text in self.text_models}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from library.config.samplers import SamplerName
+from library.config.values import given
 from library.models.base import BaseModel
 from library.models.conditioning import Conditioning
 from library.models.family import ModelFamily
@@ -61,24 +62,27 @@ class PictureSizes:
             **{name: None if value is None else round(value * ratio) for name, value in vars(self).items()}
         )
 
-    def arguments(self, width: int, height: int) -> dict[str, tuple[int, int]]:
-        """Return the arguments of diffusers' pipelines for an image: pairs of height and width, or top and left."""
-        original = (_given(self.original_height, height), _given(self.original_width, width))
-        negative = (
-            _given(self.original_height_negative, original[0]),
-            _given(self.original_width_negative, original[1]),
+    def resolved(self, width: int, height: int) -> PictureSizes:
+        """Return the sizes of an image of a width and a height, with no side left open."""
+        own_width, own_height = given(self.original_width, width), given(self.original_height, height)
+        return dataclasses.replace(
+            self,
+            original_width=own_width,
+            original_height=own_height,
+            original_width_negative=given(self.original_width_negative, own_width),
+            original_height_negative=given(self.original_height_negative, own_height),
         )
-        common = {"crops_coords_top_left": (self.crop_top, self.crop_left), "target_size": (height, width)}
+
+    def arguments(self, width: int, height: int) -> dict[str, tuple[int | None, ...]]:
+        """Return the arguments of diffusers' pipelines for an image: pairs of height and width, or top and left."""
+        sizes = self.resolved(width, height)
+        common = {"crops_coords_top_left": (sizes.crop_top, sizes.crop_left), "target_size": (height, width)}
         return {
-            "original_size": original,
-            "negative_original_size": negative,
+            "original_size": (sizes.original_height, sizes.original_width),
+            "negative_original_size": (sizes.original_height_negative, sizes.original_width_negative),
             **common,
             **{f"negative_{name}": pair for name, pair in common.items()},
         }
-
-
-def _given(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +115,13 @@ def sample_latents(base: BaseModel, inputs: PipelineInputs, on_step: Callable[[]
     """Return the latents (B, 4, H/8, W/8) of a batch, scaled as the U-Net sees them. The models stay where they are."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
     arguments: dict[str, Any] = {
-        "prompt_embeds": inputs.text.hidden.to(base.unet.device, base.unet.dtype),
-        "negative_prompt_embeds": inputs.negative.hidden.to(base.unet.device, base.unet.dtype),
+        **text_arguments(inputs, base.unet.device, base.unet.dtype),
         "num_inference_steps": inputs.steps,
         "guidance_scale": inputs.scale,
         "generator": generators,
         "output_type": "latent",
         "return_dict": True,
     }
-    if inputs.text.pooled is not None:
-        arguments["pooled_prompt_embeds"] = inputs.text.pooled.to(base.unet.device, base.unet.dtype)
-    if inputs.negative.pooled is not None:
-        arguments["negative_pooled_prompt_embeds"] = inputs.negative.pooled.to(base.unet.device, base.unet.dtype)
     if on_step is not None:
         arguments["callback_on_step_end"] = lambda pipeline, index, time, values: (on_step(), {})[1]
     if inputs.has_init:
@@ -146,12 +145,20 @@ def sample_latents(base: BaseModel, inputs: PipelineInputs, on_step: Callable[[]
             "control_guidance_end": list(inputs.control.ends),
         }
     pipeline = pipeline_for(base, inputs)
-    if inputs.text.pooled is not None:
-        sizes = inputs.sizes.arguments(inputs.width, inputs.height)
-        pipeline.negative_time_ids = torch.tensor([sum((sizes[f"negative_{name}"] for name in TIME_IDS), ())]).float()
-        known = inspect.signature(pipeline.__call__).parameters
-        arguments |= {name: pair for name, pair in sizes.items() if name in known}
+    known = inspect.signature(pipeline.__call__).parameters
+    sizes = inputs.sizes.arguments(inputs.width, inputs.height)
+    arguments |= {name: pair for name, pair in sizes.items() if name in known}
     return pipeline(**arguments).images
+
+
+def text_arguments(inputs: PipelineInputs, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the conditioning of a batch as arguments; without the pooled output where the model has none."""
+    arguments = {}
+    for prefix, text in (("", inputs.text), ("negative_", inputs.negative)):
+        arguments[f"{prefix}prompt_embeds"] = text.hidden.to(device, dtype)
+        if text.pooled is not None:
+            arguments[f"{prefix}pooled_prompt_embeds"] = text.pooled.to(device, dtype)
+    return arguments
 
 
 def latents_to_begin_with(base: BaseModel, inputs: PipelineInputs, generators: Sequence[torch.Generator]) -> Tensor:
@@ -181,6 +188,9 @@ def pipeline_for(base: BaseModel, inputs: PipelineInputs) -> Any:
     absent = {name: None for name, own in known.items() if own.default is own.empty and name != "self"}
     pipeline = chosen(**absent | {name: part for name, part in parts.items() if name in known})
     pipeline.set_progress_bar_config(disable=True)
+    sizes = inputs.sizes.arguments(inputs.width, inputs.height)
+    negative = [number for name in TIME_IDS for number in sizes[f"negative_{name}"]]
+    pipeline.negative_time_ids = torch.tensor([negative], dtype=torch.float32)
     return pipeline
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 from library.config.samplers import LMS, SAMPLERS, SamplerName
@@ -18,7 +18,7 @@ ZERO_SNR = "rescale_betas_zero_snr"  # parameter of the schedulers that know it
 def build_sampler(name: SamplerName, *, predicts_v: bool, zero_snr: bool = False) -> Any:
     """Return a fresh diffusers scheduler for a sampler's name; zero_snr: the last timestep is pure noise.
 
-    Samplers that do not know such a schedule have the usual one; `knows_zero_snr` tells which do.
+    Samplers that do not know such a schedule have the usual one, with a warning.
     """
     import diffusers
 
@@ -35,9 +35,10 @@ def build_sampler(name: SamplerName, *, predicts_v: bool, zero_snr: bool = False
         "prediction_type": "v_prediction" if predicts_v else "epsilon",
     } | row.settings
     known = inspect.signature(kind.__init__).parameters
-    if zero_snr and ZERO_SNR in known:
+    if zero_snr:
+        warn_of_schedule(name)
         # Only with this spacing the first step is the last timestep, from which such a model makes its pictures.
-        wanted |= {ZERO_SNR: True, "timestep_spacing": "trailing"}
+        wanted |= {ZERO_SNR: True, "timestep_spacing": "trailing"} if knows_zero_snr(name) else {}
     return kind(**{key: value for key, value in wanted.items() if key in known})
 
 
@@ -48,14 +49,16 @@ def knows_zero_snr(name: SamplerName) -> bool:
     return ZERO_SNR in inspect.signature(getattr(diffusers, SAMPLERS[name].scheduler).__init__).parameters
 
 
-def warn_of_schedule(names: Iterable[SamplerName]) -> None:
-    """Warn of samplers that do not know zero terminal SNR, for a model that was trained with it."""
-    lacking = [name for name in dict.fromkeys(names) if not knows_zero_snr(name)]
-    if lacking:
+@functools.cache
+def warn_of_schedule(name: SamplerName) -> None:
+    """Warn of a sampler for a model with zero terminal SNR that does not know it, once in a process."""
+    if not knows_zero_snr(name):
+        known = [other for other in SAMPLERS if not other.startswith("k_") and knows_zero_snr(other)]
         logger.warning(
-            "the model has zero terminal SNR, which these samplers do not know: %s; pictures will be too gray: take %s",
-            ", ".join(lacking),
-            ", ".join(name for name in SAMPLERS if not name.startswith("k_") and knows_zero_snr(name)),
+            "the model has zero terminal SNR, which the sampler %s does not know: its pictures are grayer than they "
+            "should be; %s do",
+            name,
+            ", ".join(known),
         )
 
 
