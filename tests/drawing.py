@@ -106,7 +106,7 @@ def pipe_of(
     pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
         vae=models["vae"],
         text_encoder=copy.deepcopy(models["text_encoder"]) if changed else models["text_encoder"],
-        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_token=text.pad_token),
+        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_id=text.pad_id),
         unet=copy.deepcopy(models["unet"]) if changed else models["unet"],
         scheduler=build_sampler(sampler, predicts_v=predicts_v),
         safety_checker=None,
