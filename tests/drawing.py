@@ -113,7 +113,7 @@ def pipe_of(
     }
     for row in rows:
         parts[row.folder] = copied(models[row.folder])
-        parts[row.folder.replace("text_encoder", "tokenizer")] = tokenizer_of(pad_token=row.pad_token)
+        parts[row.folder.replace("text_encoder", "tokenizer")] = tokenizer_of(pad_id=row.pad_id)
     parts |= (
         {"add_watermarker": False}
         if family == "sdxl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -52,6 +53,12 @@ def draw_xl(draw: Drawing) -> Any:
 @pytest.fixture(scope="module")
 def models(model_store):
     return model_store("sdxl")[0]
+
+
+@pytest.fixture(scope="module")
+def base(model_store):
+    """Return the loaded model."""
+    return tiny.load(model_store("sdxl")[1]["safetensors"])
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +139,21 @@ def test_both_stages_are_told_their_own_sizes(draw_xl, models):
 
 
 @torch.no_grad()
-def test_sizes_reach_the_unet_in_float32(model_store, models, net, source, mask, monkeypatch):
-    base = tiny.load(model_store("sdxl")[1]["safetensors"])
-    base.unet.to(torch.bfloat16)
+def test_sizes_reach_the_unet_in_float32(base, models, net, source, mask):
+    unet = copy.deepcopy(base.unet).to(torch.bfloat16)
     half_net = type(net).from_config(net.config)
     half_net.load_state_dict(net.state_dict())
     half_net.to(torch.bfloat16)
     both = LiveConditioner(base.texts).encode(["a cat", "dog"], TextOptions())
     seen: list[torch.Tensor] = []
-    for module in (base.unet, half_net):
+    for module in (unet, half_net):
         module.register_forward_pre_hook(
             lambda _, arguments, named: seen.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
         )
     for kind in ("", "Img2Img", "Inpaint"):
         for control in (None, ControlInputs([half_net], [[opened(source)]], [1.0], [1.0])):
             sample_latents(
-                base,
+                dataclasses.replace(base, unet=unet),
                 PipelineInputs(
                     text=both.part(0, 1),
                     negative=both.part(1, 2),
@@ -188,37 +194,34 @@ def test_a_vae_in_float32_stays_so_beside_a_half_unet(draw_xl, source, mask, mon
 
 
 @torch.no_grad()
-def by_hand(model_store, words: str, weights: list[float], normalize: bool) -> Conditioning:
+def by_hand(base, models, words: str, weights: list[float], normalize: bool) -> Conditioning:
     """Return the conditioning of words in two windows, as the documentation says, by transformers alone."""
-    models, _ = model_store("sdxl")
     parts, pooled = [], torch.zeros(0)
-    for row, pad in zip(tiny.FAMILIES["sdxl"].text_models, (49407, 0), strict=True):
-        tokenizer = tiny.load(model_store("sdxl")[1]["safetensors"]).texts[0].tokenizer
-        windows = [tokenizer(text, add_special_tokens=False).input_ids for text in words.split(" BREAK ")]
+    windows = [base.texts[0].tokenizer(text, add_special_tokens=False).input_ids for text in words.split(" BREAK ")]
+    for folder, pad in (("text_encoder", 49407), ("text_encoder_2", 0)):
         rows = [[49406, *ids, 49407, *[pad] * (75 - len(ids))] for ids in windows]
-        output = models[row.folder](torch.tensor(rows), output_hidden_states=True)
+        output = models[folder](torch.tensor(rows), output_hidden_states=True)
         states = output.hidden_states[-2].flatten(0, 1).double()
-        if pad == 0:
-            pooled = models[row.folder].text_projection(
-                tiny.text_body(models[row.folder]).final_layer_norm(output.hidden_states[-1])[0, len(windows[0]) + 1]
-            )
         scale = torch.ones(len(states), 1, dtype=torch.float64)
         scale[1 : 1 + len(weights), 0] = torch.tensor(weights, dtype=torch.float64)
         changed = states * scale
         parts.append(changed * (states.mean() / changed.mean()) if normalize else changed)
+        if folder == "text_encoder_2":
+            normed = tiny.text_body(models[folder]).get_submodule("final_layer_norm")(output.hidden_states[-1])
+            pooled = models[folder].text_projection(normed[0, len(windows[0]) + 1])
     return Conditioning(torch.cat(parts, dim=-1)[None], pooled[None])
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_weights_and_break_act_on_both_encoders(model_store, normalize):
-    base = tiny.load(model_store("sdxl")[1]["safetensors"])
+def test_weights_and_break_act_on_both_encoders(base, models, normalize):
     options = TextOptions(2, weights="original" if normalize else "none", has_breaks=True, keeps_ends=True)
     with torch.no_grad():
         found = LiveConditioner(base.texts).encode(["a (cat:1.4) [sits] BREAK dog"], options)
-    expected = by_hand(model_store, "a cat sits BREAK dog", [1, 1.4, 1 / 1.1], normalize)
+    expected = by_hand(base, models, "a cat sits BREAK dog", [1, 1.4, 1 / 1.1], normalize)
     assert found.hidden.shape == (1, 154, 192)
-    torch.testing.assert_close(found.hidden.double(), expected.hidden, rtol=1e-4, atol=1e-4)
     assert found.pooled is not None
+    assert expected.pooled is not None
+    torch.testing.assert_close(found.hidden.double(), expected.hidden, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
 
 
@@ -333,8 +336,8 @@ def test_the_side_is_that_of_the_family(draw, draw_xl, monkeypatch):
 
 
 @pytest.mark.parametrize(("family", "side"), [("sd1", 512), ("sdxl", 1024)])
-def test_the_side_of_a_preview_is_that_of_the_family(model_store, monkeypatch, family, side):
-    base = tiny.load(model_store(family)[1]["folder"])
+def test_the_side_of_a_preview_is_that_of_the_family(base, monkeypatch, family, side):
+    base = dataclasses.replace(base, family=tiny.FAMILIES[family])
     seen = []
 
     def sampled(base, inputs):
@@ -347,8 +350,7 @@ def test_the_side_of_a_preview_is_that_of_the_family(model_store, monkeypatch, f
     assert seen == [(side, side), (side, 64)]
 
 
-def test_previews_are_those_of_diffusers(model_store, models):
-    base = tiny.load(model_store("sdxl")[1]["folder"])
+def test_previews_are_those_of_diffusers(base, models):
     prompt = Prompt("a cat", "dog", 64, 72, None, 3, 3.0)
     (found,) = generate_previews(base, LiveConditioner(base.texts), [prompt], [5], sampler="euler_a")
     pipe = pipe_of(models, family="sdxl", sampler="euler_a")

@@ -34,7 +34,7 @@ from library.models.family import ModelFamily, TextModel
 from library.models.layout import plan_of_part
 from library.models.precision import Types
 from library.models.prediction import prediction_of, settled
-from library.models.tokenizer import VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
+from library.models.tokenizer import EOS_ID, VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
 from library.weight_file import check_finite
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class TextEncoder:
         """Return hidden states (N, 77, D) and pooled output (N, P) for token ids (N, 77).
 
         clip_skip n uses the n-th layer from the end; None uses the one that the family was trained with. The
-        pooled output is the projected state of the first EOS, or None for an encoder without projection.
+        pooled output is the projected state of the first EOS after the final norm, or None for an encoder without
+        projection.
         """
         layer, ids = clip_skip or self.row.layer, ids.to(self.module.device)
         if layer == 1 and self.row.has_final_norm:
@@ -78,7 +79,19 @@ class TextEncoder:
             hidden = output.hidden_states[-layer]
             if self.row.has_final_norm:
                 hidden = text_body(self.module).get_submodule("final_layer_norm")(hidden)
-        return hidden, output.text_embeds if self.row.has_projection else None
+        return hidden, self._pooled(output.last_hidden_state, ids) if self.row.has_projection else None
+
+    def _pooled(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Return the projected states of the first EOS, (N, P), or of the end where there is none.
+
+        transformers takes the largest id for EOS if the configuration says eos_token_id 2, as published ones do: the
+        words of textual inversion have larger ones.
+        """
+        is_end = ids == EOS_ID
+        is_end[:, -1] = True
+        first = is_end.int().argmax(dim=1)
+        projection = self.module.get_submodule("text_projection")
+        return projection(states[torch.arange(len(ids), device=ids.device), first])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +155,18 @@ def find_base(config: ModelConfig, *, zero_snr: bool = False) -> BaseFiles:
 
 
 def find_tokenizer(text: TextModel, model: Path, cache: Path | None) -> Path | None:
-    """Return the tokenizer folder in --tokenizer_cache_dir, else that of the model, else None."""
-    folder = model / text.folder.replace("text_encoder", "tokenizer")
+    """Return the tokenizer folder in --tokenizer_cache_dir, else that of the model, else None.
+
+    In the cache that is the folder of the encoder's name, else the first: they differ only in padding.
+    """
+    folder = model / text.tokenizer_folder
     if cache is None:
         return folder if is_tokenizer(folder) else None
     places = [place for place in (cache, *sorted(cache.glob("*"))) if is_tokenizer(place)]
     if not places:
         raise UserError(f"--tokenizer_cache_dir: {cache} has no vocab.json or tokenizer.json")
-    is_openclip = text.layout == "openclip"
-    return next((place for place in places if ("stable-diffusion-2" in place.name) == is_openclip), places[0])
+    own = (place for place in places if place.name == text.tokenizer_folder or text.cached_as in place.name.lower())
+    return next(own, places[0])
 
 
 def is_tokenizer(folder: Path) -> bool:
@@ -207,7 +223,7 @@ def load_text(checkpoint: Checkpoint, text: TextModel, folder: Path | None, modu
 def load_tokenizer(folder: Path | None, text: TextModel, added: Mapping[str, int] | None = None) -> CLIPTokenizer:
     """Return the tokenizer in a folder, or the included one with added tokens, for a text encoder."""
     try:
-        return load_clip_tokenizer(folder, pad_token=text.pad_token, added=added)
+        return load_clip_tokenizer(folder, pad_id=text.pad_id, added=added)
     except Exception as error:  # transformers raises any exception for a damaged tokenizer
         raise UserError(f"tokenizer in {folder} cannot be read: {message_of(error)}") from error
 

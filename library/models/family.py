@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from library.config.values import LATENT_SCALE
 from library.errors import UserError
 from library.models import keys
-from library.models.tokenizer import EOS_TOKEN, WINDOW
+from library.models.tokenizer import EOS_ID, WINDOW, ZERO_ID
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,11 +67,17 @@ class TextModel:
     prefixes: tuple[str, ...]  # in original files, in the order of search
     lora_prefix: str  # of its modules in LoRA files
     config: dict[str, Any]
-    pad_token: str = EOS_TOKEN
+    cached_as: str  # part of the name that the folder of its tokenizer has in caches of sd-scripts
+    pad_id: int = EOS_ID
     layer: int = 1  # counted from the end: the U-Net was trained with its states
     has_final_norm: bool = True  # whether the final layer norm is applied to the states of any layer
     has_projection: bool = False  # a matrix on the pooled output, an input of the U-Net
     unused_layers: int = 0  # last layers of original files, which training did not use
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The folder of its tokenizer in Diffusers folders."""
+        return self.folder.replace("text_encoder", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so hashable
@@ -139,6 +145,7 @@ SD1 = ModelFamily(
             prefixes=tuple(f"{keys.TEXT_PREFIX}transformer.{inner}" for inner in ("text_model.", "")),
             lora_prefix="lora_te_",
             config=CLIP_L,
+            cached_as="clip-vit-large",
         ),
     ),
     version="sd_v1",
@@ -160,7 +167,8 @@ SD2 = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX}model.",),
             lora_prefix="lora_te_",
             config=clip_config(1024, 23, activation="gelu", projection=512, padding=0),
-            pad_token="!",
+            cached_as="stable-diffusion-2",
+            pad_id=ZERO_ID,
             unused_layers=1,
         ),
     ),
@@ -195,6 +203,7 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.0.transformer.text_model.",),
             lora_prefix="lora_te1_",
             config=CLIP_L,
+            cached_as="clip-vit-large",
             layer=2,
             has_final_norm=False,
         ),
@@ -204,7 +213,8 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.1.model.",),
             lora_prefix="lora_te2_",
             config=clip_config(1280, 32, activation="gelu", projection=1280, padding=1),
-            pad_token="!",
+            cached_as="clip-vit-bigg",
+            pad_id=ZERO_ID,
             layer=2,
             has_final_norm=False,
             has_projection=True,
