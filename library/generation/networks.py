@@ -27,6 +27,7 @@ from library.weight_file import EMBEDDING, check_adapter, data_sha256, open_weig
 
 logger = logging.getLogger(__name__)
 
+SECOND_ENCODER = "lora_te2_"  # beginning of the names of its modules
 # Modules with which a file acts as in other programs.
 COMMON_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")
 
@@ -164,7 +165,7 @@ def check_foreign(path: Path) -> None:
     check_adapter(path)
     shapes = open_weights(path).shapes
     check_matrices(shapes, path)
-    with_canonical_names(shapes, path, is_alone=True)  # SD 1.x and 2.x have one text encoder
+    with_canonical_names(shapes, path, is_alone=not any(name.startswith(SECOND_ENCODER) for name in shapes))
 
 
 def warn_of_modules(file: LoraFile) -> None:
