@@ -88,6 +88,7 @@ class ModelFamily:
     version: str
     epsilon_architecture: str
     v_architecture: str
+    has_checkpoint_paths: bool = False  # whether LoRA files name its U-Net's layers by checkpoints, not by diffusers
 
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
@@ -207,6 +208,7 @@ SDXL = ModelFamily(
     version="sdxl_base_v1-0",
     epsilon_architecture="stable-diffusion-xl-v1-base",
     v_architecture="stable-diffusion-xl-v1-base",
+    has_checkpoint_paths=True,
 )
 FAMILIES = (SD1, SD2, SDXL)
 
