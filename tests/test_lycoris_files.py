@@ -26,7 +26,8 @@ from library.models.base import find_base, load_base
 from library.models.precision import types_of
 from library.networks.applied import apply_file, attached
 from library.networks.merging import merge_file
-from library.networks.modules import CanonicalTextEncoder, find_module
+from library.networks.modules import find_module
+from library.networks.views import CanonicalTextEncoder
 
 CPU = torch.device("cpu")
 LYCORIS = ["--network_module", "lycoris.kohya", "--network_weights"]

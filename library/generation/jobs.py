@@ -143,10 +143,18 @@ class JobMaker:
         own = (side, side) if init_image is None else floored(load_image(init_image).size)
         return given(width, own[0]), given(height, own[1])
 
+    def _clip_skip(self, request: Request) -> int | None:
+        """Return the layer of the text encoder to use; tells where the family has one layer only."""
+        asked = given(request.clip_skip, self.prompts.clip_skip)
+        used = self.family.clip_skip(asked)
+        if used != asked:
+            tell_of_clip_skip(self.family.title)
+        return used
+
     def _text_options(self, request: Request, max_windows: int) -> TextOptions:
         """Return how the texts are read, in as many windows as they need; warns of text beyond max_windows."""
         options = TextOptions(
-            clip_skip=given(request.clip_skip, self.prompts.clip_skip),
+            clip_skip=self._clip_skip(request),
             weights=given(request.normalize, self.prompts.emb_normalize_mode),
             has_breaks=True,
             keeps_ends=True,
@@ -162,6 +170,12 @@ class JobMaker:
                     max_windows + 1,
                 )
         return options._replace(windows=min(max_windows, max(tokens.windows for tokens in texts)))
+
+
+@functools.cache
+def tell_of_clip_skip(title: str) -> None:
+    """Tell that a clip skip has no effect, once in a process."""
+    logger.info("--clip_skip has no effect: %s models are always used with the same layer", title)
 
 
 @functools.cache

@@ -94,7 +94,9 @@ class ModelFamily:
     version: str
     epsilon_architecture: str
     v_architecture: str
+    has_clip_skip: bool = True  # whether models are used with other layers of the text encoder than their own
     pipeline: str = "StableDiffusion"  # beginning of the names of its pipelines in diffusers
+    has_checkpoint_paths: bool = False  # whether LoRA files name its U-Net's layers by checkpoints, not by diffusers
 
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
@@ -123,6 +125,10 @@ class ModelFamily:
     def base_version(self, *, predicts_v: bool) -> str:
         """Return `ss_base_model_version` of models that predict noise, or v."""
         return f"{self.version}_v" if predicts_v else self.version
+
+    def clip_skip(self, given: int | None) -> int | None:
+        """Return the layer to use for a --clip_skip, counted from the end; None: the one of the published models."""
+        return given if self.has_clip_skip else None
 
     def architecture(self, *, predicts_v: bool) -> str:
         """Return `modelspec.architecture` of models that predict noise, or v."""
@@ -223,7 +229,9 @@ SDXL = ModelFamily(
     version="sdxl_base_v1-0",
     epsilon_architecture="stable-diffusion-xl-v1-base",
     v_architecture="stable-diffusion-xl-v1-base",
+    has_clip_skip=False,
     pipeline="StableDiffusionXL",
+    has_checkpoint_paths=True,
 )
 FAMILIES = (SD1, SD2, SDXL)
 

@@ -31,7 +31,6 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
-    problems.run(trained_parts, config.network, config.optimizer)
     problems.run(check_steps, config, choice)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
@@ -42,6 +41,7 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     problems.run(check_trackers, config.logs)
     files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
+    trained_parts(config.network, config.optimizer, encoders)
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
