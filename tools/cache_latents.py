@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = find_base(config.model)
     check_sides(datasets, files.checkpoint.family, problems)
     problems.raise_if_any()
-    runtime = start_runtime(config.precision, config.logs)
+    runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
     cache_latents(config.precision, datasets, encoder, runtime)
     return 0

@@ -214,8 +214,11 @@ def own_metadata(model: Checkpoint) -> dict[str, str]:
 
 def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, str]:
     """Return what is added to the metadata of a checkpoint: its architecture, unless it has one, and --metadata."""
+    from library.models.prediction import prediction_of
+
     added = {}
-    v_prediction = config.model.v_parameterization or model.predicts_v
+    found = prediction_of(model)
+    v_prediction = config.model.v_parameterization or (found.predicts_v if found.is_sure else None)
     if v_prediction is not None and "modelspec.prediction_type" not in model.metadata:
         added["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
     if "modelspec.architecture" not in model.metadata:
@@ -270,11 +273,11 @@ def copy_reference(source: Path, folder: Path) -> None:
 
 def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     """Return whether the scheduler records that the model predicts v; if the options do not say so, log it."""
-    from library.models.checkpoint import guess_prediction
+    from library.models.prediction import prediction_of
 
     if config.model.v_parameterization:
         return True
-    found = guess_prediction(model)
+    found = prediction_of(model).predicts_v
     if found is not None:
         logger.info(
             "scheduler: the model predicts %s, as far as its file shows; if it predicts v, give --v_parameterization",

@@ -102,10 +102,10 @@ _SMALL_FIRST = "not part of this suite: generate small pictures first with --hig
 _GENERATION_REFUSED = {
     "negative_scale": f"three-way guidance: {_NO_PIPELINE}; --scale and negative prompts are there",
     "clip_guidance_scale clip_image_guidance_scale vgg16_guidance_scale vgg16_guidance_layer": _NO_PIPELINE,
-    "clip_vision_strength": "it is for SDXL",
+    "clip_vision_strength": "pictures as prompts need a further model, which is not part of this suite",
     "XTI_embeddings": "embeddings for single layers are read by no other program any more",
     "highres_fix_upscaler highres_fix_upscaler_args": "a foreign upscaler; pictures are enlarged with Lanczos",
-    "control_net_lllite_models": "ControlNet-LLLite is for SDXL",
+    "control_net_lllite_models": "ControlNet-LLLite is not part of this suite; --control_net_models are ControlNets",
     "network_regional_mask_max_color_codes": "networks act on the whole picture; --mask_path is for inpainting",
     "from_module prompter_module_args": (
         "a foreign module that writes prompts; write its lines to a file and give --from_file"
@@ -116,21 +116,12 @@ _GENERATION_REFUSED = {
     "ds_depth_1 ds_timesteps_1 ds_depth_2 ds_timesteps_2 ds_ratio": _SMALL_FIRST,
     "gradual_latent_timesteps gradual_latent_ratio gradual_latent_ratio_step": _SMALL_FIRST,
     "gradual_latent_every_n_steps gradual_latent_s_noise gradual_latent_unsharp_params": _SMALL_FIRST,
-    "original_width original_height original_width_negative original_height_negative": "it is for SDXL",
-    "crop_top crop_left": "it is for SDXL",
-}
-_GENERATION_REFUSED_SWITCHES = {
-    "sdxl": "this script generates with SD 1.x and 2.x",
-    "zero_terminal_snr": "give a Diffusers folder whose scheduler says rescale_betas_zero_snr",
 }
 _GENERATION_HARMLESS_SWITCHES = {
-    "v1": "the kind of model is recognised",
     "diffusers_xformers": "--xformers is the option",
     "force_scheduler_zero_steps_offset": "the first step of img2img is the right one without it",
     "console_log_simple": "log lines are always plain",
 }
-GENERATION: dict[str, Retired] = (
-    _rows(_GENERATION_REFUSED)
-    | _rows(_GENERATION_REFUSED_SWITCHES, takes_value=False)
-    | _rows(_GENERATION_HARMLESS_SWITCHES, harmless=True, takes_value=False)
+GENERATION: dict[str, Retired] = _rows(_GENERATION_REFUSED) | _rows(
+    _GENERATION_HARMLESS_SWITCHES, harmless=True, takes_value=False
 )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from library.generation.jobs import Job
 
 # Values with which a key of `generation` is left out; of any other key it is None.
-DEFAULTS = {"max_windows": 1, "normalize": "original", "latents_upscaling": False}
+DEFAULTS = {"max_windows": 1, "normalize": "original", "latents_upscaling": False, "crop_top": 0, "crop_left": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:
         "normalize": settings.text.weights,
         "highres": settings.highres,
         "latents_upscaling": settings.latents_upscaling,
+        **({} if settings.sizes is None else vars(settings.sizes)),
         "model": facts.model,
         "model_sha256": facts.model_sha256,
         "vae": facts.vae,
@@ -107,6 +108,9 @@ def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:
     }
     if request.raw and request.raw != request.prompt:
         short["raw-prompt"] = request.raw
+    if settings.sizes is not None:
+        sizes = settings.sizes.resolved(settings.width, settings.height)
+        short |= {name.replace("_", "-"): str(value) for name, value in vars(sizes).items()}
     said = {key: value for key, value in table.items() if value != DEFAULTS.get(key)}
     return {
         "parameters": parameters_text(job, facts, networks),

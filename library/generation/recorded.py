@@ -12,6 +12,7 @@ from typing import Any
 
 from library.config.generation import DrawingConfig, ImageConfig, PromptConfig
 from library.config.options import section_options
+from library.config.prompts import SIZES
 from library.config.samplers import SAMPLER_NAMES, SamplerName
 from library.errors import Problems, UserError, shown
 from library.generation import a1111
@@ -45,6 +46,7 @@ NUMBERS = {
     "seed": ("seed", "Seed", "seed"),
     "strength": ("strength", "Denoising strength", ""),
     "clip_skip": ("clip_skip", "Clip skip", ""),
+    **{name: (name, "", name.replace("_", "-")) for name in SIZES},
 }
 SIZE = re.compile(r"(\d+)x(\d+)")
 DEFAULT_SCALE = 7.0  # of AUTOMATIC1111
@@ -175,7 +177,7 @@ def numbers_of(
     found = {
         field: problems.run(number_of, field, texts[key], f"{path}: {key}")
         for field, key in names.items()
-        if key in texts
+        if key in texts and texts[key] != "None"  # as sd-scripts writes sizes that were not given
     }
     problems.raise_if_any()
     if "seed" in found:

@@ -174,7 +174,9 @@ def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -
     )
     for (number, _, weight, begins), own in zip(pieces, encoded, strict=True):
         padding = -len(ids[number]) % PER_WINDOW if begins else 0
-        ids[number] += [encoder.tokenizer.pad_token_id] * padding + own
+        # The words of a window end with EOS, where the pooled output is taken.
+        ends = [encoder.tokenizer.eos_token_id, *[encoder.tokenizer.pad_token_id] * (padding - 1)] if padding else []
+        ids[number] += ends + own
         weights[number] += [1.0] * padding + [weight] * len(own)
     return [Tokens(tuple(own), tuple(its)) for own, its in zip(ids, weights, strict=True)]
 

@@ -27,7 +27,7 @@ from library.models.checkpoint import (
     WHOLE,
     Checkpoint,
     PlannedPart,
-    folder_kind,
+    folder_family,
     split_name,
     stored_tokens,
     tensor_name,
@@ -129,7 +129,7 @@ def kept_beside(model: Checkpoint, whole: Plan, infos: Infos, path: Path) -> Kep
 def planned_file(path: Path, infos: Infos, metadata: Mapping[str, str]) -> Checkpoint:
     """Return a checkpoint that is not written yet."""
     whole = PlannedPart(path, planned=infos, planned_metadata=metadata)
-    return Checkpoint(path, families.detect_family(whole.shapes, str(path)), None, {WHOLE: whole})
+    return Checkpoint(path, families.detect_family(whole.shapes, str(path)), {WHOLE: whole})
 
 
 def lost_settings(model: Checkpoint, result: Checkpoint, part: str) -> dict[str, Any]:
@@ -203,13 +203,12 @@ def kept_in_folder(model: Checkpoint, whole: Plan) -> list[str]:
 
 def planned_folder(folder: Path, infos: Infos) -> Checkpoint:
     """Return a Diffusers folder whose weights are not written yet, only the files around them."""
-    family, predicts_v = folder_kind(folder)
     by_part: dict[str, dict[str, Any]] = {}
     for name, info in infos.items():
         part, own = split_name(name)
         by_part.setdefault(part, {})[own] = info
     parts = {part: PlannedPart(folder=folder / part, planned=own) for part, own in by_part.items()}
-    return Checkpoint(folder, family, predicts_v, parts)
+    return Checkpoint(folder, folder_family(folder), parts)
 
 
 def tokens_of(model: Checkpoint, whole: Plan) -> dict[str, dict[str, int]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from library.config.values import LATENT_SCALE
 from library.errors import UserError
 from library.models import keys
-from library.models.tokenizer import EOS_TOKEN, WINDOW
+from library.models.tokenizer import EOS_ID, WINDOW, ZERO_ID
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,11 +67,17 @@ class TextModel:
     prefixes: tuple[str, ...]  # in original files, in the order of search
     lora_prefix: str  # of its modules in LoRA files
     config: dict[str, Any]
-    pad_token: str = EOS_TOKEN
+    cached_as: str  # part of the name that the folder of its tokenizer has in caches of sd-scripts
+    pad_id: int = EOS_ID
     layer: int = 1  # counted from the end: the U-Net was trained with its states
     has_final_norm: bool = True  # whether the final layer norm is applied to the states of any layer
     has_projection: bool = False  # a matrix on the pooled output, an input of the U-Net
     unused_layers: int = 0  # last layers of original files, which training did not use
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The folder of its tokenizer in Diffusers folders."""
+        return self.folder.replace("text_encoder", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so hashable
@@ -91,6 +97,8 @@ class ModelFamily:
     v_architecture: str
     implementation: str = "diffusers"  # in the metadata of networks
     has_clip_skip: bool = True  # whether models are used with other layers of the text encoder than their own
+    pipeline: str = "StableDiffusion"  # beginning of the names of its pipelines in diffusers
+    has_checkpoint_paths: bool = False  # whether LoRA files name its U-Net's layers by checkpoints, not by diffusers
 
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
@@ -105,6 +113,11 @@ class ModelFamily:
     def step(self) -> int:
         """Pixels of which a side must be a multiple, since each block of the U-Net but the last halves it."""
         return LATENT_SCALE * 2 ** (len(self.unet["block_out_channels"]) - 1)
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the U-Net is told the size of the original picture and where it was cut."""
+        return "addition_time_embed_dim" in self.unet
 
     @property
     def text_widths(self) -> dict[str, int]:
@@ -140,6 +153,7 @@ SD1 = ModelFamily(
             prefixes=tuple(f"{keys.TEXT_PREFIX}transformer.{inner}" for inner in ("text_model.", "")),
             lora_prefix="lora_te_",
             config=CLIP_L,
+            cached_as="clip-vit-large",
         ),
     ),
     version="sd_v1",
@@ -162,7 +176,8 @@ SD2 = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX}model.",),
             lora_prefix="lora_te_",
             config=clip_config(1024, 23, activation="gelu", projection=512, padding=0),
-            pad_token="!",
+            cached_as="stable-diffusion-2",
+            pad_id=ZERO_ID,
             unused_layers=1,
         ),
     ),
@@ -198,6 +213,7 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.0.transformer.text_model.",),
             lora_prefix="lora_te1_",
             config=CLIP_L,
+            cached_as="clip-vit-large",
             layer=2,
             has_final_norm=False,
         ),
@@ -207,7 +223,8 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.1.model.",),
             lora_prefix="lora_te2_",
             config=clip_config(1280, 32, activation="gelu", projection=1280, padding=1),
-            pad_token="!",
+            cached_as="clip-vit-bigg",
+            pad_id=ZERO_ID,
             layer=2,
             has_final_norm=False,
             has_projection=True,
@@ -219,6 +236,8 @@ SDXL = ModelFamily(
     v_architecture="stable-diffusion-xl-v1-base",
     implementation="https://github.com/Stability-AI/generative-models",
     has_clip_skip=False,
+    pipeline="StableDiffusionXL",
+    has_checkpoint_paths=True,
 )
 FAMILIES = (SD1, SD2, SDXL)
 
@@ -291,8 +310,7 @@ def pipeline_name(family: ModelFamily, channels: int, source: Path) -> str:
             f"{source} is {kind.title}: its U-Net takes {channels} channels, and a Diffusers folder of it needs more "
             f"than the parts that are converted; those that take {known} are converted"
         )
-    start = "StableDiffusionXL" if family is SDXL else "StableDiffusion"
-    return start + kind.pipeline
+    return family.pipeline + kind.pipeline
 
 
 def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> ModelFamily:

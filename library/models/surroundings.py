@@ -57,12 +57,11 @@ def write_surroundings(
         **{part: ["diffusers", kind] if part in configs else [None, None] for part, kind in KINDS.items()},
     }
     for text in checkpoint.family.text_models:
-        tokenizer = text.folder.replace("text_encoder", "tokenizer")
         index[text.folder] = ["transformers", configs[text.folder]["architectures"][0]]
-        index[tokenizer] = ["transformers", "CLIPTokenizer"]
+        index[text.tokenizer_folder] = ["transformers", "CLIPTokenizer"]
         write_tokenizer(
-            folder / tokenizer,
-            text.pad_token,
+            folder / text.tokenizer_folder,
+            text.pad_id,
             length=min(WINDOW, configs[text.folder]["max_position_embeddings"]),
             added=tokens.get(text.folder, {}),
         )
@@ -89,9 +88,13 @@ def scheduler_config(*, v_prediction: bool) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(folder: Path, pad_token: str, *, length: int = WINDOW, added: Mapping[str, int]) -> None:
-    """Write the CLIP tokenizer from the included vocabulary, for texts of a length, with added tokens and their ids."""
+def write_tokenizer(folder: Path, pad_id: int, *, length: int = WINDOW, added: Mapping[str, int]) -> None:
+    """Write the CLIP tokenizer from the included vocabulary, for texts of a length, with added tokens and their ids.
+
+    Its padding token is the one with an id, as in the published folders.
+    """
     vocabulary, merges = vocabulary_files()
+    pad_token = next(token for token, number in shipped_vocabulary()[0].items() if number == pad_id)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text(merges, encoding="utf-8")

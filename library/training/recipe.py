@@ -72,7 +72,7 @@ def train(
         return dry_run(config, datasets, prompts, choice=choice, files=files)
 
     with StopRequest() as stop:
-        runtime = start_runtime(config.precision, config.logs)
+        runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
         with run_lock(RunFiles(config.saving).lock, runtime):
             prepare_and_run(
                 config, datasets, prompts, choice, files, runtime=runtime, stop=stop, further_events=further_events
@@ -128,7 +128,7 @@ def prepare_and_run(
         encoder=encoder,
         conditioner=conditioner,
         text=text,
-        schedule=stable_diffusion_schedule(zero_terminal_snr=config.loss.zero_terminal_snr).to(runtime.device),
+        schedule=stable_diffusion_schedule(zero_terminal_snr=base.zero_snr).to(runtime.device),
         loss=config.loss,
         types=runtime.types,
         device=runtime.device,
@@ -212,6 +212,7 @@ def make_checkpoints(
         plan,
         family=base.family,
         predicts_v=predicts_v,
+        zero_snr=base.zero_snr,
         optimizer=optimizer,
         alphas=state.network.file_alphas(),
     )

@@ -53,7 +53,7 @@ class Measurement:
         """Return the losses of all pictures with a network over the base model, as means over the draws."""
         from tqdm import tqdm
 
-        schedule = stable_diffusion_schedule(zero_terminal_snr=self.loss.zero_terminal_snr)
+        schedule = stable_diffusion_schedule(zero_terminal_snr=self.base.zero_snr)
         objective = Objective(
             base=self.base,
             network=network,
@@ -85,7 +85,7 @@ def load_measurement(
 ) -> Measurement:
     """Load the models and encode the pictures of datasets from `to_measure`; return their measurement."""
     config = options_for(config, files.checkpoint.family)
-    runtime = start_runtime(config.precision, config.logs)
+    runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
     move(base.vae, "cpu")

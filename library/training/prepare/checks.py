@@ -38,9 +38,6 @@ def check_before_loading(
     """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
-    trained = problems.run(trained_parts, config.network, config.optimizer)
-    if trained is not None:
-        problems.run(check_text_cache, config.precision, trains_text_encoder=trained[0])
     problems.run(check_steps, config, choice)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
@@ -53,6 +50,8 @@ def check_before_loading(
         problems, config.model, config.loss, datasets, prompts=prompts, sampler=config.preview.sample_sampler
     )
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
+    trained = trained_parts(config.network, config.optimizer, encoders)
+    check_text_cache(config.precision, trains_text_encoder=any(trained.texts))
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
@@ -94,7 +93,7 @@ def check_base(
     """
     for name in {prompt.sampler or sampler for prompt in prompts}:
         problems.run(check_sampler, name)
-    files = problems.run(find_base, model)
+    files = problems.run(find_base, model, zero_snr=loss.zero_terminal_snr)
     if files is not None:
         problems.run(check_prediction, loss, predicts_v=files.predicts_v)
         check_sides(datasets, files.checkpoint.family, problems)

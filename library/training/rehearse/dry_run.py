@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from library.adapters.alphas import note_on_alphas
+from library.adapters.blocks import table_of
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
@@ -76,7 +77,7 @@ def dry_run(
     plan = plan_steps(config.run, datasets, seed, num_processes=find_launch().size)
     plan = resume_plan(plan, config.state, config.saving, resumed)
     warn_of_long_intervals(config, subsets_of(datasets), steps=plan.num_steps, epochs=plan.num_epochs)
-    types = types_of_run(config.precision)
+    types = types_of_run(config.precision, vae_overflows=files.vae_overflows)
     on_disk = config.precision.cache_latents_to_disk
     base = load_base(files, types, filled=(VAE,) if on_disk else ())
     text = caption_options(config.text)
@@ -92,7 +93,7 @@ def dry_run(
     network = report_network(report, config, base)
     if (note := note_on_alphas(network.file_alphas())) is not None:
         report.say(f"alphas: {note}")
-    blocks = count_blocks(network.describe_unet())
+    blocks = count_blocks(network.describe_unet(), table_of(base.family))
     if blocks and network.trains_unet:
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
         save_sheet(plot_blocks(blocks, rate), names.block_chart)
