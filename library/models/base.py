@@ -6,9 +6,11 @@ read from pickles.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -19,18 +21,18 @@ from torch import Tensor, nn
 from library.config.model import ModelConfig
 from library.errors import UserError, message_of
 from library.models import family as families
-from library.models.building import build_part, config_of
+from library.models.building import build_part, config_of, defaults_of
 from library.models.checkpoint import (
     UNET,
     VAE,
     Checkpoint,
-    input_channels,
     open_checkpoint,
     open_vae,
     stored_tokens,
 )
 from library.models.completeness import check_missing, check_surplus, diffusers_names
 from library.models.family import ModelFamily, TextModel
+from library.models.kinds import check_usable
 from library.models.layout import plan_of_part
 from library.models.precision import Types
 from library.models.prediction import prediction_of, settled
@@ -138,20 +140,39 @@ def find_base(config: ModelConfig, *, zero_snr: bool = False) -> BaseFiles:
     path = Path(config.pretrained_model_name_or_path)
     checkpoint = open_checkpoint(path)
     family = checkpoint.family
-    families.check_channels(input_channels(checkpoint), path)
+    check_usable(checkpoint)
     families.check_flags(family, path, v2=config.v2)
     if family is families.SD2 and not config.v2:
         logger.info("%s is an SD 2.x model: --v2 is set", path)
     predicts_v, zero_snr = settled(
         prediction_of(checkpoint), path, predicts_v=config.v_parameterization, zero_snr=zero_snr
     )
+    vae = checkpoint if config.vae is None else open_vae(config.vae, family)
+    if config.vae is not None:
+        check_scaling(config.vae, scaling_factor(vae), scaling_factor(checkpoint))
     return BaseFiles(
         checkpoint=checkpoint,
-        vae=checkpoint if config.vae is None else open_vae(config.vae, family),
+        vae=vae,
         tokenizers=tuple(find_tokenizer(text, path, config.tokenizer_cache_dir) for text in family.text_models),
         predicts_v=predicts_v,
         zero_snr=zero_snr,
     )
+
+
+def scaling_factor(checkpoint: Checkpoint) -> float:
+    """Return the factor between the latents of a model's VAE and those of its U-Net; without a VAE the family's."""
+    with contextlib.suppress(UserError):
+        return float({**defaults_of(VAE), **config_of(checkpoint, VAE)}["scaling_factor"])
+    return float(checkpoint.family.vae["scaling_factor"])
+
+
+def check_scaling(path: Path, found: float, needed: float) -> None:
+    """Raise UserError for a VAE of another kind of models, by the factor in its configuration."""
+    if not math.isclose(found, needed, rel_tol=1e-4):
+        raise UserError(
+            f"--vae: {path} has the scaling factor {found:g}, and the model needs one with {needed:g}: it belongs to "
+            "another kind of model"
+        )
 
 
 def find_tokenizer(text: TextModel, model: Path, cache: Path | None) -> Path | None:

@@ -210,26 +210,24 @@ def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
 
 
 def folder_family(path: Path) -> ModelFamily:
-    """Return the family of a Diffusers folder."""
-    unet = read_config(path / UNET)
-    family = families.detect_folder_family(unet, read_config(path / "text_encoder"))
-    if (path / families.SDXL.text_models[1].folder).is_dir():
-        family = families.SDXL
-    return family
+    """Return the family of a Diffusers folder; raises UserError for one of another kind."""
+    if not (path / UNET).is_dir() and (path / "transformer" / "config.json").is_file():
+        kind = read_json(path / "transformer" / "config.json").get("_class_name", "unknown")
+        raise UserError(
+            f"{path} is a model with a transformer ({kind}) in place of the U-Net, which is not supported: only "
+            "SD 1.x, 2.x and XL are"
+        )
+    unet, first, second = read_config(path / UNET), *(path / text.folder for text in families.SDXL.text_models)
+    if second.is_dir() and unet.get("cross_attention_dim") == families.REFINER_WIDTH:
+        raise UserError(f"{path} is an SDXL refiner, which is not supported; the base model is another folder")
+    family = families.detect_folder_family(unet, read_config(first))
+    return families.SDXL if second.is_dir() else family
 
 
 def scheduler_of(folder: Path) -> dict[str, Any] | None:
     """Return the configuration of the scheduler of a Diffusers folder, None if there is none."""
     path = folder / "scheduler" / "scheduler_config.json"
     return read_json(path) if path.is_file() else None
-
-
-def input_channels(checkpoint: Checkpoint) -> Any:
-    """Return how many channels the U-Net takes: of the folder's configuration, or of a file's tensor; None: unknown."""
-    if checkpoint.is_folder:
-        return read_config(checkpoint.path / UNET).get("in_channels")
-    first = checkpoint.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
-    return first[1] if len(first) == 4 else None
 
 
 def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:

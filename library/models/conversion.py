@@ -38,11 +38,13 @@ from library.models.layout import (
     TEXT_ROOT,
     TRAINING_ONLY,
     Infos,
+    Piece,
     Plan,
     copy_plan,
     plan_to_original,
     unplaced,
 )
+from library.models.prediction import V_MARKER, ZERO_SNR_MARKER, Prediction, prediction_of
 from library.models.tokenizer import VOCABULARY_SIZE, added_tokens
 
 logger = logging.getLogger(__name__)
@@ -86,16 +88,25 @@ class Kept(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def plan_of_file(model: Checkpoint) -> tuple[Plan, Plan]:
+def plan_of_file(model: Checkpoint, *, v_prediction: bool) -> tuple[Plan, Plan]:
     """Return the plan of a checkpoint, and that of all tensors of the model.
 
-    Raises UserError for a model that is incomplete or that a checkpoint cannot express.
+    v_prediction: it predicts v. Raises UserError for a model that is incomplete or that a checkpoint cannot express.
     """
     whole = whole_plan(model)
     if not model.is_folder:
         return copy_plan(model), whole
     tell_left_out(model, whole)
-    return plan_to_original(model, whole), whole
+    markers = marker_pieces(prediction_of(model)) if v_prediction and model.family.marks_v else {}
+    return markers | plan_to_original(model, whole), whole
+
+
+def marker_pieces(found: Prediction) -> Plan:
+    """Return the empty tensors that tell of a file that its model predicts v, and whether with zero terminal SNR."""
+    import torch
+
+    names = (V_MARKER, ZERO_SNR_MARKER) if found.zero_snr else (V_MARKER,)
+    return {name: Piece((), (0,), torch.zeros(0)) for name in names}
 
 
 def kept_beside(model: Checkpoint, whole: Plan, infos: Infos, path: Path) -> Kept:
