@@ -15,7 +15,7 @@ from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
-from library.networks.modules import check_network
+from library.networks.modules import check_arguments, check_network
 from library.networks.trainable import trained_parts
 from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
@@ -42,6 +42,7 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
     trained_parts(config.network, config.optimizer, encoders)
+    check_arguments(config.network, files.checkpoint.family)
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
