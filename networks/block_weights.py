@@ -15,18 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from library.adapters.blocks import SD, SDXL, BlockTable
-from networks.lora import (
-    PREFIX_UNET,
-    UNET_CONV_CONTAINERS,
-    Blocks,
-    LoRAModule,
-    Module,
-    RateGroup,
-    Shape,
-    ShapeRule,
-    Target,
-    has_sgm_names,
-)
+from networks.lora import PREFIX_UNET, UNET_CONV_CONTAINERS, Blocks, LoRAModule, RateGroup, Shape, ShapeRule, Target
 
 LR_ARGUMENTS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 RANK_ARGUMENTS, ALPHA_ARGUMENTS = ("block_dims", "conv_block_dims"), ("block_alphas", "conv_block_alphas")
@@ -143,9 +132,9 @@ class BlockPlan(Blocks):
         """Whether weights were given: only then does the learning rate depend on the block."""
         return any(key in self.texts for key in LR_ARGUMENTS)
 
-    def for_unet(self, unet: Module) -> BlockPlan:
-        """Return the plan of the same arguments for a U-Net; raises ValueError for arguments that are for another."""
-        return plan_of(self.texts, self.conv_dim, (SDXL if has_sgm_names(unet) else SD,))
+    def for_unet(self, *, is_sgm: bool) -> BlockPlan:
+        """Return the plan of the same arguments for one kind of U-Net; raises ValueError for those of the other."""
+        return plan_of(self.texts, self.conv_dim, (SDXL if is_sgm else SD,))
 
     def shapes(self, linear: Shape, conv: Shape) -> list[BlockShape]:
         """Return the shapes of every block; linear and conv are for numbers that are not given."""

@@ -354,9 +354,9 @@ class Blocks:
     The subclass in networks/block_weights.py has different ones.
     """
 
-    def for_unet(self, unet: Module) -> Blocks:
-        """Return the same for the blocks of a U-Net; raises ValueError for numbers that are for another one."""
-        del unet
+    def for_unet(self, *, is_sgm: bool) -> Blocks:
+        """Return the same for SDXL's blocks or for those of others; raises ValueError for numbers that do not fit."""
+        del is_sgm
         return self
 
     def rule(self, linear: Shape, conv: Shape) -> ShapeRule:
@@ -413,9 +413,9 @@ class LoraArgs:
     dropout: float | None = dataclasses.field(default=None, metadata=UNUSED)  # for other modules' --network_dropout
     blocks: Blocks = dataclasses.field(default_factory=Blocks)
 
-    def over(self: AnyArgs, unet: Module) -> AnyArgs:
-        """Return the same for a U-Net; raises ValueError for numbers by block that are for another one."""
-        return dataclasses.replace(self, blocks=self.blocks.for_unet(unet))
+    def for_unet(self: AnyArgs, *, is_sgm: bool) -> AnyArgs:
+        """Return the same for SDXL's U-Net or for others; raises ValueError for numbers by block that do not fit."""
+        return dataclasses.replace(self, blocks=self.blocks.for_unet(is_sgm=is_sgm))
 
 
 def read_network_args(given: Mapping[str, Any], kind: type[AnyArgs]) -> AnyArgs:
@@ -506,10 +506,20 @@ class LoRANetwork(nn.Module):
 
     @classmethod
     def check_network_args(
-        cls, network_dim: int | None, network_args: Mapping[str, Any], *, from_file: bool = False
+        cls,
+        network_dim: int | None,
+        network_args: Mapping[str, Any],
+        *,
+        from_file: bool = False,
+        is_sgm: bool | None = None,
     ) -> None:
-        """Raise ValueError for network_args that create_network would refuse; a file's ranks are not known yet."""
-        cls.read_args(network_args, [] if from_file else [Shape(network_dim or DEFAULT_RANK, 1.0)])
+        """Raise ValueError for network_args that create_network would refuse; a file's ranks are not known yet.
+
+        is_sgm says whether they are for SDXL's U-Net, None that it is not known.
+        """
+        args = cls.read_args(network_args, [] if from_file else [Shape(network_dim or DEFAULT_RANK, 1.0)])
+        if is_sgm is not None:
+            args.for_unet(is_sgm=is_sgm)
 
     @classmethod
     def create_network(
@@ -529,7 +539,7 @@ class LoRANetwork(nn.Module):
         """
         del vae
         linear = Shape(network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha)
-        args = cls.read_args(network_args, [linear]).over(unet)
+        args = cls.read_args(network_args, [linear]).for_unet(is_sgm=has_sgm_names(unet))
         rule = args.blocks.rule(linear, Shape(args.conv_dim or 0, args.conv_alpha))
         return cls(text_encoder, unet, rule, args, multiplier=multiplier, neuron_dropout=neuron_dropout)
 
@@ -556,7 +566,7 @@ class LoRANetwork(nn.Module):
         num_encoders = 1 if isinstance(text_encoder, Module) else len(text_encoder or ())
         weights = with_own_names(weights, num_encoders, is_sgm=has_sgm_names(unet))
         shapes = shapes_in(weights)
-        args = cls.read_args(network_args, shapes.values()).over(unet)
+        args = cls.read_args(network_args, shapes.values()).for_unet(is_sgm=has_sgm_names(unet))
         args.blocks.check_from_file()
 
         def rule(target: Target) -> Shape | None:

@@ -17,7 +17,7 @@ from library.config.network import NetworkConfig
 from library.config.values import written
 from library.errors import UserError, shortened
 from library.models.base import BaseModel
-from library.models.family import detect_family
+from library.models.family import ModelFamily, detect_family
 from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles
 from library.networks.third_party import no_layers_by_preset, with_alphas
 from library.networks.views import Models, canonical_names, models_for
@@ -116,11 +116,9 @@ def find_module(config: NetworkConfig) -> ImportedModule:
 
 def check_network(config: NetworkConfig) -> None:
     """Raise UserError for no network module, for unknown arguments, or for damaged adapter files."""
+    check_arguments(config, None)
     found = find_module(config)
     module = found.module
-    if isinstance(module, ChecksArguments):
-        with module_errors(config, "check_network_args"):
-            module.check_network_args(config.network_dim, found.arguments, from_file=config.dim_from_weights)
     needs_files = {"--base_weights": config.base_weights, "--dim_from_weights": config.dim_from_weights}
     for option, given in needs_files.items():
         if given and not isinstance(module, ReadsFiles):
@@ -131,6 +129,17 @@ def check_network(config: NetworkConfig) -> None:
             check_adapter(path)
             if found.is_foreign:
                 check_name(path)
+
+
+def check_arguments(config: NetworkConfig, family: ModelFamily | None) -> None:
+    """Raise UserError for arguments that a network module does not know, or not for models of a family."""
+    found, is_sgm = find_module(config), None if family is None else family.has_checkpoint_paths
+    module = found.module
+    if isinstance(module, ChecksArguments):
+        with module_errors(config, "check_network_args"):
+            module.check_network_args(
+                config.network_dim, found.arguments, from_file=config.dim_from_weights, is_sgm=is_sgm
+            )
 
 
 def refuse_model(path: Path) -> None:

@@ -20,7 +20,7 @@ from library.data.records import Dataset
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
 from library.models.family import ModelFamily
-from library.networks.modules import check_network
+from library.networks.modules import check_arguments, check_network
 from library.networks.trainable import trained_parts
 from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
@@ -52,6 +52,7 @@ def check_before_loading(
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
     trained = trained_parts(config.network, config.optimizer, encoders)
     check_text_cache(config.precision, trains_text_encoder=any(trained.texts))
+    check_arguments(config.network, files.checkpoint.family)
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
