@@ -409,6 +409,42 @@ def test_control_net_files_of_both_layouts_are_read(draw_xl, net, source, tmp_pa
         same_pixels(draw_xl(*words, tmp_path / name)[0].pixels, expected)
 
 
+def test_a_control_net_of_another_family_is_refused(draw, net, source, tmp_path):
+    net.save_pretrained(tmp_path / "net")
+    message = "net is for another kind of models than the model .cross_attention_dim is 192, not 64"
+    with pytest.raises(UserError, match=message):
+        draw("--prompt", "a", "--guide_image_path", source, "--control_net_models", tmp_path / "net")
+
+
+def test_clip_skip_has_no_effect_and_is_told_once(draw_xl, caplog):
+    jobs.tell_of_clip_skip.cache_clear()
+    with caplog.at_level("INFO"):
+        shots = draw_xl("--prompt", "a cat", "--clip_skip", 2, "--images_per_prompt", 2)
+    said = "--clip_skip has no effect: SDXL models are always used with the same layer"
+    assert caplog.messages.count(said) == 1
+    assert np.array_equal(shots[0].pixels, draw_xl("--prompt", "a cat", "--images_per_prompt", 2)[0].pixels)
+    assert "Clip skip" not in shots[0].texts["parameters"]
+
+
+@pytest.mark.parametrize("module", ["networks.lora", slow("lycoris.kohya")])
+def test_networks_act_with_the_strength_of_the_prompt(draw_xl, models, tmp_path, module):
+    torch.manual_seed(0)
+    encoders = [models["text_encoder"], models["text_encoder_2"]]
+    network = lora.create_network(1.0, 4, 3.0, None, encoders, models["unet"])
+    for part in network.modules_in_order():
+        torch.nn.init.normal_(part.lora_up.weight, std=0.05)
+    lora.write_weights(tmp_path / "net.safetensors", network.state_dict(), {})
+    words = ["--network_module", module, "--network_weights", tmp_path / "net.safetensors"]
+    plain, half = draw_xl("--prompt", "a cat --n dog")[0], draw_xl("--prompt", "a cat --n dog --am 0.5", *words)[0]
+    assert np.array_equal(plain.pixels, draw_xl("--prompt", "a cat --n dog --am 0", *words)[0].pixels)
+    differ(plain.pixels, half.pixels)
+    pipe = pipe_of(models, family="sdxl", changed=True)
+    pipe.load_lora_weights(str(tmp_path / "net.safetensors"))
+    pipe.set_adapters(pipe.get_active_adapters(), 0.5)
+    same_pixels(half.pixels, pixels_of(pipe), most=2)
+    assert "<lora:net:0.5>" in half.texts["parameters"]
+
+
 @pytest.mark.parametrize(("flag", "title"), [("--v1", "SDXL"), ("--v2", "SDXL"), ("--sdxl", "SD 1.x")])
 def test_flags_of_other_families_are_refused(draw, flag, title):
     with pytest.raises(UserError, match=f"{flag} was given, but .* is an {title} model: omit {flag}"):
