@@ -379,15 +379,27 @@ def test_samplers_that_know_zero_snr_begin_with_pure_noise(caplog):
         assert scheduler.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-@pytest.mark.parametrize("sampler", ["euler_a", slow("ddim"), slow("dpmsolver++")])
-def test_zero_snr_is_that_of_diffusers(draw, model_store, family, sampler):
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [("sdxl", "euler_a"), slow("sd2", "euler_a"), slow("sd2", "ddim"), slow("sdxl", "dpmsolver++")],
+)
+def test_zero_snr_is_that_of_diffusers(draw, model_store, caplog, family, sampler):
     words = ["--v_parameterization", "--zero_terminal_snr", "--sampler", sampler, "--steps", 4]
     (found,) = draw("--prompt", "a cat --n dog", *words, family=family)
     pipe = pipe_of(model_store(family)[0], family=family, sampler=sampler, predicts_v=True, zero_snr=True)
     same_pixels(found.pixels, pixels_of(pipe, num_inference_steps=4))
     (usual,) = draw("--prompt", "a cat --n dog", *words[:1], *words[2:], family=family)
     differ(found.pixels, usual.pixels)
+    assert "Noise Schedule: Zero Terminal SNR" in found.texts["parameters"]
+    assert "Noise Schedule" not in usual.texts["parameters"]
+    with caplog.at_level("WARNING"):
+        (again,) = draw("--from_picture", found.path, *words, family=family)
+        assert caplog.messages == []
+        draw("--from_picture", found.path, "--v_parameterization", family=family)
+    assert caplog.messages == [
+        "a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ"
+    ]
+    assert np.array_equal(found.pixels, again.pixels)
 
 
 def test_zero_snr_needs_v(draw_xl):
