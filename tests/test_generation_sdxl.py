@@ -378,15 +378,27 @@ def test_samplers_that_know_zero_snr_begin_with_pure_noise(caplog):
         assert scheduler.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-@pytest.mark.parametrize("sampler", ["euler_a", slow("ddim"), slow("dpmsolver++")])
-def test_zero_snr_is_that_of_diffusers(draw, model_store, family, sampler):
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [("sdxl", "euler_a"), slow("sd2", "euler_a"), slow("sd2", "ddim"), slow("sdxl", "dpmsolver++")],
+)
+def test_zero_snr_is_that_of_diffusers(draw, model_store, caplog, family, sampler):
     words = ["--v_parameterization", "--zero_terminal_snr", "--sampler", sampler, "--steps", 4]
     (found,) = draw("--prompt", "a cat --n dog", *words, family=family)
     pipe = pipe_of(model_store(family)[0], family=family, sampler=sampler, predicts_v=True, zero_snr=True)
     same_pixels(found.pixels, pixels_of(pipe, num_inference_steps=4))
     (usual,) = draw("--prompt", "a cat --n dog", *words[:1], *words[2:], family=family)
     differ(found.pixels, usual.pixels)
+    assert "Noise Schedule: Zero Terminal SNR" in found.texts["parameters"]
+    assert "Noise Schedule" not in usual.texts["parameters"]
+    with caplog.at_level("WARNING"):
+        (again,) = draw("--from_picture", found.path, *words, family=family)
+        assert caplog.messages == []
+        draw("--from_picture", found.path, "--v_parameterization", family=family)
+    assert caplog.messages == [
+        "a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ"
+    ]
+    assert np.array_equal(found.pixels, again.pixels)
 
 
 def test_zero_snr_needs_v(draw_xl):
@@ -406,6 +418,42 @@ def test_control_net_files_of_both_layouts_are_read(draw_xl, net, source, tmp_pa
     expected = draw_xl(*words, tmp_path / "net")[0].pixels
     for name in ("diffusers.safetensors", "ldm.safetensors"):
         same_pixels(draw_xl(*words, tmp_path / name)[0].pixels, expected)
+
+
+def test_a_control_net_of_another_family_is_refused(draw, net, source, tmp_path):
+    net.save_pretrained(tmp_path / "net")
+    message = "net is for another kind of models than the model .cross_attention_dim is 192, not 64"
+    with pytest.raises(UserError, match=message):
+        draw("--prompt", "a", "--guide_image_path", source, "--control_net_models", tmp_path / "net")
+
+
+def test_clip_skip_has_no_effect_and_is_told_once(draw_xl, caplog):
+    jobs.tell_of_clip_skip.cache_clear()
+    with caplog.at_level("INFO"):
+        shots = draw_xl("--prompt", "a cat", "--clip_skip", 2, "--images_per_prompt", 2)
+    said = "--clip_skip has no effect: SDXL models are always used with the same layer"
+    assert caplog.messages.count(said) == 1
+    assert np.array_equal(shots[0].pixels, draw_xl("--prompt", "a cat", "--images_per_prompt", 2)[0].pixels)
+    assert "Clip skip" not in shots[0].texts["parameters"]
+
+
+@pytest.mark.parametrize("module", ["networks.lora", slow("lycoris.kohya")])
+def test_networks_act_with_the_strength_of_the_prompt(draw_xl, models, tmp_path, module):
+    torch.manual_seed(0)
+    encoders = [models["text_encoder"], models["text_encoder_2"]]
+    network = lora.create_network(1.0, 4, 3.0, None, encoders, models["unet"])
+    for part in network.modules_in_order():
+        torch.nn.init.normal_(part.lora_up.weight, std=0.05)
+    lora.write_weights(tmp_path / "net.safetensors", network.state_dict(), {})
+    words = ["--network_module", module, "--network_weights", tmp_path / "net.safetensors"]
+    plain, half = draw_xl("--prompt", "a cat --n dog")[0], draw_xl("--prompt", "a cat --n dog --am 0.5", *words)[0]
+    assert np.array_equal(plain.pixels, draw_xl("--prompt", "a cat --n dog --am 0", *words)[0].pixels)
+    differ(plain.pixels, half.pixels)
+    pipe = pipe_of(models, family="sdxl", changed=True)
+    pipe.load_lora_weights(str(tmp_path / "net.safetensors"))
+    pipe.set_adapters(pipe.get_active_adapters(), 0.5)
+    same_pixels(half.pixels, pixels_of(pipe), most=2)
+    assert "<lora:net:0.5>" in half.texts["parameters"]
 
 
 @pytest.mark.parametrize(("flag", "title"), [("--v1", "SDXL"), ("--v2", "SDXL"), ("--sdxl", "SD 1.x")])

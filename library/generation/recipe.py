@@ -153,6 +153,7 @@ def run_facts(
             ),
             dtype=str(base.unet.dtype).removeprefix("torch."),
             version=f"{NAME} {VERSION}",
+            zero_snr=base.zero_snr,
         )
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

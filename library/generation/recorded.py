@@ -67,6 +67,7 @@ class Recorded:
 
     request: Request
     model_sha256: str | None = None
+    zero_snr: bool = False  # whether the model was taken to have zero terminal SNR
     networks: tuple[RecordedNetwork, ...] = ()
     begins_with: str | None = None
     mask: str | None = None
@@ -204,6 +205,7 @@ def from_json(table: Mapping[str, Any], path: Path) -> Recorded:
     return Recorded(
         Request(**values | {"multipliers": None}),  # they are the strengths of the networks
         model_sha256=table.get("model_sha256"),
+        zero_snr=bool(table.get("zero_snr")),
         networks=networks,
         begins_with=table.get("begins_with"),
         mask=table.get("mask"),
@@ -233,6 +235,7 @@ def from_parameters(text: str, path: Path, size: tuple[int, int], seed: int | No
             **{"scale": DEFAULT_SCALE} | numbers,
         ),
         model_sha256=settings.get("Model hash"),
+        zero_snr=settings.get(a1111.NOISE_SCHEDULE) == a1111.ZERO_SNR,
         networks=networks_of(tags, settings, path),
         embeddings=tuple(name for name, _ in a1111.pairs_of(settings.get("TI hashes", ""))),
         left=(*schedule, *a1111.not_used(settings | parts.further), *rest, *words),
