@@ -80,11 +80,11 @@ def net(models):
 @pytest.mark.parametrize(
     ("kind", "with_net", "given"),
     [
-        ("", False, ""),
+        slow("", False, ""),
         ("", False, GIVEN),
-        ("Img2Img", False, GIVEN),
+        slow("Img2Img", False, GIVEN),
         ("Inpaint", False, GIVEN),
-        ("", True, GIVEN),
+        slow("", True, GIVEN),
         ("Img2Img", True, GIVEN),
         ("Inpaint", True, GIVEN.replace("--nw 300 ", "")),  # of which diffusers' pipeline knows nothing
     ],
@@ -129,7 +129,7 @@ def test_an_empty_negative_prompt_is_encoded(draw_xl, models):
 def test_both_stages_are_told_their_own_sizes(draw_xl, models):
     words = [*HIGHRES, "--highres_fix_save_1st", "--steps", 4]
     first, second = draw_xl("--prompt", f"a cat --n dog {GIVEN}", *words)
-    half = {name: (round(pair[0] / 2), round(pair[1] / 2)) for name, pair in TOLD.items()}
+    half: dict[str, Any] = {name: (round(pair[0] / 2), round(pair[1] / 2)) for name, pair in TOLD.items()}
     half |= {"target_size": (64, 64), "negative_target_size": (64, 64)}
     same_pixels(first.pixels, pixels_of(pipe_of(models, family="sdxl"), **half))
     start = Image.fromarray(first.pixels.astype(np.uint8)).resize((128, 128), Image.Resampling.LANCZOS)
@@ -324,10 +324,12 @@ def test_models_that_take_no_sizes_say_so_once(draw, caplog):
 
 def test_the_side_is_that_of_the_family(draw, draw_xl, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "library.generation.image_generator.sample_latents",
-        lambda base, inputs, on_step: (seen.append((inputs.width, inputs.height)), torch.zeros(1, 4, 8, 8))[1],
-    )
+
+    def sampled(base, inputs, on_step):
+        seen.append((inputs.width, inputs.height))
+        return torch.zeros(1, 4, 8, 8)
+
+    monkeypatch.setattr("library.generation.image_generator.sample_latents", sampled)
     draw("--prompt", "a", sized=False)
     draw_xl("--prompt", "a", sized=False)
     draw_xl("--prompt", "a --w 832", sized=False)
@@ -384,17 +386,18 @@ def test_samplers_that_know_zero_snr_begin_with_pure_noise(caplog):
 )
 def test_zero_snr_is_that_of_diffusers(draw, model_store, caplog, family, sampler):
     words = ["--v_parameterization", "--zero_terminal_snr", "--sampler", sampler, "--steps", 4]
-    (found,) = draw("--prompt", "a cat --n dog", *words, family=family)
+    where: dict[str, Any] = {"family": family, "layout": "safetensors"}  # where nothing says what is predicted
+    (found,) = draw("--prompt", "a cat --n dog", *words, **where)
     pipe = pipe_of(model_store(family)[0], family=family, sampler=sampler, predicts_v=True, zero_snr=True)
     same_pixels(found.pixels, pixels_of(pipe, num_inference_steps=4))
-    (usual,) = draw("--prompt", "a cat --n dog", *words[:1], *words[2:], family=family)
+    (usual,) = draw("--prompt", "a cat --n dog", *words[:1], *words[2:], **where)
     differ(found.pixels, usual.pixels)
     assert "Noise Schedule: Zero Terminal SNR" in found.texts["parameters"]
     assert "Noise Schedule" not in usual.texts["parameters"]
     with caplog.at_level("WARNING"):
-        (again,) = draw("--from_picture", found.path, *words, family=family)
+        (again,) = draw("--from_picture", found.path, *words, **where)
         assert caplog.messages == []
-        draw("--from_picture", found.path, "--v_parameterization", family=family)
+        draw("--from_picture", found.path, "--v_parameterization", **where)
     assert caplog.messages == [
         "a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ"
     ]
@@ -462,7 +465,7 @@ def test_flags_of_other_families_are_refused(draw, flag, title):
         draw("--prompt", "a", flag, family="sd1" if flag == "--sdxl" else "sdxl")
 
 
-@pytest.mark.parametrize("words", [["--vae_tiling"], ["--offload"], slow(["--opt_channels_last"])], ids=str)
+@pytest.mark.parametrize("words", [["--offload", "--vae_tiling"], slow(["--opt_channels_last"])], ids=str)
 def test_saving_memory_changes_no_picture(draw_xl, words):
     argv = ["--prompt", "a cat", "--images_per_prompt", 2, "--batch_size", 2]
     for one, other in zip(draw_xl(*argv), draw_xl(*argv, *words), strict=True):

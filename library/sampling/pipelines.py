@@ -58,9 +58,10 @@ class PictureSizes:
 
     def scaled(self, ratio: float) -> PictureSizes:
         """Return the sizes of a reduced image."""
-        return PictureSizes(
-            **{name: None if value is None else round(value * ratio) for name, value in vars(self).items()}
-        )
+        values: dict[str, Any] = {
+            name: None if value is None else round(value * ratio) for name, value in vars(self).items()
+        }
+        return PictureSizes(**values)
 
     def resolved(self, width: int, height: int) -> PictureSizes:
         """Return the sizes of an image of a width and a height, with no side left open."""
