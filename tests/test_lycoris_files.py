@@ -27,7 +27,7 @@ from library.models.precision import types_of
 from library.networks.applied import apply_file, attached
 from library.networks.merging import merge_file
 from library.networks.modules import find_module
-from library.networks.views import CanonicalTextEncoder
+from library.networks.views import CanonicalTextEncoder, models_for
 
 CPU = torch.device("cpu")
 LYCORIS = ["--network_module", "lycoris.kohya", "--network_weights"]
@@ -508,7 +508,7 @@ def test_a_network_that_fails_leaves_the_models_as_they_were(base):
     unet.conv_in.forward = before = unet.conv_in.forward  # as another network does
     weight, network = unet.conv_out.weight, cast("Any", Failing())
     with pytest.raises(RuntimeError, match="a layer is missing"):
-        attached(network, base.text_modules[0], unet)
+        attached(network, models_for(base, is_foreign=True))
     assert unet.conv_out.weight is weight
     assert "forward" not in vars(unet.conv_out)
     assert vars(unet.conv_in)["forward"] is before
