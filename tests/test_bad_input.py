@@ -90,6 +90,22 @@ OPTIONS = {
 AFTER_LOADING = ("step beyond the end", "layers beyond", "tokenizer")
 
 
+TWENTY_FIVE = ",".join("4" for _ in range(25))
+OPTIONS_OF_SDXL = {
+    "steps": ({"bucket_reso_steps": 48}, "--bucket_reso_steps must be a multiple of 32, got 48"),
+    "small steps": ({"bucket_reso_steps": 16}, "--bucket_reso_steps must be at least 32, got 16"),
+    "no rate": (
+        {"network_train_text_encoder_only": True, "text_encoder_lr": [0, 0]},
+        "nothing is trained: the learning rate of what is left is 0",
+    ),
+    "text cache for one encoder": (
+        {"cache_text_encoder_outputs": True, "text_encoder_lr": [0, "1e-5"]},
+        "--cache_text_encoder_outputs needs --network_train_unet_only",
+    ),
+    "blocks of SD 1.x": ({"network_args": [f"block_dims={TWENTY_FIVE}"]}, "block_dims must be", "23 for SDXL"),
+}
+
+
 @rows(WORDS)
 def test_words_of_the_command_line(refused, case):
     refused(*case)
@@ -99,6 +115,13 @@ def test_words_of_the_command_line(refused, case):
 def test_values_of_options(refused, name):
     given, *fragments = OPTIONS[name]
     refused(given, *fragments, loads=name in AFTER_LOADING)
+
+
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("name", OPTIONS_OF_SDXL)
+def test_values_of_options_for_sdxl(refused, name):
+    given, *fragments = OPTIONS_OF_SDXL[name]
+    refused(given, *fragments, loads=name.startswith("blocks"))
 
 
 def test_all_that_is_wrong_is_told_at_once(refused):

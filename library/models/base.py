@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SIZES_TOLD = 6  # numbers that a U-Net with a pooled output as input is told of each picture: see `Conditioning`
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 
@@ -211,12 +212,27 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
         for text, folder in zip(checkpoint.family.text_models, files.tokenizers, strict=True)
     )
     unet = cast("UNet2DConditionModel", part(UNET, types.unet))
+    check_fit(checkpoint.path, unet, texts)
     vae = load_part(files.vae, VAE, types.vae if filled is None or VAE in filled else None)
     checkpoint.close()  # with the weights of a pickle that no part uses
     files.vae.close()
     return BaseModel(
         checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts, zero_snr=files.zero_snr
     )
+
+
+def check_fit(source: Path, unet: UNet2DConditionModel, texts: Sequence[TextEncoder]) -> None:
+    """Raise UserError for text encoders whose outputs the U-Net does not take."""
+    sizes = unet.config
+    states = sum(text.module.config.hidden_size for text in texts)
+    pooled = sum(text.module.config.projection_dim for text in texts if text.row.has_projection)
+    of_sizes = SIZES_TOLD * sizes["addition_time_embed_dim"] if pooled else 0
+    for kind, made, taken in (
+        ("states", states, sizes["cross_attention_dim"]),
+        ("pooled outputs", pooled, (sizes["projection_class_embeddings_input_dim"] or of_sizes) - of_sizes),
+    ):
+        if made != taken:
+            raise UserError(f"{source}: its text encoders make {kind} of width {made}, its U-Net takes {taken}")
 
 
 def load_vae(files: BaseFiles, types: Types) -> AutoencoderKL:
