@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 from unittest.mock import Mock
 
@@ -24,7 +25,7 @@ from library.training.prepare import texts
 from library.training.prepare.texts import When, text_encoders_on, when_encoded
 
 CACHED = {"cache_text_encoder_outputs": True}
-SMALL = 200_000  # bytes: captions of a few steps
+SMALL = 700_000  # bytes: captions of a few steps
 
 
 @pytest.fixture
@@ -61,8 +62,13 @@ def varied(tmp_path):
 
 
 def arguments(base, data, out, **more):
-    values = BY_FILE | {"dataset_config": data, "network_train_unet_only": True, "max_train_steps": 7} | more
-    values |= {"weighted_captions": True, "gradient_accumulation_steps": 2, "network_dropout": 0.1}
+    values = BY_FILE | {"dataset_config": data, "network_train_unet_only": True, "max_train_steps": 6} | more
+    values |= {
+        "weighted_captions": True,
+        "gradient_accumulation_steps": 2,
+        "validate_every_n_epochs": 2,
+        "network_dropout": 0.1,
+    }
     return options(base, None, out, **values)
 
 
@@ -126,65 +132,73 @@ def test_captions_that_vary_are_encoded_ahead_to_the_same_bits(
         more = more | {"sample_prompts": prompts, "sample_every_n_steps": 6}
     live = run(base, varied, tmp_path / "live", **more)
     sizes = parts()
-    same(run(base, varied, tmp_path / "whole", **more, **CACHED), live)
-    assert len(sizes) == 2  # what the whole run needs, and a part
-    monkeypatch.setattr(texts, "LARGEST_MEMORY", sizes[1] // 3)
-    sizes.clear()
-    same(run(base, varied, tmp_path / "parts", **more, **CACHED, cache_text_encoder_outputs_to_disk=True), live)
-    assert len(sizes) > 3
-    for out in ("whole", "parts"):
-        assert measured(tmp_path / out) == measured(tmp_path / "live")
-    assert len({len(list((tmp_path / out).glob("sample/*.png"))) for out in ("live", "whole", "parts")}) == 1
+    monkeypatch.setattr(texts, "LARGEST_MEMORY", SMALL)
+    same(run(base, varied, tmp_path / "ahead", **more, **CACHED, cache_text_encoder_outputs_to_disk=True), live)
+    assert len(sizes) > 2, "what the whole run needs, and more than one part"
+    assert max(sizes[1:]) < SMALL
+    assert measured(tmp_path / "ahead") == measured(tmp_path / "live")
+    pictures = [
+        [path.read_bytes() for path in sorted(tmp_path.glob(f"{out}/sample/*.png"))] for out in ("live", "ahead")
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == (family != "sdxl")
     assert not list(tmp_path.rglob("*.npz"))
 
 
-def test_a_run_that_goes_on_encodes_what_is_left_to_the_same_bits(base, varied, tmp_path, monkeypatch):
+def test_a_stop_does_not_wait_for_captions_and_what_goes_on_encodes_the_rest(base, varied, tmp_path, monkeypatch):
     live = run(base, varied, tmp_path / "live")
-    monkeypatch.setattr(texts, "LARGEST_MEMORY", SMALL)
-    states = {"save_state": True, "save_every_n_steps": 1}
-    train_killed(arguments(base, varied, tmp_path / "parts", **CACHED, **states), after=3)
-    same(run(base, varied, tmp_path / "parts", **CACHED, resume="auto", seed=None), live)
-    train_killed(arguments(base, varied, tmp_path / "last", **CACHED, **states), after=7)
-    same(run(base, varied, tmp_path / "last", **CACHED, resume="auto", seed=None), live)
-
-
-def test_a_stop_does_not_wait_for_captions(base, varied, tmp_path, monkeypatch):
-    live = run(base, varied, tmp_path / "live")
-    monkeypatch.setattr(texts, "LARGEST_MEMORY", SMALL)
+    monkeypatch.setattr(texts, "LARGEST_MEMORY", 0)  # a part is of one step then
     calls, encode_all = [], texts.encode_calls
 
     def signalled(conditioner, wanted, dtype):
         calls.append(wanted)
-        if len(calls) == 3:
+        if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
         return encode_all(conditioner, wanted, dtype)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(texts, "encode_calls", signalled)
         train_network.main(arguments(base, varied, tmp_path / "out", **CACHED))
-    assert len(calls) == 3
-    same(run(base, varied, tmp_path / "out", **CACHED, resume="auto", seed=None), live)
+    assert len(calls) == 4
+    assert (tmp_path / "out" / "x-step00000002-state").is_dir()
+    same(run(base, varied, tmp_path / "out", **CACHED, resume="auto"), live)
+
+
+@pytest.mark.slow
+def test_a_run_with_only_its_file_left_to_write_encodes_no_captions(base, varied, tmp_path):
+    states = {"save_state": True, "save_every_n_steps": 1}
+    train_killed(arguments(base, varied, tmp_path, **CACHED, **states), after=6)
+    same(run(base, varied, tmp_path, **CACHED, resume="auto"), load_file(tmp_path / "x-step00000006.safetensors"))
 
 
 def test_captions_that_do_not_vary_are_encoded_once_or_ahead(base, pictures, tmp_path, monkeypatch, caplog):
     def trained(out, **more):
-        given = {"network_train_unet_only": True, "max_train_steps": 5, "train_batch_size": 2}
+        given = {"network_train_unet_only": True, "max_train_steps": 2, "train_batch_size": 2}
         assert train_network.main(options(base, pictures, tmp_path / out, **given, **more)) == 0
         return load_file(tmp_path / out / "x.safetensors")
 
+    caplog.set_level(logging.INFO, "library")
     same(trained("a", **CACHED), trained("b"))
-    assert "text: all 4 captions and prompts encoded, 0.00 GB" in caplog.text
-    monkeypatch.setattr(texts, "LARGEST_MEMORY", 0)  # a part is of one step then
+    assert caplog.text.count("text: all 4 captions and prompts encoded, 0.00 GB") == 2
+    monkeypatch.setattr(texts, "LARGEST_MEMORY", 0)
     caplog.clear()
     same(trained("c", **CACHED), trained("d"))
     assert "text: 2 captions encoded for steps 1 to 1, 0.00 GB" in caplog.text
 
 
-def test_files_of_other_programs_are_not_read_and_none_is_written(base, pictures, tmp_path, caplog):
-    (pictures / "1_sks dog" / "0_te_outputs.npz").write_bytes(b"")
-    given = {"network_train_unet_only": True, "dry_run": True, "cache_text_encoder_outputs_to_disk": True}
-    assert train_network.main(options(base, pictures, tmp_path / "o", **given)) == 0
-    assert "1 files *_te_outputs.npz beside the pictures are not used, and can be deleted" in caplog.text
+def test_files_of_other_programs_are_not_read_and_none_is_written(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "library")
+    for name in ("a_te_outputs.npz", "b_te_outputs.npz", "c.npz"):
+        (tmp_path / name).write_bytes(b"")
+    datasets = [Mock(all_records=[Mock(path=tmp_path / name) for name in ("a.png", "b.png")])]
+    texts.tell_of_files(PrecisionConfig(), datasets)
+    assert not caplog.text
+    texts.tell_of_files(PrecisionConfig(cache_text_encoder_outputs=True), datasets)
+    assert caplog.messages == ["2 files *_te_outputs.npz beside the pictures are not used, and can be deleted"]
+    caplog.clear()
+    both = PrecisionConfig(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True)
+    texts.tell_of_files(both, [])
+    assert len(caplog.messages) == 1
     assert "nothing is written; captions are encoded to memory" in caplog.text
 
 
