@@ -29,7 +29,7 @@ from library.models.family import FAMILIES, SD1, SD2, SDXL
 from library.networks.applied import apply_file
 from library.networks.merging import merge_base_weights
 from library.networks.modules import find_module
-from library.networks.trainable import build_network, trained_parts
+from library.networks.trainable import build_network, split_by_encoder, trained_parts
 from library.networks.views import canonical_names, unet_names
 from networks import (
     check_lora_weights,
@@ -242,6 +242,19 @@ def test_each_text_encoder_has_its_rate_and_none_at_0(base, module, rates):
     network, found = built(base, module, text_encoder_lr=rates, network_args=args)
     assert found == expected
     assert network.trains_text_encoder is ("te1" in expected or "te2" in expected)
+
+
+def test_a_foreign_network_that_does_not_tell_encoders_apart_has_one_rate(caplog):
+    network: Any = torch.nn.Linear(2, 2)
+    groups = [{"params": [network.weight], "lr": 2e-3}, {"params": [network.bias]}]
+    assert split_by_encoder(groups, ["a", "b"], (2e-3, 5e-4), network) == (groups, ["a", "b"])
+    assert "takes one rate for all text encoders: 0.002" in caplog.text
+    caplog.clear()
+    network = torch.nn.ModuleDict({"lora_te1_x": torch.nn.Linear(1, 1), "lora_te2_x": torch.nn.Linear(1, 1)})
+    split, names = split_by_encoder([{"params": list(network.parameters()), "lr": 5e-4}], None, (1e-3, 5e-4), network)
+    assert [(group["lr"], len(group["params"])) for group in split] == [(5e-4, 2), (2.5e-4, 2)]
+    assert names is None
+    assert not caplog.text
 
 
 def test_lora_plus_goes_with_a_rate_for_each_encoder(base):

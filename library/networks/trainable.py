@@ -264,7 +264,7 @@ def split_by_encoder(
     For foreign networks that know a single rate; warns if their parameters do not tell the encoders apart.
     """
     encoders = {id(parameter): encoder_of(name) for name, parameter in network.named_parameters()}
-    if not any(encoders.values()):
+    if all(number is None for number in encoders.values()):
         logger.warning("--text_encoder_lr: this network takes one rate for all text encoders: %g", max(rates))
     split, labels = [], []
     for index, group in enumerate(groups):
