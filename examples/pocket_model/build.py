@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 # One thread a worker, and none of them spinning while it waits for the other.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
@@ -481,6 +481,18 @@ class TextConditionedUNet(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
+    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, chosen: Tensor, data: Data) -> Tensor:
+        """Return the noise in latents (B, 4, H/8, W/8) at timesteps (B), given captions by number (B)."""
+        distinct, place = captions.unique(return_inverse=True)
+        text = self.text_encoder(data["tokens"][distinct]).last_hidden_state[place]  # (B, T, D)
+        return self.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+
+
+class NoisePredictor(Protocol):
+    """A model that unet_loss trains. chosen (B) are the samples' places in data, should it need more of them."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, chosen: Tensor, data: Data) -> Tensor: ...
+
 
 def build_unet() -> TextConditionedUNet:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -506,7 +518,7 @@ def used_tokens() -> Tensor:
     return caption_tokens().unique()
 
 
-def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
+def unet_loss(model: NoisePredictor, data: Data, turn: Turn) -> Tensor:
     """Return the mean squared error of the noise with min-SNR weights (arXiv 2303.09556).
 
     From COARSE_FROM on the weight grows with the noise by 1 / sqrt(SNR): a wrong background colour hardly shows in
@@ -524,9 +536,7 @@ def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
     signal = data["signal"][timesteps].view(-1, 1, 1, 1)  # alpha-bar
     noise = torch.randn(latents.shape, generator=numbers).contiguous(memory_format=torch.channels_last)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    distinct, place = captions.unique(return_inverse=True)
-    text = model.text_encoder(data["tokens"][distinct]).last_hidden_state[place]  # (B, T, D)
-    predicted = model.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    predicted = model.predict(noisy, timesteps, captions, chosen, data)
 
     snr = (signal / (1 - signal)).flatten()
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
@@ -538,9 +548,14 @@ def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
 def unet_data(cached: Data) -> Data:
     """Return the cached latents with the captions' tokens, as rows of the small table, and alpha-bar (1000)."""
     tokens = torch.searchsorted(used_tokens(), caption_tokens())
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS) ** 2
     data = {"latents": cached["latents"], "captions": cached["captions"]}
-    return data | {"tokens": tokens, "signal": (1 - betas).cumprod(dim=0)}
+    return data | {"tokens": tokens, "signal": alpha_bar()}
+
+
+def alpha_bar() -> Tensor:
+    """Return the signal's share of the power at each time step (1000)."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS) ** 2
+    return (1 - betas).cumprod(dim=0)
 
 
 # ---- export ----
