@@ -215,7 +215,16 @@ def make_ours(
     samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
     keep = torch.zeros(args.batch_size, dtype=torch.bool)
     batch = Batch(
-        1, samples, ("x",) * args.batch_size, tuple(captions), torch.ones(args.batch_size), keep, moments, None, None
+        1,
+        samples,
+        ("x",) * args.batch_size,
+        tuple(captions),
+        torch.ones(args.batch_size),
+        keep,
+        moments,
+        None,
+        None,
+        torch.zeros(args.batch_size, 6, dtype=torch.int64),
     )
     network.on_epoch_start()
     numbers = itertools.count()

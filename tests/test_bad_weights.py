@@ -197,10 +197,6 @@ def poisoned(tensor):
 
 
 CHECKPOINTS = {
-    "SDXL": (
-        lambda _: {"conditioner.embedders.0.x": torch.zeros(1)},
-        "is an SDXL model; this version trains SD 1.x and",
-    ),
     "another architecture": (
         lambda _: {"double_blocks.0.x": torch.zeros(1)},
         "is not a Stable Diffusion",
@@ -325,8 +321,8 @@ FOLDERS = {
     "SDXL": (
         "unet/config.json",
         '{"addition_embed_type": "text_time"}',
-        False,
-        "is an SDXL model; this version trains SD 1.x and SD 2.x",
+        True,
+        "text_encoder_2",
     ),
 }
 

@@ -9,12 +9,13 @@ from typing import Any
 
 MOST_PIXELS = 16384  # of a side; far beyond what these models generate, and such a picture still fits in memory
 LEAST_PIXELS = 64  # of a side
+LATENT_SCALE = 8  # pixels to a side of one latent
 MOST_SEED = 2**63 - 1  # that torch takes
 
 
 def latent_side(pixels: int) -> int:
     """Return a side cut to a multiple of 8, which latents need, and at least 64."""
-    return max(LEAST_PIXELS, pixels // 8 * 8)
+    return max(LEAST_PIXELS, pixels // LATENT_SCALE * LATENT_SCALE)
 
 
 def parse_text(value: Any) -> str | None:

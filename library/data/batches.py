@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from library.config.values import LATENT_SCALE
 from library.data import images
 from library.data.buckets import Size
 from library.data.captions import Moment, sample_caption
@@ -53,6 +54,15 @@ class Batch:
     moments: torch.Tensor | None  # (B, 8, H/8, W/8): mean and log-variance of the latents, from the cache
     pixels: torch.Tensor | None  # (B, 3, H, W) in [-1, 1]
     masks: torch.Tensor | None  # (B, 1, H/8, W/8) in [0, 1], weights of the loss; None where no picture has one
+    sizes: torch.Tensor  # (B, 6), int64: of each picture what `images.size_conditioning` returns
+
+
+class Content(NamedTuple):
+    """What a sample adds to its batch."""
+
+    values: Tensor  # pixels (3, H, W) in [-1, 1], or cached moments (8, H/8, W/8)
+    mask: Tensor | None  # (H/8, W/8)
+    sizes: tuple[int, ...]  # of `images.size_conditioning`
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -155,7 +165,8 @@ class BatchMaker(torch.utils.data.Dataset):
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         records = self._records(request)
-        tensors = [self._sample(sample, request.epoch) for sample in request.samples]
+        contents = [self._content(sample, request.epoch) for sample in request.samples]
+        values = torch.stack([content.values for content in contents])
         return Batch(
             epoch=request.epoch,
             samples=request.samples,
@@ -163,9 +174,10 @@ class BatchMaker(torch.utils.data.Dataset):
             captions=self.captions(request),
             loss_weights=torch.tensor([self.prior_loss_weight if record.subset.is_reg else 1.0 for record in records]),
             preserved=torch.tensor([record.subset.preserves_output for record in records]),
-            moments=torch.stack([values for values, _ in tensors]) if self.cache is not None else None,
-            pixels=torch.stack([values for values, _ in tensors]) if self.cache is None else None,
-            masks=stack_masks([mask for _, mask in tensors], [record.placement.bucket for record in records]),
+            moments=values if self.cache is not None else None,
+            pixels=values if self.cache is None else None,
+            masks=stack_masks([content.mask for content in contents], [record.placement.bucket for record in records]),
+            sizes=torch.tensor([content.sizes for content in contents]),
         )
 
     def captions(self, request: BatchRequest) -> tuple[str, ...]:
@@ -181,16 +193,19 @@ class BatchMaker(torch.utils.data.Dataset):
     def _records(self, request: BatchRequest) -> list[ImageRecord]:
         return [self.datasets[sample.dataset].records[sample.record] for sample in request.samples]
 
-    def _sample(self, sample: Sample, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Return pixels (3, H, W) in [-1, 1] or cached moments (8, H/8, W/8), and the mask (H/8, W/8) if any."""
+    def _content(self, sample: Sample, epoch: int) -> Content:
         dataset = self.datasets[sample.dataset]
         record = dataset.records[sample.record]
         rng = random_for(self.seed, "picture", epoch, *sample)
         mirrored = record.subset.flip_aug and rng.random() < 0.5
         if self.cache is None:
-            return sample_picture(record, sample_frame(record, dataset.options.enable_bucket, rng), mirrored, rng)
-        mask = None if record.mask is None else self.cache.mask(record, mirrored=mirrored)
-        return self.cache.moments(record, mirrored=mirrored), mask
+            frame = sample_frame(record, dataset.options.enable_bucket, rng)
+            values, mask = sample_picture(record, frame, mirrored, rng)
+        else:
+            frame = images.centre_frame(record.placement)
+            values = self.cache.moments(record, mirrored=mirrored)
+            mask = None if record.mask is None else self.cache.mask(record, mirrored=mirrored)
+        return Content(values, mask, images.size_conditioning(record.size, frame, mirrored=mirrored))
 
 
 def sample_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
@@ -230,8 +245,7 @@ def stack_masks(masks: list[Tensor | None], sizes: list[Size]) -> Tensor | None:
     """Return the masks of a batch (B, 1, H/8, W/8), all ones for a picture without; None if no picture has one."""
     if all(mask is None for mask in masks):
         return None
-    scale = images.LATENT_SCALE
-    whole = [torch.ones(height // scale, width // scale) for width, height in sizes]
+    whole = [torch.ones(height // LATENT_SCALE, width // LATENT_SCALE) for width, height in sizes]
     return torch.stack([one if mask is None else mask for mask, one in zip(masks, whole, strict=True)])[:, None]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from library.config.values import LATENT_SCALE
 from library.data.buckets import Placement, Size
 from library.data.picture_kinds import Loss, losses_of
 from library.errors import UserError
@@ -227,6 +228,18 @@ class Frame(NamedTuple):
         return pixels[top : top + height, left : left + width]
 
 
+def size_conditioning(size: Size, frame: Frame, *, mirrored: bool) -> tuple[int, ...]:
+    """Return what SDXL is told of a picture of a size in a frame, in pixels (arXiv 2307.01952, section 2.2).
+
+    The six numbers are height and width of the picture, top and left of the frame in the resized picture as it is seen, mirrored
+    or not, and height and width of the frame.
+    """
+    (left, top), (width, height) = frame.corner, frame.size
+    if mirrored:
+        left = frame.resized[0] - left - width
+    return size[1], size[0], top, left, height, width
+
+
 def centre_frame(placement: Placement) -> Frame:
     """Return the frame in the middle of a picture."""
     return Frame(placement.resized, (placement.surplus[0] // 2, placement.surplus[1] // 2), placement.bucket)
@@ -291,9 +304,6 @@ def face_frame(
 def fit(pixels: np.ndarray, frame: Frame, interpolation: str | None) -> np.ndarray:
     """Return the pixels of a frame, uint8 (height, width, 3)."""
     return frame.cut(resize(pixels, frame.resized, interpolation))
-
-
-LATENT_SCALE = 8  # pixels to a side of one latent
 
 
 def fit_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:

@@ -108,14 +108,12 @@ class BaseFiles:
 def find_base(config: ModelConfig) -> BaseFiles:
     """Return the files of the base model and what it predicts, from names and configurations alone.
 
-    Raises UserError if there is no model, for a family that is not trained, and for options that contradict the files.
+    Raises UserError if there is no model, and for options that contradict the files.
     """
     path = Path(config.pretrained_model_name_or_path)
     checkpoint = open_checkpoint(path)
     family, says_v = checkpoint.family, checkpoint.predicts_v
     families.check_channels(input_channels(checkpoint), path)
-    if family not in families.TRAINED:
-        raise UserError(f"{path} is an {family.title} model; this version trains SD 1.x and SD 2.x")
     families.check_flags(family, path, v2=config.v2)
     if family is families.SD2 and not config.v2:
         logger.info("%s is an SD 2.x model: --v2 is set", path)

@@ -54,9 +54,14 @@ class Conditioning:
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return Conditioning(torch.cat([row.hidden for row in rows]), torch.cat(pooled) if pooled else None)
 
-    def for_unet(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the keyword arguments of diffusers' U-Net."""
-        added = None if self.pooled is None else {"text_embeds": self.pooled.to(device, dtype)}
+    def for_unet(self, device: torch.device, dtype: torch.dtype, sizes: Tensor) -> dict[str, Any]:
+        """Return the keyword arguments of diffusers' U-Net; sizes (B, 6) are for one that takes a pooled output.
+
+        The sizes stay in float32: in half precision 1533 would become 1536, and with it another embedding.
+        """
+        added = None
+        if self.pooled is not None:
+            added = {"text_embeds": self.pooled.to(device, dtype), "time_ids": sizes.to(device, torch.float32)}
         return {"encoder_hidden_states": self.hidden.to(device, dtype), "added_cond_kwargs": added}
 
 

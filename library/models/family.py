@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from library.config.values import LATENT_SCALE
 from library.errors import UserError
 from library.models import keys
 from library.models.tokenizer import EOS_TOKEN, WINDOW
@@ -91,6 +92,16 @@ class ModelFamily:
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
         return next(text for text in self.text_models if text.folder == folder)
+
+    @property
+    def side(self) -> int:
+        """Side of the squares that the published models draw, in pixels."""
+        return LATENT_SCALE * self.unet["sample_size"]
+
+    @property
+    def step(self) -> int:
+        """Pixels of which a side must be a multiple, since each block of the U-Net but the last halves it."""
+        return LATENT_SCALE * 2 ** (len(self.unet["block_out_channels"]) - 1)
 
     @property
     def text_widths(self) -> dict[str, int]:
@@ -198,7 +209,6 @@ SDXL = ModelFamily(
     v_architecture="stable-diffusion-xl-v1-base",
 )
 FAMILIES = (SD1, SD2, SDXL)
-TRAINED = (SD1, SD2)
 
 
 def detect_family(shapes: Shapes, source: str) -> ModelFamily:
@@ -278,7 +288,7 @@ def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[st
     width = unet_config.get("cross_attention_dim")
     if unet_config.get("addition_embed_type") == SDXL.unet["addition_embed_type"]:
         return SDXL
-    for family in TRAINED:
+    for family in (SD1, SD2):
         if width == family.context_width:
             return family
     return SD2 if text_config.get("hidden_act") == SD2.text_models[0].config["hidden_act"] else SD1

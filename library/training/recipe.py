@@ -110,13 +110,14 @@ def prepare_and_run(
     # Build the network over the models; first, because a network module may refuse.
     network = make_network(config, seed, base, runtime)
 
-    # Encode pictures, and captions that cannot change.
+    # Encode pictures, and captions that cannot change; only then does the U-Net come to the device, beside what stays.
     encoder = LatentEncoder(base.vae, runtime.types.vae)
     cache = cache_latents(config.precision, datasets, encoder, runtime) if config.precision.cache_latents else None
     move(base.vae, "cpu" if cache is not None else runtime.device)
     conditioner = build_conditioner(
         datasets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder
     )
+    move(base.unet, runtime.device)
 
     # Put together what a step needs.
     state = make_state(config, network, choice, plan, runtime.scaler)

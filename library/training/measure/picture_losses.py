@@ -87,6 +87,8 @@ def load_measurement(
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
     move(base.vae, "cpu")
+    for module in (base.unet, *base.text_modules):
+        move(module, runtime.device)
     return Measurement(
         runtime=runtime,
         base=base,

@@ -42,10 +42,12 @@ def build_conditioner(
     *,
     trains_text_encoder: bool,
 ) -> Conditioner:
-    """Return the conditioner of captions and prompts.
+    """Return the conditioner of captions and prompts; the text encoders come to the device.
 
     If no caption varies, all texts are encoded now, and the text encoders' memory is released.
     """
+    for module in base.text_modules:
+        move(module, runtime.device)
     live = LiveConditioner(base.texts)
     captions = None if trains_text_encoder else all_captions(datasets)
     if captions is None:

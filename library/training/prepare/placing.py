@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 def open_base(
     files: BaseFiles, network: NetworkConfig, precision: PrecisionConfig, clip_skip: int | None, runtime: Runtime
 ) -> BaseModel:
-    """Return the base model of a run with networks merged in, on the device; the VAE is on the CPU."""
+    """Return the base model of a run with networks merged in, on the CPU: each part is moved when its work begins."""
     base = load_base(files, runtime.types)
     check_clip_skip(clip_skip, base)
     merge_base_weights(network, base)
-    place_models(precision, base, runtime.device)
+    prepare_models(precision, base, runtime.device)
     return base
 
 
-def place_models(precision: PrecisionConfig, base: BaseModel, device: torch.device) -> None:
-    """Move U-Net and text encoders to the device, with the attention and the storage of the options."""
+def prepare_models(precision: PrecisionConfig, base: BaseModel, device: torch.device) -> None:
+    """Give the models the attention and the storage of the options, for a device."""
     if precision.xformers:
         use_xformers(device, base.unet, base.vae)
     in_eight_bits: list[nn.Module] = [base.unet] if precision.fp8_base or precision.fp8_base_unet else []
@@ -42,8 +42,6 @@ def place_models(precision: PrecisionConfig, base: BaseModel, device: torch.devi
     if in_eight_bits:
         saved = sum(store_in_eight_bits(model) for model in in_eight_bits)
         logger.info("weights in 8 bits: %.2f GB less", saved / 1e9)
-    for model in (base.unet, *base.text_modules):
-        model.to(device)
 
 
 def caption_options(text: TextConfig) -> TextOptions:

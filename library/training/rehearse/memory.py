@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from library.config.values import LATENT_SCALE
 from library.data.buckets import Size
-from library.data.images import LATENT_SCALE
 from library.models.base import BaseModel
 from library.models.eight_bit import STORAGE
 from library.models.tokenizer import WINDOW

@@ -74,7 +74,7 @@ class Objective:
         options, schedule, predicts_v = self.loss, self.schedule, self.base.predicts_v
         latents, noise = prepared.latents, prepared.noise
         noisy = schedule.add_noise(latents, perturbed_noise(noise, keys, options), timesteps)
-        prediction = self._predict(noisy, timesteps, prepared.text)
+        prediction = self._predict(noisy, timesteps, prepared.text, prepared.batch.sizes)
         target = target_for(latents, noise, timesteps, schedule, predicts_v=predicts_v)
         if bool(prepared.batch.preserved.any()):
             preserved = prepared.batch.preserved.to(target.device)[:, None, None, None]
@@ -86,17 +86,17 @@ class Objective:
         with self.types.autocast(self.device):
             return self.conditioner.encode(captions, self.text)
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning) -> Tensor:
+    def _predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
         """Return the U-Net's output, (B, 4, H/8, W/8)."""
         dtype = self.types.unet
         with self.types.autocast(self.device):
-            return self.base.unet(noisy.to(dtype), timesteps, **text.for_unet(self.device, dtype)).sample
+            return self.base.unet(noisy.to(dtype), timesteps, **text.for_unet(self.device, dtype, sizes)).sample
 
     @torch.no_grad()
     def _base_prediction(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
         """Return what the base model predicts without the network, (B, 4, H/8, W/8), float32."""
         with self.network.absent():
-            return self._predict(noisy, timesteps, self._encode(batch.captions)).float()
+            return self._predict(noisy, timesteps, self._encode(batch.captions), batch.sizes).float()
 
     def _latents(self, batch: Batch, keys: Sequence[Key]) -> Tensor:
         """Return scaled latents (B, 4, H/8, W/8), float32: from the cache, or encoded now."""
