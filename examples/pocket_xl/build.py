@@ -69,7 +69,7 @@ SPECIAL_TOKENS = (pocket.SPECIAL_TOKENS, pocket.SPECIAL_TOKENS | {"pad_token_id"
 
 # How many of each 24 pictures of a caption are of which kind; the rest are plain.
 SMALL, CROPPED, BOTH, LARGE, KINDS = 4, 4, 2, 1, 24
-SMALL_SIDES, LARGE_SIDES = (20, 100), (136, 1024)  # pixels of originals that are blurred, and of those that are not
+SMALL_SIDES, LARGE_SIDES = (8, 40), (136, 1024)  # pixels of originals that are blurred, and of those that are not
 CROPS, MARGIN = 40, 32  # pixels: the largest cut, and the most that is left beyond the opposite edge
 
 
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = pocket.Recipe(
         name="unet",
         steps=args.unet_steps,
-        batch=24,
+        batch=16,
         lr=1.2e-3,
         ema=0.999,
         decay=0.4,
