@@ -575,7 +575,9 @@ def export(unet_recipe: Recipe, vae: AutoencoderKL, scale: float, output: Path) 
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     with new_model(output) as new:
-        export_models(new, index, unet=trained.unet, vae=vae)
+        export_index(new, index)
+        export_model(trained.unet, new / "unet")
+        export_model(vae, new / "vae")
         used = used_tokens()
         export_text_encoder(trained.text_encoder, new / "text_encoder", used, SPECIAL_TOKENS, seed=unet_recipe.seed)
         export_tokenizer(new / "tokenizer")
@@ -593,12 +595,15 @@ def new_model(output: Path) -> Iterator[Path]:
     new.rmdir()
 
 
-def export_models(folder: Path, index: dict, *, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """Write U-Net and VAE in fp16, the scheduler, and the index of the folder with them added."""
-    for name, model in (("unet", unet), ("vae", vae)):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.float16, memory_format=torch.contiguous_format)
-        model.save_pretrained(folder / name)
+def export_model(model: UNet2DConditionModel | AutoencoderKL, folder: Path) -> None:
+    """Write a model in fp16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float16, memory_format=torch.contiguous_format)
+    model.save_pretrained(folder)
+
+
+def export_index(folder: Path, index: dict) -> None:
+    """Write the scheduler, and the index of the folder with the parts added that all pipelines have."""
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     parts = {
         "feature_extractor": [None, None],

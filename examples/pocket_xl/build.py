@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,7 +174,7 @@ def unet_data(cached: pocket.Data) -> pocket.Data:
 # ---- export ----
 
 
-def export(recipe: pocket.Recipe, vae: AutoencoderKL, output: Path) -> None:
+def export(recipe: pocket.Recipe, output: Path) -> None:
     """Write the newest weight averages as a Diffusers folder in fp16."""
     trained = build_unet()
     pocket.attach(trained, torch.load(recipe.snapshot, weights_only=True)["average"])
@@ -186,7 +187,9 @@ def export(recipe: pocket.Recipe, vae: AutoencoderKL, output: Path) -> None:
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
     }
     with pocket.new_model(output) as new:
-        pocket.export_models(new, index, unet=trained.unet, vae=vae)
+        pocket.export_index(new, index)
+        pocket.export_model(trained.unet, new / "unet")
+        shutil.copytree(VAE, new / "vae")
         for number, encoder in enumerate((trained.text_encoder, trained.text_encoder_2)):
             suffix, used = ("", "_2")[number], caption_tokens(number).unique()
             folder = new / f"text_encoder{suffix}"
@@ -225,15 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         snapshot=args.work / "unet.pt",
     )
     latents = args.work / "latents.pt"
-    vae = AutoencoderKL.from_pretrained(str(VAE), torch_dtype=torch.float32)
 
     if args.stage == "latents" or (args.stage == "all" and not latents.exists()):
+        vae = AutoencoderKL.from_pretrained(str(VAE), torch_dtype=torch.float32)
         torch.save(encode_subjects(vae, copies=args.copies, seed=args.seed), latents)
     if args.stage in {"unet", "all"}:
         data = unet_data(torch.load(latents, weights_only=True))
         pocket.train(recipe, build_unet, pocket.unet_loss, data, workers=args.workers)
     if args.stage in {"export", "all"}:
-        export(recipe, vae, args.output)
+        export(recipe, args.output)
     return 0
 
 
