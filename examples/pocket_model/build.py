@@ -615,7 +615,9 @@ def export_index(folder: Path, index: dict) -> None:
     write_json(folder / "model_index.json", dict(sorted((index | parts).items())))
 
 
-def export_text_encoder(small: CLIPTextModel, folder: Path, used: Tensor, special: dict[str, int], *, seed: int) -> None:
+def export_text_encoder(
+    small: CLIPTextModel, folder: Path, used: Tensor, special: dict[str, int], *, seed: int
+) -> None:
     """Write a text encoder with the whole vocabulary, under the `text_model.` names of every older release.
 
     The rows of tokens that no caption used are random, with the deviation of the trained rows: a LoRA that

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from examples.pocket_model import build as pocket  # before torch: it sets the number of threads
-
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from examples.pocket_model import build as pocket
 from examples.pocket_model.glyphs import SIZE, draw
 
 if TYPE_CHECKING:
@@ -98,7 +97,10 @@ def sized_picture(subject: str, background: str, kind: int, numbers: random.Rand
         original = numbers.randint(SIZE * SIZE // max(resized), SIZE)  # sharp, or next to it
 
     top, left = corner
-    offset = (numbers.randint(-pocket.JITTER, pocket.JITTER) - left, numbers.randint(-pocket.JITTER, pocket.JITTER) - top)
+    offset = (
+        numbers.randint(-pocket.JITTER, pocket.JITTER) - left,
+        numbers.randint(-pocket.JITTER, pocket.JITTER) - top,
+    )
     picture = draw(subject, background, numbers.uniform(*pocket.SCALES), offset)
     if original < SIZE:
         picture = picture.resize((original, original), Image.Resampling.LANCZOS)
@@ -108,7 +110,7 @@ def sized_picture(subject: str, background: str, kind: int, numbers: random.Rand
 
 
 def encode_subjects(vae: AutoencoderKL, *, copies: int, seed: int) -> pocket.Data:
-    """Return scaled latents (N, 4, H/8, W/8) of copies pictures of each caption, captions by number (N), sizes (N, 6)."""
+    """Return scaled latents (N, 4, H/8, W/8) of pictures, their captions by number (N), their sizes (N, 6)."""
     numbers = random.Random(seed)
     latents, sizes = [], []
     for pair in pocket.pairs():
@@ -139,9 +141,7 @@ class TextConditionedUNet(nn.Module):
         second = self.text_encoder_2(data["tokens_2"][distinct], output_hidden_states=True)
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[place]  # (B, T, D)
         added = {"text_embeds": second.text_embeds[place], "time_ids": data["sizes"][chosen].float()}
-        return self.unet(
-            noisy, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False
-        )[0]
+        return self.unet(noisy, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def build_unet() -> TextConditionedUNet:

@@ -50,7 +50,9 @@ def shares_blurred(plain: Sequence[Drawing], small: Sequence[Drawing]) -> tuple[
     return float(left.mean()), float((left < BLURRED).mean())
 
 
-def shares_moved(plain: Sequence[Drawing], cut: Sequence[Drawing], corner: tuple[int, int]) -> tuple[list[float], float]:
+def shares_moved(
+    plain: Sequence[Drawing], cut: Sequence[Drawing], corner: tuple[int, int]
+) -> tuple[list[float], float]:
     """Return the mean move in rows and columns, and the share of pictures that moved as the corner says."""
     moves = np.array([centre(new.picture) - centre(old.picture) for old, new in zip(plain, cut, strict=True)])
     right = (np.abs(moves + corner) <= TOLERANCE).all(axis=1)
@@ -73,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names = [*BACKGROUNDS]
     requests = [
-        (subject, names[(row + turn) % len(names)]) for turn in range(args.count) for row, subject in enumerate(SUBJECTS)
+        (subject, names[(row + turn) % len(names)])
+        for turn in range(args.count)
+        for row, subject in enumerate(SUBJECTS)
     ]
     pipeline = load_pipeline(args.model)
 
@@ -91,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for corner in CUTS:
         rows.append(drawn(crops_coords_top_left=corner))
         (down, across), moved = shares_moved(plain, rows[-1], corner)
-        print(f"cut at {corner}: moved by ({down:.1f}, {across:.1f}), as asked {moved:.3f}, right {share_right(rows[-1]):.3f}")
+        asked = f"as asked {moved:.3f}, right {share_right(rows[-1]):.3f}"
+        print(f"cut at {corner}: moved by ({down:.1f}, {across:.1f}), {asked}")
     if args.sheet:
         sheet = Image.new("RGB", (len(rows) * SIZE, len(SHOWN) * SIZE))
         for column, drawings in enumerate(rows):
