@@ -19,12 +19,13 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 # One thread a worker, and none of them spinning while it waits for the other.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0")
@@ -481,6 +482,18 @@ class TextConditionedUNet(nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
+    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, chosen: Tensor, data: Data) -> Tensor:
+        """Return the noise in latents (B, 4, H/8, W/8) at timesteps (B), given captions by number (B)."""
+        distinct, place = captions.unique(return_inverse=True)
+        text = self.text_encoder(data["tokens"][distinct]).last_hidden_state[place]  # (B, T, D)
+        return self.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+
+
+class NoisePredictor(Protocol):
+    """A model that unet_loss trains. chosen (B) are the samples' places in data, should it need more of them."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, chosen: Tensor, data: Data) -> Tensor: ...
+
 
 def build_unet() -> TextConditionedUNet:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -506,7 +519,7 @@ def used_tokens() -> Tensor:
     return caption_tokens().unique()
 
 
-def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
+def unet_loss(model: NoisePredictor, data: Data, turn: Turn) -> Tensor:
     """Return the mean squared error of the noise with min-SNR weights (arXiv 2303.09556).
 
     From COARSE_FROM on the weight grows with the noise by 1 / sqrt(SNR): a wrong background colour hardly shows in
@@ -524,9 +537,7 @@ def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
     signal = data["signal"][timesteps].view(-1, 1, 1, 1)  # alpha-bar
     noise = torch.randn(latents.shape, generator=numbers).contiguous(memory_format=torch.channels_last)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    distinct, place = captions.unique(return_inverse=True)
-    text = model.text_encoder(data["tokens"][distinct]).last_hidden_state[place]  # (B, T, D)
-    predicted = model.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    predicted = model.predict(noisy, timesteps, captions, chosen, data)
 
     snr = (signal / (1 - signal)).flatten()
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
@@ -538,9 +549,14 @@ def unet_loss(model: TextConditionedUNet, data: Data, turn: Turn) -> Tensor:
 def unet_data(cached: Data) -> Data:
     """Return the cached latents with the captions' tokens, as rows of the small table, and alpha-bar (1000)."""
     tokens = torch.searchsorted(used_tokens(), caption_tokens())
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS) ** 2
     data = {"latents": cached["latents"], "captions": cached["captions"]}
-    return data | {"tokens": tokens, "signal": (1 - betas).cumprod(dim=0)}
+    return data | {"tokens": tokens, "signal": alpha_bar()}
+
+
+def alpha_bar() -> Tensor:
+    """Return the signal's share of the power at each time step (1000)."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS) ** 2
+    return (1 - betas).cumprod(dim=0)
 
 
 # ---- export ----
@@ -551,58 +567,83 @@ def export(unet_recipe: Recipe, vae: AutoencoderKL, scale: float, output: Path) 
     trained = build_unet()
     attach(trained, torch.load(unet_recipe.snapshot, weights_only=True)["average"])
     vae.register_to_config(scaling_factor=scale)
-
-    new = output.with_name(output.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    for name, model in (("unet", trained.unet), ("vae", vae)):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.float16, memory_format=torch.contiguous_format)
-        model.save_pretrained(new / name)
-    export_text_encoder(trained.text_encoder, new / "text_encoder", seed=unet_recipe.seed)
-    export_tokenizer(new / "tokenizer")
-    write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", SCHEDULER_CONFIG["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     }
-    write_json(new / "model_index.json", index)
+    with new_model(output) as new:
+        export_index(new, index)
+        export_model(trained.unet, new / "unet")
+        export_model(vae, new / "vae")
+        used = used_tokens()
+        export_text_encoder(trained.text_encoder, new / "text_encoder", used, SPECIAL_TOKENS, seed=unet_recipe.seed)
+        export_tokenizer(new / "tokenizer")
+
+
+@contextmanager
+def new_model(output: Path) -> Iterator[Path]:
+    """Give an empty folder; its parts take the place of those in output at the end."""
+    new = output.with_name(output.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    yield new
     output.mkdir(parents=True, exist_ok=True)
     for part in sorted(new.iterdir()):
         replace(part, output / part.name)
     new.rmdir()
 
 
-def export_text_encoder(small: CLIPTextModel, folder: Path, *, seed: int) -> None:
-    """Write the text encoder with the whole vocabulary, under the `text_model.` names of every older release.
+def export_model(model: UNet2DConditionModel | AutoencoderKL, folder: Path) -> None:
+    """Write a model in fp16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float16, memory_format=torch.contiguous_format)
+    model.save_pretrained(folder)
+
+
+def export_index(folder: Path, index: dict) -> None:
+    """Write the scheduler, and the index of the folder with the parts added that all pipelines have."""
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
+    parts = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", SCHEDULER_CONFIG["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", dict(sorted((index | parts).items())))
+
+
+def export_text_encoder(
+    small: CLIPTextModel, folder: Path, used: Tensor, special: dict[str, int], *, seed: int
+) -> None:
+    """Write a text encoder with the whole vocabulary, under the `text_model.` names of every older release.
 
     The rows of tokens that no caption used are random, with the deviation of the trained rows: a LoRA that
-    teaches a new word finds a distinct vector for it.
+    teaches a new word finds a distinct vector for it. used are the ids of the rows of the small table, sorted.
     """
     from safetensors.torch import save_file
 
-    used = used_tokens()
-    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in small.state_dict().items()}
+    tensors = {
+        key if key.startswith("text_projection.") else f"text_model.{key.removeprefix('text_model.')}": value
+        for key, value in small.state_dict().items()
+    }
     key = "text_model.embeddings.token_embedding.weight"
     trained = tensors[key]
-    table = torch.randn(VOCABULARY, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed)) * trained.std()
+    shape = (VOCABULARY, trained.shape[1])
+    table = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * trained.std()
     table[used] = trained
     tensors[key] = table
     kept = {key: value.to(torch.float16).contiguous() for key, value in tensors.items() if "position_ids" not in key}
     folder.mkdir(parents=True)
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float16"}
-    write_json(folder / "config.json", config | TEXT_CONFIG | SPECIAL_TOKENS | {"vocab_size": VOCABULARY})
+    config = {"architectures": [type(small).__name__], "model_type": "clip_text_model", "torch_dtype": "float16"}
+    sizes = {key: getattr(small.config, key) for key in TEXT_CONFIG}
+    write_json(folder / "config.json", config | sizes | special | {"vocab_size": VOCABULARY})
 
 
-def export_tokenizer(folder: Path) -> None:
+def export_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> None:
     vocabulary, merges = shipped_vocabulary()
     folder.mkdir(parents=True)
     text = json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":"))
@@ -612,7 +653,7 @@ def export_tokenizer(folder: Path) -> None:
     special = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
         "unk_token": "<|endoftext|>",
     }
     write_json(folder / "special_tokens_map.json", special)

@@ -1,7 +1,7 @@
-"""Draw every subject with the pocket model and let the nearest glyph judge the pictures.
+"""Draw every subject with a pocket model and let the nearest glyph judge the pictures.
 
     python measure.py                      the model in this folder
-    python measure.py --model FOLDER       another one of the same layout, say with a merged LoRA
+    python measure.py --model FOLDER       ../pocket_xl, or another one, say with a merged LoRA
 
 Prints a line for each subject and one for all of them, and writes a labelled contact sheet.
 """
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from examples.pocket_model.glyphs import BACKGROUNDS, SIZE, SUBJECTS, caption, nearest_background, nearest_glyph
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 BATCH = 13  # pictures drawn at once
 LABEL = 14  # pixels of height under a picture
@@ -44,12 +44,12 @@ class Drawing:
     seen_background: str
 
 
-def load_pipeline(model: Path) -> StableDiffusionPipeline:
-    """Return the pipeline in fp32 with the sampler that the figures are for."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+def load_pipeline(model: Path) -> DiffusionPipeline:
+    """Return the pipeline that the folder names, in fp32 with the sampler that the figures are for."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    pipeline = StableDiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
@@ -57,9 +57,18 @@ def load_pipeline(model: Path) -> StableDiffusionPipeline:
 
 
 def draw_all(
-    pipeline: StableDiffusionPipeline, requests: Sequence[tuple[str, str]], *, steps: int, guidance: float, seed: int
+    pipeline: DiffusionPipeline,
+    requests: Sequence[tuple[str, str]],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    sizes: dict[str, tuple[int, int]] | None = None,
 ) -> list[Drawing]:
-    """Return a drawing for each (subject, background); number n is drawn from seed + n, whatever the batch."""
+    """Return a drawing for each (subject, background); number n is drawn from seed + n, whatever the batch.
+
+    sizes are original_size and crops_coords_top_left of an SDXL pipeline, which draws plain pictures without them.
+    """
     drawings = []
     for start in range(0, len(requests), BATCH):
         part = requests[start : start + BATCH]
@@ -68,6 +77,7 @@ def draw_all(
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed + start + index) for index in range(len(part))],
+            **(sizes or {}),
         ).images
         drawings += [judge(*request, picture) for request, picture in zip(part, pictures, strict=True)]
     return drawings
