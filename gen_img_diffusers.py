@@ -1,4 +1,4 @@
-"""Generate pictures with Stable Diffusion 1.x or 2.x and networks trained on it.
+"""Generate pictures with Stable Diffusion 1.x, 2.x or XL and networks trained on it.
 
 python gen_img_diffusers.py --ckpt model.safetensors --prompt "a photo of a cat --n blurry --w 768"
     --network_module networks.lora --network_weights mine.safetensors --network_mul 0.8
@@ -21,10 +21,10 @@ from library.errors import Problems, UserError
 from library.logs import choose_log_lines, run_script
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script with a command line; return the exit code."""
+def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
+    """Run the script with a command line; return the exit code. description is for --help."""
     problems = Problems()
-    given = given_options(GenerateConfig, argv, problems, description=__doc__, retired=GENERATION)
+    given = given_options(GenerateConfig, argv, problems, description=description, retired=GENERATION)
     config = build(GenerateConfig, given.values, problems, given.unreadable)
     problems.run(choose_logs, config.console)
 

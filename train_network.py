@@ -1,4 +1,4 @@
-"""Train a LoRA-type network for Stable Diffusion 1.x or 2.x.
+"""Train a LoRA-type network for Stable Diffusion 1.x, 2.x or XL.
 
 accelerate launch train_network.py --pretrained_model_name_or_path=model.safetensors --dataset_config=data.toml
     --output_dir=output --output_name=mine --network_module=networks.lora --learning_rate=1e-4
@@ -22,10 +22,10 @@ from library.processes import check_launch
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, description: str | None = __doc__) -> int:
     """Run the script with a command line; return the exit code."""
     problems = Problems()
-    config = parse_train_config(argv, problems, description=__doc__, when_read=choose_logs)
+    config = parse_train_config(argv, problems, description=description, when_read=choose_logs)
     if config.file.output_config:
         logger.info("wrote %s", write_config_file(config))
         return 0

@@ -74,8 +74,8 @@ TRAININGS = {
         "--min_bucket_reso 64 --bucket_reso_steps 32 --sample_prompts previews.txt --sample_every_n_steps 4",
         f"{TRAIN} {DATA} --pretrained_model_name_or_path {SDXL} --network_train_unet_only --cache_latents "
         "--cache_text_encoder_outputs --shuffle_caption --output_name y --network_args conv_dim=2",
-        f'{DRAW} --ckpt {SDXL} --network_module networks.lora --network_weights out/y.safetensors --prompt "a (cat:1.2) '
-        '--ow 512 --oh 256 --ct 8"',
+        f"{DRAW} --ckpt {SDXL} --network_module networks.lora --network_weights out/y.safetensors "
+        '--prompt "a (cat:1.2) --ow 512 --oh 256 --ct 8"',
     ],
     "weighted-captions": [f"{ON_SD1} --weighted_captions --max_token_length 150 --caption_extension .caption"],
     "eight-bit": [f"{ON_SD1} --fp8_base --gradient_checkpointing --mixed_precision bf16"],

@@ -187,7 +187,7 @@ def make_ours(
         "learning_rate": 1e-4,
     }
     config = build(TrainConfig, given)
-    runtime = start_runtime(config.precision, config.logs)
+    runtime = start_runtime(config.precision, config.logs, vae_overflows=False)
     vae = building.build_vae(SD1.vae)  # whose weights are not needed: the latents are given
     texts = (TextEncoder(SD1.text_models[0], load_clip_tokenizer(), text_encoder),)
     base = BaseModel(SD1, predicts_v=False, unet=unet, vae=vae, texts=texts)

@@ -48,6 +48,27 @@ DEFAULT_RANK = 4
 PREFIX_UNET = "lora_unet"
 PREFIX_TEXT_ENCODER = "lora_te"  # of a single encoder; two are numbered: lora_te1, lora_te2
 
+# Names over SDXL's U-Net have the paths of its checkpoint, as in sd-scripts: beginning of the path in diffusers and in
+# the checkpoint, whose number {} is a first number and the captured ones times their steps.
+SGM_BLOCKS: tuple[tuple[str, str, int, tuple[int, ...]], ...] = (
+    (r"down_blocks_(\d+)_resnets_(\d+)_", "input_blocks_{}_0_", 1, (3, 1)),
+    (r"down_blocks_(\d+)_attentions_(\d+)_", "input_blocks_{}_1_", 1, (3, 1)),
+    (r"down_blocks_(\d+)_downsamplers_0_conv$", "input_blocks_{}_0_op", 3, (3,)),
+    (r"mid_block_resnets_(\d+)_", "middle_block_{}_", 0, (2,)),
+    (r"mid_block_attentions_(\d+)_", "middle_block_{}_", 1, (1,)),
+    (r"up_blocks_(\d+)_resnets_(\d+)_", "output_blocks_{}_0_", 0, (3, 1)),
+    (r"up_blocks_(\d+)_attentions_(\d+)_", "output_blocks_{}_1_", 0, (3, 1)),
+    (r"up_blocks_(\d+)_upsamplers_0_conv$", "output_blocks_{}_2_conv", 2, (3,)),
+)
+SGM_LAYERS = {  # in residual blocks; all others have the same names
+    "norm1": "in_layers_0",
+    "conv1": "in_layers_2",
+    "time_emb_proj": "emb_layers_1",
+    "norm2": "out_layers_0",
+    "conv2": "out_layers_3",
+    "conv_shortcut": "skip_connection",
+}
+
 # Containers by class name: every Linear and Conv2d inside one is a target.
 UNET_CONTAINERS = ("Transformer2DModel",)
 UNET_CONV_CONTAINERS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -281,6 +302,29 @@ def find_targets(model: Module, prefix: str, containers: Sequence[str]) -> Itera
                 yield Target(f"{prefix}.{inner}".replace(".", "_"), layer, container)
 
 
+def has_sgm_names(unet: Module) -> bool:
+    """Return whether modules over a U-Net are named by the checkpoint: SDXL's, which alone embeds sizes."""
+    return hasattr(unet, "add_embedding")
+
+
+def sgm_name(module: str) -> str:
+    """Return the name of a module over SDXL's U-Net by the checkpoint; of other modules the same name."""
+    path = module.removeprefix(f"{PREFIX_UNET}_")
+    for pattern, start, first, steps in SGM_BLOCKS if path != module else ():
+        if match := re.match(pattern, path):
+            number = first + sum(int(text) * step for text, step in zip(match.groups(), steps, strict=True))
+            layer = path[match.end() :]
+            return f"{PREFIX_UNET}_{start.format(number)}{SGM_LAYERS.get(layer, layer)}"
+    return module
+
+
+def unet_targets(unet: Module) -> Iterator[Target]:
+    """Yield the targets of a U-Net under their names in files."""
+    renamed = sgm_name if has_sgm_names(unet) else str
+    for target in find_targets(unet, PREFIX_UNET, UNET_CONTAINERS + UNET_CONV_CONTAINERS):
+        yield target._replace(name=renamed(target.name))
+
+
 def text_encoder_targets(text_encoder: Module, prefix: str) -> Iterator[Target]:
     """Yield the targets of a CLIP text encoder under their canonical names.
 
@@ -309,6 +353,11 @@ class Blocks:
 
     The subclass in networks/block_weights.py has different ones.
     """
+
+    def for_unet(self, *, is_sgm: bool) -> Blocks:
+        """Return the same for SDXL's blocks or for those of others; raises ValueError for numbers that do not fit."""
+        del is_sgm
+        return self
 
     def rule(self, linear: Shape, conv: Shape) -> ShapeRule:
         """Return the rule for all targets; conv is the shape for 3x3 convolutions, whose rank may be 0."""
@@ -364,6 +413,10 @@ class LoraArgs:
     dropout: float | None = dataclasses.field(default=None, metadata=UNUSED)  # for other modules' --network_dropout
     blocks: Blocks = dataclasses.field(default_factory=Blocks)
 
+    def for_unet(self: AnyArgs, *, is_sgm: bool) -> AnyArgs:
+        """Return the same for SDXL's U-Net or for others; raises ValueError for numbers by block that do not fit."""
+        return dataclasses.replace(self, blocks=self.blocks.for_unet(is_sgm=is_sgm))
+
 
 def read_network_args(given: Mapping[str, Any], kind: type[AnyArgs]) -> AnyArgs:
     """Return the network_args as values of a kind; raises ValueError for an unknown key or a bad value."""
@@ -416,6 +469,7 @@ class LoRANetwork(nn.Module):
         super().__init__()
         self.multiplier = multiplier
         self.blocks, self.one_alpha = args.blocks, args.one_alpha
+        self._has_sgm_names = has_sgm_names(unet)
         self.set_loraplus_lr_ratio(
             args.loraplus_lr_ratio, args.loraplus_unet_lr_ratio, args.loraplus_text_encoder_lr_ratio
         )
@@ -435,7 +489,7 @@ class LoRANetwork(nn.Module):
         self._text_encoder_parts = [
             build(text_encoder_targets(encoder, prefix)) for encoder, prefix in zip(encoders, prefixes, strict=True)
         ]
-        self.unet_loras = build(find_targets(unet, PREFIX_UNET, UNET_CONTAINERS + UNET_CONV_CONTAINERS))
+        self.unet_loras = build(unet_targets(unet))
         for module in self.modules_in_order():
             self.add_module(module.lora_name, module)
 
@@ -452,10 +506,20 @@ class LoRANetwork(nn.Module):
 
     @classmethod
     def check_network_args(
-        cls, network_dim: int | None, network_args: Mapping[str, Any], *, from_file: bool = False
+        cls,
+        network_dim: int | None,
+        network_args: Mapping[str, Any],
+        *,
+        from_file: bool = False,
+        is_sgm: bool | None = None,
     ) -> None:
-        """Raise ValueError for network_args that create_network would refuse; a file's ranks are not known yet."""
-        cls.read_args(network_args, [] if from_file else [Shape(network_dim or DEFAULT_RANK, 1.0)])
+        """Raise ValueError for network_args that create_network would refuse; a file's ranks are not known yet.
+
+        is_sgm says whether they are for SDXL's U-Net, None that it is not known.
+        """
+        args = cls.read_args(network_args, [] if from_file else [Shape(network_dim or DEFAULT_RANK, 1.0)])
+        if is_sgm is not None:
+            args.for_unet(is_sgm=is_sgm)
 
     @classmethod
     def create_network(
@@ -475,7 +539,7 @@ class LoRANetwork(nn.Module):
         """
         del vae
         linear = Shape(network_dim or DEFAULT_RANK, 1.0 if network_alpha is None else network_alpha)
-        args = cls.read_args(network_args, [linear])
+        args = cls.read_args(network_args, [linear]).for_unet(is_sgm=has_sgm_names(unet))
         rule = args.blocks.rule(linear, Shape(args.conv_dim or 0, args.conv_alpha))
         return cls(text_encoder, unet, rule, args, multiplier=multiplier, neuron_dropout=neuron_dropout)
 
@@ -499,9 +563,10 @@ class LoRANetwork(nn.Module):
         """
         del vae, for_inference
         weights = read_weights(Path(file or "")) if weights_sd is None else weights_sd
-        weights = with_text_names(weights, 1 if isinstance(text_encoder, Module) else len(text_encoder or ()))
+        num_encoders = 1 if isinstance(text_encoder, Module) else len(text_encoder or ())
+        weights = with_own_names(weights, num_encoders, is_sgm=has_sgm_names(unet))
         shapes = shapes_in(weights)
-        args = cls.read_args(network_args, shapes.values())
+        args = cls.read_args(network_args, shapes.values()).for_unet(is_sgm=has_sgm_names(unet))
         args.blocks.check_from_file()
 
         def rule(target: Target) -> Shape | None:
@@ -604,7 +669,7 @@ class LoRANetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return the same with one learning rate for each text encoder; the last one is used for further encoders."""
         rates: Sequence[float | None] = text_encoder_lrs or [default_lr]
-        parts = [part for part in self._text_encoder_parts if part]
+        parts = self._text_encoder_parts
         named: list[tuple[str, Sequence[LoRAModule], float | None]]
         named = [("textencoder", self.text_encoder_loras, rates[0])]
         if len(rates) > 1 and len(parts) > 1:
@@ -716,7 +781,7 @@ class LoRANetwork(nn.Module):
         Alphas become those of the file; with one_alpha those of the network stay, and up matrices are scaled to match.
         Raises ValueError if nothing matches, or ranks differ; file is its name in the message.
         """
-        weights = with_text_names(weights, len(self._text_encoder_parts))
+        weights = with_own_names(weights, len(self._text_encoder_parts), is_sgm=self._has_sgm_names)
         own, given = {name.split(".")[0] for name in self.state_dict()}, {name.split(".")[0] for name in weights}
         if not own & given:
             raise ValueError(
@@ -803,18 +868,23 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def with_text_names(weights: Weights, num_encoders: int) -> dict[str, Tensor]:
-    """Return the tensors of a file with the canonical names of text encoders.
+def with_own_names(weights: Weights, num_encoders: int, *, is_sgm: bool) -> dict[str, Tensor]:
+    """Return the tensors of a file with the names of this file; is_sgm is for a U-Net with the names of checkpoints.
 
-    diffusers numbers a single encoder, too, and with transformers since 5.6 trainers omit `text_model`.
+    diffusers numbers a single encoder, too, and with transformers since 5.6 trainers omit `text_model`. Some trainers
+    name the U-Net of SDXL by the paths of diffusers. Raises ValueError for a file that has a tensor under two names.
     """
-
-    def canonical(name: str) -> str:
+    found: dict[str, str] = {}
+    for name in weights:
+        module, dot, rest = name.partition(".")
         if num_encoders == 1:
-            name = re.sub(rf"^{PREFIX_TEXT_ENCODER}1_", f"{PREFIX_TEXT_ENCODER}_", name)
-        return re.sub(rf"^({PREFIX_TEXT_ENCODER}\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", name)
-
-    return {canonical(name): tensor for name, tensor in weights.items()}
+            module = re.sub(rf"^{PREFIX_TEXT_ENCODER}1_", f"{PREFIX_TEXT_ENCODER}_", module)
+        module = re.sub(rf"^({PREFIX_TEXT_ENCODER}\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", module)
+        own = f"{sgm_name(module) if is_sgm else module}{dot}{rest}"
+        first = found.setdefault(own, name)
+        if first != name:
+            raise ValueError(f"the file has {own} twice ({first} and {name}): save one adapter")
+    return {own: weights[name] for own, name in found.items()}
 
 
 def advice(weights: Weights) -> str:

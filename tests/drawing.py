@@ -63,7 +63,7 @@ class Drawing:
         self.load = recipe.load_base
 
     def _remembered(self, files: BaseFiles, types: Types, *, copied: bool) -> BaseModel:
-        key = (files.checkpoint.path, files.vae.path, files.tokenizers, files.predicts_v, types)
+        key = (files.checkpoint.path, files.vae.path, files.tokenizers, files.predicts_v, files.zero_snr, types)
         if key not in LOADED:
             LOADED[key] = self.load(files, types)
         found = LOADED[key]
@@ -98,22 +98,28 @@ def pipe_of(
     family: str = "sd1",
     sampler: SamplerName = "ddim",
     predicts_v: bool = False,
+    zero_snr: bool = False,
     changed: bool = False,
     **more: Any,
 ) -> Any:
     """Return diffusers' own pipeline over tiny models, over copies where something is loaded into them."""
-    text = tiny.FAMILIES[family].text_models[0]
-    pipe = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(
-        vae=models["vae"],
-        text_encoder=copy.deepcopy(models["text_encoder"]) if changed else models["text_encoder"],
-        tokenizer=(load_clip_tokenizer if changed else known_tokenizer)(pad_token=text.pad_token),
-        unet=copy.deepcopy(models["unet"]) if changed else models["unet"],
-        scheduler=build_sampler(sampler, predicts_v=predicts_v),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **more,
+    rows = tiny.FAMILIES[family].text_models
+    copied = copy.deepcopy if changed else lambda module: module
+    tokenizer_of = load_clip_tokenizer if changed else known_tokenizer
+    parts: dict[str, Any] = {
+        "vae": models["vae"],
+        "unet": copied(models["unet"]),
+        "scheduler": build_sampler(sampler, predicts_v=predicts_v, zero_snr=zero_snr),
+    }
+    for row in rows:
+        parts[row.folder] = copied(models[row.folder])
+        parts[row.folder.replace("text_encoder", "tokenizer")] = tokenizer_of(pad_id=row.pad_id)
+    parts |= (
+        {"add_watermarker": False}
+        if family == "sdxl"
+        else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     )
+    pipe = getattr(diffusers, f"StableDiffusion{'XL' if family == 'sdxl' else ''}{kind}Pipeline")(**parts, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -22,6 +22,7 @@ CONFIG_FILES = {
     ),
     "UTF-16": ("network_dim = 4".encode("utf-16"), "c.toml is not UTF-8 text (probably UTF-16): save it as UTF-8"),
     "unknown key": ("[a]\nnetwrk_dim = 4", "c.toml: netwrk_dim is not known; did you mean network_dim?"),
+    "rate of 0 for one encoder": ("text_encoder_lr1 = 0.0", "c.toml: text_encoder_lr1 is not available: the rates of"),
     "retired": ("dataset_class = 'mine'", "c.toml: dataset_class is not available: a foreign dataset class"),
     "of another type": ("network_dim = 4.5", "c.toml: network_dim must be a whole number, got 4.5"),
     "a date": ("network_dim = 1979-05-27", "c.toml: network_dim must be a whole number, got datetime.date"),

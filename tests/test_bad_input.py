@@ -25,6 +25,12 @@ WORDS = {
     "two values": (["--output_name", "my", "model"], "unexpected argument 'model': put it after its option"),
     "no value": (["--seed"], "--seed: expected one argument"),
     "retired": (["--deepspeed"], "--deepspeed is not available: an adapter over a frozen base needs no sharding"),
+    "rate of one encoder": (
+        ["--text_encoder_lr1=1e-5"],
+        "--text_encoder_lr1 is not available: the rates of both text encoders are one option",
+        "--text_encoder_lr 1e-5 1e-5",
+    ),
+    "rates of blocks": (["--block_lr", "1,1"], "rates by block are --network_args down_lr_weight="),
     "config file to write": (["--output_config"], "--output_config needs --config_file"),
 }
 OPTIONS = {
@@ -70,9 +76,34 @@ OPTIONS = {
     "log file": ({"console_log_file": "train"}, "--console_log_file: train cannot be written (Is a directory)"),
     "tracker": ({"log_with": "tensorboard"}, "--log_with tensorboard needs --logging_dir"),
     "repository": ({"huggingface_repo_id": "name"}, "--huggingface_repo_id must be USER/NAME, got 'name'"),
+    "text cache": (
+        {"cache_text_encoder_outputs": True},
+        "outputs needs --network_train_unet_only: the outputs of text",
+    ),
+    "text cache on disk": (
+        {"cache_text_encoder_outputs_to_disk": True, "unet_lr": 1e-4},
+        "--cache_text_encoder_outputs needs --network_train_unet_only",
+    ),
+    "steps of SDXL": ({"bucket_reso_steps": 32}, "--bucket_reso_steps must be a multiple of 64 for SD 1.x, got 32"),
     "tokenizer": ({"tokenizer_cache_dir": "train"}, "--tokenizer_cache_dir: train has no vocab.json or tokenizer"),
 }
 AFTER_LOADING = ("step beyond the end", "layers beyond", "tokenizer")
+
+
+TWENTY_FIVE = ",".join("4" for _ in range(25))
+OPTIONS_OF_SDXL = {
+    "steps": ({"bucket_reso_steps": 48}, "--bucket_reso_steps must be a multiple of 32, got 48"),
+    "small steps": ({"bucket_reso_steps": 16}, "--bucket_reso_steps must be at least 32, got 16"),
+    "no rate": (
+        {"network_train_text_encoder_only": True, "text_encoder_lr": [0, 0]},
+        "nothing is trained: the learning rate of what is left is 0",
+    ),
+    "text cache for one encoder": (
+        {"cache_text_encoder_outputs": True, "text_encoder_lr": [0, "1e-5"]},
+        "--cache_text_encoder_outputs needs --network_train_unet_only",
+    ),
+    "blocks of SD 1.x": ({"network_args": [f"block_dims={TWENTY_FIVE}"]}, "block_dims must be", "23 for SDXL"),
+}
 
 
 @rows(WORDS)
@@ -84,6 +115,13 @@ def test_words_of_the_command_line(refused, case):
 def test_values_of_options(refused, name):
     given, *fragments = OPTIONS[name]
     refused(given, *fragments, loads=name in AFTER_LOADING)
+
+
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("name", OPTIONS_OF_SDXL)
+def test_values_of_options_for_sdxl(refused, name):
+    given, *fragments = OPTIONS_OF_SDXL[name]
+    refused(given, *fragments, loads=name.startswith("blocks"))
 
 
 def test_all_that_is_wrong_is_told_at_once(refused):

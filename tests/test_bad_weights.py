@@ -269,6 +269,55 @@ def test_checkpoints_that_are_not_whole(refused, tmp_path, checkpoint, case):
     refused({"base": as_file(tmp_path / "m.safetensors", change(checkpoint))}, "m.safetensors", *fragments, loads=True)
 
 
+@pytest.fixture(scope="session")
+def sdxl(model_store):
+    """Return the tensors of a tiny checkpoint of SDXL in fp16."""
+    state = tiny.original_state(model_store("sdxl")[0], "sdxl")
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+FIRST, SECOND = (f"{keys.TEXT_PREFIX_XL}embedders.{number}." for number in (0, 1))
+PROJECTION = f"{SECOND}model.text_projection"
+FUSED = f"{SECOND}model.transformer.resblocks.0.attn.in_proj_weight"
+INCOMPLETE_SDXL = {
+    "no first text encoder": (
+        without(FIRST),
+        "has no text encoder (nothing under conditioner.embedders.0",
+        "name a whole",
+    ),
+    "no second text encoder": (without(SECOND), "has no text encoder (nothing under conditioner.embedders.1"),
+    "no projection": (
+        without(PROJECTION),
+        "is incomplete: text_encoder_2/text_projection.weight is missing",
+        PROJECTION,
+    ),
+    "narrow projection": (
+        changed(PROJECTION, lambda t: t[:, :64].contiguous()),
+        "its text encoders make pooled outputs of width 64, its U-Net takes 128",
+    ),
+    "NaN in the projection": (changed(PROJECTION, poisoned), f"{PROJECTION} holds NaN or infinity"),
+    "two thirds of an attention": (changed(FUSED, lambda t: t[:256]), f"{FUSED} has the shape"),
+    "text encoder of another model": (
+        lambda state: (
+            state
+            | {name: state[name][:, :64].contiguous() for name in state if "attn2.to_k" in name or "attn2.to_v" in name}
+        ),
+        "its text encoders make states of width 192, its U-Net takes 64",
+    ),
+    "no sizes": (without(f"{keys.UNET_PREFIX}label_emb."), "label_emb.0.0.weight"),
+}
+
+
+@rows(INCOMPLETE_SDXL)
+def test_checkpoints_of_sdxl_that_are_not_whole(refused, tmp_path, sdxl, case):
+    change, *fragments = case
+    refused({"base": as_file(tmp_path / "m.safetensors", change(sdxl))}, "m.safetensors", *fragments, loads=True)
+
+
+def test_a_flag_of_another_family_for_sdxl(refused, model_store):
+    refused({"base": model_store("sdxl")[1]["fp16"], "v2": True}, "is an SDXL model: omit --v2")
+
+
 def test_nan_in_a_pickled_checkpoint(refused, tmp_path, checkpoint):
     path = as_file(tmp_path / "m.ckpt", changed(TO_Q, poisoned)(checkpoint))
     refused({"base": path}, f"m.ckpt: {TO_Q} holds NaN or infinity", loads=True)

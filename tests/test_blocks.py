@@ -16,7 +16,7 @@ from library.adapters.layers import block_of, layers_by_name
 from library.errors import UserError
 from library.models.family import FAMILIES
 from library.training.charts.block_chart import BlockRow, count_blocks
-from networks import block_weights, lora
+from networks import lora
 from networks.block_weights import name_blocks, read_lr_weights, read_plan
 
 # Modules of each block of SD 1.x and 2.x: LierLa, C3Lier.
@@ -74,7 +74,7 @@ def ranks_by_block(network, *, large=False):
 @pytest.mark.parametrize("conv", [False, True])
 def test_every_module_is_in_the_block_that_the_table_says(models, conv):
     network = network_of(models, **({"conv_dim": "4"} if conv else {}))
-    rows = count_blocks(network.describe_unet())
+    rows = count_blocks(network.describe_unet(), SD)
     assert [row.count for row in rows] == [COUNTS[index][conv] for index in range(25)]
     assert SD.count == 25
 
@@ -104,8 +104,9 @@ def test_a_module_that_is_in_no_block_is_no_module_of_the_last_one():
 # ---- weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [12, 9])
-def test_presets_are_their_formulas(count):
+@pytest.mark.parametrize("table", [SD, SDXL], ids=["sd", "sdxl"])
+def test_presets_are_their_formulas(table):
+    count = table.lr_parts[0]
     last = count - 1
     sine = [math.sin(math.pi / 2 * i / last) for i in range(count)]
     linear = [i / last for i in range(count)]
@@ -119,25 +120,36 @@ def test_presets_are_their_formulas(count):
         "linear+-0.5": [value - 0.5 for value in linear],
     }
     for text, values in expected.items():
-        assert read_lr_weights("down_lr_weight", text, count) == pytest.approx(values)
-    assert read_lr_weights("up_lr_weight", "1,,2" + ",0" * (count - 3), count)[:3] == [1.0, 0.0, 2.0]
+        assert read_lr_weights("down_lr_weight", text, [table])[count] == pytest.approx(values)
+    assert read_lr_weights("up_lr_weight", "1,,2" + ",0" * (count - 3), [table])[count][:3] == [1.0, 0.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"down_lr_weight": "0.5"}, "down_lr_weight must be 12 numbers separated by commas, or one of sine, .*, got 1"),
+        (
+            {"down_lr_weight": "0.5"},
+            "down_lr_weight must be numbers, separated by commas: 12 for SD 1.x and 2.x, 9 for SDXL; or one of sine, .*"
+            " got 1: '0.5'",
+        ),
         ({"up_lr_weight": "1," * 12}, "got 13"),
         ({"down_lr_weight": "sinus"}, "or one of sine, cosine, linear, reverse_linear, zeros, .*got 'sinus'"),
         ({"down_lr_weight": "sine+x"}, "the offset of 'sine.x' must be a number, as in sine"),
-        ({"mid_lr_weight": "1,2"}, "mid_lr_weight must be 1 number, got 2"),
-        ({"mid_lr_weight": "sine"}, "mid_lr_weight must be 1 number, got 'sine'"),
+        ({"mid_lr_weight": "1,2"}, "mid_lr_weight must be .*: 1 for SD 1.x and 2.x, 3 for SDXL; got 2: '1,2'"),
+        ({"mid_lr_weight": "sine"}, "mid_lr_weight must be .*, 3 for SDXL; got 'sine'"),
         ({"block_lr_zero_threshold": "0.1"}, "block_lr_zero_threshold needs down_lr_weight"),
         ({"block_lr_zero_threshold": "x", "mid_lr_weight": "1"}, "block_lr_zero_threshold must be a number, got 'x'"),
-        ({"block_dims": "4,4"}, "block_dims must be 25 whole numbers, none negative, .*got 2"),
-        ({"block_dims": "4.5" + ",4" * 24}, "block_dims must be 25 whole numbers"),
-        ({"block_dims": "-1" + ",4" * 24}, "block_dims must be 25 whole numbers, none negative"),
-        ({"block_alphas": "nan" + ",4" * 24}, "block_alphas must be 25 numbers, none negative"),
+        (
+            {"block_dims": "4,4"},
+            "block_dims must be whole numbers, none negative, .*: 25 for SD 1.x and 2.x, 23 for SDXL; got 2: '4,4'",
+        ),
+        ({"block_dims": "4.5" + ",4" * 24}, "block_dims must be whole numbers"),
+        ({"block_dims": "-1" + ",4" * 24}, "block_dims must be whole numbers, none negative"),
+        ({"block_alphas": "nan" + ",4" * 24}, "block_alphas must be numbers, none negative"),
+        (
+            {"block_dims": DIMS, "mid_lr_weight": "1,1,1", "up_lr_weight": "sine"},
+            "the blocks of one model are needed, got mid_lr_weight for SDXL, block_dims for SD 1.x and 2.x$",
+        ),
         ({"block_dims": "0" + ",0" * 24}, "every block has weight or rank 0"),
         (
             {"down_lr_weight": "zeros", "mid_lr_weight": "0", "up_lr_weight": "zeros"},
@@ -154,11 +166,11 @@ def test_what_cannot_be_read_is_told_with_the_form_that_can(arguments, message):
 
 def test_left_out_parts_weigh_1_and_small_weights_become_0():
     without_mid = {key: text for key, text in BY_PRESET.items() if key != "mid_lr_weight"}
-    weights = block_weights.lr_weights(without_mid | {"block_lr_zero_threshold": "0.6"}, SD)
+    weights = read_plan(without_mid | {"block_lr_zero_threshold": "0.6"}, None).weights
     assert weights[12] == 1.0
     assert weights[0] == 0.0  # 0.5
     assert weights[1] == pytest.approx(0.5 + math.sin(math.pi / 2 / 11))
-    assert block_weights.lr_weights({"up_lr_weight": "-1" + ",1" * 11}, SD) == [1.0] * 13 + [0.0] + [1.0] * 11
+    assert read_plan({"up_lr_weight": "-1" + ",1" * 11}, None).weights == [1.0] * 13 + [0.0] + [1.0] * 11
 
 
 # ---- networks -----------------------------------------------------------------------------------------------
@@ -196,7 +208,7 @@ def test_a_block_of_weight_or_rank_0_has_no_modules(models):
 def test_each_rate_is_one_group_with_the_names_of_its_blocks(models, given):
     network = network_of(models, **given)
     groups, names = network.prepare_optimizer_params(1e-4, 1e-3, 1e-5)
-    weights = block_weights.lr_weights(given, SD)
+    weights = read_plan(given, None).weights
     assert names[0] == "textencoder"
     rates = [group["lr"] for group in groups[1:]]
     assert len(set(rates)) == len(rates)
@@ -247,7 +259,7 @@ def test_the_examples_train_from_the_command_line_and_from_a_file(base, pictures
     assert {key: written[key] for key in given} == given
     lines = (tmp_path / "a" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = {key: value for key, value in json.loads(lines[0]).items() if key.startswith("lr/unet")}
-    assert len(rates) == len({w for i, w in enumerate(block_weights.lr_weights(given, SD)) if COUNTS[i][0] and w > 0})
+    assert len(rates) == len({w for i, w in enumerate(read_plan(given, None).weights) if COUNTS[i][0] and w > 0})
 
 
 def test_a_block_of_double_rate_goes_double_as_far(base, pictures, tmp_path):
@@ -272,7 +284,7 @@ def test_a_wrong_count_ends_the_run_before_the_model_is_loaded(base, pictures, t
     from library.training import recipe
 
     monkeypatch.setattr(recipe, "open_base", lambda *args, **more: pytest.fail("the model was loaded"))
-    with pytest.raises(UserError, match="block_dims must be 25 whole numbers"):
+    with pytest.raises(UserError, match="block_dims must be whole numbers"):
         train_network.main(options(base, pictures, tmp_path, network_args=["block_dims=2,4"]))
 
 

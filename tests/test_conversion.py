@@ -17,7 +17,8 @@ from library.adapters.layers import layers_of
 from library.errors import UserError
 from library.models import building, layout
 from library.models.base import text_body
-from library.models.checkpoint import EXTRAS_FILE, V_BIAS
+from library.models.checkpoint import EXTRAS_FILE
+from library.models.prediction import V_BIAS
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SD2_BLOCKS = "cond_stage_model.model.transformer.resblocks."

@@ -197,7 +197,7 @@ def test_mistakes_are_told_and_leave_nothing(store, tmp_path, argv, text):
     paths |= {"inside": model.folder / "vae" / "diffusion_pytorch_model.safetensors", "full": model.made_folder}
     changed = {
         "lora": lambda: {"lora_unet_a.lora_down.weight": torch.ones(1, 1)},
-        "refiner": lambda: {"conditioner.embedders.0.model.ln_final.weight": torch.ones(1)},
+        "refiner": lambda: {"conditioner.embedders.0.model.ln_final.weight": torch.ones(1280)},
         "depth": lambda: (
             read(model.checkpoint) | {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(32, 5, 3, 3)}
         ),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tensors import assert_same, metadata, read_folder
 
 from library.errors import UserError
-from library.models import building, conversion, keys, layout
+from library.models import building, conversion, keys, kinds, layout
 from library.models import family as families
 from library.models.checkpoint import EXTRAS_FILE, WHOLE, Checkpoint, PlannedPart, open_checkpoint, split_name
 from library.models.completeness import check_result, whole_plan
@@ -322,7 +322,7 @@ def test_the_pipelines_of_models_with_more_inputs():
 
     for family in families.FAMILIES:
         for channels in (4, 8, 9):
-            assert hasattr(diffusers, families.pipeline_name(family, channels, Path("a")))
+            assert hasattr(diffusers, kinds.pipeline_name(family, channels, Path("a")))
 
 
 @pytest.mark.parametrize(

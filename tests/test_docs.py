@@ -28,7 +28,9 @@ FENCE = re.compile(r"(?ms)^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$")
 FLAG = re.compile(r"--([A-Za-z]\w*)")
 # Options in the text that belong to accelerate, torchrun, argparse, and to the lines of prompt files.
 FOREIGN = {"num_cpu_threads_per_process", "multi_gpu", "num_processes", "nproc_per_node", "help"}
-PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "t", "am", "f", "g", "ctr", "rcfg", "fs", "cn"}
+PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "t", "am", "f", "g", "ctr", "rcfg", "fs", "cn"} | {
+    *("ow", "oh", "nw", "nh", "ct", "cl")
+}
 
 
 def load_tables():
@@ -97,7 +99,9 @@ def test_commands_of_all_scripts_are_read_by_their_parsers(page, only_parsed):
     """Every option in a command of a page is one of its script, and every value is of its kind."""
     for text in blocks(page, "bash") + blocks(page, "bat"):
         for line in re.sub(r"[\\^]\n", " ", text).splitlines():
-            match = re.search(r"((?:(?:networks|tools|finetune)[/\\])\w+|gen_img_diffusers)\.py(.*)", line)
+            match = re.search(
+                r"((?:(?:networks|tools|finetune)[/\\])\w+|gen_img_diffusers|gen_img|sdxl_gen_img)\.py(.*)", line
+            )
             if match is None:
                 continue
             module = importlib.import_module(re.sub(r"[/\\]", ".", match[1]))

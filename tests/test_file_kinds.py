@@ -396,7 +396,8 @@ def test_textual_inversions_of_the_first_kind_are_read(tmp_path):
     vectors = torch.randn(2, 8)
     table = torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)})
     torch.save({"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}, tmp_path / "word.pt")
-    assert torch.equal(embeddings_of(tmp_path / "word.pt")["word"], vectors)
+    (found,) = embeddings_of(tmp_path / "word.pt")["word"]
+    assert torch.equal(found, vectors)
 
 
 class Nested:

@@ -219,8 +219,8 @@ def test_a_line_of_a_prompt_file_is_read_or_refused(line):
         return
     for name, annotation in typing.get_type_hints(Prompt).items():
         assert has_type(getattr(prompt, name), annotation), name
-    assert prompt.width % 8 == prompt.height % 8 == 0
-    assert 64 <= min(prompt.width, prompt.height) <= max(prompt.width, prompt.height) <= 16384
+    for side in (prompt.width, prompt.height):
+        assert side is None or (side % 8 == 0 and 64 <= side <= 16384)
     assert 1 <= prompt.steps <= 1000
     assert math.isfinite(prompt.scale)
 

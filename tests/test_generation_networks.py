@@ -126,7 +126,7 @@ def test_a_file_in_diffusers_names_is_read(draw, model_store, tmp_path):
 
 def test_a_loha_of_lycoris_is_drawn_as_lycoris_applies_it(draw, model_store, tmp_path, caplog):
     lycoris = pytest.importorskip("lycoris.kohya")
-    from library.networks.modules import CanonicalTextEncoder
+    from library.networks.views import CanonicalTextEncoder
 
     models, _ = model_store("sd1")
     pipe = pipe_of(models, changed=True)

@@ -49,6 +49,8 @@ ONLY_IN = {
 NO_TORCH_AT_THE_TOP = [
     "train_network.py",
     "gen_img_diffusers.py",
+    "gen_img.py",
+    "sdxl_gen_img.py",
     "library/config",
     "library/generation/checks.py",
     "library/generation/requests.py",
@@ -59,8 +61,8 @@ NO_TORCH_AT_THE_TOP = [
 
 
 def modules():
-    yield ROOT / "train_network.py"
-    yield ROOT / "gen_img_diffusers.py"
+    for name in ("train_network", "sdxl_train_network", "gen_img_diffusers", "gen_img", "sdxl_gen_img"):
+        yield ROOT / f"{name}.py"
     for folder in ("library", "networks", "tools", "finetune"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 

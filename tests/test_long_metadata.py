@@ -19,7 +19,7 @@ from scripts import call
 
 from library import safetensors_io
 from library.errors import UserError
-from library.networks.trainable import TrainableNetwork
+from library.networks.trainable import TrainableNetwork, Trained
 from library.weight_file import check_name, open_weights, write_weights
 from networks import convert_lora, extract_lora_from_dylora, lora, merge_lora, resize_lora, svd_merge_lora
 from tools import convert_diffusers20_original_sd, merge_models, show_metadata
@@ -200,7 +200,7 @@ class Foreign(torch.nn.Module):
 def test_networks_of_third_parties_are_saved(tmp_path):
     foreign: Any = Foreign()
     absent: Any = None
-    network = TrainableNetwork(foreign, absent, absent, absent, trains_text_encoder=True, trains_unet=True)
+    network = TrainableNetwork(foreign, absent, absent, Trained((True,), True))
     network.save(tmp_path / "x.safetensors", None, {"ss_tag_frequency": "x" * 101_000_000, "ss_v2": "False"})
     assert metadata_of(tmp_path / "x.safetensors") == {"ss_v2": "False"}
 

@@ -26,7 +26,8 @@ from library.models.base import find_base, load_base
 from library.models.precision import types_of
 from library.networks.applied import apply_file, attached
 from library.networks.merging import merge_file
-from library.networks.modules import CanonicalTextEncoder, find_module
+from library.networks.modules import find_module
+from library.networks.views import CanonicalTextEncoder, models_for
 
 CPU = torch.device("cpu")
 LYCORIS = ["--network_module", "lycoris.kohya", "--network_weights"]
@@ -92,7 +93,7 @@ def make(lycoris: Any, models: Any, path: Path, alpha: float, **arguments: Any) 
 @pytest.fixture
 def base(model_store):
     path = model_store("sd1")[1]["folder"]
-    return load_base(find_base(ModelConfig(pretrained_model_name_or_path=str(path))), types_of("no", half_vae=False))
+    return load_base(find_base(ModelConfig(pretrained_model_name_or_path=str(path))), types_of("no", no_half_vae=True))
 
 
 def module_of(name: str = "lycoris.kohya", **arguments: str) -> Any:
@@ -455,7 +456,7 @@ def test_embeddings_in_a_network_file_are_words(draw, two, tmp_path, caplog):
     lora = load_file(two[0][0])
     bundled = {"bundle_emb.zqx.string_to_param.*": vectors["zqx"], "bundle_emb.zqy.clip_l": vectors["zqy"]}
     path = write(tmp_path / "a.safetensors", lora | bundled | {"bundle_emb.zqy.clip_g": torch.ones(1, 128)})
-    assert {word: found.shape[0] for word, found in embeddings_of(path).items()} == {"zqx": 2, "zqy": 1}
+    assert {word: len(found[0]) for word, found in embeddings_of(path).items()} == {"zqx": 2, "zqy": 1}
     network = ["--network_module", "networks.lora", "--network_weights", path]
     prompt = ["--prompt", "a zqx cat zqy"]
     with caplog.at_level("WARNING"):
@@ -507,7 +508,7 @@ def test_a_network_that_fails_leaves_the_models_as_they_were(base):
     unet.conv_in.forward = before = unet.conv_in.forward  # as another network does
     weight, network = unet.conv_out.weight, cast("Any", Failing())
     with pytest.raises(RuntimeError, match="a layer is missing"):
-        attached(network, base.text_modules[0], unet)
+        attached(network, models_for(base, is_foreign=True))
     assert unet.conv_out.weight is weight
     assert "forward" not in vars(unet.conv_out)
     assert vars(unet.conv_in)["forward"] is before

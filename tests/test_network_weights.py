@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import train_network
 from library.errors import UserError
-from library.networks.third_party import canonical_names
+from library.networks.views import with_canonical_names
 from library.weight_file import read_weights
 from networks import lora
 
@@ -137,9 +137,8 @@ def test_both_rules_for_the_names_of_text_encoders_are_one():
     """networks/lora.py stands alone, so it has the rule, too."""
     modules = [f"lora_te{number}_{middle}{rest}.alpha" for number in ("", "1", "2") for middle in ("", "text_model_")
                for rest in ("encoder_layers_0_mlp_fc1", "final_layer_norm", "embeddings")]  # fmt: skip
-    one = torch.nn.Linear(1, 1)
-    two: list[torch.nn.Module] = [one, torch.nn.Linear(1, 1)]
     for name in [*modules, "lora_unet_conv_in.alpha"]:
         weights = {name: torch.ones(())}
-        assert list(lora.with_text_names(weights, 1)) == list(canonical_names(weights, one))
-        assert list(lora.with_text_names(weights, 2)) == list(canonical_names(weights, two))
+        for number in (1, 2):
+            ours = lora.with_own_names(weights, number, is_sgm=False)
+            assert list(ours) == list(with_canonical_names(weights, None, is_alone=number == 1, unet={}))

@@ -136,9 +136,24 @@ def test_mistakes_on_the_command_line_are_told(argv, message):
 
 
 def test_options_that_change_nothing_are_ignored_with_a_warning(caplog):
-    config = read("--lowram", "--ddp_timeout", "30", "--network_dim", "4")
+    given = [
+        "--lowram",
+        "--ddp_timeout=30",
+        "--fused_backward_pass",
+        "--fused_optimizer_groups=7",
+        "--diffusers_xformers",
+    ]
+    config = read(*given, "--train_text_encoder", "--disable_mmap_load_safetensors", "--network_dim=4")
     assert config.network.network_dim == 4
-    assert [record.message.split(" ")[0] for record in caplog.records] == ["--lowram", "--ddp_timeout"]
+    assert [record.message.partition(" is ignored: ")[0] for record in caplog.records] == [
+        *(name.partition("=")[0] for name in given),
+        "--train_text_encoder",
+        "--disable_mmap_load_safetensors",
+    ]
+
+
+def test_abbreviations_never_mean_options_of_other_scripts():
+    assert read("--learning", "0.5").optimizer.learning_rate == 0.5
 
 
 def test_the_record_of_a_run_repeats_it(tmp_path):
@@ -175,9 +190,17 @@ def test_help_names_every_option_with_its_meaning():
 def test_implied_options_are_set_once_and_said(base_argv, caplog):
     caplog.set_level("INFO")
     config = parse_train_config(
-        [*base_argv, "--cache_latents_to_disk", "--use_8bit_adam", "--sample_every_n_steps", "0"], Problems()
+        [
+            *base_argv,
+            "--cache_latents_to_disk",
+            "--cache_text_encoder_outputs_to_disk",
+            "--use_8bit_adam",
+            "--sample_every_n_steps=0",
+        ],
+        Problems(),
     )
     assert config.precision.cache_latents
+    assert config.precision.cache_text_encoder_outputs
     assert config.optimizer.optimizer_type == "AdamW8bit"
     assert config.preview.sample_every_n_steps is None
     assert "--cache_latents is set to True" in caplog.text
@@ -299,22 +322,26 @@ BAD = [
         "num_repeats must be a whole number, got 'many'",
     ),
     ({"datasets": [{"subsets": [{"image_dir": "x"}]}]}, "resolution is missing"),
+    (
+        {"datasets": [{"resolution": 500, "subsets": [{"image_dir": "x"}]}]},
+        "datasets[0].resolution must be a multiple of 8 without buckets, got (500, 500)",
+    ),
     ({"datasets": [{"resolution": 512, "subsets": [{"image_dir": "x", "is_reg": True}]}]}, "no subset to train on"),
     (
         {"datasets": [{"resolution": 128, "enable_bucket": True, "subsets": [{"image_dir": "x"}]}]},
-        "min_bucket_reso 256 is more than",
+        "datasets[0].min_bucket_reso 256 is more than",
     ),
     (
-        {"datasets": [{"resolution": 2048, "enable_bucket": True, "subsets": [{"image_dir": "x"}]}]},
+        {"datasets": [{"resolution": [512, 1536], "enable_bucket": True, "subsets": [{"image_dir": "x"}]}]},
         "max_bucket_reso 1024 is less than",
     ),
     (
         {
             "datasets": [
-                {"resolution": 512, "enable_bucket": True, "bucket_reso_steps": 96, "subsets": [{"image_dir": "x"}]}
+                {"resolution": 512, "enable_bucket": True, "bucket_reso_steps": 48, "subsets": [{"image_dir": "x"}]}
             ]
         },
-        "must be a multiple of 64, got 96",
+        "datasets[0].bucket_reso_steps must be a multiple of 32, got 48",
     ),
     (
         {

@@ -120,7 +120,7 @@ def test_processes_that_the_machine_cannot_join_are_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # one that accelerate does not join, as MPS
     monkeypatch.setattr(runtime, "check_devices", lambda launch: None)
     with pytest.raises(UserError, match="2 processes were started, but they cannot work together on cpu"):
-        runtime.start_runtime(PrecisionConfig(), LoggingConfig())
+        runtime.start_runtime(PrecisionConfig(), LoggingConfig(), vae_overflows=False)
 
 
 # ---- the lock of an output name -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tensors import assert_same, metadata
 import networks.lora
 from library import logs
 from library.errors import UserError
-from library.networks.modules import CanonicalTextEncoder
+from library.networks.views import CanonicalTextEncoder
 from library.training.prepare import placing
 
 LYCORIS = {"network_module": "lycoris.kohya"}

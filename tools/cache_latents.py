@@ -49,10 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from library.models.base import find_base, load_vae
     from library.models.latent_encoder import LatentEncoder
     from library.training.prepare.caches import cache_latents
+    from library.training.prepare.checks import check_sides
     from library.training.run.runtime import start_runtime
 
     files = find_base(config.model)
-    runtime = start_runtime(config.precision, config.logs)
+    check_sides(datasets, files.checkpoint.family, problems)
+    problems.raise_if_any()
+    runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
     cache_latents(config.precision, datasets, encoder, runtime)
     return 0

@@ -196,10 +196,11 @@ def write_checkpoint(config: ConvertConfig, model: Checkpoint) -> None:
     from library.models.completeness import check_result
 
     path = config.files.model_to_save
-    plan, whole = conversion.plan_of_file(model)
+    v_prediction = said_prediction(config, model)
+    plan, whole = conversion.plan_of_file(model, v_prediction=bool(v_prediction))
     infos = layout.planned_infos(plan, model, written_type(config.saving))
     kept = conversion.kept_beside(model, whole, infos, path)
-    metadata = own_metadata(model) | kept.metadata() | checkpoint_metadata(config, model)
+    metadata = own_metadata(model) | kept.metadata() | checkpoint_metadata(config, model, v_prediction=v_prediction)
     check_result(conversion.planned_file(path, infos, metadata), model, whole)
     write_file(config.saving, model, layout.Content(plan, infos), path, metadata)
 
@@ -212,10 +213,20 @@ def own_metadata(model: Checkpoint) -> dict[str, str]:
     return {key: text for key, text in model.metadata.items() if key not in own}
 
 
-def checkpoint_metadata(config: ConvertConfig, model: Checkpoint) -> dict[str, str]:
-    """Return what is added to the metadata of a checkpoint: its architecture, unless it has one, and --metadata."""
+def said_prediction(config: ConvertConfig, model: Checkpoint) -> bool | None:
+    """Return whether a model predicts v as the option or its files say; None if they do not."""
+    from library.models.prediction import prediction_of
+
+    found = prediction_of(model)
+    return config.model.v_parameterization or (found.predicts_v if found.is_sure else None)
+
+
+def checkpoint_metadata(config: ConvertConfig, model: Checkpoint, *, v_prediction: bool | None) -> dict[str, str]:
+    """Return what is added to the metadata of a checkpoint: its architecture, unless it has one, and --metadata.
+
+    v_prediction: whether it predicts v; None if nothing says so.
+    """
     added = {}
-    v_prediction = config.model.v_parameterization or model.predicts_v
     if v_prediction is not None and "modelspec.prediction_type" not in model.metadata:
         added["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
     if "modelspec.architecture" not in model.metadata:
@@ -230,6 +241,7 @@ def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
     from library.models import conversion, layout
     from library.models.checkpoint import EXTRAS, EXTRAS_FILE, UNET, file_stems, split_name
     from library.models.completeness import check_result, whole_plan
+    from library.models.prediction import prediction_of
     from library.models.surroundings import write_surroundings
 
     whole = whole_plan(model)
@@ -245,7 +257,9 @@ def write_folder(config: ConvertConfig, model: Checkpoint) -> None:
             copy_others(model, folder, shards=False)  # shards become one file
         else:
             tokens = conversion.tokens_of(model, whole)
-            write_surroundings(folder, model, tokens=tokens, v_prediction=v_prediction_of(config, model))
+            v_prediction = v_prediction_of(config, model)
+            zero_snr = v_prediction and prediction_of(model).zero_snr
+            write_surroundings(folder, model, tokens=tokens, v_prediction=v_prediction, zero_snr=zero_snr)
         check_result(conversion.planned_folder(folder, infos), model, whole)
         for part in dict.fromkeys(split_name(name)[0] for name in plan):
             start = f"{part}/"
@@ -270,11 +284,11 @@ def copy_reference(source: Path, folder: Path) -> None:
 
 def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     """Return whether the scheduler records that the model predicts v; if the options do not say so, log it."""
-    from library.models.checkpoint import guess_prediction
+    from library.models.prediction import prediction_of
 
     if config.model.v_parameterization:
         return True
-    found = guess_prediction(model)
+    found = prediction_of(model).predicts_v
     if found is not None:
         logger.info(
             "scheduler: the model predicts %s, as far as its file shows; if it predicts v, give --v_parameterization",

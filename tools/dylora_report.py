@@ -219,7 +219,8 @@ def check_with_torch(job: Job) -> BaseFiles:
     problems.run(check_network, job.training.network)
     problems.run(check_folder, "save_to", job.config.name.parent)
     sampler = job.config.measure.sample_sampler
-    return check_base(problems, job.training.model, job.training.loss, job.prompts, sampler)
+    training = job.training
+    return check_base(problems, training.model, training.loss, job.datasets, prompts=job.prompts, sampler=sampler)
 
 
 def log_plan(job: Job) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from library.adapters.layers import block_of
+from library.models import family as families
+from library.models.family import ModelFamily
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +41,9 @@ class BlockTable:
 
 SD = BlockTable("SD 1.x and 2.x", lr_parts=(12, 1, 12), edge=0)
 SDXL = BlockTable("SDXL", lr_parts=(9, 3, 9), edge=1)
+BY_FAMILY = {families.SD1: SD, families.SD2: SD, families.SDXL: SDXL}
+
+
+def table_of(family: ModelFamily) -> BlockTable:
+    """Return the blocks of the U-Net of a family."""
+    return BY_FAMILY[family]

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from library.models import keys
 from library.models.checkpoint import UNET, Checkpoint
-from library.models.family import SDXL, ModelFamily
+from library.models.family import ModelFamily
 from library.models.layout import TEXT_ROOT, Layout, Place, unet_rule
 
 UNET_WORD = "lora_unet_"
@@ -168,7 +168,8 @@ def _unet_paths(num_blocks: int, inside: Inside) -> Iterator[str]:
 
 def module_name(layer: Layer, family: ModelFamily) -> str:
     """Return the name in files of the suite and of sd-scripts."""
-    return _checkpoint_word(layer, family) if family is SDXL and layer.part == UNET else diffusers_word(layer, family)
+    by_checkpoint = family.has_checkpoint_paths and layer.part == UNET
+    return _checkpoint_word(layer, family) if by_checkpoint else diffusers_word(layer, family)
 
 
 def diffusers_word(layer: Layer, family: ModelFamily) -> str:

@@ -143,7 +143,7 @@ def with_whole_names(
     """
     named = [entry for entry in options.values() if not entry.spec.positional]
     names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
-    names += [*retired, "help"]
+    names += [*(name for name, row in retired.items() if not row.elsewhere), "help"]
     return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from library.config.options import for_all, for_datasets, for_subsets, option
 from library.config.values import parse_extension, parse_range, parse_resolution, parse_separator
 
+MEGAPIXEL = 1_000_000
 BUCKETS = ("enable_bucket",)
 NOT_ENLARGED = ("bucket_no_upscale",)
 BY_TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
@@ -56,11 +57,18 @@ class DatasetOptions:
     min_bucket_reso: int = for_datasets(
         256, "shortest side of a bucket in pixels", minimum=64, only_with=BUCKETS, not_with=NOT_ENLARGED
     )
-    max_bucket_reso: int = for_datasets(
-        1024, "longest side of a bucket in pixels", minimum=64, only_with=BUCKETS, not_with=NOT_ENLARGED
+    max_bucket_reso: int | None = for_datasets(
+        None,
+        "longest side of a bucket in pixels; unset: 2048 if the resolution has a megapixel or more, else 1024",
+        minimum=64,
+        only_with=BUCKETS,
+        not_with=NOT_ENLARGED,
     )
     bucket_reso_steps: int = for_datasets(
-        64, "sides of buckets are multiples of this; itself a multiple of 64", minimum=64, only_with=BUCKETS
+        64,
+        "sides of buckets are multiples of this; itself a multiple of 64, or for SDXL of 32",
+        minimum=32,
+        only_with=BUCKETS,
     )
     bucket_no_upscale: bool = for_datasets(False, "never enlarge a picture to fill its bucket", only_with=BUCKETS)
     validation_seed: int | None = for_datasets(
@@ -75,6 +83,16 @@ class DatasetOptions:
         """The resolution as (width, height); `library.config.dataset_file` requires one of each dataset."""
         assert self.resolution is not None
         return self.resolution
+
+    @property
+    def longest_side(self) -> int:
+        """Longest side of a bucket in pixels.
+
+        Unset it grows with the resolution: at 1024x1024 and 1024, every bucket but the square one would be smaller.
+        """
+        if self.max_bucket_reso is not None:
+            return self.max_bucket_reso
+        return 2048 if self.size[0] * self.size[1] >= MEGAPIXEL else 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,3 +189,4 @@ class DatasetConfig:
 
     options: DatasetOptions
     subsets: tuple[SubsetOptions, ...]
+    place: str = ""  # in the dataset file, for messages; empty if the options are the command line's

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from library.config import toml_text
-from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.dataset import MEGAPIXEL, DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.options import Option, nearest, section_options
+from library.config.values import LATENT_SCALE
 from library.errors import Problems, UserError, shown
 
 logger = logging.getLogger(__name__)
+
+LEAST_STEP = 32  # of bucket_reso_steps, in pixels: of the families that take the smallest
 
 # Keys of sd-scripts that have no effect.
 IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}
@@ -42,7 +45,7 @@ def read_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
     else:
         datasets = [DatasetConfig(options=dataset, subsets=tuple(folder_subsets(data, subset)))]
     for found in datasets:
-        check_dataset(found.options, problems)
+        check_dataset(found.options, found.place, problems)
     problems.raise_if_any()
     datasets = [dataclasses.replace(found, subsets=_usable_subsets(found.subsets)) for found in datasets]
     datasets = [found for found in datasets if found.subsets]
@@ -116,7 +119,7 @@ def _read_dataset(
             subsets.append(dataclasses.replace(subset, **values))
         elif not {"image_dir", "metadata_file"} & set(table):  # else it was there, and could not be read
             problems.add(f"{where}.image_dir is missing: the folder of the pictures")
-    return DatasetConfig(options=options, subsets=tuple(subsets))
+    return DatasetConfig(options=options, subsets=tuple(subsets), place=place)
 
 
 def _read_keys(table: Mapping[str, Any], level: str, place: str, problems: Problems) -> dict[str, Any]:
@@ -212,8 +215,8 @@ def _usable_subsets(subsets: tuple[SubsetOptions, ...]) -> tuple[SubsetOptions, 
     return tuple(usable)
 
 
-def check_dataset(options: DatasetOptions, problems: Problems) -> None:
-    """Add wrong resolutions and bucket sizes of a dataset to problems."""
+def check_dataset(options: DatasetOptions, place: str, problems: Problems) -> None:
+    """Add wrong resolutions and bucket sizes of a dataset to problems; place is that of its `DatasetConfig`."""
     if options.network_multiplier != 1.0:
         logger.warning(
             "network_multiplier %g has no effect, as in sd-scripts: the loss is measured at full strength",
@@ -222,21 +225,38 @@ def check_dataset(options: DatasetOptions, problems: Problems) -> None:
     if options.resolution is None:
         problems.add("resolution is missing: give it in [general], [[datasets]] or as --resolution")
     elif options.enable_bucket:
-        _check_buckets(options, problems)
-    elif options.resolution[0] % 8 or options.resolution[1] % 8:
-        problems.add(f"resolution must be a multiple of 8 without buckets, got {options.resolution}")
+        _check_buckets(options, place, problems)
+    elif options.resolution[0] % LATENT_SCALE or options.resolution[1] % LATENT_SCALE:
+        label, size = _label("resolution", place), options.resolution
+        problems.add(f"{label} must be a multiple of {LATENT_SCALE} without buckets, got {size}")
 
 
-def _check_buckets(options: DatasetOptions, problems: Problems) -> None:
-    shortest, longest = min(options.size), max(options.size)
-    if options.bucket_reso_steps % 64:
-        problems.add(f"bucket_reso_steps must be a multiple of 64, got {options.bucket_reso_steps}")
-    if options.bucket_reso_steps**2 > shortest * longest:
-        step = options.bucket_reso_steps
-        problems.add(f"bucket_reso_steps {step} leaves no bucket in {shortest}x{longest}; lower it")
+def check_bucket_steps(options: DatasetOptions, place: str, step: int, models: str, problems: Problems) -> None:
+    """Add to problems sides of buckets that some models do not take, which need multiples of a step in pixels."""
+    if options.enable_bucket and options.bucket_reso_steps % step:
+        label, given = _label("bucket_reso_steps", place), options.bucket_reso_steps
+        problems.add(f"{label} must be a multiple of {step}{models}, got {given}")
+
+
+def _check_buckets(options: DatasetOptions, place: str, problems: Problems) -> None:
+    shortest, longest, step = min(options.size), max(options.size), options.bucket_reso_steps
+    check_bucket_steps(options, place, LEAST_STEP, "", problems)
+    if step**2 > shortest * longest:
+        label = _label("bucket_reso_steps", place)
+        problems.add(f"{label} {step} leaves no bucket in {shortest}x{longest}; lower it")
     if options.bucket_no_upscale:
         return  # the range has no effect
     if options.min_bucket_reso > shortest:
-        problems.add(f"min_bucket_reso {options.min_bucket_reso} is more than the resolution's shorter side {shortest}")
-    if options.max_bucket_reso < longest:
-        problems.add(f"max_bucket_reso {options.max_bucket_reso} is less than the resolution's longer side {longest}")
+        label, given = _label("min_bucket_reso", place), options.min_bucket_reso
+        problems.add(f"{label} {given} is more than the resolution's shorter side {shortest}")
+    if options.longest_side < longest:
+        label, given = _label("max_bucket_reso", place), options.longest_side
+        problems.add(f"{label} {given} is less than the resolution's longer side {longest}")
+    elif options.max_bucket_reso is None and shortest * longest >= MEGAPIXEL:
+        label = _label("max_bucket_reso", place)
+        logger.info("%s is not given: it is %d, as the resolution has a megapixel", label, options.longest_side)
+
+
+def _label(key: str, place: str) -> str:
+    """Return a key of a dataset for messages; place is that of its `DatasetConfig`."""
+    return f"{place}.{key}" if place else f"--{key}"

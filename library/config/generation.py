@@ -26,8 +26,13 @@ class CheckpointConfig:
         "base model: .safetensors, .ckpt or Diffusers folder; or a pattern that matches one",
         missing="the base model, a file or a Diffusers folder",
     )
+    v1: bool = option(False, "accepted: the model is an SD 1.x model; found out from the file")
     v2: bool = repeated(ModelConfig, "v2")
-    v_parameterization: bool = option(False, "the model predicts v; found out from a Diffusers folder")
+    sdxl: bool = option(False, "accepted: the model is an SDXL model; found out from the file")
+    v_parameterization: bool = option(False, "the model predicts v; found out where its files say so")
+    zero_terminal_snr: bool = option(
+        False, "the model was trained with zero terminal SNR; found out where its files say so"
+    )
     vae: Path | None = repeated(ModelConfig, "vae")
     tokenizer_cache_dir: Path | None = repeated(ModelConfig, "tokenizer_cache_dir")
 
@@ -81,8 +86,12 @@ class PromptConfig:
 class DrawingConfig:
     """Size and sampling, unless set in the prompt."""
 
-    W: int | None = option(None, "width in pixels, a multiple of 8; unset: 512", minimum=64, maximum=MOST_PIXELS)
-    H: int | None = option(None, "height in pixels, a multiple of 8; unset: 512", minimum=64, maximum=MOST_PIXELS)
+    W: int | None = option(
+        None, "width in pixels, a multiple of 8; unset: 512, SDXL 1024", minimum=64, maximum=MOST_PIXELS
+    )
+    H: int | None = option(
+        None, "height in pixels, a multiple of 8; unset: 512, SDXL 1024", minimum=64, maximum=MOST_PIXELS
+    )
     steps: int = option(50, "steps", minimum=1, maximum=1000)
     scale: float = option(7.5, "guidance scale; up to 1 the negative prompt has no effect")
     sampler: SamplerName = option("ddim", "sampler")
@@ -90,6 +99,22 @@ class DrawingConfig:
         None, "seed; of several pictures, the seed of their seeds; unset: random", minimum=0, maximum=2**63 - 1
     )
     iter_same_seed: bool = option(False, "one seed for all prompts of a repeat", not_with=("interactive",))
+    original_width: int | None = option(
+        None, "SDXL: width that the original picture is said to have; unset: --W", minimum=0, maximum=MOST_PIXELS
+    )
+    original_height: int | None = option(
+        None, "SDXL: height that the original picture is said to have; unset: --H", minimum=0, maximum=MOST_PIXELS
+    )
+    original_width_negative: int | None = option(
+        None, "the same for the negative prompt; unset: --original_width", minimum=0, maximum=MOST_PIXELS
+    )
+    original_height_negative: int | None = option(
+        None, "the same for the negative prompt; unset: --original_height", minimum=0, maximum=MOST_PIXELS
+    )
+    crop_top: int = option(
+        0, "SDXL: rows that are said to be cut off at the top of the picture", minimum=0, maximum=MOST_PIXELS
+    )
+    crop_left: int = option(0, "SDXL: columns that are said to be cut off at its left", minimum=0, maximum=MOST_PIXELS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

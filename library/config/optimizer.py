@@ -48,7 +48,10 @@ class OptimizerConfig:
         None, "learning rate of the U-Net's adapter", minimum=0, not_with=("network_train_text_encoder_only",)
     )
     text_encoder_lr: tuple[float, ...] | None = option(
-        None, "learning rate of the text encoder's adapter", minimum=0, not_with=("network_train_unet_only",)
+        None,
+        "learning rate of the text encoder's adapter; of two encoders, one for both or one for each",
+        minimum=0,
+        not_with=("network_train_unet_only",),
     )
     max_grad_norm: float = option(1.0, "clip the norm of the gradients to this; 0 does not clip", minimum=0)
 

@@ -87,9 +87,24 @@ class PromptLine:
     )
     file_name: str | None = option(None, "name of the file", flag="f")
     sampler: SamplerName | None = option(None, "sampler", flag="ss")
+    original_width: int | None = option(None, "SDXL: original width", flag="ow", minimum=0, maximum=MOST_PIXELS)
+    original_height: int | None = option(None, "SDXL: original height", flag="oh", minimum=0, maximum=MOST_PIXELS)
+    original_width_negative: int | None = option(
+        None, "SDXL: original width for the negative prompt", flag="nw", minimum=0, maximum=MOST_PIXELS
+    )
+    original_height_negative: int | None = option(
+        None, "SDXL: original height for the negative prompt", flag="nh", minimum=0, maximum=MOST_PIXELS
+    )
+    crop_top: int | None = option(None, "SDXL: rows cut off at the top", flag="ct", minimum=0, maximum=MOST_PIXELS)
+    crop_left: int | None = option(None, "SDXL: columns cut off at the left", flag="cl", minimum=0, maximum=MOST_PIXELS)
     place: str = ""  # for messages: file and number
 
 
+# What models that take sizes are told of an image, in prompts and in the options of a run.
+SIZES = (
+    *("original_width", "original_height", "original_width_negative", "original_height_negative"),
+    *("crop_top", "crop_left"),
+)
 OPTIONS: Mapping[str, Option] = {entry.field: entry for entry in section_options(PromptLine)}
 LINE_OPTIONS: Mapping[str, Option] = {entry.flag: entry for entry in OPTIONS.values() if not entry.spec.file_only}
 # What a preview takes: key in TOML and JSON -> option.
@@ -116,7 +131,6 @@ RETIRED_OPTIONS = {
             "c": "CLIP guidance is not part of this suite",
             **dict.fromkeys(("dsd1", "dst1", "dsd2", "dst2", "dsr"), _SHRINK),
             **dict.fromkeys(("glt", "glr", "gls", "gle", "glsn", "glus"), _GRADUAL),
-            **dict.fromkeys(("ow", "oh", "nw", "nh", "ct", "cl"), "it is for SDXL, which the suite does not draw with"),
         }.items()
     },
     **{name: Retired(name, "it is for other models", harmless=True) for name in _OTHER_MODELS},
@@ -181,12 +195,12 @@ def _read(given: Iterable[tuple[str, Any]], known: Mapping[str, Option], place: 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """The prompt of a preview. Sizes are in pixels, multiples of 8."""
+    """The prompt of a preview. Sizes are in pixels, multiples of 8; None: the side of the model's family."""
 
     prompt: str
     negative_prompt: str = ""
-    width: int = 512
-    height: int = 512
+    width: int | None = None
+    height: int | None = None
     seed: int | None = None  # None: the run has one for it
     steps: int = 30
     scale: float = 7.5

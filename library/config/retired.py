@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +20,19 @@ class Retired:
     harmless: bool = False  # whether the run continues without it
     takes_value: bool = True
     neutral: tuple[object, ...] = ("", 0)  # values in a config file that mean "off"; 0 includes false
+    elsewhere: bool = False  # an option of another script of sd-scripts, so no abbreviation means it
 
 
-def _rows(reasons: Mapping[str, str], *, harmless: bool = False, takes_value: bool = True) -> dict[str, Retired]:
-    """Return name -> option; names with the same reason are separated by spaces."""
-    return {
-        name: Retired(name, reason, harmless, takes_value)
-        for names, reason in reasons.items()
-        for name in names.split()
-    }
+def _rows(reasons: Mapping[str, str], **same: Any) -> dict[str, Retired]:
+    """Return name -> option; names with the same reason are separated by spaces, same are fields of all options."""
+    return {name: Retired(name, reason, **same) for names, reason in reasons.items() for name in names.split()}
 
 
 ADAPTER_FITS = "an adapter over a frozen base needs no sharding; several GPUs run through accelerate (DDP)"
 
 NOT_COMPILED = "the run is not compiled; the result is the same"
+
+NOT_FUSED = "it saves memory for the gradients of whole models; those of an adapter are small"
 
 _HARMLESS_SWITCHES = {
     "lowram": "models always load straight into place, tensor by tensor",
@@ -42,27 +42,42 @@ _HARMLESS_SWITCHES = {
     "console_log_simple": "log lines are always plain",
     "torch_compile": NOT_COMPILED,
     "disable_mmap_load_safetensors": "files are never memory-mapped",
+    "fused_backward_pass": NOT_FUSED,
     "ddp_gradient_as_bucket_view ddp_static_graph": "gradients travel in one flat buffer already",
 }
 _HARMLESS_VALUES = {
     "ddp_timeout": "torch's own is kept",
 }
 _REFUSED_SWITCHES = {
-    "fused_backward_pass": "it fuses the optimizer into the backward pass of whole models; an adapter gains nothing",
-    "cpu_offload_checkpointing": "the U-Net of SD 1.x and 2.x has no such mode",
+    "cpu_offload_checkpointing": "U-Nets have no such mode; --gradient_checkpointing is the option that saves memory",
     "deepspeed zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients": ADAPTER_FITS,
-    "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": "SDXL is not trained by this version",
 }
 _REFUSED_VALUES = {
     "dataset_class": "a foreign dataset class cannot promise an order that is a function of seed and epoch",
     "zero_stage": ADAPTER_FITS,
     "offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path": ADAPTER_FITS,
 }
+# Options of trainings of whole models, and one that a page of sd-scripts has by mistake.
+_ELSEWHERE_HARMLESS_SWITCHES = {
+    "train_text_encoder": "text encoders are trained unless --network_train_unet_only is given",
+    "diffusers_xformers": "--xformers is the option",
+}
+_ELSEWHERE_HARMLESS_VALUES = {"fused_optimizer_groups": NOT_FUSED}
+_ELSEWHERE_REFUSED_VALUES = {
+    "text_encoder_lr1 text_encoder_lr2 learning_rate_te1 learning_rate_te2": (
+        "the rates of both text encoders are one option, as in --text_encoder_lr 1e-5 1e-5"
+    ),
+    "learning_rate_te": "--text_encoder_lr is the option",
+    "block_lr": "rates by block are --network_args down_lr_weight=..., mid_lr_weight=... and up_lr_weight=...",
+}
 RETIRED: dict[str, Retired] = (
     _rows(_HARMLESS_SWITCHES, harmless=True, takes_value=False)
     | _rows(_HARMLESS_VALUES, harmless=True)
     | _rows(_REFUSED_SWITCHES, takes_value=False)
     | _rows(_REFUSED_VALUES)
+    | _rows(_ELSEWHERE_HARMLESS_SWITCHES, harmless=True, takes_value=False, elsewhere=True)
+    | _rows(_ELSEWHERE_HARMLESS_VALUES, harmless=True, elsewhere=True)
+    | _rows(_ELSEWHERE_REFUSED_VALUES, elsewhere=True, neutral=("",))  # a rate of 0 is not "off": it trains nothing
     # GUIs of sd-scripts write its defaults into their configuration files.
     | {"zero_stage": Retired("zero_stage", ADAPTER_FITS, neutral=(2, "", 0))}
     | {"dynamo_backend": Retired("dynamo_backend", NOT_COMPILED, harmless=True, neutral=("no", "NO", "", 0))}
@@ -87,10 +102,10 @@ _SMALL_FIRST = "not part of this suite: generate small pictures first with --hig
 _GENERATION_REFUSED = {
     "negative_scale": f"three-way guidance: {_NO_PIPELINE}; --scale and negative prompts are there",
     "clip_guidance_scale clip_image_guidance_scale vgg16_guidance_scale vgg16_guidance_layer": _NO_PIPELINE,
-    "clip_vision_strength": "it is for SDXL",
+    "clip_vision_strength": "pictures as prompts need a further model, which is not part of this suite",
     "XTI_embeddings": "embeddings for single layers are read by no other program any more",
     "highres_fix_upscaler highres_fix_upscaler_args": "a foreign upscaler; pictures are enlarged with Lanczos",
-    "control_net_lllite_models": "ControlNet-LLLite is for SDXL",
+    "control_net_lllite_models": "ControlNet-LLLite is not part of this suite; --control_net_models are ControlNets",
     "network_regional_mask_max_color_codes": "networks act on the whole picture; --mask_path is for inpainting",
     "from_module prompter_module_args": (
         "a foreign module that writes prompts; write its lines to a file and give --from_file"
@@ -101,21 +116,12 @@ _GENERATION_REFUSED = {
     "ds_depth_1 ds_timesteps_1 ds_depth_2 ds_timesteps_2 ds_ratio": _SMALL_FIRST,
     "gradual_latent_timesteps gradual_latent_ratio gradual_latent_ratio_step": _SMALL_FIRST,
     "gradual_latent_every_n_steps gradual_latent_s_noise gradual_latent_unsharp_params": _SMALL_FIRST,
-    "original_width original_height original_width_negative original_height_negative": "it is for SDXL",
-    "crop_top crop_left": "it is for SDXL",
-}
-_GENERATION_REFUSED_SWITCHES = {
-    "sdxl": "this script generates with SD 1.x and 2.x",
-    "zero_terminal_snr": "give a Diffusers folder whose scheduler says rescale_betas_zero_snr",
 }
 _GENERATION_HARMLESS_SWITCHES = {
-    "v1": "the kind of model is recognised",
     "diffusers_xformers": "--xformers is the option",
     "force_scheduler_zero_steps_offset": "the first step of img2img is the right one without it",
     "console_log_simple": "log lines are always plain",
 }
-GENERATION: dict[str, Retired] = (
-    _rows(_GENERATION_REFUSED)
-    | _rows(_GENERATION_REFUSED_SWITCHES, takes_value=False)
-    | _rows(_GENERATION_HARMLESS_SWITCHES, harmless=True, takes_value=False)
+GENERATION: dict[str, Retired] = _rows(_GENERATION_REFUSED) | _rows(
+    _GENERATION_HARMLESS_SWITCHES, harmless=True, takes_value=False
 )

@@ -119,8 +119,9 @@ OLD_SPELLINGS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return config with the options that others imply; each change is logged."""
     changes: list[tuple[str, str, Any, str]] = []
-    if config.precision.cache_latents_to_disk and not config.precision.cache_latents:
-        changes.append(("precision", "cache_latents", True, "--cache_latents_to_disk implies it"))
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        if getattr(config.precision, f"{name}_to_disk") and not getattr(config.precision, name):
+            changes.append(("precision", name, True, f"--{name}_to_disk implies it"))
     for flag, name in OLD_SPELLINGS.items():
         given = config.optimizer.optimizer_type.lower()
         if getattr(config.optimizer, flag):

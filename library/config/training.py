@@ -80,6 +80,10 @@ class PrecisionConfig:
     cache_latents_to_disk: bool = option(
         False, "cache the encoded pictures on disk, beside the pictures; implies --cache_latents"
     )
+    cache_text_encoder_outputs: bool = option(
+        False, "encode all captions before training and keep the text encoders off the device; they cannot be trained"
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(False, "implies --cache_text_encoder_outputs")
     vae_batch_size: int = option(1, "pictures that the VAE encodes at the same time", minimum=1)
 
 

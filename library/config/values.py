@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 MOST_PIXELS = 16384  # of a side; far beyond what these models generate, and such a picture still fits in memory
 LEAST_PIXELS = 64  # of a side
 LATENT_SCALE = 8  # pixels to a side of one latent
 MOST_SEED = 2**63 - 1  # that torch takes
+
+
+def given(value: Value | None, default: Value) -> Value:
+    """Return the value, or the default where there is none."""
+    return default if value is None else value
 
 
 def latent_side(pixels: int) -> int:

@@ -79,6 +79,7 @@ class Dataset:
     options: DatasetOptions
     records: tuple[ImageRecord, ...]
     held_out: tuple[ImageRecord, ...] = ()
+    place: str = ""  # in the dataset file, for messages; empty if the options are the command line's
 
     @property
     def all_records(self) -> tuple[ImageRecord, ...]:
@@ -88,7 +89,7 @@ class Dataset:
     @property
     def validation(self) -> Dataset:
         """The held-out pictures as a dataset."""
-        return Dataset(self.options, self.held_out)
+        return Dataset(self.options, self.held_out, place=self.place)
 
     def num_images(self, *, is_reg: bool) -> int:
         """Return the number of samples in an epoch, repeats included."""
@@ -273,7 +274,7 @@ def build_dataset(
     split = [listed for listed in pictures if listed.subset.validation_split and listed.path.resolve() in held_out]
     records = tuple(record_of(listed, repeats, sizes, config.options) for listed, repeats in trained)
     validation = tuple(record_of(listed, 1, sizes, config.options).unvaried() for listed in split)
-    return Dataset(config.options, records, validation)
+    return Dataset(config.options, records, validation, config.place)
 
 
 def record_of(listed: Listed, repeats: int, sizes: Mapping[Path, Size], options: DatasetOptions) -> ImageRecord:
@@ -314,5 +315,5 @@ def place_picture(size: Size, options: DatasetOptions) -> Placement:
 def candidates(options: DatasetOptions) -> list[Size]:
     """Return the bucket resolutions of a dataset."""
     step = options.bucket_reso_steps
-    shortest, longest = buckets.adjusted_range(options.min_bucket_reso, options.max_bucket_reso, step)
+    shortest, longest = buckets.adjusted_range(options.min_bucket_reso, options.longest_side, step)
     return buckets.bucket_resolutions(options.size, shortest=shortest, longest=longest, step=step)

@@ -24,10 +24,12 @@ SAME_SCHEDULES = ("", "Automatic", "Uniform")
 KARRAS_BY_ITSELF: tuple[SamplerName, ...] = ("dpmsolver++",)
 EMPHASIS = {"Original": "original", "No norm": "none"}
 
+NOISE_SCHEDULE, ZERO_SNR = "Noise Schedule", "Zero Terminal SNR"  # a setting, and its value that is not the default
+
 # Settings that are used, and those that say nothing of how the image was drawn.
 USED = frozenset(
     {"Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Clip skip", "VAE"}
-    | {"VAE hash", "Denoising strength", "Lora hashes", "Lora strengths", "TI hashes"}
+    | {NOISE_SCHEDULE, "VAE hash", "Denoising strength", "Lora hashes", "Lora strengths", "TI hashes"}
 )
 SILENT = frozenset(
     {"Version", "User", "Hashes", "LoRA hashes", "Batch size", "Batch pos", "Template", "Negative Template"}

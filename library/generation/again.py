@@ -91,6 +91,8 @@ def tell_differences(
         model = record.model_sha256
         if model and not facts.result().model_sha256.startswith(model.lower()):
             logger.warning("a picture was drawn with another model (SHA-256 %s...) than --ckpt", model[:10])
+        if record.zero_snr and not facts.result().zero_snr:
+            logger.warning("a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ")
 
 
 def tell_network(network: LoadedNetwork, match: RecordedNetwork | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,31 +22,60 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def with_embeddings(encoder: TextEncoder, paths: Sequence[Path]) -> TextEncoder:
-    """Return a text encoder that knows the words of textual inversion; a word of several vectors is expanded.
+def with_embeddings(encoders: tuple[TextEncoder, ...], paths: Sequence[Path]) -> tuple[TextEncoder, ...]:
+    """Return text encoders that know the words of textual inversion; a word of several vectors is expanded.
 
     A word is the name of its file, or what a LoRA file that brings embeddings along calls it. Raises UserError for a
-    file that holds no embedding for this text encoder.
+    file that lacks an embedding for one of the text encoders.
     """
     if not paths:
-        return encoder
+        return encoders
+    for path in paths:
+        for word, tensors in embeddings_of(path).items():
+            parts = fitting(tensors, [embedding_layer(encoder.module).embedding_dim for encoder in encoders], path)
+            for encoder, vectors in zip(encoders, parts, strict=True):
+                add_word(encoder.tokenizer, embedding_layer(encoder.module), word, vectors, path)
+            logger.info("%s: %d vectors, in prompts as %r", path, len(parts[0]), word)
+    return tuple(dataclasses.replace(encoder, expand=expansion(encoder.tokenizer)) for encoder in encoders)
+
+
+def expansion(tokenizer: Any) -> Callable[[str], str]:  # transformers and diffusers disagree on its type
+    """Return what writes the tokens of words of several vectors out in a prompt."""
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    tokenizer: Any = encoder.tokenizer  # transformers and diffusers disagree on its type
-    for path in paths:
-        for word, vectors in embeddings_of(path).items():
-            add_word(tokenizer, embedding_layer(encoder.module), word, vectors, path)
     mixin = TextualInversionLoaderMixin()
-    return dataclasses.replace(encoder, expand=lambda text: mixin.maybe_convert_prompt(text, tokenizer))
+    return lambda text: mixin.maybe_convert_prompt(text, tokenizer)
+
+
+def fitting(tensors: Sequence[torch.Tensor], widths: Sequence[int], path: Path) -> list[torch.Tensor]:
+    """Return the vectors (N, D) of an embedding for each text encoder, by their widths D.
+
+    Raises UserError where there are none for one of them, or not as many for all.
+    """
+    by_width = {tensor.shape[1]: tensor for tensor in reversed(tensors)}
+    if not by_width.keys() >= set(widths):
+        raise UserError(
+            f"--textual_inversion_embeddings: {path} has vectors of {numbers(by_width)} numbers, this model "
+            f"{numbers(widths)}"
+        )
+    if others := by_width.keys() - set(widths):
+        logger.warning("%s: its vectors of %s numbers are for another model and are not used", path, numbers(others))
+    found = [by_width[width] for width in widths]
+    if len({len(vectors) for vectors in found}) > 1:
+        counts = numbers([len(vectors) for vectors in found])
+        raise UserError(
+            f"--textual_inversion_embeddings: {path} has {counts} vectors for the text encoders: as many are meant"
+        )
+    return found
+
+
+def numbers(values: Iterable[int]) -> str:
+    """Return numbers for a message."""
+    return " and ".join(map(str, values))
 
 
 def add_word(tokenizer: Any, layer: torch.nn.Embedding, word: str, vectors: torch.Tensor, path: Path) -> None:
-    """Make vectors (N, D) of a file the meaning of a word; raises UserError for another width, or a known word."""
-    width = layer.embedding_dim
-    if vectors.shape[1] != width:
-        raise UserError(
-            f"--textual_inversion_embeddings: {path} has vectors of {vectors.shape[1]} numbers, this model {width}"
-        )
+    """Make vectors (N, D) of a file the meaning of a word; raises UserError for a word that is known."""
     words = [word, *(f"{word}_{index}" for index in range(1, len(vectors)))]
     known = tokenizer.get_vocab()
     taken = next((word for word in words if word in known), None)
@@ -55,13 +84,12 @@ def add_word(tokenizer: Any, layer: torch.nn.Embedding, word: str, vectors: torc
         raise UserError(f"--textual_inversion_embeddings: the word {taken!r} is in the vocabulary: {advice}")
     tokenizer.add_tokens(words)
     add_vectors(layer, tokenizer.convert_tokens_to_ids(words), vectors)
-    logger.info("%s: %d vectors, in prompts as %r", path, len(vectors), word)
 
 
-def embeddings_of(path: Path) -> dict[str, torch.Tensor]:
-    """Return word -> vectors (N, D) of a file: one embedding under its name, or those that a LoRA file brings along.
+def embeddings_of(path: Path) -> dict[str, list[torch.Tensor]]:
+    """Return word -> tensors (N, D) of a file: one embedding under its name, or those that a LoRA file brings along.
 
-    An embedding has `emb_params`, `string_to_param`, or one tensor.
+    An embedding has `emb_params`, `string_to_param`, one tensor, or `clip_l` and `clip_g` for SDXL's text encoders.
     """
     content = load_pickle(path) if weight_format(path) == PICKLE else read_weights(path)
     if isinstance(content, dict) and (words := words_in([name for name in content if isinstance(name, str)])):
@@ -72,18 +100,16 @@ def embeddings_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def parts_of(content: Mapping[str, Any], beginning: str) -> dict[str, Any]:
-    """Return what follows a beginning in names; of embeddings for two text encoders that of the smaller one."""
-    parts = {name.removeprefix(beginning): value for name, value in content.items() if name.startswith(beginning)}
-    return {"clip_l": parts["clip_l"]} if "clip_l" in parts else parts
+    """Return what follows a beginning in names."""
+    return {name.removeprefix(beginning): value for name, value in content.items() if name.startswith(beginning)}
 
 
-def vectors_of(content: Mapping[str, Any], path: Path) -> torch.Tensor:
-    """Return the vectors (N, D) of an embedding, its first tensor; raises UserError where there are none."""
-    tensors = [value for value in content.values() if torch.is_tensor(value)]
+def vectors_of(content: Mapping[str, Any], path: Path) -> list[torch.Tensor]:
+    """Return the tensors (N, D) of an embedding; raises UserError where there are none."""
+    tensors = [value.detach().float() for value in content.values() if torch.is_tensor(value)]
     if not tensors or tensors[0].ndim not in (1, 2):
         raise UserError(f"--textual_inversion_embeddings: {path} holds no embedding")
-    vectors = tensors[0].detach().float()
-    return vectors[None] if vectors.ndim == 1 else vectors
+    return [tensor[None] if tensor.ndim == 1 else tensor for tensor in tensors if tensor.ndim in (1, 2)]
 
 
 def embedding_layer(module: TextModule) -> torch.nn.Embedding:

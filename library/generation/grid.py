@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from library.config.options import nearest
-from library.config.prompts import OPTIONS
+from library.config.prompts import OPTIONS, SIZES
 from library.errors import UserError
 from library.generation.requests import CHECKS, Request
 from library.sampling.contact_sheet import draw_sheet
@@ -26,6 +26,7 @@ AXES = {
     "width": "width",
     "height": "height",
     "negative": "negative_prompt",
+    **{name: name for name in SIZES},
 }
 REPLACE = "replace"
 MOST_AXES = 3

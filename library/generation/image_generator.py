@@ -16,7 +16,7 @@ from library.generation.jobs import Job, batches
 from library.generation.networks import LoadedNetworks
 from library.models.base import BaseModel
 from library.models.conditioning import LiveConditioner
-from library.sampling.pipelines import ControlInputs, PipelineInputs, decode_latents, sample_latents
+from library.sampling.pipelines import ControlInputs, PictureSizes, PipelineInputs, decode_latents, sample_latents
 
 if TYPE_CHECKING:
     from diffusers.models.controlnets.controlnet import ControlNetModel
@@ -70,7 +70,9 @@ class ImageGenerator:
         else:
             ratio, steps = settings.highres
             width, height = floored((round(inputs.width * ratio), round(inputs.height * ratio)))
-            small = self._with_images(jobs, dataclasses.replace(inputs, width=width, height=height, steps=steps))
+            sizes = inputs.sizes.scaled(ratio)
+            small = dataclasses.replace(inputs, width=width, height=height, steps=steps, sizes=sizes)
+            small = self._with_images(jobs, small)
             if self.images.highres_fix_strength is not None:
                 small = dataclasses.replace(small, strength=self.images.highres_fix_strength)
             latents = self._sample(small, on_step)
@@ -104,6 +106,7 @@ class ImageGenerator:
             scale=settings.scale,
             sampler=settings.sampler,
             strength=settings.strength,
+            sizes=settings.sizes or PictureSizes(),
         )
 
     def _with_images(self, jobs: Sequence[Job], inputs: PipelineInputs) -> PipelineInputs:

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.config.samplers import SAMPLERS
-from library.generation.a1111 import KARRAS_BY_ITSELF, NEGATIVE, OTHER_NETWORKS, number, quoted, tag_of, without_marks
+from library.generation.a1111 import (
+    KARRAS_BY_ITSELF,
+    NEGATIVE,
+    NOISE_SCHEDULE,
+    OTHER_NETWORKS,
+    ZERO_SNR,
+    number,
+    quoted,
+    tag_of,
+    without_marks,
+)
 from library.generation.init_images import floored
 from library.generation.recorded import KEY
 
@@ -20,7 +30,10 @@ if TYPE_CHECKING:
     from library.generation.jobs import Job
 
 # Values with which a key of `generation` is left out; of any other key it is None.
-DEFAULTS = {"max_windows": 1, "normalize": "original", "latents_upscaling": False}
+DEFAULTS = {
+    **{"max_windows": 1, "normalize": "original", "latents_upscaling": False},
+    **{"crop_top": 0, "crop_left": 0, "zero_snr": False},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +75,7 @@ class RunFacts:
     networks: tuple[NetworkFacts, ...]
     dtype: str
     version: str
+    zero_snr: bool = False
 
 
 def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:
@@ -84,8 +98,10 @@ def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:
         "normalize": settings.text.weights,
         "highres": settings.highres,
         "latents_upscaling": settings.latents_upscaling,
+        **({} if settings.sizes is None else vars(settings.sizes)),
         "model": facts.model,
         "model_sha256": facts.model_sha256,
+        "zero_snr": facts.zero_snr,
         "vae": facts.vae,
         "networks": [
             {"module": use.network.module, "file": use.network.file, "sha256": use.network.sha256}
@@ -107,6 +123,9 @@ def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:
     }
     if request.raw and request.raw != request.prompt:
         short["raw-prompt"] = request.raw
+    if settings.sizes is not None:
+        sizes = settings.sizes.resolved(settings.width, settings.height)
+        short |= {name.replace("_", "-"): str(value) for name, value in vars(sizes).items()}
     said = {key: value for key, value in table.items() if value != DEFAULTS.get(key)}
     return {
         "parameters": parameters_text(job, facts, networks),
@@ -137,6 +156,8 @@ def parameters_text(job: Job, facts: RunFacts, networks: list[NetworkUse]) -> st
         settings["Clip skip"] = job.settings.text.clip_skip
     if job.settings.text.weights == "none":
         settings["Emphasis"] = "No norm"
+    if facts.zero_snr:
+        settings[NOISE_SCHEDULE] = ZERO_SNR
     settings["RNG"] = "CPU"  # where the noise comes from, whatever the device
     if facts.vae is not None:
         settings["VAE"] = facts.vae

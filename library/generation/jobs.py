@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from library.config.generation import DrawingConfig, ImageConfig, PromptConfig
+from library.config.prompts import SIZES
 from library.config.samplers import SamplerName
+from library.config.values import given
 from library.generation.init_images import ImageList, floored, load_image
 from library.generation.networks import LoadedNetworks
 from library.generation.requests import Request
 from library.models.base import TextEncoder
 from library.models.conditioning import TextOptions, tokenize
+from library.models.family import ModelFamily
+from library.sampling.pipelines import PictureSizes
 
 logger = logging.getLogger(__name__)
 
-Value = TypeVar("Value")
-
-DEFAULT_SIDE = 512
 DEFAULT_STRENGTH = 0.8
 
 
@@ -38,6 +39,7 @@ class Settings:
     strength: float = 1.0  # of the change, where there is an image to begin with
     highres: tuple[float, int] | None = None  # ratio of the first size, steps of the first stage
     latents_upscaling: bool = False
+    sizes: PictureSizes | None = None  # None: the model takes none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ class JobMaker:
     images: ImageConfig
     lists: ImageLists
     networks: LoadedNetworks
+    family: ModelFamily
     encoder: TextEncoder  # any of the model: all its tokenizers split words alike
 
     def job_of(self, request: Request, number: int) -> Job:
@@ -119,20 +122,39 @@ class JobMaker:
             highres=highres,
             latents_upscaling=highres is not None
             and (images.highres_fix_latents_upscaling or request.latents_upscaling),
+            sizes=self._sizes(request),
         )
 
+    def _sizes(self, request: Request) -> PictureSizes | None:
+        """Return what the model is told of sizes: as asked for, or of the run; warns where it takes none."""
+        sizes = PictureSizes(**{name: given(getattr(request, name), getattr(self.drawing, name)) for name in SIZES})
+        if self.family.takes_sizes:
+            return sizes
+        if sizes != PictureSizes():
+            warn_of_sizes(self.family.title)
+        return None
+
     def _size(self, request: Request, init_image: Path | None) -> tuple[int, int]:
-        """Return width and height: those asked for, of the run, of the image to begin with, or 512."""
+        """Return width and height: those asked for, of the run, of the image to begin with, or the family's."""
         width, height = given(request.width, self.drawing.W), given(request.height, self.drawing.H)
         if width is not None and height is not None:
             return width, height
-        own = (DEFAULT_SIDE, DEFAULT_SIDE) if init_image is None else floored(load_image(init_image).size)
+        side = self.family.side
+        own = (side, side) if init_image is None else floored(load_image(init_image).size)
         return given(width, own[0]), given(height, own[1])
+
+    def _clip_skip(self, request: Request) -> int | None:
+        """Return the layer of the text encoder to use; tells where the family has one layer only."""
+        asked = given(request.clip_skip, self.prompts.clip_skip)
+        used = self.family.clip_skip(asked)
+        if used != asked:
+            tell_of_clip_skip(self.family.title)
+        return used
 
     def _text_options(self, request: Request, max_windows: int) -> TextOptions:
         """Return how the texts are read, in as many windows as they need; warns of text beyond max_windows."""
         options = TextOptions(
-            clip_skip=given(request.clip_skip, self.prompts.clip_skip),
+            clip_skip=self._clip_skip(request),
             weights=given(request.normalize, self.prompts.emb_normalize_mode),
             has_breaks=True,
             keeps_ends=True,
@@ -150,9 +172,20 @@ class JobMaker:
         return options._replace(windows=min(max_windows, max(tokens.windows for tokens in texts)))
 
 
-def given(value: Value | None, default: Value) -> Value:
-    """Return the value, or the default where there is none."""
-    return default if value is None else value
+@functools.cache
+def tell_of_clip_skip(title: str) -> None:
+    """Tell that a clip skip has no effect, once in a process."""
+    logger.info("--clip_skip has no effect: %s models are always used with the same layer", title)
+
+
+@functools.cache
+def warn_of_sizes(title: str) -> None:
+    """Warn of sizes for a model that takes none, once in a process."""
+    logger.warning(
+        "%s models are told no sizes of pictures: --original_width, --crop_top and the like (--ow, --ct in prompts) "
+        "have no effect",
+        title,
+    )
 
 
 def in_batch_order(jobs: Iterable[Job]) -> Iterator[Job]:

@@ -22,7 +22,8 @@ from library.networks.applied import apply_file
 from library.networks.merging import merge_file
 from library.networks.modules import find_module, is_foreign, module_errors
 from library.networks.protocol import HasMultiplier
-from library.networks.third_party import check_matrices, is_for_lycoris, with_canonical_names, words_in
+from library.networks.third_party import check_matrices, is_for_lycoris, words_in
+from library.networks.views import SECOND_TEXT, with_canonical_names
 from library.weight_file import EMBEDDING, check_adapter, data_sha256, open_weights, read_metadata
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ def check_foreign(path: Path) -> None:
     check_adapter(path)
     shapes = open_weights(path).shapes
     check_matrices(shapes, path)
-    with_canonical_names(shapes, path, is_alone=True)  # SD 1.x and 2.x have one text encoder
+    is_alone = not any(name.startswith(SECOND_TEXT) for name in shapes)
+    with_canonical_names(shapes, path, is_alone=is_alone, unet={})
 
 
 def warn_of_modules(file: LoraFile) -> None:

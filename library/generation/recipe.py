@@ -33,6 +33,7 @@ from library.generation.recorded import Recorded
 from library.generation.requests import Request, Seeds, all_requests, read_line, requests_of
 from library.models.attention import use_xformers
 from library.models.base import BaseModel, find_base, load_base
+from library.models.family import check_flags
 from library.models.precision import types_of
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
         device,
         load_control_nets(config.control.control_net_models or (), base, device),
     )
-    maker = JobMaker(config.prompts, config.drawing, config.images, image_lists(config), networks, base.texts[0])
+    maker = JobMaker(
+        config.prompts, config.drawing, config.images, image_lists(config), networks, base.family, base.texts[0]
+    )
     with run_facts(config, base, networks) as facts:
         writer = Writer(config.output, facts)
         session = Session(generator, writer, config.prompts.batch_size)
@@ -85,10 +88,14 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
             v_parameterization=checkpoint.v_parameterization,
             vae=checkpoint.vae,
             tokenizer_cache_dir=checkpoint.tokenizer_cache_dir,
-        )
+        ),
+        zero_snr=checkpoint.zero_terminal_snr,
     )
+    check_flags(files.checkpoint.family, checkpoint.ckpt, v1=checkpoint.v1, sdxl=checkpoint.sdxl)
+    if files.zero_snr and not files.predicts_v:
+        raise UserError("--zero_terminal_snr is for models that predict v: give --v_parameterization, too, if it does")
     precision = "fp16" if speed.fp16 else "bf16" if speed.bf16 else "no"
-    base = load_base(files, types_of(precision, half_vae=not speed.no_half_vae))
+    base = load_base(files, types_of(precision, vae_overflows=files.vae_overflows, no_half_vae=speed.no_half_vae))
     if speed.opt_channels_last:
         for module in (base.unet, base.vae):
             torch.nn.utils.convert_conv2d_weight_memory_format(module, torch.channels_last)
@@ -100,7 +107,7 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
         for part in (base.unet, base.vae, *base.text_modules):
             part.to(device)
     embeddings = config.control.textual_inversion_embeddings or ()
-    return dataclasses.replace(base, texts=tuple(with_embeddings(text, embeddings) for text in base.texts))
+    return dataclasses.replace(base, texts=with_embeddings(base.texts, embeddings))
 
 
 def device_of(name: str | None) -> torch.device:
@@ -146,6 +153,7 @@ def run_facts(
             ),
             dtype=str(base.unet.dtype).removeprefix("torch."),
             version=f"{NAME} {VERSION}",
+            zero_snr=base.zero_snr,
         )
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

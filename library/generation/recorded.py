@@ -12,6 +12,7 @@ from typing import Any
 
 from library.config.generation import DrawingConfig, ImageConfig, PromptConfig
 from library.config.options import section_options
+from library.config.prompts import SIZES
 from library.config.samplers import SAMPLER_NAMES, SamplerName
 from library.errors import Problems, UserError, shown
 from library.generation import a1111
@@ -45,6 +46,7 @@ NUMBERS = {
     "seed": ("seed", "Seed", "seed"),
     "strength": ("strength", "Denoising strength", ""),
     "clip_skip": ("clip_skip", "Clip skip", ""),
+    **{name: (name, "", name.replace("_", "-")) for name in SIZES},
 }
 SIZE = re.compile(r"(\d+)x(\d+)")
 DEFAULT_SCALE = 7.0  # of AUTOMATIC1111
@@ -65,6 +67,7 @@ class Recorded:
 
     request: Request
     model_sha256: str | None = None
+    zero_snr: bool = False  # whether the model was taken to have zero terminal SNR
     networks: tuple[RecordedNetwork, ...] = ()
     begins_with: str | None = None
     mask: str | None = None
@@ -175,7 +178,7 @@ def numbers_of(
     found = {
         field: problems.run(number_of, field, texts[key], f"{path}: {key}")
         for field, key in names.items()
-        if key in texts
+        if key in texts and texts[key] != "None"  # as sd-scripts writes sizes that were not given
     }
     problems.raise_if_any()
     if "seed" in found:
@@ -202,6 +205,7 @@ def from_json(table: Mapping[str, Any], path: Path) -> Recorded:
     return Recorded(
         Request(**values | {"multipliers": None}),  # they are the strengths of the networks
         model_sha256=table.get("model_sha256"),
+        zero_snr=bool(table.get("zero_snr")),
         networks=networks,
         begins_with=table.get("begins_with"),
         mask=table.get("mask"),
@@ -231,6 +235,7 @@ def from_parameters(text: str, path: Path, size: tuple[int, int], seed: int | No
             **{"scale": DEFAULT_SCALE} | numbers,
         ),
         model_sha256=settings.get("Model hash"),
+        zero_snr=settings.get(a1111.NOISE_SCHEDULE) == a1111.ZERO_SNR,
         networks=networks_of(tags, settings, path),
         embeddings=tuple(name for name, _ in a1111.pairs_of(settings.get("TI hashes", ""))),
         left=(*schedule, *a1111.not_used(settings | parts.further), *rest, *words),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from library.config.generation import DrawingConfig, GenerateConfig, PromptConfig
-from library.config.prompts import OPTIONS, PromptLine, parse_line, parse_lines
+from library.config.prompts import OPTIONS, SIZES, PromptLine, parse_line, parse_lines
 from library.config.samplers import SamplerName
 from library.config.values import LEAST_PIXELS
 from library.errors import UserError, shown
@@ -42,6 +42,12 @@ class Request:
     sampler: SamplerName | None = None
     strength: float | None = None
     multipliers: tuple[float, ...] | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int | None = None
+    crop_left: int | None = None
     clip_skip: int | None = None
     max_windows: int | None = None
     normalize: Literal["none", "original", "abs"] | None = None
@@ -173,4 +179,5 @@ def request_of(line: PromptLine, index: int, seed: int) -> Request:
         multipliers=line.multipliers,
         file_name=line.file_name,
         raw=line.prompt,
+        **{name: getattr(line, name) for name in SIZES},
     )

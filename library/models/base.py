@@ -6,9 +6,12 @@ read from pickles.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -18,21 +21,22 @@ from torch import Tensor, nn
 from library.config.model import ModelConfig
 from library.errors import UserError, message_of
 from library.models import family as families
-from library.models.building import build_part
+from library.models.building import build_part, config_of, defaults_of
 from library.models.checkpoint import (
     UNET,
     VAE,
     Checkpoint,
-    input_channels,
     open_checkpoint,
     open_vae,
     stored_tokens,
 )
 from library.models.completeness import check_missing, check_surplus, diffusers_names
 from library.models.family import ModelFamily, TextModel
+from library.models.kinds import check_usable
 from library.models.layout import plan_of_part
 from library.models.precision import Types
-from library.models.tokenizer import VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
+from library.models.prediction import prediction_of, settled
+from library.models.tokenizer import EOS_ID, VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
 from library.weight_file import check_finite
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SIZES_TOLD = 6  # numbers that a U-Net with a pooled output as input is told of each picture: see `Conditioning`
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 
@@ -65,7 +70,8 @@ class TextEncoder:
         """Return hidden states (N, 77, D) and pooled output (N, P) for token ids (N, 77).
 
         clip_skip n uses the n-th layer from the end; None uses the one that the family was trained with. The
-        pooled output is the projected state of the first EOS, or None for an encoder without projection.
+        pooled output is the projected state of the first EOS after the final norm, or None for an encoder without
+        projection.
         """
         layer, ids = clip_skip or self.row.layer, ids.to(self.module.device)
         if layer == 1 and self.row.has_final_norm:
@@ -76,7 +82,19 @@ class TextEncoder:
             hidden = output.hidden_states[-layer]
             if self.row.has_final_norm:
                 hidden = text_body(self.module).get_submodule("final_layer_norm")(hidden)
-        return hidden, output.text_embeds if self.row.has_projection else None
+        return hidden, self._pooled(output.last_hidden_state, ids) if self.row.has_projection else None
+
+    def _pooled(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Return the projected states of the first EOS, (N, P), or of the end where there is none.
+
+        transformers takes the largest id for EOS if the configuration says eos_token_id 2, as published ones do: the
+        words of textual inversion have larger ones.
+        """
+        is_end = ids == EOS_ID
+        is_end[:, -1] = True
+        first = is_end.int().argmax(dim=1)
+        projection = self.module.get_submodule("text_projection")
+        return projection(states[torch.arange(len(ids), device=ids.device), first])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +106,7 @@ class BaseModel:
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     texts: tuple[TextEncoder, ...]
+    zero_snr: bool = False  # whether the last timestep is pure noise
 
     @property
     def text_modules(self) -> list[nn.Module]:
@@ -103,42 +122,73 @@ class BaseFiles:
     vae: Checkpoint  # the same, or that of --vae
     tokenizers: tuple[Path | None, ...]  # folder for each text encoder; None: the included vocabulary
     predicts_v: bool
+    zero_snr: bool = False  # whether the last timestep is pure noise
+
+    @functools.cached_property
+    def vae_overflows(self) -> bool:
+        """Whether the VAE overflows in fp16, by its configuration; a file has that of the published models."""
+        # Configurations of SD 1.x and 2.x say so, too, where the default of diffusers was written into them.
+        family = self.checkpoint.family
+        return bool(family.vae.get("force_upcast")) and bool(config_of(self.vae, VAE).get("force_upcast", True))
 
 
-def find_base(config: ModelConfig) -> BaseFiles:
+def find_base(config: ModelConfig, *, zero_snr: bool = False) -> BaseFiles:
     """Return the files of the base model and what it predicts, from names and configurations alone.
 
-    Raises UserError if there is no model, and for options that contradict the files.
+    zero_snr: the last timestep is pure noise, whatever the files say. Raises UserError if there is no model, and for
+        options that contradict the files.
     """
     path = Path(config.pretrained_model_name_or_path)
     checkpoint = open_checkpoint(path)
-    family, says_v = checkpoint.family, checkpoint.predicts_v
-    families.check_channels(input_channels(checkpoint), path)
+    family = checkpoint.family
+    check_usable(checkpoint)
     families.check_flags(family, path, v2=config.v2)
     if family is families.SD2 and not config.v2:
         logger.info("%s is an SD 2.x model: --v2 is set", path)
-    if says_v and not config.v_parameterization:
-        logger.info("the scheduler of %s says that it predicts v: --v_parameterization is set", path)
-    if config.v_parameterization and says_v is False:
-        logger.warning("--v_parameterization was given, but the scheduler of %s says epsilon; v is trained", path)
+    predicts_v, zero_snr = settled(
+        prediction_of(checkpoint), path, predicts_v=config.v_parameterization, zero_snr=zero_snr
+    )
+    vae = checkpoint if config.vae is None else open_vae(config.vae, family)
+    if config.vae is not None:
+        check_scaling(config.vae, scaling_factor(vae), scaling_factor(checkpoint))
     return BaseFiles(
         checkpoint=checkpoint,
-        vae=checkpoint if config.vae is None else open_vae(config.vae, family),
+        vae=vae,
         tokenizers=tuple(find_tokenizer(text, path, config.tokenizer_cache_dir) for text in family.text_models),
-        predicts_v=config.v_parameterization or bool(says_v),
+        predicts_v=predicts_v,
+        zero_snr=zero_snr,
     )
 
 
+def scaling_factor(checkpoint: Checkpoint) -> float:
+    """Return the factor between the latents of a model's VAE and those of its U-Net; without a VAE the family's."""
+    with contextlib.suppress(UserError):
+        return float({**defaults_of(VAE), **config_of(checkpoint, VAE)}["scaling_factor"])
+    return float(checkpoint.family.vae["scaling_factor"])
+
+
+def check_scaling(path: Path, found: float, needed: float) -> None:
+    """Raise UserError for a VAE of another kind of models, by the factor in its configuration."""
+    if not math.isclose(found, needed, rel_tol=1e-4):
+        raise UserError(
+            f"--vae: {path} has the scaling factor {found:g}, and the model needs one with {needed:g}: it belongs to "
+            "another kind of model"
+        )
+
+
 def find_tokenizer(text: TextModel, model: Path, cache: Path | None) -> Path | None:
-    """Return the tokenizer folder in --tokenizer_cache_dir, else that of the model, else None."""
-    folder = model / text.folder.replace("text_encoder", "tokenizer")
+    """Return the tokenizer folder in --tokenizer_cache_dir, else that of the model, else None.
+
+    In the cache that is the folder of the encoder's name, else the first: they differ only in padding.
+    """
+    folder = model / text.tokenizer_folder
     if cache is None:
         return folder if is_tokenizer(folder) else None
     places = [place for place in (cache, *sorted(cache.glob("*"))) if is_tokenizer(place)]
     if not places:
         raise UserError(f"--tokenizer_cache_dir: {cache} has no vocab.json or tokenizer.json")
-    is_openclip = text.layout == "openclip"
-    return next((place for place in places if ("stable-diffusion-2" in place.name) == is_openclip), places[0])
+    own = (place for place in places if place.name == text.tokenizer_folder or text.cached_as in place.name.lower())
+    return next(own, places[0])
 
 
 def is_tokenizer(folder: Path) -> bool:
@@ -162,10 +212,27 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
         for text, folder in zip(checkpoint.family.text_models, files.tokenizers, strict=True)
     )
     unet = cast("UNet2DConditionModel", part(UNET, types.unet))
+    check_fit(checkpoint.path, unet, texts)
     vae = load_part(files.vae, VAE, types.vae if filled is None or VAE in filled else None)
     checkpoint.close()  # with the weights of a pickle that no part uses
     files.vae.close()
-    return BaseModel(checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts)
+    return BaseModel(
+        checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts, zero_snr=files.zero_snr
+    )
+
+
+def check_fit(source: Path, unet: UNet2DConditionModel, texts: Sequence[TextEncoder]) -> None:
+    """Raise UserError for text encoders whose outputs the U-Net does not take."""
+    sizes = unet.config
+    states = sum(text.module.config.hidden_size for text in texts)
+    pooled = sum(text.module.config.projection_dim for text in texts if text.row.has_projection)
+    of_sizes = SIZES_TOLD * sizes["addition_time_embed_dim"] if pooled else 0
+    for kind, made, taken in (
+        ("states", states, sizes["cross_attention_dim"]),
+        ("pooled outputs", pooled, (sizes["projection_class_embeddings_input_dim"] or of_sizes) - of_sizes),
+    ):
+        if made != taken:
+            raise UserError(f"{source}: its text encoders make {kind} of width {made}, its U-Net takes {taken}")
 
 
 def load_vae(files: BaseFiles, types: Types) -> AutoencoderKL:
@@ -193,7 +260,7 @@ def load_text(checkpoint: Checkpoint, text: TextModel, folder: Path | None, modu
 def load_tokenizer(folder: Path | None, text: TextModel, added: Mapping[str, int] | None = None) -> CLIPTokenizer:
     """Return the tokenizer in a folder, or the included one with added tokens, for a text encoder."""
     try:
-        return load_clip_tokenizer(folder, pad_token=text.pad_token, added=added)
+        return load_clip_tokenizer(folder, pad_id=text.pad_id, added=added)
     except Exception as error:  # transformers raises any exception for a damaged tokenizer
         raise UserError(f"tokenizer in {folder} cannot be read: {message_of(error)}") from error
 

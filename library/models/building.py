@@ -48,7 +48,8 @@ TEXT_NAMES = {
         "transformer.resblocks.",
     ),
 }
-OPENCLIP_HEAD = ("text_projection", "text_projection.weight", "logit_scale")  # behind the layers
+PROJECTIONS = ("text_projection.weight", "text_projection.weight.weight")  # of linear layers
+OPENCLIP_HEAD = ("text_projection", *PROJECTIONS, "logit_scale")  # behind the layers
 
 
 def config_of(checkpoint: Checkpoint, part: str) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def text_config(text: TextModel, shapes: Shapes) -> dict[str, Any]:
     }
     if text.has_projection:
         turned = size_in(shapes, "text_projection", 1, config["projection_dim"])  # OpenCLIP's own is transposed
-        config["projection_dim"] = size_in(shapes, "text_projection.weight", 0, turned)
+        config["projection_dim"] = next((shapes[name][0] for name in PROJECTIONS if shapes.get(name)), turned)
     return config
 
 

@@ -34,8 +34,6 @@ WEIGHT_ENDINGS = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", "
 CONFIGURATIONS = "diffusers_configurations"
 # Metadata of a checkpoint whose text encoders know more tokens than CLIP's: JSON, part -> token -> id.
 ADDED_TOKENS = "diffusers_added_tokens"
-V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-V_SPREAD = 0.09  # standard deviation of that bias: larger in SD 2.x models that predict v, smaller in the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +105,6 @@ class Checkpoint:
 
     path: Path
     family: ModelFamily
-    predicts_v: bool | None  # None: unknown from the files
     parts: Mapping[str, Part]  # by folder: unet, vae, text_encoder, text_encoder_2; for an original file `WHOLE`
 
     @property
@@ -183,8 +180,8 @@ def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
     if path.is_file():
         whole = Part(path)
         shapes = whole.files[0].shapes
-        return Checkpoint(path, families.detect_family(shapes, str(path)), None, {WHOLE: whole})
-    family, predicts_v = folder_kind(path)
+        return Checkpoint(path, families.detect_family(shapes, str(path)), {WHOLE: whole})
+    family = folder_family(path)
     parts = {
         part: Part(folder=path / part, variant=variant)
         for part in (UNET, VAE, *(text.folder for text in family.text_models))
@@ -192,7 +189,7 @@ def open_checkpoint(path: Path, *, variant: str | None = None) -> Checkpoint:
     }
     if (path / EXTRAS_FILE).is_file():
         parts[EXTRAS] = Part(path / EXTRAS_FILE)
-    return Checkpoint(path, family, predicts_v, parts)
+    return Checkpoint(path, family, parts)
 
 
 def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
@@ -204,46 +201,33 @@ def open_vae(path: Path, family: ModelFamily) -> Checkpoint:
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / VAE
         read_config(folder)
-        return Checkpoint(path, family, None, {VAE: Part(folder=folder)})
+        return Checkpoint(path, family, {VAE: Part(folder=folder)})
     file = Part(path)
     if not keys.holds_vae(file.files[0].shapes):
         raise UserError(f"--vae: {path} has no VAE; name a file or a Diffusers folder with one")
     is_diffusers = any(name.startswith("encoder.down_blocks.") for name in file.files[0].shapes)
-    return Checkpoint(path, family, None, {VAE if is_diffusers else WHOLE: file})
+    return Checkpoint(path, family, {VAE if is_diffusers else WHOLE: file})
 
 
-def folder_kind(path: Path) -> tuple[ModelFamily, bool | None]:
-    """Return the family of a Diffusers folder, and whether its scheduler says that it predicts v."""
-    unet = read_config(path / UNET)
-    family = families.detect_folder_family(unet, read_config(path / "text_encoder"))
-    if (path / families.SDXL.text_models[1].folder).is_dir():
-        family = families.SDXL
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    prediction = read_json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else None
-    return family, None if prediction is None else prediction == "v_prediction"
+def folder_family(path: Path) -> ModelFamily:
+    """Return the family of a Diffusers folder; raises UserError for one of another kind."""
+    if not (path / UNET).is_dir() and (path / "transformer" / "config.json").is_file():
+        kind = read_json(path / "transformer" / "config.json").get("_class_name", "unknown")
+        raise UserError(
+            f"{path} is a model with a transformer ({kind}) in place of the U-Net, which is not supported: only "
+            "SD 1.x, 2.x and XL are"
+        )
+    unet, first, second = read_config(path / UNET), *(path / text.folder for text in families.SDXL.text_models)
+    if second.is_dir() and unet.get("cross_attention_dim") == families.REFINER_WIDTH:
+        raise UserError(f"{path} is an SDXL refiner, which is not supported; the base model is another folder")
+    family = families.detect_folder_family(unet, read_config(first))
+    return families.SDXL if second.is_dir() else family
 
 
-def input_channels(checkpoint: Checkpoint) -> Any:
-    """Return how many channels the U-Net takes: of the folder's configuration, or of a file's tensor; None: unknown."""
-    if checkpoint.is_folder:
-        return read_config(checkpoint.path / UNET).get("in_channels")
-    first = checkpoint.shapes.get(f"{keys.UNET_PREFIX}input_blocks.0.0.weight", ())
-    return first[1] if len(first) == 4 else None
-
-
-def guess_prediction(checkpoint: Checkpoint) -> bool | None:
-    """Return whether an original-layout file predicts v: from its metadata, else for SD 2.x by the spread of a bias.
-
-    ComfyUI uses the same criterion. None for SD 1.x and SDXL without metadata.
-    """
-    said = checkpoint.metadata.get("modelspec.prediction_type")
-    if said is not None:
-        return said == "v"
-    if "v_pred" in checkpoint.shapes:
-        return True
-    if checkpoint.family is families.SD2 and V_BIAS in checkpoint.shapes:
-        return bool(checkpoint.read(V_BIAS).float().std(unbiased=False) > V_SPREAD)
-    return None
+def scheduler_of(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration of the scheduler of a Diffusers folder, None if there is none."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    return read_json(path) if path.is_file() else None
 
 
 def stored_configuration(metadata: Mapping[str, str], part: str) -> dict[str, Any]:

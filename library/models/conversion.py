@@ -27,7 +27,7 @@ from library.models.checkpoint import (
     WHOLE,
     Checkpoint,
     PlannedPart,
-    folder_kind,
+    folder_family,
     split_name,
     stored_tokens,
     tensor_name,
@@ -38,11 +38,13 @@ from library.models.layout import (
     TEXT_ROOT,
     TRAINING_ONLY,
     Infos,
+    Piece,
     Plan,
     copy_plan,
     plan_to_original,
     unplaced,
 )
+from library.models.prediction import V_MARKER, ZERO_SNR_MARKER, Prediction, prediction_of
 from library.models.tokenizer import VOCABULARY_SIZE, added_tokens
 
 logger = logging.getLogger(__name__)
@@ -86,16 +88,25 @@ class Kept(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def plan_of_file(model: Checkpoint) -> tuple[Plan, Plan]:
+def plan_of_file(model: Checkpoint, *, v_prediction: bool) -> tuple[Plan, Plan]:
     """Return the plan of a checkpoint, and that of all tensors of the model.
 
-    Raises UserError for a model that is incomplete or that a checkpoint cannot express.
+    v_prediction: it predicts v. Raises UserError for a model that is incomplete or that a checkpoint cannot express.
     """
     whole = whole_plan(model)
     if not model.is_folder:
         return copy_plan(model), whole
     tell_left_out(model, whole)
-    return plan_to_original(model, whole), whole
+    markers = marker_pieces(prediction_of(model)) if v_prediction and model.family.marks_v else {}
+    return markers | plan_to_original(model, whole), whole
+
+
+def marker_pieces(found: Prediction) -> Plan:
+    """Return the empty tensors that tell of a file that its model predicts v, and whether with zero terminal SNR."""
+    import torch
+
+    names = (V_MARKER, ZERO_SNR_MARKER) if found.zero_snr else (V_MARKER,)
+    return {name: Piece((), (0,), torch.zeros(0)) for name in names}
 
 
 def kept_beside(model: Checkpoint, whole: Plan, infos: Infos, path: Path) -> Kept:
@@ -129,7 +140,7 @@ def kept_beside(model: Checkpoint, whole: Plan, infos: Infos, path: Path) -> Kep
 def planned_file(path: Path, infos: Infos, metadata: Mapping[str, str]) -> Checkpoint:
     """Return a checkpoint that is not written yet."""
     whole = PlannedPart(path, planned=infos, planned_metadata=metadata)
-    return Checkpoint(path, families.detect_family(whole.shapes, str(path)), None, {WHOLE: whole})
+    return Checkpoint(path, families.detect_family(whole.shapes, str(path)), {WHOLE: whole})
 
 
 def lost_settings(model: Checkpoint, result: Checkpoint, part: str) -> dict[str, Any]:
@@ -203,13 +214,12 @@ def kept_in_folder(model: Checkpoint, whole: Plan) -> list[str]:
 
 def planned_folder(folder: Path, infos: Infos) -> Checkpoint:
     """Return a Diffusers folder whose weights are not written yet, only the files around them."""
-    family, predicts_v = folder_kind(folder)
     by_part: dict[str, dict[str, Any]] = {}
     for name, info in infos.items():
         part, own = split_name(name)
         by_part.setdefault(part, {})[own] = info
     parts = {part: PlannedPart(folder=folder / part, planned=own) for part, own in by_part.items()}
-    return Checkpoint(folder, family, predicts_v, parts)
+    return Checkpoint(folder, folder_family(folder), parts)
 
 
 def tokens_of(model: Checkpoint, whole: Plan) -> dict[str, dict[str, int]]:

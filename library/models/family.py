@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from library.config.values import LATENT_SCALE
 from library.errors import UserError
 from library.models import keys
-from library.models.tokenizer import EOS_TOKEN, WINDOW
+from library.models.tokenizer import EOS_ID, WINDOW, ZERO_ID
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,11 +67,17 @@ class TextModel:
     prefixes: tuple[str, ...]  # in original files, in the order of search
     lora_prefix: str  # of its modules in LoRA files
     config: dict[str, Any]
-    pad_token: str = EOS_TOKEN
+    cached_as: str  # part of the name that the folder of its tokenizer has in caches of sd-scripts
+    pad_id: int = EOS_ID
     layer: int = 1  # counted from the end: the U-Net was trained with its states
     has_final_norm: bool = True  # whether the final layer norm is applied to the states of any layer
     has_projection: bool = False  # a matrix on the pooled output, an input of the U-Net
     unused_layers: int = 0  # last layers of original files, which training did not use
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The folder of its tokenizer in Diffusers folders."""
+        return self.folder.replace("text_encoder", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so hashable
@@ -85,9 +91,15 @@ class ModelFamily:
     unet_head_width: int | None  # channels of an attention head; None: the same number of heads in every block
     vae: dict[str, Any]
     text_models: tuple[TextModel, ...]
-    version: str
+    version: str  # in the metadata of networks
+    v_version: str  # the same of models that predict v
     epsilon_architecture: str
     v_architecture: str
+    implementation: str = "diffusers"  # in the metadata of networks
+    has_clip_skip: bool = True  # whether models are used with other layers of the text encoder than their own
+    pipeline: str = "StableDiffusion"  # beginning of the names of its pipelines in diffusers
+    has_checkpoint_paths: bool = False  # whether LoRA files name its U-Net's layers by checkpoints, not by diffusers
+    marks_v: bool = False  # whether web UIs go by empty tensors in a file that predicts v
 
     def text_model(self, folder: str) -> TextModel:
         """Return the text encoder with a folder name."""
@@ -104,19 +116,29 @@ class ModelFamily:
         return LATENT_SCALE * 2 ** (len(self.unet["block_out_channels"]) - 1)
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether the U-Net is told the size of the original picture and where it was cut."""
+        return "addition_time_embed_dim" in self.unet
+
+    @property
     def text_widths(self) -> dict[str, int]:
         """Width of each text encoder, by folder."""
         return {text.folder: text.config["hidden_size"] for text in self.text_models}
 
     def base_version(self, *, predicts_v: bool) -> str:
         """Return `ss_base_model_version` of models that predict noise, or v."""
-        return f"{self.version}_v" if predicts_v else self.version
+        return self.v_version if predicts_v else self.version
+
+    def clip_skip(self, given: int | None) -> int | None:
+        """Return the layer to use for a --clip_skip, counted from the end; None: the one of the published models."""
+        return given if self.has_clip_skip else None
 
     def architecture(self, *, predicts_v: bool) -> str:
         """Return `modelspec.architecture` of models that predict noise, or v."""
         return self.v_architecture if predicts_v else self.epsilon_architecture
 
 
+SGM_SINGLE = f"{keys.TEXT_PREFIX_XL}embedders.0.model."  # of SD 2.x in the layout of SDXL, and of SDXL's refiner
 CLIP_L = clip_config(768, 12, activation="quick_gelu", projection=768, padding=49407)
 SD1 = ModelFamily(
     name="sd1",
@@ -133,9 +155,11 @@ SD1 = ModelFamily(
             prefixes=tuple(f"{keys.TEXT_PREFIX}transformer.{inner}" for inner in ("text_model.", "")),
             lora_prefix="lora_te_",
             config=CLIP_L,
+            cached_as="clip-vit-large",
         ),
     ),
     version="sd_v1",
+    v_version="sd_v1_v",
     epsilon_architecture="stable-diffusion-v1",
     v_architecture="stable-diffusion-v1",
 )
@@ -151,14 +175,16 @@ SD2 = ModelFamily(
         TextModel(
             folder="text_encoder",
             layout="openclip",
-            prefixes=(f"{keys.TEXT_PREFIX}model.",),
+            prefixes=(f"{keys.TEXT_PREFIX}model.", SGM_SINGLE),  # the latter in the layout of SDXL
             lora_prefix="lora_te_",
             config=clip_config(1024, 23, activation="gelu", projection=512, padding=0),
-            pad_token="!",
+            cached_as="stable-diffusion-2",
+            pad_id=ZERO_ID,
             unused_layers=1,
         ),
     ),
     version="sd_v2",
+    v_version="sd_v2_v",
     epsilon_architecture="stable-diffusion-v2-512",
     v_architecture="stable-diffusion-v2-768-v",
 )
@@ -189,6 +215,7 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.0.transformer.text_model.",),
             lora_prefix="lora_te1_",
             config=CLIP_L,
+            cached_as="clip-vit-large",
             layer=2,
             has_final_norm=False,
         ),
@@ -198,22 +225,38 @@ SDXL = ModelFamily(
             prefixes=(f"{keys.TEXT_PREFIX_XL}embedders.1.model.",),
             lora_prefix="lora_te2_",
             config=clip_config(1280, 32, activation="gelu", projection=1280, padding=1),
-            pad_token="!",
+            cached_as="clip-vit-bigg",
+            pad_id=ZERO_ID,
             layer=2,
             has_final_norm=False,
             has_projection=True,
         ),
     ),
     version="sdxl_base_v1-0",
+    v_version="sdxl_base_v1-0",
     epsilon_architecture="stable-diffusion-xl-v1-base",
     v_architecture="stable-diffusion-xl-v1-base",
+    implementation="https://github.com/Stability-AI/generative-models",
+    has_clip_skip=False,
+    pipeline="StableDiffusionXL",
+    has_checkpoint_paths=True,
+    marks_v=True,
 )
 FAMILIES = (SD1, SD2, SDXL)
+REFINER_WIDTH = SDXL.text_models[1].config["hidden_size"]  # of its only text encoder, the second of the base model
+# Beginnings of names in the files of models with a transformer in place of the U-Net.
+TRANSFORMERS = {
+    "joint_blocks.": "an SD 3 model",
+    "double_blocks.": "a model of the kind of Flux",
+    "double_layers.": "an AuraFlow model",
+    "cap_embedder.": "a model of the kind of Lumina 2",
+    "img_in.": "a model of the kind of Qwen-Image",
+}
 
 
 def detect_family(shapes: Shapes, source: str) -> ModelFamily:
     """Return the family of an original-layout checkpoint from the names and shapes of its tensors."""
-    if any(name.startswith(f"{keys.TEXT_PREFIX_XL}embedders.0.model.") for name in shapes):
+    if shapes.get(f"{SGM_SINGLE}ln_final.weight") == (REFINER_WIDTH,):
         raise UserError(f"{source} is an SDXL refiner, which is not supported; the base model is another file")
     for family in (SDXL, SD2, SD1):
         if any(name.startswith(text.prefixes) for text in family.text_models for name in shapes):
@@ -223,6 +266,10 @@ def detect_family(shapes: Shapes, source: str) -> ModelFamily:
     for name, shape in shapes.items():
         if name.startswith(keys.UNET_PREFIX) and name.endswith("attn2.to_k.weight"):
             return SD2 if shape[1] == SD2.context_width else SD1
+    for name in shapes:
+        for beginning, title in TRANSFORMERS.items():
+            if name.removeprefix(keys.UNET_PREFIX).startswith(beginning):
+                raise UserError(f"{source} is {title}, which is not supported: only SD 1.x, 2.x and XL are")
     raise UserError(
         f"{source} is not a Stable Diffusion checkpoint (1.x, 2.x or XL): it has no tensors under {keys.UNET_PREFIX} "
         f"(its first is {min(shapes, default='none')})"
@@ -234,53 +281,6 @@ def check_flags(family: ModelFamily, source: Path, *, v1: bool = False, v2: bool
     for flag, given, expected in (("--v1", v1, SD1), ("--v2", v2, SD2), ("--sdxl", sdxl, SDXL)):
         if given and family is not expected:
             raise UserError(f"{flag} was given, but {source} is an {family.title} model: omit {flag}")
-
-
-class UnetInput(NamedTuple):
-    """A kind of U-Net by its input."""
-
-    title: str
-    pipeline: str | None  # end of the name of its pipeline in diffusers; None: folders of it are not written
-
-
-INPUTS: dict[int, UnetInput] = {
-    4: UnetInput("a model that takes latents", "Pipeline"),
-    5: UnetInput("a depth model", None),  # its pipeline needs the depth estimator
-    8: UnetInput("an editing model", "InstructPix2PixPipeline"),
-    9: UnetInput("an inpainting model", "InpaintPipeline"),
-}
-UNKNOWN_INPUT = UnetInput("another kind of model", None)
-
-
-def check_channels(channels: Any, source: Path) -> None:
-    """Raise UserError for a U-Net with inputs besides latents, by its number of input channels; None: unknown."""
-    if channels in (None, UNET_BASE["in_channels"]):
-        return
-    raise UserError(
-        f"{source} is {input_of(channels).title}: its U-Net takes {channels} channels, and only those that take 4 "
-        "can be used for training and generation"
-    )
-
-
-def input_of(channels: Any) -> UnetInput:
-    """Return the kind of a U-Net with a number of input channels."""
-    return INPUTS.get(channels, UNKNOWN_INPUT) if isinstance(channels, int) else UNKNOWN_INPUT
-
-
-def pipeline_name(family: ModelFamily, channels: int, source: Path) -> str:
-    """Return the pipeline of diffusers for a U-Net with a number of input channels.
-
-    Raises UserError for kinds whose folders need more than this suite writes.
-    """
-    kind = input_of(channels)
-    if kind.pipeline is None:
-        known = ", ".join(str(number) for number, row in INPUTS.items() if row.pipeline)
-        raise UserError(
-            f"{source} is {kind.title}: its U-Net takes {channels} channels, and a Diffusers folder of it needs more "
-            f"than the parts that are converted; those that take {known} are converted"
-        )
-    start = "StableDiffusionXL" if family is SDXL else "StableDiffusion"
-    return start + kind.pipeline
 
 
 def detect_folder_family(unet_config: Mapping[str, Any], text_config: Mapping[str, Any]) -> ModelFamily:

@@ -87,6 +87,16 @@ def block_bounds(layers_per_block: int | Sequence[int], block: int, *, upwards: 
     return sum(stages[:block]), sum(stages[: block + 1])
 
 
+CONTROL_NET_PREFIX = "control_model."
+# Beginnings of the names of a ControlNet beside those of a U-Net, as patterns -> original ones.
+CONTROL_NET = {
+    r"controlnet_down_blocks\.(\d+)\.": r"zero_convs.\1.0.",
+    r"controlnet_mid_block\.": "middle_block_out.0.",
+    r"controlnet_cond_embedding\.conv_in\.": "input_hint_block.0.",
+    r"controlnet_cond_embedding\.conv_out\.": "input_hint_block.14.",
+}
+
+
 def unet_rule(
     layers_per_block: int | Sequence[int], upsampler_beside_attention: frozenset[int]
 ) -> Callable[[str], str]:
@@ -111,6 +121,21 @@ def unet_rule(
             return f"output_blocks.{end - 1}.{position}.{rest}"
         stage = f"input_blocks.{start + layer + 1}" if side == "down" else f"output_blocks.{start + layer}"
         return _with_resnet_names(f"{stage}.{int(kind == 'attentions')}.{rest}")
+
+    return rule
+
+
+def control_net_rule(layers_per_block: int) -> Callable[[str], str]:
+    """Return the rule of a ControlNet, which is the first half of a U-Net and some convolutions."""
+    unet = unet_rule(layers_per_block, frozenset())
+
+    def rule(name: str) -> str:
+        for ours, original in CONTROL_NET.items():
+            if found := re.match(ours, name):
+                return found.expand(original) + name[found.end() :]
+        if found := re.match(r"controlnet_cond_embedding\.blocks\.(\d+)\.", name):
+            return f"input_hint_block.{2 * int(found[1]) + 2}.{name[found.end() :]}"
+        return unet(name)
 
     return rule
 

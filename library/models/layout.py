@@ -166,7 +166,8 @@ def text_rule(text: TextModel) -> Rule:
                     yield Place(prefix + own)
             elif own == PROJECTION:
                 yield Place(f"{prefix}text_projection", is_transposed=True)
-                yield Place(f"{prefix}{PROJECTION}")
+                yield Place(f"{prefix}{PROJECTION}")  # of a linear layer, as it is
+                yield Place(f"{prefix}{PROJECTION}.weight")  # the same in Playground v2
             else:
                 yield Place(prefix + keys.openclip_name(own), keys.fused_slice(own))
 

@@ -32,10 +32,16 @@ def move(module: nn.Module, to: torch.device | torch.dtype | str) -> None:
     module.to(to)
 
 
-def types_of(mixed_precision: str, *, half_vae: bool = True, half_adapter: bool = False) -> Types:
-    """Return the types for a kind of mixed precision ("no", "fp16", "bf16")."""
+def types_of(
+    mixed_precision: str, *, vae_overflows: bool = False, no_half_vae: bool = False, half_adapter: bool = False
+) -> Types:
+    """Return the types for a kind of mixed precision ("no", "fp16", "bf16").
+
+    The VAE is in float32 if no_half_vae, or if it would overflow in fp16; bf16 has the range of float32.
+    """
     dtype = DTYPES[mixed_precision]
-    return Types(dtype, dtype if half_vae else torch.float32, dtype if half_adapter else torch.float32)
+    whole_vae = no_half_vae or (vae_overflows and dtype is torch.float16)
+    return Types(dtype, torch.float32 if whole_vae else dtype, dtype if half_adapter else torch.float32)
 
 
 def supported_precision(mixed_precision: str, device: torch.device) -> str:

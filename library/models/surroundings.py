@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.models import family as families
 from library.models.building import KINDS, config_of
-from library.models.checkpoint import Checkpoint, input_channels
+from library.models.checkpoint import Checkpoint
 from library.models.completeness import parts_of
+from library.models.kinds import input_channels, pipeline_name
 from library.models.tokenizer import (
     BOS_TOKEN,
     EOS_TOKEN,
@@ -37,7 +37,12 @@ def folder_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def write_surroundings(
-    folder: Path, checkpoint: Checkpoint, *, tokens: Mapping[str, Mapping[str, int]], v_prediction: bool
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    tokens: Mapping[str, Mapping[str, int]],
+    v_prediction: bool,
+    zero_snr: bool,
 ) -> None:
     """Write configurations, scheduler, tokenizers and index of a Diffusers folder for an original-layout model.
 
@@ -45,11 +50,13 @@ def write_surroundings(
 
     Raises UserError for a kind of model that needs more than these.
     """
-    pipeline = families.pipeline_name(checkpoint.family, input_channels(checkpoint), checkpoint.path)
+    pipeline = pipeline_name(checkpoint.family, input_channels(checkpoint), checkpoint.path)
     configs = folder_configs(checkpoint)
     for part, config in configs.items():
         write_json(folder / part / "config.json", config)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(v_prediction=v_prediction))
+    write_json(
+        folder / "scheduler" / "scheduler_config.json", scheduler_config(v_prediction=v_prediction, zero_snr=zero_snr)
+    )
     index: dict[str, Any] = {
         "_class_name": pipeline,
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -57,12 +64,11 @@ def write_surroundings(
         **{part: ["diffusers", kind] if part in configs else [None, None] for part, kind in KINDS.items()},
     }
     for text in checkpoint.family.text_models:
-        tokenizer = text.folder.replace("text_encoder", "tokenizer")
         index[text.folder] = ["transformers", configs[text.folder]["architectures"][0]]
-        index[tokenizer] = ["transformers", "CLIPTokenizer"]
+        index[text.tokenizer_folder] = ["transformers", "CLIPTokenizer"]
         write_tokenizer(
-            folder / tokenizer,
-            text.pad_token,
+            folder / text.tokenizer_folder,
+            text.pad_id,
             length=min(WINDOW, configs[text.folder]["max_position_embeddings"]),
             added=tokens.get(text.folder, {}),
         )
@@ -73,8 +79,12 @@ def write_surroundings(
     write_json(folder / "model_index.json", index)
 
 
-def scheduler_config(*, v_prediction: bool) -> dict[str, Any]:
-    """Return the noise schedule that all families were trained with, as the configuration of a DDIM scheduler."""
+def scheduler_config(*, v_prediction: bool, zero_snr: bool) -> dict[str, Any]:
+    """Return the noise schedule that all families were trained with, as the configuration of a DDIM scheduler.
+
+    zero_snr: its end is rescaled to pure noise, where generation has to begin.
+    """
+    rescaled = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -86,12 +96,17 @@ def scheduler_config(*, v_prediction: bool) -> dict[str, Any]:
         "set_alpha_to_one": False,
         "steps_offset": 1,
         "prediction_type": "v_prediction" if v_prediction else "epsilon",
+        **rescaled,
     }
 
 
-def write_tokenizer(folder: Path, pad_token: str, *, length: int = WINDOW, added: Mapping[str, int]) -> None:
-    """Write the CLIP tokenizer from the included vocabulary, for texts of a length, with added tokens and their ids."""
+def write_tokenizer(folder: Path, pad_id: int, *, length: int = WINDOW, added: Mapping[str, int]) -> None:
+    """Write the CLIP tokenizer from the included vocabulary, for texts of a length, with added tokens and their ids.
+
+    Its padding token is the one with an id, as in the published folders.
+    """
     vocabulary, merges = vocabulary_files()
+    pad_token = next(token for token, number in shipped_vocabulary()[0].items() if number == pad_id)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
     (folder / "merges.txt").write_text(merges, encoding="utf-8")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from library.errors import UserError, named
 from library.models.base import BaseModel
 from library.networks.fit import names_in
-from library.networks.modules import ImportedModule, text_encoder_for_networks
+from library.networks.modules import ImportedModule
 from library.networks.protocol import HasMultiplier, Network
 from library.networks.third_party import LYCORIS_KINDS, MAGNITUDE, has_values_once_read
+from library.networks.views import Models
 from library.weight_file import EMBEDDING
 
 logger = logging.getLogger(__name__)
@@ -74,17 +75,17 @@ def apply_file(
     weights are the tensors of the file, if they have been read already. Raises UserError for a file of which a foreign
     module takes nothing, and for a network without a strength; warns of the tensors that it does not take.
     """
-    encoder = text_encoder_for_networks(base)
+    models = module.models(base)
     arguments = {"for_inference": True} | module.arguments
-    made, tensors = module.read(path, base, encoder, weights=weights, arguments=arguments)
+    made, tensors = module.read(path, base, models, weights=weights, arguments=arguments)
     if made is None:
         raise UserError(f"{module.name} makes no network of {path}")
     layers: tuple[Blend, ...] = ()
     if module.is_foreign:
-        layers = attached(made, encoder, base.unet)
+        layers = attached(made, models)
         check_taken(made, tensors, path, module.name)
     else:
-        made.apply_to(encoder, base.unet, True, True)
+        made.apply_to(models.text_encoder, models.unet, True, True)
     if not has_values_once_read(module.name):
         made.load_state_dict(tensors, False)
     made.to(device, next(base.unet.parameters()).dtype)
@@ -97,12 +98,13 @@ def apply_file(
     return applied
 
 
-def attached(network: Network, encoder: nn.Module | list[nn.Module], unet: nn.Module) -> tuple[Blend, ...]:
+def attached(network: Network, models: Models) -> tuple[Blend, ...]:
     """Attach a foreign network; return the blends of the layers whose forward it replaces, none if it works otherwise.
 
     It finds the layers without other networks, because some modules replace what others add. What it takes from a
     layer, as lycoris does with the weight of a full difference, is put back: the models and other networks read it.
     """
+    encoder, unet = models.text_encoder, models.unet
     roots = [*(encoder if isinstance(encoder, list) else [encoder]), unet]
     leaves = [layer for root in roots for layer in root.modules() if not any(True for _ in layer.children())]
     kept = [(layer, layer.__dict__.pop("forward", None), dict(layer._parameters)) for layer in leaves]

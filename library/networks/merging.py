@@ -13,7 +13,7 @@ from library.config.network import NetworkConfig
 from library.errors import UserError
 from library.models.base import BaseModel
 from library.networks.fit import compare, counted
-from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
+from library.networks.modules import ImportedModule, find_module, module_errors
 from library.networks.protocol import optional_method
 from library.networks.third_party import with_alphas_folded
 from library.weight_file import read_weights
@@ -43,9 +43,9 @@ def merge_file(
     """Merge a file into the models; weights are its tensors, if they have been read already."""
 
     def merge(multiplier: float) -> None:
-        text_encoder, parameter = text_encoder_for_networks(base), next(base.unet.parameters())
+        models, parameter = module.models(base), next(base.unet.parameters())
         network, tensors = module.read(
-            path, base, text_encoder, multiplier=multiplier, weights=weights, arguments={"for_inference": True}
+            path, base, models, multiplier=multiplier, weights=weights, arguments={"for_inference": True}
         )
         merge_to = optional_method(network, "merge_to")
         if merge_to is None:
@@ -56,7 +56,7 @@ def merge_file(
                 if names:
                     text = "%s: %s have no place in these models and are left out"
                     logger.warning(text, path, counted(names, number, kind))
-        merge_to(text_encoder, base.unet, tensors, parameter.dtype, parameter.device)
+        merge_to(models.text_encoder, models.unet, tensors, parameter.dtype, parameter.device)
 
     if not module.is_foreign:
         merge(multiplier)

@@ -6,20 +6,21 @@ import contextlib
 import dataclasses
 import importlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.config.network import NetworkConfig
 from library.config.values import written
 from library.errors import UserError, shortened
 from library.models.base import BaseModel
-from library.models.family import detect_family
-from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles, TextEncoders
-from library.networks.third_party import canonical_names, no_layers_by_preset, with_alphas
+from library.models.family import ModelFamily, detect_family
+from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles
+from library.networks.third_party import no_layers_by_preset, with_alphas
+from library.networks.views import Models, canonical_names, models_for
 from library.weight_file import check_adapter, check_name, open_weights, read_weights
 
 PACKAGES = {"lycoris": "lycoris-lora"}  # module -> package on PyPI, if its name differs
@@ -32,22 +33,6 @@ HINTS = (
     ),
     ("lycoris", "IA3Module.make_module_from_state_dict", "this version of it writes files of IA3, but reads none"),
 )
-
-
-class CanonicalTextEncoder(nn.Module):
-    """A text encoder under the module path used in files, `text_model.…`, for every version of transformers."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.text_model = encoder
-
-
-def text_encoder_for_networks(base: BaseModel) -> TextEncoders:
-    """Return the text encoders in the form that network modules take: one alone, several in a list."""
-    encoders = [
-        encoder if hasattr(encoder, "text_model") else CanonicalTextEncoder(encoder) for encoder in base.text_modules
-    ]
-    return encoders[0] if len(encoders) == 1 else encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +54,11 @@ class ImportedModule:
     def arguments(self) -> dict[str, str]:
         return self.options.network_args or {}
 
-    def create(self, base: BaseModel, text_encoder: TextEncoders) -> Network | None:
+    def models(self, base: BaseModel, *, without: Collection[int] = ()) -> Models:
+        """Return the models as the module takes them; text encoders with these numbers, from 0, get no network."""
+        return models_for(base, is_foreign=self.is_foreign, without=without)
+
+    def create(self, models: Models) -> Network | None:
         """Return a new network with rank, alpha, dropout and arguments of the options."""
         options = self.options
         with module_errors(options, "create_network"):
@@ -77,9 +66,7 @@ class ImportedModule:
                 1.0,
                 options.network_dim,
                 options.network_alpha,
-                base.vae,
-                text_encoder,
-                base.unet,
+                *models,
                 neuron_dropout=options.network_dropout,
                 **{"dropout": options.network_dropout} | self.arguments,
             )
@@ -88,21 +75,20 @@ class ImportedModule:
         self,
         path: Path,
         base: BaseModel,
-        text_encoder: TextEncoders,
+        models: Models,
         *,
         multiplier: float = 1.0,
         weights: Mapping[str, Tensor] | None = None,
         arguments: Mapping[str, Any],
     ) -> tuple[Network | None, Mapping[str, Tensor]]:
-        """Return (network with the shapes of a file, the file's tensors); weights are these, if read already."""
+        """Return (network over models with the shapes of a file, the file's tensors); weights are these, if read."""
         module = self.module
         if not isinstance(module, ReadsFiles):
             raise UserError(f"--network_module {self.name} has no create_network_from_weights, which reads files")
-        models = (base.vae, text_encoder, base.unet)
         weights = read_weights(path) if weights is None else weights
         if not self.is_foreign:
             return module.create_network_from_weights(multiplier, str(path), *models, weights, **arguments)
-        named = canonical_names(weights, text_encoder, path)
+        named = canonical_names(weights, base, path)
         with no_layers_by_preset(self.module):
             network, _ = module.create_network_from_weights(
                 multiplier, str(path), *models, with_alphas(named), **arguments
@@ -130,11 +116,9 @@ def find_module(config: NetworkConfig) -> ImportedModule:
 
 def check_network(config: NetworkConfig) -> None:
     """Raise UserError for no network module, for unknown arguments, or for damaged adapter files."""
+    check_arguments(config, None)
     found = find_module(config)
     module = found.module
-    if isinstance(module, ChecksArguments):
-        with module_errors(config, "check_network_args"):
-            module.check_network_args(config.network_dim, found.arguments, from_file=config.dim_from_weights)
     needs_files = {"--base_weights": config.base_weights, "--dim_from_weights": config.dim_from_weights}
     for option, given in needs_files.items():
         if given and not isinstance(module, ReadsFiles):
@@ -145,6 +129,17 @@ def check_network(config: NetworkConfig) -> None:
             check_adapter(path)
             if found.is_foreign:
                 check_name(path)
+
+
+def check_arguments(config: NetworkConfig, family: ModelFamily | None) -> None:
+    """Raise UserError for arguments that a network module does not know, or not for models of a family."""
+    found, is_sgm = find_module(config), None if family is None else family.has_checkpoint_paths
+    module = found.module
+    if isinstance(module, ChecksArguments):
+        with module_errors(config, "check_network_args"):
+            module.check_network_args(
+                config.network_dim, found.arguments, from_file=config.dim_from_weights, is_sgm=is_sgm
+            )
 
 
 def refuse_model(path: Path) -> None:

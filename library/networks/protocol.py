@@ -182,6 +182,9 @@ class ChecksArguments(Protocol):
     """A network module that can check its arguments before a model is loaded."""
 
     def check_network_args(
-        self, network_dim: int | None, network_args: Mapping[str, str], /, *, from_file: bool
+        self, network_dim: int | None, network_args: Mapping[str, str], /, *, from_file: bool, is_sgm: bool | None
     ) -> object:
-        """Raise ValueError for unknown or unreadable arguments; with from_file the ranks come from a file."""
+        """Raise ValueError for unknown or unreadable arguments; with from_file the ranks come from a file.
+
+        is_sgm tells whether they are for a U-Net with the names of checkpoints (SDXL); None: not known yet.
+        """

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from library.errors import UserError
-from library.networks.protocol import NetworkModule, TextEncoders
+from library.networks.protocol import NetworkModule
 from library.weight_file import EMBEDDING, at_first_dot
-
-Value = TypeVar("Value")
 
 # Attributes of lycoris' class of networks: which layers its networks take.
 TARGETS = (
@@ -76,31 +72,6 @@ def no_layers_by_preset(module: NetworkModule) -> Iterator[None]:
 def has_values_once_read(module: str) -> bool:
     """Return whether the networks of a module need not be given the tensors of the file that they were made from."""
     return module.partition(".")[0] in READ_WITH_VALUES
-
-
-def canonical_names(
-    weights: Mapping[str, Value], text_encoder: TextEncoders, source: Path | None = None
-) -> dict[str, Value]:
-    """Return the tensors of a file under the names that modules have over the text encoder of the suite.
-
-    source is the file in messages. Raises UserError for a file that has a module under two names.
-    """
-    return with_canonical_names(weights, source, is_alone=not isinstance(text_encoder, list))
-
-
-def with_canonical_names(weights: Mapping[str, Value], source: Path | None, *, is_alone: bool) -> dict[str, Value]:
-    """Return the tensors of a file, or their shapes, under the names over one text encoder, or over several.
-
-    Trainers with transformers from 5.6 on leave `text_model` out; some number a text encoder that is alone.
-    """
-    found: dict[str, str] = {}
-    for name in weights:
-        new = re.sub(r"^lora_te1_", "lora_te_", name) if is_alone else name
-        new = re.sub(r"^(lora_te\d?)_(?=encoder_layers_|final_layer_norm)", r"\1_text_model_", new)
-        first = found.setdefault(new, name)
-        if first != name:
-            raise UserError(f"{source or 'the file'} has {new} twice ({first} and {name}): save one adapter")
-    return {new: weights[name] for new, name in found.items()}
 
 
 def check_matrices(shapes: Mapping[str, Collection[int]], path: Path) -> None:

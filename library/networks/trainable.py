@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +24,19 @@ from library.errors import UserError, shortened
 from library.files import replacing
 from library.models.base import BaseModel
 from library.networks.fit import Fit, all_tensors, compare, counted
-from library.networks.modules import ImportedModule, find_module, module_errors, text_encoder_for_networks
+from library.networks.modules import ImportedModule, find_module, module_errors
 from library.networks.protocol import (
     Groups,
     HasMultiplier,
     NamedGroups,
     Network,
     ReadsFiles,
-    TextEncoders,
     missing_methods,
     optional_method,
 )
-from library.networks.third_party import canonical_names
+from library.networks.views import Models, canonical_names
 from library.safetensors_io import fitting
-from library.weight_file import read_weights
+from library.weight_file import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +50,41 @@ NORMS = {
 }
 
 
+class Trained(NamedTuple):
+    """Which parts of the models are trained."""
+
+    texts: tuple[bool, ...]  # each text encoder
+    unet: bool
+
+    @property
+    def left_out(self) -> list[int]:
+        """The text encoders that get no modules beside another that does, by number from 0."""
+        return [number for number, is_on in enumerate(self.texts) if not is_on and any(self.texts)]
+
+    def has(self, module: str) -> bool:
+        """Return whether the part is trained that a module of a file is for, by its name."""
+        number = encoder_of(module)
+        return self.unet if number is None else number < len(self.texts) and self.texts[number]
+
+
 @dataclasses.dataclass
 class TrainableNetwork:
     """A network applied to the models."""
 
     network: Network
     module: ImportedModule
-    text_encoder: TextEncoders
-    unet: nn.Module
-    trains_text_encoder: bool
-    trains_unet: bool
+    models: Models
+    trained: Trained
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether a text encoder is trained."""
+        return any(self.trained.texts)
+
+    @property
+    def trains_unet(self) -> bool:
+        """Whether the U-Net is trained."""
+        return self.trained.unet
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters."""
@@ -80,7 +106,7 @@ class TrainableNetwork:
         """Return (parameter groups, their names) with the learning rates of the options; turns gradients on."""
         with module_errors(self.module.options, "prepare_optimizer_params"):
             groups, names = self._groups_with_rates(config)
-            self.network.prepare_grad_etc(self.text_encoder, self.unet)
+            self.network.prepare_grad_etc(self.models.text_encoder, self.models.unet)
         if names is None or len(names) != len(groups):
             names = [f"group{index}" for index in range(len(groups))]
         trained = [[parameter for parameter in group["params"] if parameter.requires_grad] for group in groups]
@@ -91,14 +117,18 @@ class TrainableNetwork:
 
     def _groups_with_rates(self, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[str] | None]:
         network, common = self.network, config.learning_rate
-        rates = list(config.text_encoder_lr or [common])
+        rates = list(config.text_encoder_lr or [common])[: len(self.trained.texts)]
         unet_rate = common if config.unet_lr is None else config.unet_lr
         by_encoder = optional_method(network, "prepare_optimizer_params_with_multiple_te_lrs")
         prepare: Callable[..., Groups | NamedGroups] = by_encoder or network.prepare_optimizer_params
-        arguments = (rates if by_encoder else rates[0], unet_rate, common)
+        arguments = (rates if by_encoder else max(rates), unet_rate, common)
         result = prepare(*arguments) if takes(prepare, 3) else prepare(*arguments[:2])  # older modules: no common rate
-        groups, names = result if isinstance(result, tuple) else (result, None)
-        return [group | {"params": list(group["params"])} for group in groups], list(names) if names else None
+        made, named = result if isinstance(result, tuple) else (result, None)
+        groups = [group | {"params": list(group["params"])} for group in made]
+        names = list(named) if named else None
+        if by_encoder or len(set(rates)) == 1 or not self.trains_text_encoder:
+            return groups, names
+        return split_by_encoder(groups, names, rates, network)
 
     def train(self) -> None:
         """Switch to training mode: dropout is on, a DyLoRA uses the sampled rank."""
@@ -110,7 +140,7 @@ class TrainableNetwork:
 
     def on_epoch_start(self) -> None:
         """Announce a new epoch; the network switches to training mode."""
-        self.network.on_epoch_start(self.text_encoder, self.unet)
+        self.network.on_epoch_start(self.models.text_encoder, self.models.unet)
 
     def on_optimizer_step(self, key: int) -> None:
         """Announce an optimizer step; key depends on seed and step alone."""
@@ -120,7 +150,7 @@ class TrainableNetwork:
     def on_step_start(self) -> None:
         """Announce a micro-batch."""
         if announce := optional_method(self.network, "on_step_start"):
-            announce(self.text_encoder, self.unet)
+            announce(self.models.text_encoder, self.models.unet)
 
     def after_clipping(self) -> None:
         """Let the network record the norms of its final gradients."""
@@ -220,6 +250,34 @@ class TrainableNetwork:
             own[name].copy_(tensor)
 
 
+def encoder_of(module: str) -> int | None:
+    """Return the number of the text encoder, from 0, that a module of a file is for; None for the U-Net."""
+    match = re.match(r"(?:lora|lycoris)_te(\d?)", module)
+    return int(match[1] or 1) - 1 if match else None
+
+
+def split_by_encoder(
+    groups: Sequence[dict[str, Any]], names: Sequence[str] | None, rates: Sequence[float], network: Network
+) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """Return groups and names so that each text encoder has its rate; groups have the largest of them.
+
+    For foreign networks that know a single rate; warns if their parameters do not tell the encoders apart.
+    """
+    encoders = {id(parameter): encoder_of(name) for name, parameter in network.named_parameters()}
+    if not any(encoders.values()):
+        logger.warning("--text_encoder_lr: this network takes one rate for all text encoders: %g", max(rates))
+    split, labels = [], []
+    for index, group in enumerate(groups):
+        parts: dict[int | None, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(encoders[id(parameter)], []).append(parameter)
+        for number, parameters in parts.items():
+            rate = {} if number is None or "lr" not in group else {"lr": group["lr"] * rates[number] / max(rates)}
+            split.append(group | {"params": parameters} | rate)
+            labels.append("" if names is None else names[index] if number is None else f"{names[index]} {number + 1}")
+    return split, None if names is None else labels
+
+
 def takes(function: Callable[..., object], number: int) -> bool:
     """Return whether a function can be called with a number of arguments."""
     try:
@@ -238,30 +296,29 @@ def build_network(
     device: torch.device,
 ) -> TrainableNetwork:
     """Create the network, apply it to the models, and load --network_weights."""
-    module, text_encoder = find_module(config), text_encoder_for_networks(base)
+    module, trained = find_module(config), trained_parts(config, optimizer, len(base.texts))
+    models = module.models(base, without=trained.left_out)
     if config.network_weights is not None and config.dim_from_weights:
         with module_errors(config, "create_network_from_weights", config.network_weights):
             arguments = {"neuron_dropout": config.network_dropout} | module.arguments
-            created, _ = module.read(config.network_weights, base, text_encoder, arguments=arguments)
+            created, _ = module.read(config.network_weights, base, models, arguments=arguments)
     else:
-        created = module.create(base, text_encoder)
+        created = module.create(models)
     network = checked(created, config)
-    trains_text_encoder, trains_unet = trained_parts(config, optimizer)
     with module_errors(config, "apply_to"):
         if prepare := optional_method(network, "prepare_network"):
             options = dataclasses.asdict(optimizer) | dataclasses.asdict(config)
             prepare(argparse.Namespace(**{name: written(value) for name, value in options.items()}))
-        network.apply_to(text_encoder, base.unet, trains_text_encoder, trains_unet)
+        network.apply_to(models.text_encoder, models.unet, any(trained.texts), trained.unet)
         if config.network_weights is not None:
             with module_errors(config, "load_weights", config.network_weights):
-                trained = {"text encoder": trains_text_encoder, "U-Net": trains_unet}
-                load_start(network, module, text_encoder, {part for part, is_on in trained.items() if is_on})
+                load_start(network, module, base, trained)
         if checkpointing and (enable := optional_method(network, "enable_gradient_checkpointing")):
             enable()
         network.to(device)
     if not any(True for _ in network.parameters()):
         raise UserError(f"--network_module {config.network_module}: the network has no parameters for what is trained")
-    return TrainableNetwork(network, module, text_encoder, base.unet, trains_text_encoder, trains_unet)
+    return TrainableNetwork(network, module, models, trained)
 
 
 def checked(network: Network | None, config: NetworkConfig) -> Network:
@@ -277,23 +334,28 @@ def checked(network: Network | None, config: NetworkConfig) -> Network:
     return network
 
 
-def load_start(network: Network, module: ImportedModule, text_encoder: TextEncoders, trained: Collection[str]) -> None:
+def load_start(network: Network, module: ImportedModule, base: BaseModel, trained: Trained) -> None:
     """Load --network_weights; warn of what the file and the network do not share.
 
-    Networks that take tensors get those that the suite read, as in generation; others read the file themselves.
-    trained are the parts of the models that the network is over. Raises UserError for a foreign network that silently
-    loaded nothing; the suite's own raise ValueError.
+    Networks that take tensors get those that the suite read, as in generation; others read a file themselves: this
+    one, or a copy with the names that they know. Raises UserError for a foreign network that silently loaded nothing;
+    the suite's own raise ValueError.
     """
     path = module.options.network_weights
     assert path is not None  # else there is nothing to load
     load, load_tensors = optional_method(network, "load_weights"), optional_method(network, "load_tensors")
     before = [parameter.detach().clone() for parameter in network.parameters()]
-    weights = read_weights(path)
+    given = read_weights(path)
+    weights = canonical_names(given, base, path)
     if load_tensors is not None:
-        weights = canonical_names(weights, text_encoder)
         report = load_tensors(weights, str(path))
-    elif load is not None:
+    elif load is not None and weights.keys() == given.keys():
         report = load(str(path))
+    elif load is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            renamed = Path(folder) / "renamed.safetensors"
+            write_weights(renamed, weights)
+            report = load(str(renamed))
     else:
         raise UserError(f"--network_weights: the network of {module.name} has no load_weights; leave the option out")
     is_same = all(torch.equal(old, new.detach()) for old, new in zip(before, network.parameters(), strict=True))
@@ -309,20 +371,20 @@ def load_start(network: Network, module: ImportedModule, text_encoder: TextEncod
         logger.info("%s: %s", path, shortened(str(report or "loaded")))
 
 
-def misfits(fit: Fit, module: ImportedModule, trained: Collection[str]) -> list[str]:
-    """Return what a file of --network_weights and the network do not share, with the way out; trained as above."""
+def misfits(fit: Fit, module: ImportedModule, trained: Trained) -> list[str]:
+    """Return what a file of --network_weights and the network do not share, with the way out."""
     options, texts = module.options, []
     remedy = "give the --network_args that the file was trained with"
     if not module.is_foreign:
         remedy += ", such as conv_dim and conv_alpha for its 3x3 convolutions"
     if isinstance(module.module, ReadsFiles) and not options.dim_from_weights:
         remedy += ", or --dim_from_weights, which takes modules and ranks from the file"
-    untrained = [name for name in fit.left if part_of(name) not in trained]
+    untrained = [name for name in fit.left if not trained.has(name)]
     if untrained:
         texts.append(
             f"{counted(untrained, fit.modules)} are of a part that is not trained, and will not be in the new file"
         )
-    left = [name for name in fit.left if part_of(name) in trained]
+    left = [name for name in fit.left if trained.has(name)]
     if left and (module.is_foreign or not options.dim_from_weights):  # the suite's own have said so themselves
         texts.append(f"{counted(left, fit.modules)} have no place in the network and are left out: {remedy}")
     if fit.tensors:
@@ -334,17 +396,18 @@ def misfits(fit: Fit, module: ImportedModule, trained: Collection[str]) -> list[
     return texts
 
 
-def part_of(module: str) -> str:
-    """Return the part of the models that a module of a file is for, by its name."""
-    return "text encoder" if module.startswith(("lora_te", "lycoris_te")) else "U-Net"
+def trained_parts(config: NetworkConfig, optimizer: OptimizerConfig, num_encoders: int) -> Trained:
+    """Return which parts of a model with so many text encoders are trained: not those with a learning rate of 0.
 
-
-def trained_parts(config: NetworkConfig, optimizer: OptimizerConfig) -> tuple[bool, bool]:
-    """Return (text encoder is trained, U-Net is trained); a part whose learning rate is 0 is not trained."""
-    text_rates: Sequence[float] = optimizer.text_encoder_lr or [optimizer.learning_rate]
+    The last of several rates of text encoders is that of all further ones.
+    """
+    rates: Sequence[float] = optimizer.text_encoder_lr or [optimizer.learning_rate]
     unet_rate = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
-    text_encoder = not config.network_train_unet_only and text_rates[0] > 0
-    unet = not config.network_train_text_encoder_only and unet_rate > 0
-    if not text_encoder and not unet:
+    texts = [rates[min(number, len(rates) - 1)] > 0 for number in range(num_encoders)]
+    trained = Trained(
+        tuple(is_on and not config.network_train_unet_only for is_on in texts),
+        not config.network_train_text_encoder_only and unet_rate > 0,
+    )
+    if not any(trained.texts) and not trained.unet:
         raise UserError("nothing is trained: the learning rate of what is left is 0")
-    return text_encoder, unet
+    return trained

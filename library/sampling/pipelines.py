@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,18 @@ import torch
 from torch import Tensor
 
 from library.config.samplers import SamplerName
+from library.config.values import given
 from library.models.base import BaseModel
 from library.models.conditioning import Conditioning
+from library.models.family import ModelFamily
 from library.sampling.samplers import build_sampler
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.controlnets.controlnet import ControlNetModel
     from PIL.Image import Image
+
+TIME_IDS = ("original_size", "crops_coords_top_left", "target_size")  # in the order of the U-Net's input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,50 @@ class ControlInputs:
     images: Sequence[Sequence[Image]]
     weights: Sequence[float]
     ends: Sequence[float]  # share of the steps after which each stops
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSizes:
+    """What a model that takes sizes is told of an image, in pixels: how large it was, and where it was cut out.
+
+    A side that is None is that of the image; of the negative prompt, that of the prompt.
+    """
+
+    original_width: int | None = None
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int = 0
+    crop_left: int = 0
+
+    def scaled(self, ratio: float) -> PictureSizes:
+        """Return the sizes of a reduced image."""
+        values: dict[str, Any] = {
+            name: None if value is None else round(value * ratio) for name, value in vars(self).items()
+        }
+        return PictureSizes(**values)
+
+    def resolved(self, width: int, height: int) -> PictureSizes:
+        """Return the sizes of an image of a width and a height, with no side left open."""
+        own_width, own_height = given(self.original_width, width), given(self.original_height, height)
+        return dataclasses.replace(
+            self,
+            original_width=own_width,
+            original_height=own_height,
+            original_width_negative=given(self.original_width_negative, own_width),
+            original_height_negative=given(self.original_height_negative, own_height),
+        )
+
+    def arguments(self, width: int, height: int) -> dict[str, tuple[int | None, ...]]:
+        """Return the arguments of diffusers' pipelines for an image: pairs of height and width, or top and left."""
+        sizes = self.resolved(width, height)
+        common = {"crops_coords_top_left": (sizes.crop_top, sizes.crop_left), "target_size": (height, width)}
+        return {
+            "original_size": (sizes.original_height, sizes.original_width),
+            "negative_original_size": (sizes.original_height_negative, sizes.original_width_negative),
+            **common,
+            **{f"negative_{name}": pair for name, pair in common.items()},
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +103,7 @@ class PipelineInputs:
     init_latents: Tensor | None = None  # (B, 4, H/8, W/8), scaled; in the place of init_images
     masks: Sequence[Image] | None = None  # for init_images; white is changed
     control: ControlInputs | None = None
+    sizes: PictureSizes = PictureSizes()  # for a model that takes them
 
     @property
     def has_init(self) -> bool:
@@ -65,8 +116,7 @@ def sample_latents(base: BaseModel, inputs: PipelineInputs, on_step: Callable[[]
     """Return the latents (B, 4, H/8, W/8) of a batch, scaled as the U-Net sees them. The models stay where they are."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
     arguments: dict[str, Any] = {
-        "prompt_embeds": inputs.text.hidden.to(base.unet.device, base.unet.dtype),
-        "negative_prompt_embeds": inputs.negative.hidden.to(base.unet.device, base.unet.dtype),
+        **text_arguments(inputs, base.unet.device, base.unet.dtype),
         "num_inference_steps": inputs.steps,
         "guidance_scale": inputs.scale,
         "generator": generators,
@@ -95,7 +145,21 @@ def sample_latents(base: BaseModel, inputs: PipelineInputs, on_step: Callable[[]
             "controlnet_conditioning_scale": list(inputs.control.weights),
             "control_guidance_end": list(inputs.control.ends),
         }
-    return pipeline_for(base, inputs)(**arguments).images
+    pipeline = pipeline_for(base, inputs)
+    known = inspect.signature(pipeline.__call__).parameters
+    sizes = inputs.sizes.arguments(inputs.width, inputs.height)
+    arguments |= {name: pair for name, pair in sizes.items() if name in known}
+    return pipeline(**arguments).images
+
+
+def text_arguments(inputs: PipelineInputs, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the conditioning of a batch as arguments; without the pooled output where the model has none."""
+    arguments = {}
+    for prefix, text in (("", inputs.text), ("negative_", inputs.negative)):
+        arguments[f"{prefix}prompt_embeds"] = text.hidden.to(device, dtype)
+        if text.pooled is not None:
+            arguments[f"{prefix}pooled_prompt_embeds"] = text.pooled.to(device, dtype)
+    return arguments
 
 
 def latents_to_begin_with(base: BaseModel, inputs: PipelineInputs, generators: Sequence[torch.Generator]) -> Tensor:
@@ -111,40 +175,54 @@ def pipeline_for(base: BaseModel, inputs: PipelineInputs) -> Any:
     parts = {
         "vae": base.vae,
         "unet": base.unet,
-        "scheduler": build_sampler(inputs.sampler, predicts_v=base.predicts_v),
-        "text_encoder": None,
-        "tokenizer": None,
-        "safety_checker": None,
-        "feature_extractor": None,
+        "scheduler": build_sampler(inputs.sampler, predicts_v=base.predicts_v, zero_snr=base.zero_snr),
+        # Text encoders come before the pipeline, and results go to no further model.
         "requires_safety_checker": False,
+        "add_watermarker": False,
     }
     if inputs.control is not None:
         from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
         parts["controlnet"] = MultiControlNetModel(list(inputs.control.nets))
-    pipeline = pipeline_class(kind, with_control=inputs.control is not None)(**parts)
+    chosen = pipeline_class(base.family, kind, with_control=inputs.control is not None)
+    known = inspect.signature(chosen.__init__).parameters
+    absent = {name: None for name, own in known.items() if own.default is own.empty and name != "self"}
+    pipeline = chosen(**absent | {name: part for name, part in parts.items() if name in known})
     pipeline.set_progress_bar_config(disable=True)
+    sizes = inputs.sizes.arguments(inputs.width, inputs.height)
+    negative = [number for name in TIME_IDS for number in sizes[f"negative_{name}"]]
+    pipeline.negative_time_ids = torch.tensor([negative], dtype=torch.float32)
     return pipeline
 
 
 @functools.cache
-def pipeline_class(kind: str, *, with_control: bool) -> type[Any]:
-    """Return diffusers' pipeline of a kind ("", "Img2Img", "Inpaint"), working where its U-Net is.
+def pipeline_class(family: ModelFamily, kind: str, *, with_control: bool) -> type[Any]:
+    """Return diffusers' pipeline of a family and a kind ("", "Img2Img", "Inpaint"), working where its U-Net is.
 
     Otherwise it works where its first part is, which need not be on the GPU while the U-Net is at work.
     """
     import diffusers
 
-    base: Any = getattr(diffusers, f"StableDiffusion{'ControlNet' if with_control else ''}{kind}Pipeline")
+    base: Any = getattr(diffusers, f"{family.pipeline}{'ControlNet' if with_control else ''}{kind}Pipeline")
 
+    @functools.wraps(base, updated=())
     class Pipeline(base):
         @property
         def _execution_device(self) -> torch.device:
             return self.unet.device
 
-        def _encode_vae_image(self, image: Tensor, generator: Any) -> Tensor:
-            """Return the latents of images; the VAE may have another type than the U-Net."""
-            return super()._encode_vae_image(image.to(self.vae.dtype), generator).to(image.dtype)
+        def _encode_vae_image(self, image: Tensor, generator: Sequence[torch.Generator]) -> Tensor:
+            """Return the latents of images; the VAE keeps its type, which may be another than the U-Net's."""
+            return encode_pixels(self.vae, image, generator).to(image.dtype)
+
+        def _get_add_time_ids(self, *arguments: Any, **named: Any) -> Any:
+            """Return the sizes as a tensor (1, 6), of some pipelines beside those of the negative prompt.
+
+            They stay in float32: in half precision 1533 would become 1536, and with it another embedding. Not all
+            pipelines know of other sizes for the negative prompt.
+            """
+            ids = super()._get_add_time_ids(*arguments, **named | {"dtype": torch.float32})
+            return (ids[0], self.negative_time_ids) if isinstance(ids, tuple) else ids
 
     return Pipeline
 
@@ -161,13 +239,18 @@ def encode_images(base: BaseModel, images: Sequence[Image], generators: Sequence
     """Return the scaled latents (B, 4, H/8, W/8) of images, a sample of the posterior by each one's generator."""
     from diffusers.image_processor import VaeImageProcessor
 
-    vae = base.vae
-    pixels = VaeImageProcessor().preprocess(list(images)).to(vae.device, vae.dtype)
+    pixels = VaeImageProcessor().preprocess(list(images)).to(base.vae.device)
+    return encode_pixels(base.vae, pixels, generators).to(base.unet.device, base.unet.dtype)
+
+
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return the scaled latents (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1], in the type of the VAE."""
+    pixels = pixels.to(vae.dtype)
     samples = [
         vae.encode(pixels[index : index + 1]).latent_dist.sample(generator)
         for index, generator in enumerate(generators)
     ]
-    return (torch.cat(samples) * vae.config["scaling_factor"]).to(base.unet.device, base.unet.dtype)
+    return torch.cat(samples) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
+from library.config.values import given
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import Conditioner, TextOptions, windows_needed
 from library.sampling.pipelines import PipelineInputs, decode_latents, sample_latents
@@ -51,8 +52,8 @@ def generate_previews(
             text=both.part(0, 1),
             negative=both.part(1, 2),
             seeds=[seed],
-            width=prompt.width,
-            height=prompt.height,
+            width=given(prompt.width, base.family.side),
+            height=given(prompt.height, base.family.side),
             steps=prompt.steps,
             scale=prompt.scale,
             sampler=prompt.sampler or sampler,

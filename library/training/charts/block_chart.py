@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
-from library.adapters.blocks import SD
+from library.adapters.blocks import BlockTable
 from library.sampling.contact_sheet import BACKGROUND, INK, label_font
 
 BAR, GAP, MARGIN = 40, 6, 20  # pixels
@@ -27,11 +27,11 @@ class BlockRow:
     count: int = 0
 
 
-def count_blocks(modules: Iterable[tuple[str, int, float]]) -> list[BlockRow]:
-    """Return a row for each block from the (name, rank, weight of the rate) of the modules; [] without modules."""
-    rows = [BlockRow(index) for index in range(SD.count)]
+def count_blocks(modules: Iterable[tuple[str, int, float]], table: BlockTable) -> list[BlockRow]:
+    """Return a row for each block of a table, from (name, rank, weight of the rate) of the modules; [] without any."""
+    rows = [BlockRow(index) for index in range(table.count)]
     for name, rank, weight in modules:
-        row = rows[SD.index_of(name)]
+        row = rows[table.index_of(name)]
         row.weight, row.count = weight, row.count + 1
         row.ranks.add(rank)
     return rows if any(row.count for row in rows) else []

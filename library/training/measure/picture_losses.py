@@ -29,6 +29,7 @@ from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.training.measure.validation import HeldOut, held_out, spread_timesteps, validation_seed
 from library.training.prepare.caches import cache_latents
+from library.training.prepare.checks import options_for
 from library.training.prepare.placing import caption_options, open_base
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, start_runtime
@@ -52,7 +53,7 @@ class Measurement:
         """Return the losses of all pictures with a network over the base model, as means over the draws."""
         from tqdm import tqdm
 
-        schedule = stable_diffusion_schedule(zero_terminal_snr=self.loss.zero_terminal_snr)
+        schedule = stable_diffusion_schedule(zero_terminal_snr=self.base.zero_snr)
         objective = Objective(
             base=self.base,
             network=network,
@@ -83,7 +84,8 @@ def load_measurement(
     config: TrainConfig, datasets: list[Dataset], files: BaseFiles, *, seed: int, num_timesteps: int, draws: int
 ) -> Measurement:
     """Load the models and encode the pictures of datasets from `to_measure`; return their measurement."""
-    runtime = start_runtime(config.precision, config.logs)
+    config = options_for(config, files.checkpoint.family)
+    runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
     move(base.vae, "cpu")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from library.config.dataset_file import check_bucket_steps
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
+from library.config.training import PrecisionConfig
+from library.data.records import Dataset
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
-from library.networks.modules import check_network
+from library.models.family import ModelFamily
+from library.networks.modules import check_arguments, check_network
 from library.networks.trainable import trained_parts
 from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
@@ -27,11 +32,12 @@ from library.training.record.tracking import check_trackers, tracker_names
 logger = logging.getLogger(__name__)
 
 
-def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: OptimizerChoice) -> BaseFiles:
+def check_before_loading(
+    config: TrainConfig, datasets: Sequence[Dataset], prompts: list[Prompt], choice: OptimizerChoice
+) -> BaseFiles:
     """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
-    problems.run(trained_parts, config.network, config.optimizer)
     problems.run(check_steps, config, choice)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
@@ -40,8 +46,13 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
         logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
-    files = check_base(problems, config.model, config.loss, prompts, config.preview.sample_sampler)
+    files = check_base(
+        problems, config.model, config.loss, datasets, prompts=prompts, sampler=config.preview.sample_sampler
+    )
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
+    trained = trained_parts(config.network, config.optimizer, encoders)
+    check_text_cache(config.precision, trains_text_encoder=any(trained.texts))
+    check_arguments(config.network, files.checkpoint.family)
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
@@ -49,6 +60,15 @@ def check_before_loading(config: TrainConfig, prompts: list[Prompt], choice: Opt
     if tracker_names(config.logs) and config.logs.logging_dir is not None:
         check_folder("logging_dir", config.logs.logging_dir)
     return files
+
+
+def check_text_cache(precision: PrecisionConfig, *, trains_text_encoder: bool) -> None:
+    """Raise UserError for stored outputs of text encoders that are trained, which change with every step."""
+    if precision.cache_text_encoder_outputs and trains_text_encoder:
+        raise UserError(
+            "--cache_text_encoder_outputs needs --network_train_unet_only: the outputs of text encoders that are "
+            "trained change with every step"
+        )
 
 
 def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
@@ -60,7 +80,13 @@ def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
 
 
 def check_base(
-    problems: Problems, model: ModelConfig, loss: LossConfig, prompts: Sequence[Prompt], sampler: SamplerName
+    problems: Problems,
+    model: ModelConfig,
+    loss: LossConfig,
+    datasets: Sequence[Dataset],
+    *,
+    prompts: Sequence[Prompt],
+    sampler: SamplerName,
 ) -> BaseFiles:
     """Return the files of the base model; raises UserError for all problems, including those found before.
 
@@ -68,12 +94,29 @@ def check_base(
     """
     for name in {prompt.sampler or sampler for prompt in prompts}:
         problems.run(check_sampler, name)
-    files = problems.run(find_base, model)
+    files = problems.run(find_base, model, zero_snr=loss.zero_terminal_snr)
     if files is not None:
         problems.run(check_prediction, loss, predicts_v=files.predicts_v)
+        check_sides(datasets, files.checkpoint.family, problems)
     problems.raise_if_any()
     assert files is not None  # else there was a problem
     return files
+
+
+def options_for(config: TrainConfig, family: ModelFamily) -> TrainConfig:
+    """Return the options of a run for a family: without a --clip_skip that has no effect, which is told."""
+    given = config.text.clip_skip
+    used = family.clip_skip(given)
+    if used == given:
+        return config
+    logger.info("--clip_skip %d has no effect: %s models are always used with the same layer", given, family.title)
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, clip_skip=used))
+
+
+def check_sides(datasets: Sequence[Dataset], family: ModelFamily, problems: Problems) -> None:
+    """Add to problems the sides of buckets that the models of a family do not take."""
+    for dataset in datasets:
+        check_bucket_steps(dataset.options, dataset.place, family.step, f" for {family.title}", problems)
 
 
 def check_output(saving: SavingConfig) -> None:

@@ -49,7 +49,7 @@ MINIMUM = frozenset(
 RECORDED = """
     output_name learning_rate unet_lr gradient_checkpointing gradient_accumulation_steps lr_warmup_steps lr_scheduler
     network_module network_dim network_alpha network_dropout mixed_precision clip_skip max_token_length cache_latents
-    seed noise_offset zero_terminal_snr debiased_estimation_loss noise_offset_random_strength
+    seed noise_offset debiased_estimation_loss noise_offset_random_strength
     ip_noise_gamma_random_strength multires_noise_iterations multires_noise_discount adaptive_noise_scale
     ip_noise_gamma training_comment max_grad_norm caption_dropout_rate caption_dropout_every_n_epochs
     caption_tag_dropout_rate prior_loss_weight min_snr_gamma scale_weight_norms loss_type huber_schedule huber_scale
@@ -76,6 +76,7 @@ def training_metadata(
     *,
     family: ModelFamily,
     predicts_v: bool,
+    zero_snr: bool,
     optimizer: str,
     alphas: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def training_metadata(
         "ss_sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
     }
     values |= FIXED | recorded(config, RECORDED)
+    values["ss_zero_terminal_snr"] = zero_snr
     values["ss_max_train_steps"] = plan.num_steps
     values["ss_num_epochs"] = plan.num_epochs
     values["ss_num_batches_per_epoch"] = plan.batches_per_epoch
@@ -157,7 +159,7 @@ def _describe_dataset(dataset: Dataset, index: int) -> dict[str, Any]:
         "resolution": list(options.size),
         "enable_bucket": options.enable_bucket,
         "min_bucket_reso": options.min_bucket_reso,
-        "max_bucket_reso": options.max_bucket_reso,
+        "max_bucket_reso": options.longest_side,
         "tag_frequency": tag_frequency(dataset.records),
         "bucket_info": bucket_info(dataset, index),
         "resize_interpolation": None,
@@ -186,6 +188,7 @@ def describe_folders(config: TrainConfig, datasets: list[Dataset], num_processes
         "ss_batch_size_per_device": batch_size,
         "ss_total_batch_size": batch_size * num_processes * config.run.gradient_accumulation_steps,
         **recorded(config, FOLDERS_RECORDED),
+        "ss_max_bucket_reso": config.dataset.longest_side,
         "ss_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=False)),
         "ss_reg_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=True)),
         "ss_tag_frequency": json.dumps(tag_frequency(record for dataset in datasets for record in dataset.records)),
@@ -304,7 +307,7 @@ def modelspec(config: TrainConfig, family: ModelFamily, *, predicts_v: bool, res
     values = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{family.architecture(predicts_v=predicts_v)}/lora",
-        "implementation": "diffusers",
+        "implementation": family.implementation,
         "implementation_version": f"{NAME}/{VERSION}",
         "title": title,
         "resolution": f"{resolution[0]}x{resolution[1]}",

@@ -78,8 +78,8 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
-def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
-    """Join the processes of the run and choose device and dtypes."""
+def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overflows: bool) -> Runtime:
+    """Join the processes of the run and choose device and dtypes; vae_overflows: in fp16."""
     from accelerate import Accelerator
 
     launch = check_launch()
@@ -96,10 +96,12 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig) -> Runtime:
             f"{launch.size} processes were started, but they cannot work together on {accelerator.device.type}: start "
             "a single process"
         )
-    types = types_of_run(precision, accelerator.device)
+    types = types_of_run(precision, accelerator.device, vae_overflows=vae_overflows)
     processes = f"{accelerator.num_processes} process{'' if accelerator.num_processes == 1 else 'es'}"
     dtype = str(types.unet).removeprefix("torch.")
     logger.info("runs on %s, %s (%s)", accelerator.device, processes, dtype)
+    if types.vae is not types.unet and not precision.no_half_vae:
+        logger.info("the VAE runs in float32: it overflows in fp16")
     scaler = GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16)
     return Runtime(accelerator, types, scaler)
 
@@ -115,12 +117,13 @@ def check_devices(launch: Launch, environment: Mapping[str, str] = os.environ) -
         )
 
 
-def types_of_run(precision: PrecisionConfig, device: torch.device | None = None) -> Types:
+def types_of_run(precision: PrecisionConfig, device: torch.device | None = None, *, vae_overflows: bool) -> Types:
     """Return the dtypes of a run on a device; without one, those of a device that supports all of them."""
     asked = precision.mixed_precision
     return types_of(
         asked if device is None else supported_precision(asked, device),
-        half_vae=not precision.no_half_vae,
+        vae_overflows=vae_overflows,
+        no_half_vae=precision.no_half_vae,
         half_adapter=precision.full_fp16 or precision.full_bf16,
     )
 
