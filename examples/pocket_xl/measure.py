@@ -20,13 +20,14 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 import numpy as np
 from PIL import Image
 
+from examples.pocket_model.build import JITTER
 from examples.pocket_model.glyphs import BACKGROUNDS, SIZE, SUBJECTS, background_colour
 from examples.pocket_model.measure import Drawing, draw_all, load_pipeline
 
 SMALL = (16, 12, 8)  # pixels of a side of blurred originals
 BLURRED = 0.7  # a picture counts as blurred if its detail is below this part of the plain picture's
 CUT = 24  # pixels
-TOLERANCE = 8  # pixels
+TOLERANCE = 2 * JITTER  # pixels, by which two training pictures of a caption may differ
 CUTS = ((0, CUT), (CUT, 0), (CUT, CUT))  # top, left
 SHOWN = ("fox", "car", "sunflower", "donut")
 
