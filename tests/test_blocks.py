@@ -58,6 +58,12 @@ def network_of(models, dim=4, alpha=1.0, **arguments):
     return lora.create_network(1.0, dim, alpha, None, models["text_encoder"], models["unet"], **arguments)
 
 
+def weights_of(arguments):
+    plan = read_plan(arguments, None)
+    assert plan is not None
+    return plan.weights
+
+
 def ranks_by_block(network, *, large=False):
     found: dict[int, set[tuple[int, float]]] = {}
     for module in network.unet_loras:
@@ -166,11 +172,11 @@ def test_what_cannot_be_read_is_told_with_the_form_that_can(arguments, message):
 
 def test_left_out_parts_weigh_1_and_small_weights_become_0():
     without_mid = {key: text for key, text in BY_PRESET.items() if key != "mid_lr_weight"}
-    weights = read_plan(without_mid | {"block_lr_zero_threshold": "0.6"}, None).weights
+    weights = weights_of(without_mid | {"block_lr_zero_threshold": "0.6"})
     assert weights[12] == 1.0
     assert weights[0] == 0.0  # 0.5
     assert weights[1] == pytest.approx(0.5 + math.sin(math.pi / 2 / 11))
-    assert read_plan({"up_lr_weight": "-1" + ",1" * 11}, None).weights == [1.0] * 13 + [0.0] + [1.0] * 11
+    assert weights_of({"up_lr_weight": "-1" + ",1" * 11}) == [1.0] * 13 + [0.0] + [1.0] * 11
 
 
 # ---- networks -----------------------------------------------------------------------------------------------
@@ -208,7 +214,7 @@ def test_a_block_of_weight_or_rank_0_has_no_modules(models):
 def test_each_rate_is_one_group_with_the_names_of_its_blocks(models, given):
     network = network_of(models, **given)
     groups, names = network.prepare_optimizer_params(1e-4, 1e-3, 1e-5)
-    weights = read_plan(given, None).weights
+    weights = weights_of(given)
     assert names[0] == "textencoder"
     rates = [group["lr"] for group in groups[1:]]
     assert len(set(rates)) == len(rates)
@@ -259,7 +265,7 @@ def test_the_examples_train_from_the_command_line_and_from_a_file(base, pictures
     assert {key: written[key] for key in given} == given
     lines = (tmp_path / "a" / "x-metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rates = {key: value for key, value in json.loads(lines[0]).items() if key.startswith("lr/unet")}
-    assert len(rates) == len({w for i, w in enumerate(read_plan(given, None).weights) if COUNTS[i][0] and w > 0})
+    assert len(rates) == len({w for i, w in enumerate(weights_of(given)) if COUNTS[i][0] and w > 0})
 
 
 def test_a_block_of_double_rate_goes_double_as_far(base, pictures, tmp_path):

@@ -246,7 +246,7 @@ def test_each_text_encoder_has_its_rate_and_none_at_0(base, module, rates):
 
 def test_a_foreign_network_that_does_not_tell_encoders_apart_has_one_rate(caplog):
     network: Any = torch.nn.Linear(2, 2)
-    groups = [{"params": [network.weight], "lr": 2e-3}, {"params": [network.bias]}]
+    groups: list[dict[str, Any]] = [{"params": [network.weight], "lr": 2e-3}, {"params": [network.bias]}]
     assert split_by_encoder(groups, ["a", "b"], (2e-3, 5e-4), network) == (groups, ["a", "b"])
     assert "takes one rate for all text encoders: 0.002" in caplog.text
     caplog.clear()
@@ -276,7 +276,7 @@ def test_parts_that_are_not_trained():
 
 
 def test_ranks_and_rates_go_by_23_blocks(sdxl):
-    args = {"block_dims": DIMS, "down_lr_weight": "0,0,0,0,0.5,0.5,0,1,1", "mid_lr_weight": "1,2,1"}
+    args: dict[str, Any] = {"block_dims": DIMS, "down_lr_weight": "0,0,0,0,0.5,0.5,0,1,1", "mid_lr_weight": "1,2,1"}
     texts, unet = models_of(sdxl)
     network = lora.create_network(1.0, 4, 1.0, None, texts, unet, conv_dim="3", **args)
     dims = [int(number) for number in DIMS.split(",")]

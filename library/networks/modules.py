@@ -66,7 +66,9 @@ class ImportedModule:
                 1.0,
                 options.network_dim,
                 options.network_alpha,
-                *models,
+                models.vae,
+                models.text_encoder,
+                models.unet,
                 neuron_dropout=options.network_dropout,
                 **{"dropout": options.network_dropout} | self.arguments,
             )
