@@ -69,6 +69,14 @@ TRAININGS = {
         f"{TRAIN} {DATA} --pretrained_model_name_or_path {SD2} --v2 --v_parameterization --zero_terminal_snr "
         "--scale_v_pred_loss_like_noise_pred --clip_skip 2 --sample_prompts previews.txt --sample_every_n_steps 4"
     ],
+    "sdxl": [
+        f"{TRAIN} {DATA} --pretrained_model_name_or_path {SDXL} --text_encoder_lr 1e-2 3e-3 --flip_aug --enable_bucket "
+        "--min_bucket_reso 64 --bucket_reso_steps 32 --sample_prompts previews.txt --sample_every_n_steps 4",
+        f"{TRAIN} {DATA} --pretrained_model_name_or_path {SDXL} --network_train_unet_only --cache_latents "
+        "--cache_text_encoder_outputs --shuffle_caption --output_name y --network_args conv_dim=2",
+        f'{DRAW} --ckpt {SDXL} --network_module networks.lora --network_weights out/y.safetensors --prompt "a (cat:1.2) '
+        '--ow 512 --oh 256 --ct 8"',
+    ],
     "weighted-captions": [f"{ON_SD1} --weighted_captions --max_token_length 150 --caption_extension .caption"],
     "eight-bit": [f"{ON_SD1} --fp8_base --gradient_checkpointing --mixed_precision bf16"],
     "losses": [

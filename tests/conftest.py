@@ -82,8 +82,9 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def base(model_store):
-    return model_store("sd1")[1]["safetensors"]
+def base(model_store, request):
+    """Return the file of a tiny model: of SD 1.x, or of the family that a mark of `runs` names."""
+    return model_store(getattr(request, "param", "sd1"))[1]["safetensors"]
 
 
 # ---- gen_img_diffusers.py -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import options
+from runs import ALSO_SDXL_SLOW, options
 
 from library.errors import UserError
 from tools import cache_latents
@@ -13,6 +13,7 @@ def entries(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*.latents.safetensors")}
 
 
+@ALSO_SDXL_SLOW
 def test_the_training_finds_the_latents_and_makes_the_same(base, pictures, tmp_path, caplog):
     import train_network
 

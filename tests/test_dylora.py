@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from runs import C3LIER, LIERLA, RATE, options, same, train
+from runs import ALSO_SDXL_SLOW, C3LIER, LIERLA, RATE, options, same, train
 from tensors import metadata
 
 import train_network
@@ -292,6 +292,7 @@ def test_the_file_is_an_ordinary_lora_file(base, pictures, tmp_path, kind):
     assert json.loads(written["ss_network_args"])["unit"] == "2"
 
 
+@ALSO_SDXL_SLOW
 def test_checkpointing_computes_with_the_same_rank_again(base, pictures, tmp_path):
     one = train(base, pictures, tmp_path / "a", **LIERLA, **RATE, network_dropout=0.1)
     same(
@@ -302,6 +303,7 @@ def test_checkpointing_computes_with_the_same_rank_again(base, pictures, tmp_pat
 
 
 @pytest.mark.parametrize("update", ["all", "unit"])
+@ALSO_SDXL_SLOW
 def test_a_resumed_run_draws_on(base, pictures, tmp_path, update):
     more = LIERLA | RATE | {"network_args": ["unit=2", f"dylora_update={update}"], "save_state": True}
     whole = train(base, pictures, tmp_path / "whole", **more, save_every_n_steps=2, gradient_accumulation_steps=2)
@@ -310,6 +312,7 @@ def test_a_resumed_run_draws_on(base, pictures, tmp_path, update):
     same(parts, whole)
 
 
+@ALSO_SDXL_SLOW
 def test_previews_and_their_absence_give_the_same_bytes(base, pictures, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a dog --w 64 --h 64 --s 1\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL, AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from runs import options, same, train
+from runs import ALSO_SDXL_SLOW, options, same, train
 from safetensors.torch import load_file
 
 import train_network
@@ -71,6 +71,7 @@ def test_base_weights_are_merged_before_the_base_is_rounded(base, pictures, tmp_
 # ---- half-precision adapters --------------------------------------------------------------------------------
 
 
+@ALSO_SDXL_SLOW
 def test_full_bf16_trains_and_saves_in_bf16(base, pictures, tmp_path):
     weights = train(base, pictures, tmp_path, mixed_precision="bf16", full_bf16=True, learning_rate="1e-1")
     assert {tensor.dtype for name, tensor in weights.items() if name.endswith(".weight")} == {torch.bfloat16}
@@ -128,6 +129,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
+@ALSO_SDXL_SLOW
 def test_a_loss_or_gradient_that_is_not_finite_ends_the_run(base, pictures, tmp_path, poisoned, kind):
     calls = poisoned(kind)
     with pytest.raises(UserError) as caught:
@@ -207,6 +209,7 @@ def masked_run(base, pictures, out, value, **more):
     return train(base, pictures, out, masked_loss=True, conditioning_data_dir=masks, **more)
 
 
+@ALSO_SDXL_SLOW
 def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(base, pictures, tmp_path):
     plain = train(base, pictures, tmp_path / "plain")
     same(plain, masked_run(base, pictures, tmp_path / "white", 255))
@@ -242,6 +245,7 @@ def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_p
 
 
 @pytest.mark.parametrize("more", [{}, {"network_train_unet_only": True}])
+@ALSO_SDXL_SLOW
 def test_weighted_captions_train_on_other_states(base, pictures, tmp_path, more):
     for path in pictures.rglob("*.txt"):
         path.write_text("a (dog:1.8), [x]", encoding="utf-8")

@@ -15,7 +15,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from runs import BY_FILE, options, same, train_killed, train_with
+from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train_killed, train_with
 from safetensors.torch import load_file
 from scripts import ROOT, two_processes
 
@@ -70,6 +70,7 @@ def run(base, data, out, *more, **values):
 @pytest.mark.parametrize(  # an epoch has 4 steps, the last one of a single batch
     "step", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
 )
+@ALSO_SDXL
 def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     expected = run(base, data, tmp_path / "whole")
     train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1"), after=step)
@@ -90,6 +91,7 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     ],
     ids=lambda more: more[1],
 )
+@ALSO_SDXL_SLOW
 def test_resumed_equals_never_stopped_with(base, data, tmp_path, more):
     expected = run(base, data, tmp_path / "whole", *more)
     train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "3", *more), after=3)
@@ -97,6 +99,7 @@ def test_resumed_equals_never_stopped_with(base, data, tmp_path, more):
     same(run(base, data, tmp_path / "parts", "--resume", folder, *more), expected)
 
 
+@ALSO_SDXL_SLOW
 def test_a_run_killed_after_its_last_step_still_gets_its_file(base, data, tmp_path):
     expected = run(base, data, tmp_path / "whole")
     train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1"), after=7)
@@ -112,6 +115,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_or_the_run_leaves_its_file(base, 
     assert (tmp_path / file).exists()
 
 
+@ALSO_SDXL_SLOW
 def test_counters_names_and_pictures_go_on(base, data, tmp_path):
     (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
     more = ["--save_state", "--save_every_n_steps", "2", "--sample_prompts", tmp_path / "p.txt"]
@@ -136,6 +140,7 @@ def test_counters_names_and_pictures_go_on(base, data, tmp_path):
         assert sheet.width > 5 * 64, "the sheet holds the pictures of both runs"
 
 
+@ALSO_SDXL_SLOW
 def test_a_finished_run_can_be_made_longer(base, data, tmp_path):
     extra = ["--lr_scheduler", "constant", "--lr_warmup_steps", "0"]
     expected = run(base, data, tmp_path / "whole", *extra, steps=6)
@@ -244,6 +249,7 @@ def server():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [10, 100])
+@ALSO_SDXL_SLOW
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_path, server, rounds):
     more = ["--save_state", "--save_every_n_steps", "1", "--cache_latents_to_disk"]
     plain = json.loads(data.read_text(encoding="utf-8"))
@@ -275,6 +281,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_p
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
 @pytest.mark.parametrize("limited", ["network", "state"])
+@ALSO_SDXL_SLOW
 def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, data, tmp_path, limited):
     import resource
 
@@ -311,6 +318,7 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+@ALSO_SDXL_SLOW
 def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
     more = ["--cache_latents", "--save_state", "--save_every_n_steps", "3"]
     plain = json.loads(data.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from runs import options, same, train, train_with
+from runs import ALSO_SDXL_SLOW, options, same, train, train_with
 from scripts import ROOT, python
 from tensors import metadata
 
@@ -103,6 +103,7 @@ def test_hashing_and_reading_of_a_disk_cache_do_not_wait_either(base, pictures, 
 
 
 @SIGNALS
+@ALSO_SDXL_SLOW
 def test_it_ends_at_once_while_captions_are_encoded(base, pictures, tmp_path, monkeypatch, number):
     calls = []
 
@@ -147,6 +148,7 @@ def test_a_script_that_is_stopped_says_so_in_one_line_with_exit_code_130(number)
 # ---- in training --------------------------------------------------------------------------------------------
 
 
+@ALSO_SDXL_SLOW
 def test_previews_are_left_where_the_signal_comes(base, pictures, tmp_path, monkeypatch, caplog):
     (tmp_path / "p.txt").write_text("a --w 64 --h 64 --s 1\n" * 3, encoding="utf-8")
     more = {
@@ -175,6 +177,7 @@ def test_previews_are_left_where_the_signal_comes(base, pictures, tmp_path, monk
     same(train(base, pictures, tmp_path / "out", **more, resume=state), expected)
 
 
+@ALSO_SDXL_SLOW
 def test_validation_is_left_where_the_signal_comes(base, pictures, tmp_path, monkeypatch, caplog):
     more = {"validation_split": 0.5, "validate_every_n_steps": 1, "max_train_steps": 3}
     expected = train(base, pictures, tmp_path / "whole", **more)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from runs import BY_FILE, options, same, train
+from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train
 from safetensors.torch import load_file
 from scripts import ROOT, two_processes
 from tensors import metadata
@@ -51,6 +51,7 @@ def test_the_example_command_line_runs_and_says_what_it_cannot_honour(base, pict
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["x-000001.safetensors", "x.safetensors"]
 
 
+@ALSO_SDXL_SLOW
 def test_the_same_seed_gives_the_same_file_and_another_does_not(base, pictures, tmp_path):
     first = train(base, pictures, tmp_path / "a")
     same(first, train(base, pictures, tmp_path / "b"))
@@ -68,6 +69,7 @@ def test_the_same_seed_gives_the_same_file_and_another_does_not(base, pictures, 
     ],
     ids=["cache", "disk", "workers", "previews"],
 )
+@ALSO_SDXL_SLOW
 def test_how_it_is_done_does_not_change_a_bit_of_the_result(base, pictures, tmp_path, change):
     extra = {"flip_aug": True, "shuffle_caption": True, "network_dropout": 0.2, "caption_dropout_rate": 0.3}
     expected = train(base, pictures, tmp_path / "a", **extra)
@@ -77,11 +79,13 @@ def test_how_it_is_done_does_not_change_a_bit_of_the_result(base, pictures, tmp_
     same(train(base, pictures, tmp_path / "b", **extra, **change), expected)
 
 
+@ALSO_SDXL
 def test_checkpointing_gives_the_same_result_to_rounding(base, pictures, tmp_path):
     expected = train(base, pictures, tmp_path / "a", network_dropout=0.2)
     same(train(base, pictures, tmp_path / "b", network_dropout=0.2, gradient_checkpointing=True), expected, 1e-3)
 
 
+@ALSO_SDXL_SLOW
 def test_accumulated_batches_equal_one_large_batch(base, pictures, tmp_path):
     for path in (pictures / "1_sks dog").glob("[23].*"):
         path.unlink()
@@ -91,6 +95,7 @@ def test_accumulated_batches_equal_one_large_batch(base, pictures, tmp_path):
     same(two, one, 1e-3)
 
 
+@ALSO_SDXL_SLOW
 def test_two_processes_equal_one_with_the_doubled_batch(base, pictures, tmp_path):
     for path in (pictures / "1_sks dog").glob("[23].*"):
         path.unlink()
@@ -146,6 +151,7 @@ def test_only_what_is_trained_is_saved(base, pictures, tmp_path, more, unet, tex
     assert sum(name.startswith("lora_te_text_model_") for name in names) == text
 
 
+@ALSO_SDXL_SLOW
 def test_training_goes_on_from_weights_and_takes_their_dimensions(base, pictures, tmp_path):
     first = train(base, pictures, tmp_path / "a", network_dim=3, network_alpha=2)
     path = tmp_path / "a" / "x.safetensors"
@@ -194,6 +200,7 @@ def test_base_weights_are_merged_before_training(base, model_store, pictures, tm
     )
 
 
+@ALSO_SDXL_SLOW
 def test_scaled_norms_stay_below_their_limit(base, pictures, tmp_path):
     weights = train(base, pictures, tmp_path, scale_weight_norms="0.001")
     names = [name.removesuffix(".alpha") for name in weights if name.endswith(".alpha")]
@@ -227,6 +234,7 @@ def test_scaled_norms_stay_below_their_limit(base, pictures, tmp_path):
     ],
     ids=lambda more: "-".join(map(str, more)),
 )
+@ALSO_SDXL_SLOW
 def test_it_learns_with_other_settings(base, pictures, tmp_path, more):
     weights = train(base, pictures, tmp_path, **more)
     ups = [tensor for name, tensor in weights.items() if "lora_up" in name]

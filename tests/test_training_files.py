@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import BY_FILE, options, same, train, train_with
+from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train, train_with
 from safetensors.torch import load_file
 from scripts import ROOT, python
 from tensors import metadata
@@ -152,6 +152,7 @@ def test_pickled_files_hold_the_same_weights(base, pictures, tmp_path, kind):
     same(train(base, pictures, tmp_path / "b", save_model_as=kind), expected)
 
 
+@ALSO_SDXL_SLOW
 def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path):
     lines = "a dog --w 64 --h 72 --s 2 --d 5\na cat --w 64 --h 64 --s 1 --l 3 --n dog\n"
     (tmp_path / "p.txt").write_text(lines, encoding="utf-8")
@@ -319,6 +320,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(base, pictures, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@ALSO_SDXL_SLOW
 def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictures, tmp_path):
     expected = train(base, pictures, tmp_path / "a", network_dim=2)
     argv = options(base, pictures, tmp_path / "b", network_dim=8)
@@ -334,6 +336,7 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@ALSO_SDXL
 def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_path, caplog, number):
     expected = train(base, pictures, tmp_path / "whole", max_train_steps=4)
     argv = options(base, pictures, tmp_path / "parts", max_train_steps=4)
@@ -372,6 +375,7 @@ def test_a_folder_of_the_dataset_file_trains_like_the_folder_layout(base, pictur
     assert described["num_train_images"] == 4
 
 
+@ALSO_SDXL_SLOW
 def test_an_unchanged_disk_cache_serves_the_next_run(base, pictures, tmp_path):
     first = train(base, pictures, tmp_path / "a", cache_latents_to_disk=True)
     entries = sorted((pictures / "1_sks dog").glob("*.latents.safetensors"))
@@ -382,6 +386,7 @@ def test_an_unchanged_disk_cache_serves_the_next_run(base, pictures, tmp_path):
     assert [path.stat().st_mtime_ns for path in entries] == times
 
 
+@ALSO_SDXL_SLOW
 def test_it_starts_from_another_folder_and_through_accelerate(base, pictures, tmp_path):
     launcher = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
     argv = options(base, pictures, tmp_path / "out", max_train_steps=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import options, same, train
+from runs import ALSO_SDXL, ALSO_SDXL_SLOW, options, same, train
 from tensors import metadata
 
 import train_network
@@ -30,6 +30,7 @@ def values(out, name):
 STEP, EPOCH = "loss/validation/step_average", "loss/validation/epoch_average"
 
 
+@ALSO_SDXL_SLOW
 def test_the_same_weights_always_have_the_same_loss(base, pictures, tmp_path):
     """With a learning rate of nothing the loss stays, whatever is drawn for training; another seed measures another."""
     frozen = {"validation_split": 0.5, "learning_rate": "1e-30", "validate_every_n_steps": 1, "flip_aug": True}
@@ -43,6 +44,7 @@ def test_the_same_weights_always_have_the_same_loss(base, pictures, tmp_path):
     assert values(tmp_path / "c", STEP)[0] != values(tmp_path / "a", STEP)[0]
 
 
+@ALSO_SDXL_SLOW
 def test_measuring_changes_nothing_about_the_training(base, pictures, tmp_path):
     held_out = {"validation_split": 0.5, "network_dropout": 0.2, "cache_latents": True}
     watched = train(base, pictures, tmp_path / "a", **held_out, validate_every_n_steps=1)
@@ -74,6 +76,7 @@ def test_each_step_is_measured_once_and_the_end_always(base, pictures, tmp_path,
     assert len(measured) == len({*steps, *epochs})
 
 
+@ALSO_SDXL_SLOW
 def test_the_loss_is_the_mean_over_pictures_and_timesteps(base, pictures, tmp_path, monkeypatch):
     seen: list[tuple[int, torch.Tensor]] = []
     losses_of = validation.HeldOut.losses
@@ -102,6 +105,7 @@ def test_the_lowest_loss_stands_in_the_file(base, pictures, tmp_path):
     assert any(line["step"] == step and min(found) in line.values() for line in metrics(tmp_path))
 
 
+@ALSO_SDXL
 def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictures, tmp_path):
     more = {"validation_split": 0.5, "validate_every_n_steps": 1, "save_every_n_steps": 2, "save_state": True}
     train(base, pictures, tmp_path / "whole", **more, max_train_steps=4)

@@ -231,8 +231,8 @@ class Frame(NamedTuple):
 def size_conditioning(size: Size, frame: Frame, *, mirrored: bool) -> tuple[int, ...]:
     """Return what SDXL is told of a picture of a size in a frame, in pixels (arXiv 2307.01952, section 2.2).
 
-    The six numbers are height and width of the picture, top and left of the frame in the resized picture as it is seen, mirrored
-    or not, and height and width of the frame.
+    The six numbers are height and width of the picture, top and left of the frame in the resized picture as it is seen,
+    mirrored or not, and height and width of the frame.
     """
     (left, top), (width, height) = frame.corner, frame.size
     if mirrored:
