@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,8 @@ def test_the_longest_side_grows_with_the_resolution(resolution, longest):
 
 
 def datasets_of(folder, *, subset=None, **dataset):
-    options = DatasetOptions(**{"resolution": (64, 64), "batch_size": 2, "enable_bucket": True} | dataset)
+    values: dict[str, Any] = {"resolution": (64, 64), "batch_size": 2, "enable_bucket": True}
+    options = DatasetOptions(**values | dataset)
     return build_datasets(
         [DatasetConfig(options=options, subsets=(SubsetOptions(image_dir=folder, **subset or {}),))],
         latents_cached=False,
@@ -59,7 +62,7 @@ def batches_of(datasets, cache=None):
 
 def draws_of(batches):
     """Return name of the picture -> the six numbers and the pixels (3, H, W) of each draw."""
-    found = {}
+    found: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
     for batch in batches:
         for name, sizes, pixels in zip(batch.names, batch.sizes.tolist(), batch.pixels, strict=True):
             found.setdefault(name, []).append((sizes, pixels))

@@ -225,7 +225,7 @@ def check_fit(source: Path, unet: UNet2DConditionModel, texts: Sequence[TextEnco
     """Raise UserError for text encoders whose outputs the U-Net does not take."""
     sizes = unet.config
     states = sum(text.module.config.hidden_size for text in texts)
-    pooled = sum(text.module.config.projection_dim for text in texts if text.row.has_projection)
+    pooled = sum(int(text.module.config.projection_dim or 0) for text in texts if text.row.has_projection)
     of_sizes = SIZES_TOLD * sizes["addition_time_embed_dim"] if pooled else 0
     for kind, made, taken in (
         ("states", states, sizes["cross_attention_dim"]),
