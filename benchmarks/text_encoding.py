@@ -76,7 +76,7 @@ def operations(encoders: tuple[TextEncoder, ...]) -> tuple[int, int]:
         return counter.get_total_flops()
 
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    of_text = sum(counted(lambda module=encoder.module: module(ids)) for encoder in encoders)
+    of_text = counted(lambda: [encoder.module(ids) for encoder in encoders])
     unet = building.build_unet(family.SDXL.unet).requires_grad_(False)
     latents = torch.zeros(1, 4, LATENT, LATENT, device="meta", requires_grad=True)
     added = {"text_embeds": torch.zeros(1, 1280, device="meta"), "time_ids": torch.zeros(1, 6, device="meta")}
@@ -116,7 +116,7 @@ def time_encoders(encoders: tuple[TextEncoder, ...]) -> None:
     """Print texts per second, and whether a text has the same bits as in a call of 4."""
     import torch
 
-    from library.models.conditioning import LiveConditioner, TextOptions
+    from library.models.conditioning import Conditioning, LiveConditioner, TextOptions
 
     for encoder in encoders:
         module: Any = encoder.module
@@ -136,8 +136,9 @@ def time_encoders(encoders: tuple[TextEncoder, ...]) -> None:
             start = time.perf_counter()
             parts = [live.encode(texts[at : at + at_once], TextOptions()) for at in range(0, 4, at_once)]
             seconds = time.perf_counter() - start
-            hidden, pooled = torch.cat([one.hidden for one in parts]), torch.cat([one.pooled for one in parts])
-            same = torch.equal(hidden, expected.hidden), torch.equal(pooled, expected.pooled)
+            found = Conditioning.stacked(parts)
+            assert found.pooled is not None and expected.pooled is not None  # of the second encoder
+            same = torch.equal(found.hidden, expected.hidden), torch.equal(found.pooled, expected.pooled)
             print(f"{at_once:2} in a call: {4 / seconds:.2f} texts/s; states and pooled output are the same: {same}")
 
 

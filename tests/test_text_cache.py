@@ -242,17 +242,19 @@ def test_calls_are_repeated_to_the_bit_and_their_size_is_known(encoders, windows
     for call, conditioning in found.items():
         expected = live.encode(*call)
         assert torch.equal(conditioning.hidden, expected.hidden.to(dtype))
+        assert conditioning.pooled is not None and expected.pooled is not None
         assert torch.equal(conditioning.pooled, expected.pooled.to(dtype))
         assert not conditioning.hidden.requires_grad
 
 
 @pytest.mark.parametrize("shares", [False, True])
 def test_the_unet_waits_elsewhere_unless_it_holds_what_is_trained(monkeypatch, shares):
-    moves = []
-    unet, encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    unet.device = torch.device("cuda")
+    moves: list[object] = []
+    encoder = torch.nn.Linear(2, 2)
+    trained = list(encoder.parameters())
+    unet = Mock(device=torch.device("cuda"), parameters=lambda: trained if shares else [])
     monkeypatch.setattr(texts, "move", lambda module, to: moves.append((module, str(to))))
-    network = Mock(all_parameters=lambda: list((unet if shares else encoder).parameters()))
+    network = Mock(all_parameters=lambda: trained)
     with text_encoders_on(Mock(unet=unet, text_modules=[encoder]), network, torch.device("cuda")):
         moves.append("work")
     away = [] if shares else [(unet, "cpu")]
