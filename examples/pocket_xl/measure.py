@@ -67,7 +67,7 @@ def share_right(drawings: Sequence[Drawing]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", type=Path, default=FOLDER, help="Diffusers folder (default: here)")
-    options.add_argument("--count", type=int, default=2, help="pictures of each subject")
+    options.add_argument("--count", type=int, default=1, help="pictures of each subject")
     options.add_argument("--steps", type=int, default=30)
     options.add_argument("--guidance", type=float, default=3.0)
     options.add_argument("--seed", type=int, default=1)
