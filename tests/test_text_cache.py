@@ -119,7 +119,9 @@ def parts(monkeypatch):
         pytest.param("sd1", {"max_token_length": 225, "cache_latents": True}, id="sd1"),
         pytest.param("sdxl", {}, id="sdxl"),
         pytest.param("sdxl", {"max_token_length": 225, "mixed_precision": "bf16"}, id="long", marks=pytest.mark.slow),
-        pytest.param("sd2", {"max_data_loader_n_workers": 2}, id="sd2", marks=pytest.mark.slow),
+        pytest.param(
+            "sd2", {"max_token_length": 225, "max_data_loader_n_workers": 2}, id="sd2", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_captions_that_vary_are_encoded_ahead_to_the_same_bits(
