@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--work", type=Path, required=True, help="folder for snapshots and cached latents")
     options.add_argument("--output", type=Path, default=FOLDER, help="where the model is written (default: here)")
     options.add_argument("--stage", choices=("all", "latents", "unet", "export"), default="all")
-    options.add_argument("--unet_steps", type=int, default=5000)
+    options.add_argument("--unet_steps", type=int, default=4000)
     options.add_argument("--copies", type=int, default=KINDS, help="pictures of each subject on each background")
     options.add_argument("--workers", type=int, default=2, help="processes, at best one for each CPU core")
     options.add_argument("--seed", type=int, default=1)
