@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Drawing:
     seen_background: str
 
 
-def load_pipeline(model: Path) -> Any:  # a pipeline of diffusers, whose classes declare no call
+def load_pipeline(model: Path) -> Any:
     """Return the pipeline that the folder names, in fp32 with the sampler that the figures are for."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -54,7 +54,7 @@ def load_pipeline(model: Path) -> Any:  # a pipeline of diffusers, whose classes
 
 
 def draw_all(
-    pipeline: Any,
+    pipeline: Callable[..., Any],
     requests: Sequence[tuple[str, str]],
     *,
     steps: int,
@@ -113,6 +113,11 @@ def contact_sheet(drawings: Sequence[Drawing], columns: int) -> Image.Image:
         sheet.paste(drawing.picture, (x, y))
         colour = "black" if drawing.seen_subject == drawing.subject else "red"
         pen.text((x + 3, y + SIZE + 1), f"{drawing.subject}, {drawing.background}", fill=colour)
+    return compact(sheet)
+
+
+def compact(sheet: Image.Image) -> Image.Image:
+    """Return a picture with few colours, a small file."""
     return sheet.quantize(SHEET_COLORS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 

@@ -148,12 +148,12 @@ def build_unet() -> TextConditionedUNet:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    configs = []
-    for number in (0, 1):
+    def config(number: int) -> CLIPTextConfig:
         used = caption_tokens(number).unique()
         special = {name: int(torch.searchsorted(used, token)) for name, token in SPECIAL_TOKENS[number].items()}
-        configs.append(CLIPTextConfig.from_dict(TEXT_CONFIGS[number] | special | {"vocab_size": len(used)}))
-    encoders = CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
+        return CLIPTextConfig.from_dict(TEXT_CONFIGS[number] | special | {"vocab_size": len(used)})
+
+    encoders = CLIPTextModel(config(0)), CLIPTextModelWithProjection(config(1))
     return TextConditionedUNet(UNet2DConditionModel(**UNET_CONFIG), *encoders)
 
 
@@ -191,8 +191,7 @@ def export(recipe: pocket.Recipe, output: Path) -> None:
         pocket.export_index(new, index)
         pocket.export_model(trained.unet, new / "unet")
         shutil.copytree(VAE, new / "vae")
-        encoders: list[CLIPTextModel | CLIPTextModelWithProjection] = [trained.text_encoder, trained.text_encoder_2]
-        for number, encoder in enumerate(encoders):
+        for number, encoder in enumerate((trained.text_encoder, trained.text_encoder_2)):
             suffix, used = ("", "_2")[number], caption_tokens(number).unique()
             folder = new / f"text_encoder{suffix}"
             pocket.export_text_encoder(encoder, folder, used, SPECIAL_TOKENS[number], seed=recipe.seed)
@@ -207,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--work", type=Path, required=True, help="folder for snapshots and cached latents")
     options.add_argument("--output", type=Path, default=FOLDER, help="where the model is written (default: here)")
     options.add_argument("--stage", choices=("all", "latents", "unet", "export"), default="all")
-    options.add_argument("--unet_steps", type=int, default=5000)
+    options.add_argument("--unet_steps", type=int, default=4000)
     options.add_argument("--copies", type=int, default=KINDS, help="pictures of each subject on each background")
     options.add_argument("--workers", type=int, default=2, help="processes, at best one for each CPU core")
     options.add_argument("--seed", type=int, default=1)
