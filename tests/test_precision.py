@@ -22,7 +22,7 @@ from library.errors import UserError
 from library.models.eight_bit import STORAGE, store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
-from library.training.prepare import caches
+from library.training.prepare import texts
 from library.training.run import objective
 from library.training.run.runtime import GradientScaler
 
@@ -222,13 +222,13 @@ def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(ba
 
 def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
     seen = []
-    real = caches.remember
+    real = texts.remember
 
-    def spying(live, wanted):
+    def spying(live, *given):
         seen.append(live)
-        return real(live, wanted)
+        return real(live, *given)
 
-    monkeypatch.setattr(caches, "remember", spying)
+    monkeypatch.setattr(texts, "remember", spying)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog --w 64 --h 64 --s 2 --n bad", encoding="utf-8")
     more = {"network_train_unet_only": True, "sample_prompts": prompts, "sample_every_n_steps": 3}
@@ -236,7 +236,7 @@ def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_p
     assert len(seen) == 1
     assert all(parameter.is_meta for parameter in seen[0].encoders[0].module.parameters())
     assert len(list((tmp_path / "a" / "sample").glob("*.png"))) == 1
-    monkeypatch.setattr("library.training.prepare.caches.LARGEST_MEMORY", 0)
+    monkeypatch.setattr("library.training.prepare.texts.LARGEST_MEMORY", 0)
     computed = train(base, pictures, tmp_path / "b", **more)
     assert len(seen) == 1
     same(computed, remembered, tolerance=2e-3)

@@ -327,9 +327,13 @@ def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
     whole = arguments(base, data, tmp_path / "whole", *more, steps=5)
     resumed = arguments(base, data, tmp_path / "parts", *more, steps=5)
     resumed += ["--resume", str(tmp_path / "whole" / "x-step00000003-state")]
+    untrained = [*more, "--network_train_unet_only"]  # text encoders, which are off the device in the last run
+    live = arguments(base, data, tmp_path / "live", *untrained, steps=5)
+    ahead = arguments(base, data, tmp_path / "ahead", *untrained, "--cache_text_encoder_outputs", steps=5)
     script = tmp_path / "runs.py"
     script.write_text(TWO_RUNS.format(root=str(ROOT)), encoding="utf-8")
-    done = two_processes(script, json.dumps([whole, resumed]))
+    done = two_processes(script, json.dumps([whole, resumed, live, ahead]))
     assert done.returncode == 0, done.stderr[-3000:]
+    same(load_file(tmp_path / "ahead" / "x.safetensors"), load_file(tmp_path / "live" / "x.safetensors"))
     expected = load_file(tmp_path / "whole" / "x.safetensors")
     same(load_file(tmp_path / "parts" / "x.safetensors"), expected)

@@ -11,10 +11,11 @@ from library.config.dataset import SubsetOptions
 from library.data.captions import Moment, possible_captions, sample_caption
 from library.models.base import BaseFiles, TextEncoder, load_base
 from library.models.checkpoint import open_checkpoint
-from library.models.conditioning import LiveConditioner, TextOptions, remember
+from library.models.conditioning import LiveConditioner, TextOptions
 from library.models.family import SD1
 from library.models.precision import types_of
 from library.models.prompt_weights import parse_weights
+from library.models.text_cache import remember
 from library.models.tokenizer import load_clip_tokenizer
 from library.randomness import random_for
 from library.sampling.samplers import build_sampler
@@ -78,7 +79,7 @@ def test_remembered_texts_are_those_that_would_be_computed(encoder):
     captions = ["a dog", "", "a (cat:1.2)", "日本語", *(f"number {index}" for index in range(40))]
     live = LiveConditioner((encoder,))
     options = [TextOptions(), TextOptions(windows=2, clip_skip=2, weights="none"), TextOptions(windows=3)]
-    remembered = remember(live, [(caption, choice) for caption in captions for choice in options])
+    remembered = remember(live, [(caption, choice) for caption in captions for choice in options], torch.float32)
     for choice in options:
         found = remembered.encode(captions, choice).hidden
         assert found.shape[1] == choice.num_tokens + 2
@@ -110,7 +111,7 @@ def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(mo
     found = LiveConditioner(base.texts).encode(texts, TextOptions())
     torch.testing.assert_close(found.hidden, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.pooled, pooled, rtol=1e-5, atol=1e-5)
-    (row,) = remember(LiveConditioner(base.texts), [(texts[1], TextOptions())]).rows.values()
+    (row,) = remember(LiveConditioner(base.texts), [(texts[1], TextOptions())], torch.float32).rows.values()
     assert row.pooled is not None
     assert row.pooled.shape == (1, pooled.shape[1])
 

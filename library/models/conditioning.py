@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from library.models.prompt_weights import parse_weights
 from library.models.tokenizer import WINDOW
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 PER_WINDOW = WINDOW - 2  # tokens of a window without BOS and EOS
 BREAK = re.compile(r"\bBREAK\b")
 LARGEST_SCALE = 10.0  # above it the mean of the weighted states is too close to zero for a division
-ENCODED_AT_ONCE = 16  # texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +41,15 @@ class Conditioning:
         """Return the conditioning of texts[start:stop]."""
         return Conditioning(self.hidden[start:stop], None if self.pooled is None else self.pooled[start:stop])
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """Return the conditioning on a device, in a type."""
+        return Conditioning(
+            self.hidden.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype)
+        )
+
     def rows(self) -> list[Conditioning]:
-        """Return the conditioning of each text, on the CPU."""
-        moved = Conditioning(self.hidden.cpu(), None if self.pooled is None else self.pooled.cpu())
-        return [moved.part(index, index + 1) for index in range(len(self.hidden))]
+        """Return the conditioning of each text."""
+        return [self.part(index, index + 1) for index in range(len(self.hidden))]
 
     @staticmethod
     def stacked(rows: Sequence[Conditioning]) -> Conditioning:
@@ -59,10 +62,10 @@ class Conditioning:
 
         The sizes stay in float32: in half precision 1533 would become 1536, and with it another embedding.
         """
-        added = None
-        if self.pooled is not None:
-            added = {"text_embeds": self.pooled.to(device, dtype), "time_ids": sizes.to(device, torch.float32)}
-        return {"encoder_hidden_states": self.hidden.to(device, dtype), "added_cond_kwargs": added}
+        moved, added = self.to(device, dtype), None
+        if moved.pooled is not None:
+            added = {"text_embeds": moved.pooled, "time_ids": sizes.to(device, torch.float32)}
+        return {"encoder_hidden_states": moved.hidden, "added_cond_kwargs": added}
 
 
 class TextOptions(NamedTuple):
@@ -113,34 +116,6 @@ class LiveConditioner:
         hidden = [hidden for hidden, _ in parts]
         pooled = next((pooled for _, pooled in parts if pooled is not None), None)
         return Conditioning(hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1), pooled)
-
-
-@dataclasses.dataclass(frozen=True)
-class RememberedConditioner:
-    """Looks up texts that were encoded before; raises KeyError for others."""
-
-    rows: dict[tuple[str, TextOptions], Conditioning]
-
-    def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
-        """Return the conditioning of texts."""
-        return Conditioning.stacked([self.rows[text, options] for text in texts])
-
-
-@torch.no_grad()
-def remember(conditioner: Conditioner, wanted: Iterable[tuple[str, TextOptions]]) -> RememberedConditioner:
-    """Encode all texts of a run once, and return the conditioner that looks them up."""
-    by_options: dict[TextOptions, list[str]] = {}
-    for text, options in sorted(set(wanted), key=repr):
-        by_options.setdefault(options, []).append(text)
-    rows: dict[tuple[str, TextOptions], Conditioning] = {}
-    with tqdm(total=sum(map(len, by_options.values())), desc="encoding captions", unit="caption") as bar:
-        for options, texts in by_options.items():
-            for start in range(0, len(texts), ENCODED_AT_ONCE):
-                part = texts[start : start + ENCODED_AT_ONCE]
-                encoded = conditioner.encode(part, options).rows()
-                rows |= {(text, options): row for text, row in zip(part, encoded, strict=True)}
-                bar.update(len(part))
-    return RememberedConditioner(rows)
 
 
 def encode_with(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,6 @@ from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
 from library.data.batches import BatchMaker, RunPlan, make_loader
-from library.data.latent_cache import LatentCache
 from library.data.records import Dataset, subsets_of, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.models.base import BaseFiles, BaseModel
@@ -23,12 +22,13 @@ from library.optim.flat import flatten_groups
 from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
-from library.training.measure.validation import Validation, held_out, validation_seed
-from library.training.prepare.caches import build_conditioner, cache_latents
+from library.training.measure.validation import HeldOut, Validation, held_out, validation_seed
+from library.training.prepare.caches import cache_latents
 from library.training.prepare.checks import check_before_loading, options_for
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, enable_gradient_checkpointing, open_base
 from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
+from library.training.prepare.texts import RunTexts, build_conditioner, tell_of_files, when_encoded
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
 from library.training.record.metadata import (
@@ -66,6 +66,7 @@ def train(
     files = check_before_loading(config, datasets, prompts, choice)
     config = options_for(config, files.checkpoint.family)
     report.describe_data(datasets)
+    tell_of_files(config.precision, datasets)
     if config.run.dry_run or not config.precision.cache_latents:
         verify_pictures(datasets)
     if config.run.dry_run:
@@ -111,13 +112,18 @@ def prepare_and_run(
     # Build the network over the models; first, because a network module may refuse.
     network = make_network(config, seed, base, runtime)
 
-    # Encode pictures, and captions that cannot change; only then does the U-Net come to the device, beside what stays.
+    # Encode pictures and captions; only then does the U-Net come to the device, beside what stays.
     encoder = LatentEncoder(base.vae, runtime.types.vae)
     cache = cache_latents(config.precision, datasets, encoder, runtime) if config.precision.cache_latents else None
     move(base.vae, "cpu" if cache is not None else runtime.device)
-    conditioner = build_conditioner(
-        datasets, prompts, base, text, runtime, trains_text_encoder=network.trains_text_encoder
+    maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
+    most = config.validation.max_validation_steps
+    measured = held_out(datasets, validation_seed(config.dataset, seed), cache, config.data.prior_loss_weight, most)
+    when = when_encoded(
+        config.precision, datasets, base, text, runtime.types.unet, trains_text_encoder=network.trains_text_encoder
     )
+    texts = RunTexts(plan, maker, measured, prompts, text)
+    conditioner, text_events = build_conditioner(when, texts, base, network, runtime=runtime, stop=stop)
     move(base.unet, runtime.device)
 
     # Put together what a step needs.
@@ -150,7 +156,6 @@ def prepare_and_run(
         state.restore(read_tensors(resumed))
 
     # Train and save.
-    maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     loader = make_loader(maker, plan, num_workers(config.run.max_data_loader_n_workers, is_cached=cache is not None))
     with Uploads(config.hub, is_main=runtime.is_main) as uploads:
         hashes = BackgroundHashes(files_to_hash(config.model, files.vae) if runtime.is_main else {}, stop)
@@ -158,9 +163,10 @@ def prepare_and_run(
             config, plan, base, state, optimizer=choice.record, hashes=hashes, uploads=uploads
         )
         events = make_events(
-            config, prompts, plan, cache, objective=objective, checkpoints=checkpoints, runtime=runtime, stop=stop
+            config, prompts, plan, measured, objective=objective, checkpoints=checkpoints, runtime=runtime, stop=stop
         )
-        events = [*events, *further_events]
+        # The captions of the next steps, which a stop leaves out, come after the files of the last one.
+        events = [*events, *text_events, *further_events]
         run(step, network, loader, plan=plan, progress=progress, events=events, runtime=runtime, stop=stop)
 
 
@@ -247,7 +253,7 @@ def make_events(
     config: TrainConfig,
     prompts: list[Prompt],
     plan: RunPlan,
-    cache: LatentCache | None,
+    measured: HeldOut | None,
     *,
     objective: Objective,
     checkpoints: Checkpoints,
@@ -261,12 +267,10 @@ def make_events(
     preview = Preview(given.sample_sampler, prompts, files, objective, state, runtime, stop, counts_epochs=by_epochs)
     outcome = report.Outcome(state.network, files, is_main=runtime.is_main)
     validation: list[Event] = []
-    measured, seed = config.validation, validation_seed(config.dataset, plan.seed)
-    pictures = held_out(plan.datasets, seed, cache, config.data.prior_loss_weight, measured.max_validation_steps)
-    if pictures is not None:
-        epochs = measured.validate_every_n_epochs or 1
-        due = Every(measured.validate_every_n_steps, epochs, (At.END,), once_a_step=True)
-        measuring = Validation(due, pictures, objective, state, metrics, runtime, stop)
+    if measured is not None:
+        options = config.validation
+        due = Every(options.validate_every_n_steps, options.validate_every_n_epochs or 1, (At.END,), once_a_step=True)
+        measuring = Validation(due, measured, objective, state, metrics, runtime, stop)
         validation = [Event("validation", measuring.due, measuring.log)]
     final = (At.END,) if config.state.save_state_on_train_end else ()
     states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *final))

@@ -34,6 +34,10 @@ class HeldOut:
     requests: list[BatchRequest]
     seed: int
 
+    def share(self, rank: int, num_processes: int) -> list[BatchRequest]:
+        """Return the requests that one of the processes measures."""
+        return self.requests[rank::num_processes]
+
     @torch.no_grad()
     def losses(
         self, objective: Objective, request: BatchRequest, timesteps: Sequence[int], draw: int = 0
@@ -118,7 +122,6 @@ class Validation:
         """Add the sum of this process's losses and their number to total, (2,)."""
         runtime = self.runtime
         timesteps = spread_timesteps(self.objective.loss.timestep_range, NUM_TIMESTEPS)
-        share = self.pictures.requests[runtime.rank :: runtime.num_processes]
-        for request in share:
+        for request in self.pictures.share(runtime.rank, runtime.num_processes):
             for losses in self.pictures.losses(self.objective, request, timesteps)[1]:
                 total += torch.tensor([losses.double().sum().item(), len(losses)], dtype=torch.float64)

@@ -30,10 +30,10 @@ from library.optim.optimizers import OptimizerChoice
 from library.processes import find_launch
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.training.charts.block_chart import count_blocks, plot_blocks
-from library.training.prepare.caches import all_captions
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, check_clip_skip, enable_gradient_checkpointing
 from library.training.prepare.plan import choose_seed, plan_steps, resume_plan
+from library.training.prepare.texts import When, when_encoded
 from library.training.record.run_files import RunFiles
 from library.training.rehearse.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
 from library.training.run.runtime import types_of_run
@@ -213,21 +213,21 @@ def estimate_memory(
     """Return the memory of the training; models and network are on the meta device and unusable afterwards."""
     precision = config.precision
     trained = sum(parameter.numel() for parameter in network.parameters())
-    keeps_text = network.trains_text_encoder or all_captions(datasets) is None
+    options = caption_options(config.text)
+    when = when_encoded(precision, datasets, base, options, types.unet, trains_text_encoder=network.trains_text_encoder)
     fp8_text = precision.fp8_base and not precision.fp8_base_unet
     # Measured before step_activations replaces the weights.
     unet = weight_bytes(base.unet, types.unet, in_eight_bits=precision.fp8_base or precision.fp8_base_unet)
     text = sum(weight_bytes(encoder, types.unet, in_eight_bits=fp8_text) for encoder in base.text_modules)
     size, batch = largest_batch(datasets)
-    windows = caption_options(config.text).windows
     return MemoryEstimate(
         unet=unet,
-        text_encoder=text if keeps_text else 0,
+        text_encoder=text if when is When.IN_STEPS else 0,
         vae=0 if precision.cache_latents else weight_bytes(base.vae, types.vae),
         adapter=sum(parameter.numel() for parameter in network.all_parameters()) * types.adapter.itemsize,
         gradients=trained * types.adapter.itemsize,
         optimizer=int(trained * state_bytes_per_parameter(choice, config.optimizer.learning_rate)),
-        activations=step_activations(base, network, types.unet, size=size, batch=batch, windows=windows),
+        activations=step_activations(base, network, types.unet, size=size, batch=batch, windows=options.windows),
     )
 
 
