@@ -27,6 +27,7 @@ from library.models.conditioning import Conditioning, LiveConditioner, TextOptio
 from library.sampling import pipelines, samplers
 from library.sampling.pipelines import ControlInputs, PictureSizes, PipelineInputs, sample_latents
 from library.sampling.previews import generate_previews
+from networks import lora
 
 GIVEN = "--ow 1533 --oh 2047 --nw 300 --ct 5 --cl 7"
 # What diffusers is told for it.
