@@ -318,7 +318,7 @@ def test_the_dry_run_draws_the_blocks(base, pictures, tmp_path, monkeypatch):
     from library.training.charts import block_chart
     from library.training.rehearse import memory
 
-    known = memory.MemoryEstimate(*range(1, 8))
+    known = [memory.Stage("training", {"U-Net": 1})]
     monkeypatch.setattr("library.training.rehearse.dry_run.estimate_memory", lambda *args, **more: known)
     given = {"dry_run": True, "network_args": ["up_lr_weight=zeros", "mid_lr_weight=0.5"]}
     assert train_network.main(options(base, pictures, tmp_path, **given)) == 0

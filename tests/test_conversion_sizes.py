@@ -122,7 +122,7 @@ def changed(model: Checkpoint, name: str, shape: tuple[int, ...] | None) -> Chec
 
 def as_file(model: Checkpoint, path: Path) -> Checkpoint:
     """Return the checkpoint that a model would be written to, as it would be opened again; what is checked first."""
-    plan, whole = conversion.plan_of_file(model)
+    plan, whole = conversion.plan_of_file(model, v_prediction=False)
     infos = layout.planned_infos(plan, model, None)
     metadata = conversion.kept_beside(model, whole, infos, path).metadata()
     result = conversion.planned_file(path, infos, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 
@@ -16,18 +17,21 @@ import train_network
 from library.config.options import build
 from library.config.train import TrainConfig
 from library.errors import Problems, UserError
+from library.models import family as families
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import LiveConditioner
+from library.models.precision import types_of
 from library.models.tokenizer import load_clip_tokenizer
 from library.networks.trainable import build_network
 from library.training.rehearse import memory
+from library.training.rehearse.dry_run import take_types
 
 
 @pytest.fixture(autouse=True)
 def _without_the_estimate(request, monkeypatch):
     """Spare the seconds that counting memory takes, but in the tests of it."""
     if "memory" not in request.node.name:
-        known = memory.MemoryEstimate(*range(1, 8))
+        known = [memory.Stage("training", {"U-Net": 1})]
         monkeypatch.setattr("library.training.rehearse.dry_run.estimate_memory", lambda *args, **more: known)
 
 
@@ -204,79 +208,153 @@ def network_over(models, *, checkpointing, device):
     return network
 
 
-def loaded(made):
+def loaded(name, made):
     import tiny
 
-    family = tiny.FAMILIES["sd1"]
-    text = TextEncoder(family.text_models[0], load_clip_tokenizer(), made["text_encoder"])
-    return BaseModel(family, predicts_v=False, unet=made["unet"], vae=made["vae"], texts=(text,))
+    family = tiny.FAMILIES[name]
+    texts = tuple(TextEncoder(row, load_clip_tokenizer(), made[row.folder]) for row in family.text_models)
+    return BaseModel(family, predicts_v=False, unet=made["unet"], vae=made["vae"], texts=texts)
+
+
+def counted(models, network, types, pictures):
+    """Return the peak of a step, counted on shapes, besides weights and gradients."""
+    with memory.fake_weights([models.unet, *models.text_modules], network) as peak_of:
+        return peak_of(lambda: memory.make_step(models, network, types, pictures))
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "dtype"),
+    ("name", "checkpointing", "mixed"),
     [
-        (True, torch.bfloat16),
-        pytest.param(True, torch.float32, marks=pytest.mark.slow),
-        pytest.param(False, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param(False, torch.float32, marks=pytest.mark.slow),
+        ("sd1", True, "bf16"),
+        pytest.param("sdxl", True, "bf16", marks=pytest.mark.slow),
+        pytest.param("sd1", True, "no", marks=pytest.mark.slow),
+        pytest.param("sd1", False, "bf16", marks=pytest.mark.slow),
+        pytest.param("sdxl", False, "no", marks=pytest.mark.slow),
     ],
 )
-def test_the_memory_told_is_what_a_step_with_real_tensors_holds(checkpointing, dtype):
+def test_the_memory_told_is_what_a_step_with_real_tensors_holds(name, checkpointing, mixed):
     import tiny
 
-    size, batch, windows = (128, 192), 2, 2
-    fake = loaded({name: model.to("meta") for name, model in tiny.make_models("sd1").items()})
-    network = network_over(fake, checkpointing=checkpointing, device="meta")
-    told = memory.step_activations(fake, network, dtype, size=size, batch=batch, windows=windows)
+    pictures, types = memory.Pictures((128, 192), 2, windows=2), types_of(mixed)
+    fake = loaded(name, {part: model.to("meta") for part, model in tiny.make_models(name).items()})
+    take_types(fake, types)
+    told = counted(fake, network_over(fake, checkpointing=checkpointing, device="meta"), types, pictures)
 
-    real = loaded({name: model.to(dtype) for name, model in tiny.make_models("sd1").items()})
+    real = loaded(name, {part: model.to(types.unet) for part, model in tiny.make_models(name).items()})
     network = network_over(real, checkpointing=checkpointing, device="cpu")
+    for parameter in network.all_parameters():
+        parameter.grad = torch.zeros_like(parameter)
     with memory.PeakMemory() as peak:
         parts = (real.unet, *real.text_modules)
         peak.ignore(memory.weights_of([*(module for part in parts for module in part.modules()), *network.modules()]))
-        memory._make_step(real, network, dtype, size=size, batch=batch, windows=windows)
-    trained = sum(p.numel() * p.element_size() for p in network.all_parameters())
-    assert told == pytest.approx(peak.peak - trained, rel=0.1)
+        memory.make_step(real, network, types, pictures)
+    assert told == pytest.approx(peak.peak, rel=0.1)
 
 
-def test_the_memory_of_a_run_is_told_by_part(base, pictures, tmp_path):
-    text = dry(base, pictures, tmp_path, cache_latents=True, network_train_unet_only=True)
-    (total,) = re.findall(r"memory on the device: ([\d.]+) GB", text)
-    parts = dict(re.findall(r"(unet|text encoder|vae|adapter|gradients|optimizer|activations) ([\d.]+)", text))
-    assert float(total) == pytest.approx(sum(map(float, parts.values())), abs=0.03)
-    assert parts["vae"] == parts["text encoder"] == "0.00"  # both leave the device
+def stages_told(text):
+    """Return title -> (total, {part: size}) of the stages in a report, GB, and the title of the largest."""
+    (largest,) = re.findall(r"memory on the device: [\d.]+ GB \((.*)\) and", text)
+    found = {}
+    for title, total, parts in re.findall(r"^  (.*): ([\d.]+) GB: (.*)$", text, re.MULTILINE):
+        sizes = {name: float(size) for name, size in re.findall(r"([A-Za-z][^,]*) ([\d.]+)", parts)}
+        found[title] = (float(total), sizes)
+    return found, largest
+
+
+def test_the_memory_of_a_run_is_told_by_stage(base, pictures, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog --w 128 --h 192\na cat --w 64 --h 64", encoding="utf-8")
+    more = {"cache_latents": True, "network_train_unet_only": True, "sample_prompts": prompts, "vae_batch_size": 2}
+    told, largest = stages_told(dry(base, pictures, tmp_path, **more, sample_every_n_steps=1))
+    assert list(told) == [
+        "encoding pictures, 128x64 in batches of 2",
+        "encoding captions",
+        "training, 128x64",
+        "drawing previews, 128x192",
+        "decoding previews, 128x192",
+    ]
+    for total, parts in told.values():
+        assert total == pytest.approx(sum(parts.values()), abs=0.03)
+    assert told[largest][0] == max(total for total, _ in told.values())
+    beside = {title: set(parts) for title, (_, parts) in told.items()}
+    models = {"U-Net", "text encoders", "VAE"}
+    assert [names & models for names in beside.values()] == [
+        {"VAE"},
+        {"text encoders"},
+        {"U-Net"},
+        {"U-Net"},
+        {"VAE"},
+    ]
 
 
 @pytest.mark.slow
-def test_checkpointing_and_smaller_types_need_less_memory():
+def test_the_memory_of_parts_that_stay_is_told(base, pictures, tmp_path):
+    told, largest = stages_told(dry(base, pictures, tmp_path, train_batch_size=2))
+    assert list(told) == [largest] == ["training, 128x64 in batches of 2"]
+    assert {"U-Net", "text encoders", "VAE", "network", "gradients", "optimizer"} < set(told[largest][1])
+
+
+@pytest.mark.slow
+def test_memory_of_checkpointing_and_smaller_types():
     import tiny
 
-    def told(checkpointing, dtype):
-        models = loaded({name: model.to("meta") for name, model in tiny.make_models("sd1").items()})
+    def told(checkpointing, mixed):
+        models = loaded("sd1", {part: model.to("meta") for part, model in tiny.make_models("sd1").items()})
+        take_types(models, types_of(mixed))
         network = network_over(models, checkpointing=checkpointing, device="meta")
-        return memory.step_activations(models, network, dtype, size=(128, 128), batch=2, windows=1)
+        return counted(models, network, types_of(mixed), memory.Pictures((128, 128), 2))
 
-    assert told(True, torch.float32) < 0.6 * told(False, torch.float32)
-    assert told(False, torch.bfloat16) < 0.7 * told(False, torch.float32)
+    assert told(True, "no") < 0.6 * told(False, "no")
+    assert told(False, "bf16") < 0.7 * told(False, "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "side", "options", "most"),
+    [
+        (families.SDXL, 1024, {"no_half_vae": True}, 6.2),
+        (families.SDXL, 1024, {"no_half_vae": True, "fp8_base": True}, 3.6),
+        (families.SD1, 512, {}, 2.05),
+        (families.SD1, 512, {"fp8_base": True}, 1.25),
+    ],
+)
+def test_the_memory_of_models_of_the_published_sizes(family, side, options, most):
+    import full_size
+
+    stages = full_size.count(
+        family,
+        side,
+        network_dim=4,
+        network_train_unet_only=True,
+        gradient_checkpointing=True,
+        optimizer_type="AdamW8bit",
+        **options,
+    )
+    assert len(stages) == 5
+    assert 0.9 * most < max(stage.total for stage in stages) / 1e9 <= most
 
 
 def test_the_state_of_an_optimizer_is_measured():
     from library.config.optimizer import OptimizerConfig
     from library.optim.optimizers import choose_optimizer
 
-    def per_parameter(name):
-        return memory.state_bytes_per_parameter(choose_optimizer(OptimizerConfig(optimizer_type=name)), 1e-3)
+    def per_parameter(name, dtype=torch.float32):
+        return memory.state_bytes_per_parameter(choose_optimizer(OptimizerConfig(optimizer_type=name)), 1e-3, dtype)
 
     assert per_parameter("AdamW") == pytest.approx(8, rel=0.01)
+    assert per_parameter("AdamW", torch.bfloat16) == pytest.approx(4, rel=0.01)
     assert per_parameter("SGD") == 0
     assert 2 <= per_parameter("AdamW8bit") < 2.2
 
 
 def test_weights_are_counted_in_their_type(model_store):
-    unet = model_store("sd1")[0]["unet"]
+    from library.models.eight_bit import store_in_eight_bits
+
+    unet = copy.deepcopy(model_store("sd1")[0]["unet"]).to(torch.float16)
     count = sum(parameter.numel() for parameter in unet.parameters())
-    assert memory.weight_bytes(unet, torch.float16) == 2 * count
-    assert memory.weight_bytes(unet, torch.float16, in_eight_bits=True) < 1.1 * count
+    assert memory.weight_bytes(unet) == 2 * count
+    store_in_eight_bits(unet)
+    assert memory.weight_bytes(unet) < 1.1 * count
 
 
 def test_metrics_of_a_run_are_untouched_by_a_dry_run(base, pictures, tmp_path):

@@ -119,7 +119,7 @@ def test_the_small_sdxl_draws_and_follows_the_sizes(tmp_path):
     plain = f"{glyphs.caption('heart', 'blue')} --d 1"
     prompts.write_text(f"{plain}\n{plain} --ow 8 --oh 8\n{plain} --cl 24\n", encoding="utf-8")
     words = ["--ckpt", POCKET_XL, "--from_file", prompts, "--outdir", tmp_path, "--W", 128, "--H", 128]
-    more = ["--steps", 10, "--scale", 3, "--sampler", "ddim", "--batch_size", 3, "--sequential_file_name"]
+    more = ["--steps", 8, "--scale", 3, "--sampler", "ddim", "--batch_size", 3, "--sequential_file_name"]
     assert gen_img_diffusers.main([str(word) for word in (*words, *more)]) == 0
     sharp, blurred, cut = (Image.open(file).convert("RGB") for file in sorted(tmp_path.glob("*.png")))
     assert glyphs.nearest_glyph(sharp)[0] == "heart"

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from typing import Any
 
 import pytest
 import tiny
@@ -47,6 +48,10 @@ def changed(path, to, **tensors):
     return to
 
 
+def projection(encoder):
+    return encoder.get_parameter("text_projection.weight")
+
+
 def parts(base):
     modules = {"unet": base.unet, "vae": base.vae} | {text.row.folder: text.module for text in base.texts}
     return {name: text_body(module).state_dict() for name, module in modules.items()}
@@ -62,7 +67,7 @@ def test_file_and_folder_give_the_same_tensors(model_store):
         assert_same(state, parts(folder)[name])
         assert_same(state, text_body(models[name]).state_dict())
     for base in (file, folder):
-        assert torch.equal(base.texts[1].module.text_projection.weight, models["text_encoder_2"].text_projection.weight)
+        assert torch.equal(projection(base.texts[1].module), projection(models["text_encoder_2"]))
 
 
 @torch.no_grad()
@@ -106,8 +111,8 @@ def test_a_projection_of_a_linear_layer_is_not_turned(model_store, tmp_path, nam
     state = load_file(paths["safetensors"])
     state[SECOND + name] = state.pop(f"{SECOND}text_projection").T.contiguous()
     save_file(state, tmp_path / "a.safetensors")
-    projection = tiny.load(tmp_path / "a.safetensors").texts[1].module.text_projection.weight
-    assert torch.equal(projection, models["text_encoder_2"].text_projection.weight)
+    found = projection(tiny.load(tmp_path / "a.safetensors").texts[1].module)
+    assert torch.equal(found, projection(models["text_encoder_2"]))
 
 
 def test_what_merges_carry_beside_the_encoders_is_no_error(model_store, tmp_path):
@@ -165,11 +170,13 @@ def test_each_encoder_has_its_own_padding(model_store, tmp_path):
             (tokens,) = tokenize(text, ["a cat!"], TextOptions())
             ids, _ = windows_of(text.tokenizer, tokens, 1)
             assert ids[0].tolist() == [49406, 320, 2368, 256, EOS, *[pad] * 72]
-    assert [find_tokenizer(text, paths["folder"], cache).name for text in families.SDXL.text_models] == names[::-1]
+    assert [find_tokenizer(row, paths["folder"], cache) for row in families.SDXL.text_models] == [
+        cache / name for name in reversed(names)
+    ]
     folder = tmp_path / "folder"
     shutil.copytree(paths["folder"], folder)
-    for text in families.SDXL.text_models:
-        write_tokenizer(folder / text.tokenizer_folder, 0, added={})
+    for row in families.SDXL.text_models:
+        write_tokenizer(folder / row.tokenizer_folder, 0, added={})
     assert found(folder).tokenizers == (folder / "tokenizer", folder / "tokenizer_2")
 
 
@@ -197,7 +204,7 @@ def test_the_pooled_output_is_the_state_of_the_first_end(model_store, text, firs
     words = encoder.tokenizer(first_words, add_special_tokens=False).input_ids
     ids = torch.tensor([[49406, *words, EOS]])
     states = text_body(encoder.module)(ids).last_hidden_state  # after the final norm
-    expected = states[:, -1] @ encoder.module.text_projection.weight.T
+    expected = states[:, -1] @ projection(encoder.module).T
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -400,7 +407,7 @@ def test_sd2_in_the_layout_of_sdxl_is_no_refiner(model_store, tmp_path):
     assert_same(text_body(base.texts[0].module).state_dict(), text_body(models["text_encoder"]).state_dict())
 
 
-DEPTHS = {
+DEPTHS: dict[str, dict[str, Any]] = {
     "SSD-1B": {
         "transformer_layers_per_block": (1, (2, 2), (4, 4)),
         "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),

@@ -121,6 +121,20 @@ def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictur
         assert found[0][key] == found[1][key]
 
 
+def test_a_run_that_goes_on_without_its_seed_is_told_of_the_split(base, pictures, tmp_path, caplog):
+    more = {"validation_split": 0.5, "save_state": True, "save_every_n_steps": 1, "max_train_steps": 2}
+    train(base, pictures, tmp_path, **more)
+    (tmp_path / "x.safetensors").unlink()
+    go_on = more | {"resume": tmp_path / "x-step00000001-state"}
+    train(base, pictures, tmp_path, **go_on)
+    assert "--resume without --seed" not in caplog.text
+    (tmp_path / "x.safetensors").unlink()
+    train(base, pictures, tmp_path, **go_on, seed=None)
+    assert "--resume without --seed: the held-out pictures are those of the seed 0. If the run began with --seed 7" in (
+        caplog.text
+    )
+
+
 def test_max_validation_steps_measures_fewer_batches(base, pictures, tmp_path, monkeypatch):
     sizes = []
     measure = validation.Validation.measure

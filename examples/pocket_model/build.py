@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, PreTrainedModel
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the only size of the font's bitmaps
@@ -616,7 +616,7 @@ def export_index(folder: Path, index: dict) -> None:
 
 
 def export_text_encoder(
-    small: CLIPTextModel, folder: Path, used: Tensor, special: dict[str, int], *, seed: int
+    small: PreTrainedModel, folder: Path, used: Tensor, special: dict[str, int], *, seed: int
 ) -> None:
     """Write a text encoder with the whole vocabulary, under the `text_model.` names of every older release.
 

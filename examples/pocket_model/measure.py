@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
@@ -23,9 +23,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from examples.pocket_model.glyphs import BACKGROUNDS, SIZE, SUBJECTS, caption, nearest_background, nearest_glyph
-
-if TYPE_CHECKING:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 BATCH = 13  # pictures drawn at once
 LABEL = 14  # pixels of height under a picture
@@ -44,7 +41,7 @@ class Drawing:
     seen_background: str
 
 
-def load_pipeline(model: Path) -> DiffusionPipeline:
+def load_pipeline(model: Path) -> Any:
     """Return the pipeline that the folder names, in fp32 with the sampler that the figures are for."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -57,7 +54,7 @@ def load_pipeline(model: Path) -> DiffusionPipeline:
 
 
 def draw_all(
-    pipeline: DiffusionPipeline,
+    pipeline: Callable[..., Any],
     requests: Sequence[tuple[str, str]],
     *,
     steps: int,
@@ -116,6 +113,11 @@ def contact_sheet(drawings: Sequence[Drawing], columns: int) -> Image.Image:
         sheet.paste(drawing.picture, (x, y))
         colour = "black" if drawing.seen_subject == drawing.subject else "red"
         pen.text((x + 3, y + SIZE + 1), f"{drawing.subject}, {drawing.background}", fill=colour)
+    return compact(sheet)
+
+
+def compact(sheet: Image.Image) -> Image.Image:
+    """Return a picture with few colours, a small file."""
     return sheet.quantize(SHEET_COLORS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 

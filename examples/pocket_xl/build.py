@@ -118,7 +118,7 @@ def encode_subjects(vae: AutoencoderKL, *, copies: int, seed: int) -> pocket.Dat
         latents.append(pocket.encode(vae, pocket.as_tensor([picture for picture, _ in drawn])))
         sizes += [size for _, size in drawn]
     captions = torch.arange(len(latents)).repeat_interleave(copies)
-    scaled = torch.cat(latents) * vae.config.scaling_factor
+    scaled = torch.cat(latents) * vae.config["scaling_factor"]
     return {"latents": scaled, "captions": captions, "sizes": torch.tensor(sizes)}
 
 
@@ -148,11 +148,12 @@ def build_unet() -> TextConditionedUNet:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    encoders = []
-    for kind, number in ((CLIPTextModel, 0), (CLIPTextModelWithProjection, 1)):
+    def config(number: int) -> CLIPTextConfig:
         used = caption_tokens(number).unique()
         special = {name: int(torch.searchsorted(used, token)) for name, token in SPECIAL_TOKENS[number].items()}
-        encoders.append(kind(CLIPTextConfig.from_dict(TEXT_CONFIGS[number] | special | {"vocab_size": len(used)})))
+        return CLIPTextConfig.from_dict(TEXT_CONFIGS[number] | special | {"vocab_size": len(used)})
+
+    encoders = CLIPTextModel(config(0)), CLIPTextModelWithProjection(config(1))
     return TextConditionedUNet(UNet2DConditionModel(**UNET_CONFIG), *encoders)
 
 
@@ -205,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--work", type=Path, required=True, help="folder for snapshots and cached latents")
     options.add_argument("--output", type=Path, default=FOLDER, help="where the model is written (default: here)")
     options.add_argument("--stage", choices=("all", "latents", "unet", "export"), default="all")
-    options.add_argument("--unet_steps", type=int, default=5000)
+    options.add_argument("--unet_steps", type=int, default=4000)
     options.add_argument("--copies", type=int, default=KINDS, help="pictures of each subject on each background")
     options.add_argument("--workers", type=int, default=2, help="processes, at best one for each CPU core")
     options.add_argument("--seed", type=int, default=1)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from examples.pocket_model.build import JITTER
 from examples.pocket_model.glyphs import BACKGROUNDS, SIZE, SUBJECTS, background_colour
-from examples.pocket_model.measure import Drawing, draw_all, load_pipeline
+from examples.pocket_model.measure import Drawing, compact, draw_all, load_pipeline
 
 SMALL = (16, 12, 8)  # pixels of a side of blurred originals
 BLURRED = 0.7  # a picture counts as blurred if its detail is below this part of the plain picture's
@@ -67,7 +67,7 @@ def share_right(drawings: Sequence[Drawing]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", type=Path, default=FOLDER, help="Diffusers folder (default: here)")
-    options.add_argument("--count", type=int, default=2, help="pictures of each subject")
+    options.add_argument("--count", type=int, default=1, help="pictures of each subject")
     options.add_argument("--steps", type=int, default=30)
     options.add_argument("--guidance", type=float, default=3.0)
     options.add_argument("--seed", type=int, default=1)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row, subject in enumerate(SHOWN):
                 picture = next(drawing.picture for drawing in drawings if drawing.subject == subject)
                 sheet.paste(picture, (column * SIZE, row * SIZE))
-        sheet.save(args.sheet, optimize=True)
+        compact(sheet).save(args.sheet, optimize=True)
     return 0
 
 

@@ -282,12 +282,16 @@ def build_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def build_vae(config: Mapping[str, Any]) -> AutoencoderKL:
-    """Return a VAE on the meta device."""
+    """Return a VAE on the meta device, for use without gradients."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    from library.models.vae_blocks import change_in_place
+
     with torch.device("meta"):
-        return AutoencoderKL.from_config(dict(config))
+        vae = AutoencoderKL.from_config(dict(config))
+    change_in_place(vae)
+    return vae
 
 
 def build_text_encoder(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,7 @@ from library.config.samplers import SamplerName
 from library.config.values import given
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import Conditioner, TextOptions, windows_needed
+from library.models.family import ModelFamily
 from library.sampling.pipelines import PipelineInputs, decode_latents, sample_latents
 
 if TYPE_CHECKING:
@@ -40,25 +43,35 @@ def generate_previews(
     *,
     sampler: SamplerName,
     clip_skip: int | None = None,
+    decoding: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[PreviewImage]:
     """Yield one preview for each prompt, generated with its seed; sampler serves prompts that name none.
 
-    The models are used where and as they are; the caller sets autocast and evaluation mode.
+    The models are used where and as they are, the VAE within decoding(); the caller sets autocast and evaluation mode.
     """
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         options = text_options(base.texts[0], prompt, clip_skip)
         both = conditioner.encode([prompt.prompt, prompt.negative_prompt], options)
+        width, height = size_of(prompt, base.family)
         inputs = PipelineInputs(
             text=both.part(0, 1),
             negative=both.part(1, 2),
             seeds=[seed],
-            width=given(prompt.width, base.family.side),
-            height=given(prompt.height, base.family.side),
+            width=width,
+            height=height,
             steps=prompt.steps,
             scale=prompt.scale,
             sampler=prompt.sampler or sampler,
         )
-        yield PreviewImage(index, prompt, seed, decode_latents(base, sample_latents(base, inputs))[0])
+        latents = sample_latents(base, inputs)
+        with decoding():
+            image = decode_latents(base, latents)[0]
+        yield PreviewImage(index, prompt, seed, image)
+
+
+def size_of(prompt: Prompt, family: ModelFamily) -> tuple[int, int]:
+    """Return the width and height of a preview in pixels; what the prompt leaves open is the side of the family."""
+    return given(prompt.width, family.side), given(prompt.height, family.side)
 
 
 def text_options(encoder: TextEncoder, prompt: Prompt, clip_skip: int | None) -> TextOptions:

@@ -27,7 +27,14 @@ from library.training.prepare.caches import cache_latents
 from library.training.prepare.checks import check_before_loading, options_for
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, enable_gradient_checkpointing, open_base
-from library.training.prepare.plan import choose_seed, find_resumed, num_workers, plan_steps, resume_plan
+from library.training.prepare.plan import (
+    choose_seed,
+    find_resumed,
+    num_workers,
+    plan_steps,
+    resume_plan,
+    warn_of_split,
+)
 from library.training.prepare.texts import RunTexts, build_conditioner, tell_of_files, when_encoded
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
@@ -96,6 +103,7 @@ def prepare_and_run(
     # Load the base model.
     resumed = find_resumed(config.state.resume, config.saving, config.hub, runtime)
     seed = shared(choose_seed(config.run.seed, resumed), runtime)
+    warn_of_split(config.run.seed, seed, datasets, resumed)
     config = with_seed(config, seed)
     if runtime.is_main:
         make_repository(config.hub)

@@ -16,13 +16,12 @@ from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
-from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.sampling.contact_sheet import draw_sheet
 from library.sampling.previews import generate_previews
 from library.training.measure.picture_losses import Losses, Measurement
 from library.training.measure.rank_results import BASE, RankResults, name_of
-from library.training.record.preview import preview_seeds, spread
+from library.training.record.preview import Decoding, preview_seeds, spread
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +96,14 @@ def draw_ranks(
     seed is that of the run, from which those of prompts follow as in previews; sampler is for prompts without one.
     """
     base, runtime = measurement.base, measurement.runtime
-    move(base.vae, runtime.device)
     conditioner, clip_skip = LiveConditioner(base.texts), measurement.text.clip_skip
-    seeds = preview_seeds(prompts, seed)
+    seeds, decoding = preview_seeds(prompts, seed), Decoding(base, network, prompts, runtime.device)
     cells: list[list[Image.Image | None]] = [[] for _ in prompts]
     with tqdm(total=len(ranks) * len(prompts), desc="generating", unit="picture") as bar:
         for rank in ranks:
             with at_rank(network, rank), runtime.types.autocast(runtime.device):
                 for picture in generate_previews(
-                    base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip
+                    base, conditioner, prompts, seeds, sampler=sampler, clip_skip=clip_skip, decoding=decoding
                 ):
                     cells[picture.index].append(picture.image)
                     bar.update()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from library.models.attention import use_xformers
 from library.models.base import BaseFiles, BaseModel, load_base, text_body
 from library.models.conditioning import PER_WINDOW, TextOptions
 from library.models.eight_bit import store_in_eight_bits
+from library.models.precision import move
 from library.networks.merging import merge_base_weights
 from library.networks.trainable import TrainableNetwork
 from library.training.run.runtime import Runtime
@@ -28,20 +31,43 @@ def open_base(
     base = load_base(files, runtime.types)
     check_clip_skip(clip_skip, base)
     merge_base_weights(network, base)
-    prepare_models(precision, base, runtime.device)
+    if precision.xformers:
+        use_xformers(runtime.device, base.unet, base.vae)
+    store_models(precision, base)
     return base
 
 
-def prepare_models(precision: PrecisionConfig, base: BaseModel, device: torch.device) -> None:
-    """Give the models the attention and the storage of the options, for a device."""
-    if precision.xformers:
-        use_xformers(device, base.unet, base.vae)
+def store_models(precision: PrecisionConfig, base: BaseModel) -> None:
+    """Give the models the storage of the options."""
     in_eight_bits: list[nn.Module] = [base.unet] if precision.fp8_base or precision.fp8_base_unet else []
     if precision.fp8_base and not precision.fp8_base_unet:
         in_eight_bits += base.text_modules
     if in_eight_bits:
         saved = sum(store_in_eight_bits(model) for model in in_eight_bits)
         logger.info("weights in 8 bits: %.2f GB less", saved / 1e9)
+
+
+@contextlib.contextmanager
+def unet_away(base: BaseModel, network: TrainableNetwork) -> Iterator[None]:
+    """Within it the U-Net is on the CPU, where the network leaves it whole; its weights come back bit for bit.
+
+    A network whose parameters are part of the U-Net stays with it: the optimizer knows where they are.
+    """
+    own = {id(parameter) for parameter in network.all_parameters()}
+    is_whole = not any(id(parameter) in own for parameter in base.unet.parameters())
+    before = base.unet.device
+    if is_whole:
+        move(base.unet, "cpu")
+    try:
+        yield
+    finally:
+        move(base.unet, before)
+
+
+def free_cache(device: torch.device) -> None:
+    """Give back the memory that torch keeps on a device for tensors of sizes that do not come again soon."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def caption_options(text: TextConfig) -> TextOptions:

@@ -46,6 +46,17 @@ def choose_seed(given: int | None, resumed: Path | None) -> int:
     return random.SystemRandom().randrange(2**32) if given is None else given
 
 
+def warn_of_split(given: int | None, seed: int, datasets: list[Dataset], resumed: Path | None) -> None:
+    """Warn of a resumed run that holds out other pictures than before, if it began with a seed and has none now."""
+    by_seed = any(dataset.held_out and dataset.options.validation_seed is None for dataset in datasets)
+    if given is None and resumed is not None and by_seed:
+        logger.warning(
+            "--resume without --seed: the held-out pictures are those of the seed 0. If the run began with --seed %d, "
+            "give it again, because others were held out then",
+            seed,
+        )
+
+
 def start_step(state: StateConfig, saving: SavingConfig, resumed: Path | None, steps_per_epoch: int) -> int:
     """Return the number of steps made before this run."""
     if state.initial_step is not None:

@@ -29,6 +29,7 @@ from library.models.text_cache import Call, bytes_of, bytes_of_text, encode_call
 from library.networks.trainable import TrainableNetwork
 from library.sampling.previews import text_options
 from library.training.measure.validation import HeldOut
+from library.training.prepare.placing import free_cache, unet_away
 from library.training.run.events import Event, Every, Moment
 from library.training.run.interruption import StopRequest
 from library.training.run.runtime import Runtime
@@ -219,26 +220,16 @@ class CaptionsAhead:
 
 @contextlib.contextmanager
 def text_encoders_on(base: BaseModel, network: TrainableNetwork, device: torch.device) -> Iterator[None]:
-    """Within it the text encoders are on a device, and the U-Net is not, where the network leaves it whole.
-
-    So the device never has to hold both. A network whose parameters are part of the U-Net stays with it: the optimizer
-    knows where they are.
-    """
-    own = {id(parameter) for parameter in network.all_parameters()}
-    is_whole = not any(id(parameter) in own for parameter in base.unet.parameters())
-    before = base.unet.device
-    if is_whole:
-        move(base.unet, "cpu")
-    for module in base.text_modules:
-        move(module, device)
-    try:
-        yield
-    finally:
+    """Within it the text encoders are on a device, and the U-Net is not: the device never has to hold both."""
+    with unet_away(base, network):
         for module in base.text_modules:
-            move(module, "cpu")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the U-Net's tensors have other sizes
-        move(base.unet, before)
+            move(module, device)
+        try:
+            yield
+        finally:
+            for module in base.text_modules:
+                move(module, "cpu")
+            free_cache(device)
 
 
 def tell_of_files(precision: PrecisionConfig, datasets: Sequence[Dataset]) -> None:

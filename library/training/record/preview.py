@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,11 +20,14 @@ from library.config.samplers import SamplerName
 from library.files import replacing
 from library.models.base import BaseModel
 from library.models.precision import move
+from library.networks.trainable import TrainableNetwork
 from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
-from library.sampling.previews import PreviewImage, generate_previews
+from library.sampling.previews import PreviewImage, generate_previews, size_of
+from library.training.prepare.placing import free_cache, unet_away
 from library.training.record.run_files import RunFiles
 from library.training.record.tracking import log_pictures
+from library.training.rehearse.memory import bytes_to_decode
 from library.training.run.events import At, Moment
 from library.training.run.interruption import StopRequest
 from library.training.run.objective import Objective
@@ -33,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+SPARE = 5e8  # bytes that kernels and the gaps between allocations take besides what is counted
 MOST_COLUMNS = 12  # of the contact sheet: the first and the last previews, and evenly spaced ones between them
 
 
@@ -58,7 +64,7 @@ class Preview:
         if self.runtime.is_main:
             label, paths = self.label_of(moment), list[Path]()
             device, types = self.runtime.device, self.runtime.types
-            with self.state.evaluation(), vae_on(self.objective.base, device), types.autocast(device):
+            with self.state.evaluation(), types.autocast(device):
                 is_complete = self.stop.cut_short(lambda: self._draw(moment, label, paths))
             if not is_complete:
                 logger.warning("previews (%s): %d of %d, because of the stop", label, len(paths), len(self.prompts))
@@ -80,7 +86,10 @@ class Preview:
 
         base, conditioner, clip_skip = self.objective.base, self.objective.conditioner, self.objective.text.clip_skip
         seeds = preview_seeds(self.prompts, moment.progress.seed)
-        pictures = generate_previews(base, conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip)
+        decoding = Decoding(base, self.state.network, self.prompts, self.runtime.device)
+        pictures = generate_previews(
+            base, conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip, decoding=decoding
+        )
         for picture in tqdm(pictures, f"generating ({label})", len(self.prompts), leave=False, unit="picture"):
             paths.append(self._save(picture, moment))
 
@@ -100,17 +109,46 @@ class Preview:
         save_sheet(draw_sheet(cells, labels, [label for label, _ in chosen]), self.files.contact_sheet)
 
 
-@contextlib.contextmanager
-def vae_on(base: BaseModel, device: torch.device) -> Iterator[None]:
-    """Within it the VAE is on a device."""
-    before = base.vae.device
-    move(base.vae, device)
-    try:
-        yield
-    finally:
-        move(base.vae, before)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the VAE's activations are large, and training does not need them
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """The context in which pictures of prompts are decoded: the VAE is on a device, and there is room for its work.
+
+    The VAE's activations at 1024 x 1024 are half as large as the U-Net of SDXL. If they do not fit beside it, the U-Net
+    waits on the CPU, which changes no bit of a picture, while decoding in tiles would.
+    """
+
+    base: BaseModel
+    network: TrainableNetwork
+    prompts: Sequence[Prompt]
+    device: torch.device
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        vae, before = self.base.vae, self.base.vae.device
+        with unet_away(self.base, self.network) if self._is_short() else contextlib.nullcontext():
+            move(vae, self.device)
+            try:
+                yield
+            finally:
+                move(vae, before)
+                free_cache(self.device)  # the VAE's activations are large, and the U-Net does not need them
+
+    def _is_short(self) -> bool:
+        free = free_memory(self.device)
+        return free is not None and free < self._needed + SPARE
+
+    @functools.cached_property
+    def _needed(self) -> int:
+        sizes = [size_of(prompt, self.base.family) for prompt in self.prompts]
+        return bytes_to_decode(self.base.vae, max(sizes, key=math.prod))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that can be had on a GPU of its own memory; None for another device, or where it is unknown."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def preview_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 from pathlib import Path
@@ -16,26 +17,32 @@ from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
 from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
-from library.data.buckets import Size
 from library.data.latent_cache import count_valid
-from library.data.records import Dataset, ImageRecord, subsets_of
+from library.data.records import Dataset, ImageRecord, all_records, subsets_of
 from library.files import replacing
 from library.models.base import BaseFiles, BaseModel, TextEncoder, load_base
 from library.models.checkpoint import VAE
 from library.models.conditioning import TextOptions, tokenize
 from library.models.latent_encoder import LatentEncoder
-from library.models.precision import Types
+from library.models.precision import Types, move
+from library.models.text_cache import ENCODED_AT_ONCE
 from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.optimizers import OptimizerChoice
 from library.processes import find_launch
 from library.sampling.contact_sheet import draw_sheet, save_sheet
+from library.sampling.previews import size_of, text_options
 from library.training.charts.block_chart import count_blocks, plot_blocks
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
-from library.training.prepare.placing import caption_options, check_clip_skip, enable_gradient_checkpointing
+from library.training.prepare.placing import (
+    caption_options,
+    check_clip_skip,
+    enable_gradient_checkpointing,
+    store_models,
+)
 from library.training.prepare.plan import choose_seed, plan_steps, resume_plan
 from library.training.prepare.texts import When, when_encoded
 from library.training.record.run_files import RunFiles
-from library.training.rehearse.memory import MemoryEstimate, state_bytes_per_parameter, step_activations, weight_bytes
+from library.training.rehearse.memory import Pictures, Stage, Work, count_stages, state_bytes_per_parameter
 from library.training.run.runtime import types_of_run
 from library.training.run.state import find_state
 
@@ -80,6 +87,8 @@ def dry_run(
     types = types_of_run(config.precision, vae_overflows=files.vae_overflows)
     on_disk = config.precision.cache_latents_to_disk
     base = load_base(files, types, filled=(VAE,) if on_disk else ())
+    take_types(base, types)
+    store_models(config.precision, base)
     text = caption_options(config.text)
     check_clip_skip(text.clip_skip, base)
 
@@ -90,7 +99,7 @@ def dry_run(
     if on_disk:
         valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae))
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
-    network = report_network(report, config, base)
+    network = report_network(report, config, base, types)
     if (note := note_on_alphas(network.file_alphas())) is not None:
         report.say(f"alphas: {note}")
     blocks = count_blocks(network.describe_unet(), table_of(base.family))
@@ -98,7 +107,7 @@ def dry_run(
         rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
         save_sheet(plot_blocks(blocks, rate), names.block_chart)
         report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
-    report_memory(report, estimate_memory(config, datasets, base, network, choice=choice, types=types))
+    report_memory(report, estimate_memory(config, datasets, prompts, base, network, choice=choice, types=types))
     save_sheet(draw_pictures(datasets), names.dry_run_pictures)
     path = names.dry_run_report
     with replacing(path) as temporary:
@@ -176,12 +185,14 @@ def report_captions(report: Report, plan: RunPlan, encoder: TextEncoder, options
     report.say_some([f"  {text.describe()}" for text in cut], MOST_CUT_CAPTIONS)
 
 
-def report_network(report: Report, config: TrainConfig, base: BaseModel) -> TrainableNetwork:
+def report_network(report: Report, config: TrainConfig, base: BaseModel, types: Types) -> TrainableNetwork:
     """Report modules, parameters and learning rates; return the network over models without weights."""
     checkpointing = config.precision.gradient_checkpointing
     network = build_network(
         config.network, config.optimizer, base, checkpointing=checkpointing, device=torch.device("meta")
     )
+    for parameter in network.all_parameters():
+        parameter.data = parameter.data.to(types.adapter)
     if checkpointing:
         enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
@@ -194,51 +205,76 @@ def report_network(report: Report, config: TrainConfig, base: BaseModel) -> Trai
     return network
 
 
-def report_memory(report: Report, estimate: MemoryEstimate) -> None:
-    """Report how much memory the training will need, by part."""
-    parts = ((name.replace("_", " "), size) for name, size in vars(estimate).items())
-    report.say(f"memory on the device: {estimate.total / GIGA:.2f} GB and what the GPU needs for itself (0.5 to 1 GB)")
-    report.say("  " + ", ".join(f"{name} {size / GIGA:.2f}" for name, size in parts))
+def report_memory(report: Report, stages: list[Stage]) -> None:
+    """Report how much memory each stage of the run will need, by part, and which stage needs the most."""
+    largest = max(stages, key=lambda stage: stage.total)
+    report.say(
+        f"memory on the device: {largest.total / GIGA:.2f} GB ({largest.title}) and what the GPU needs for itself "
+        "(0.5 to 1 GB); by stage:"
+    )
+    for stage in stages:
+        parts = ", ".join(f"{name} {size / GIGA:.2f}" for name, size in stage.parts.items())
+        report.say(f"  {stage.title}: {stage.total / GIGA:.2f} GB: {parts}")
 
 
 def estimate_memory(
     config: TrainConfig,
     datasets: list[Dataset],
+    prompts: list[Prompt],
     base: BaseModel,
     network: TrainableNetwork,
     *,
     choice: OptimizerChoice,
     types: Types,
-) -> MemoryEstimate:
-    """Return the memory of the training; models and network are on the meta device and unusable afterwards."""
-    precision = config.precision
-    trained = sum(parameter.numel() for parameter in network.parameters())
-    options = caption_options(config.text)
+) -> list[Stage]:
+    """Return the stages of the run; models and network are on the meta device and unusable afterwards."""
+    move(base.vae, "meta")
+    precision, options = config.precision, caption_options(config.text)
     when = when_encoded(precision, datasets, base, options, types.unet, trains_text_encoder=network.trains_text_encoder)
-    fp8_text = precision.fp8_base and not precision.fp8_base_unet
-    # Measured before step_activations replaces the weights.
-    unet = weight_bytes(base.unet, types.unet, in_eight_bits=precision.fp8_base or precision.fp8_base_unet)
-    text = sum(weight_bytes(encoder, types.unet, in_eight_bits=fp8_text) for encoder in base.text_modules)
-    size, batch = largest_batch(datasets)
-    return MemoryEstimate(
-        unet=unet,
-        text_encoder=text if when is When.IN_STEPS else 0,
-        vae=0 if precision.cache_latents else weight_bytes(base.vae, types.vae),
-        adapter=sum(parameter.numel() for parameter in network.all_parameters()) * types.adapter.itemsize,
-        gradients=trained * types.adapter.itemsize,
-        optimizer=int(trained * state_bytes_per_parameter(choice, config.optimizer.learning_rate)),
-        activations=step_activations(base, network, types.unet, size=size, batch=batch, windows=options.windows),
+    training = dataclasses.replace(largest_batch(datasets), windows=options.windows)
+    in_steps = dataclasses.replace(training, number=min(training.number, precision.vae_batch_size))
+    at_once = {When.IN_STEPS: None, When.ONCE: ENCODED_AT_ONCE, When.AHEAD: training.number}
+    work = Work(
+        training=training,
+        encoding=largest_encoded(datasets, precision.vae_batch_size) if precision.cache_latents else in_steps,
+        is_cached=precision.cache_latents,
+        texts=at_once[when],
+        previews=largest_preview(prompts, base),
     )
+    rate = config.optimizer.learning_rate
+    state_bytes = state_bytes_per_parameter(choice, rate, types.adapter)
+    return count_stages(base, network, work, types, state_bytes=state_bytes)
 
 
-def largest_batch(datasets: list[Dataset]) -> tuple[Size, int]:
-    """Return (size, number of pictures) of the batch with the most pixels."""
+def take_types(base: BaseModel, types: Types) -> None:
+    """Give weights without contents the types that they will have in the run."""
+    for part, dtype in ((base.unet, types.unet), (base.vae, types.vae), *((t, types.unet) for t in base.text_modules)):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
+def largest_batch(datasets: list[Dataset]) -> Pictures:
+    """Return the batch of a step with the most pixels."""
     found = [
-        (bucket, min(len(samples), dataset.options.batch_size))
+        Pictures(bucket, min(len(samples), dataset.options.batch_size))
         for index, dataset in enumerate(datasets)
         for bucket, samples in samples_by_bucket(dataset, index).items()
     ]
-    return max(found, key=lambda pair: pair[0][0] * pair[0][1] * pair[1])
+    return max(found, key=Pictures.pixels)
+
+
+def largest_encoded(datasets: list[Dataset], batch_size: int) -> Pictures:
+    """Return the most pixels that the VAE encodes at a time before training, batch_size pictures at most."""
+    numbers = collections.Counter(record.placement.bucket for record in all_records(datasets))
+    return max((Pictures(bucket, min(number, batch_size)) for bucket, number in numbers.items()), key=Pictures.pixels)
+
+
+def largest_preview(prompts: list[Prompt], base: BaseModel) -> Pictures | None:
+    """Return the preview with the most pixels, with the windows of the longest prompt; None without prompts."""
+    if not prompts:
+        return None
+    windows = max(text_options(base.texts[0], prompt, None).windows for prompt in prompts)
+    return max((Pictures(size_of(prompt, base.family), 1, windows) for prompt in prompts), key=Pictures.pixels)
 
 
 def draw_pictures(datasets: list[Dataset]) -> Image.Image:

@@ -1,6 +1,6 @@
-"""How much memory a run will need, measured in one step with tensors that have shapes and no contents.
+"""How much memory a run will need, stage by stage, measured with tensors that have shapes and no contents.
 
-Torch's FakeTensorMode runs the real forward and backward pass on shapes, with gradient checkpointing and attention
+Torch's FakeTensorMode runs the models on shapes, forward and backward, with gradient checkpointing and attention
 kernels; the tensors that exist at each operation are added up. A GPU's context and the gaps between allocations
 (some 0.5 to 1 GB in total) are not included.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +23,57 @@ from torch.utils._pytree import tree_leaves
 from library.config.values import LATENT_SCALE
 from library.data.buckets import Size
 from library.models.base import BaseModel
-from library.models.eight_bit import STORAGE
+from library.models.conditioning import PER_WINDOW, Conditioning, joined
+from library.models.precision import Types
 from library.models.tokenizer import WINDOW
 from library.networks.trainable import TrainableNetwork
 from library.optim.optimizers import OptimizerChoice, build_optimizer
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
 PROBE_SIDE = 128  # of the matrix to measure an optimizer's state; 8-bit ones keep smaller matrices in 32 bits
+CPU = torch.device("cpu")
+GUIDED = 2  # rows of a guided step: with the prompt, and with the negative prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of each part of a run."""
+class Stage:
+    """What is on the device in a stage of a run, in bytes: models and network by part, and the peak of the rest."""
 
-    unet: int
-    text_encoder: int
-    vae: int  # 0 if latents are cached, because it leaves the device
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int  # the peak over forward and backward pass of the largest batch
+    title: str
+    parts: Mapping[str, int]
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures that a model works on at the same time."""
+
+    size: Size
+    number: int
+    windows: int = 1  # of 77 tokens, of a caption or prompt
+
+    def pixels(self) -> int:
+        """Return how many pixels all of them have."""
+        return math.prod(self.size) * self.number
+
+    def __str__(self) -> str:
+        return "{}x{}".format(*self.size) + (f" in batches of {self.number}" if self.number > 1 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The stages of a run, each with what it works on at most at a time; None for a stage that it does not have."""
+
+    training: Pictures
+    encoding: Pictures  # by the VAE
+    is_cached: bool  # whether all pictures are encoded before training
+    texts: int | None  # that are encoded at a time, before training; None: in the steps
+    previews: Pictures | None
 
 
 class PeakMemory(TorchDispatchMode):
@@ -80,79 +109,182 @@ class PeakMemory(TorchDispatchMode):
         self.alive -= self._known.pop(key, 0)
 
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype, *, in_eight_bits: bool = False) -> int:
-    """Return the bytes of a model's weights in a dtype; with in_eight_bits, linear layers and convolutions have 8."""
-    total = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
-    if in_eight_bits:
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        total -= sum(layer.weight.numel() * (dtype.itemsize - STORAGE.itemsize) for layer in layers)
-    return total
+def weight_bytes(*models: nn.Module) -> int:
+    """Return the bytes of models' weights as they are, which may be on the meta device."""
+    return sum(parameter.nbytes for model in models for parameter in model.parameters())
 
 
-def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float) -> float:
-    """Return the bytes of an optimizer's state for each trained parameter."""
-    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE))
+def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float, dtype: torch.dtype) -> float:
+    """Return the bytes of an optimizer's state for each trained parameter of a type."""
+    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=dtype))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
     probe.grad = torch.ones_like(probe)
     optimizer.step()
     tensors = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / probe.numel()
+    return sum(tensor.nbytes for tensor in tensors) / probe.numel()
 
 
-def step_activations(
-    base: BaseModel, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
-) -> int:
-    """Return the peak bytes of a forward and backward pass without weights and gradients.
+# --------------------------------------------------------------------------------------------------------------
+# Stages
+# --------------------------------------------------------------------------------------------------------------
 
-    The batch has pictures of size (width, height) and captions of a number of windows of 77 tokens. base and network
-    are on the meta device; their weights are replaced by fake ones, so they are unusable afterwards.
+
+def count_stages(
+    base: BaseModel, network: TrainableNetwork, work: Work, types: Types, *, state_bytes: float
+) -> list[Stage]:
+    """Return the stages of a run in their order; state_bytes are those of the optimizer for each trained parameter.
+
+    The weights of base and network are on the meta device, in the types of the run. They are replaced by fake ones, so
+    that the models are unusable afterwards.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    trained = [parameter for parameter in network.all_parameters() if parameter.requires_grad]
+    sizes = {
+        "U-Net": weight_bytes(base.unet),
+        "text encoders": weight_bytes(*base.text_modules),
+        "VAE": weight_bytes(base.vae),
+        "network": sum(parameter.nbytes for parameter in network.all_parameters()),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": round(state_bytes * sum(parameter.numel() for parameter in trained)),
+    }
+    learned = ["network", "gradients", "optimizer"]
+    stays = ([] if work.is_cached else ["VAE"]) + ([] if work.texts is not None else ["text encoders"])
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        modules = [module for part in (base.unet, *base.text_modules) for module in part.modules()]
-        _make_fake(modules, dtype)
-        _make_fake(network.modules(), torch.float32)
-        with PeakMemory() as memory:
-            memory.ignore(weights_of([*modules, *network.modules()]))
-            _make_step(base, network, dtype, size=size, batch=batch, windows=windows)
-    trained = sum(p.numel() * p.element_size() for p in network.all_parameters() if p.requires_grad)
-    return max(0, memory.peak - trained)
+    def stage(title: str, names: Iterable[str], activations: int) -> Stage:
+        return Stage(title, {name: sizes[name] for name in names} | {"activations": activations})
 
-
-def _make_step(
-    base: BaseModel, network: TrainableNetwork, dtype: torch.dtype, *, size: Size, batch: int, windows: int
-) -> None:
-    """Run text encoder and U-Net forward and backward."""
-    width, height = size
-    is_half = dtype is not torch.float32
-    with (
-        torch.autocast("cpu", dtype, enabled=is_half),
-        _norms_in_float32([base.unet, *base.text_modules], is_half),
-    ):
-        if network.trains_text_encoder:
-            tokens = torch.zeros(batch * windows, WINDOW, dtype=torch.int64)
-            hidden = base.text_modules[0](tokens).last_hidden_state.unflatten(0, (batch, windows)).flatten(1, 2)
-        else:
-            hidden = torch.empty(batch, windows * WINDOW, base.unet.config["cross_attention_dim"], dtype=dtype)
-        latents = torch.empty(batch, 4, height // LATENT_SCALE, width // LATENT_SCALE, dtype=dtype)
-        timesteps = torch.zeros(batch, dtype=torch.int64)
-        prediction = base.unet(latents, timesteps, encoder_hidden_states=hidden).sample
-        prediction.float().square().mean().backward()
+    with fake_weights([base.unet, *base.text_modules, base.vae], network) as peak_of:
+        encoding = peak_of(lambda: encode_pictures(base, work.encoding))
+        step = peak_of(lambda: make_step(base, network, types, work.training))
+        stages = []
+        if work.is_cached:
+            stages.append(stage(f"encoding pictures, {work.encoding}", ["VAE", "network"], encoding))
+        if work.texts is not None:
+            number, windows = work.texts, work.training.windows
+            states = peak_of(lambda: encode_texts(base, types, number, windows))
+            stages.append(stage("encoding captions", [*stays, "text encoders", "network"], states))
+        activations = step if work.is_cached else max(encoding, step)
+        stages.append(stage(f"training, {work.training}", ["U-Net", *stays, *learned], activations))
+        if (drawn := work.previews) is not None:
+            guided = peak_of(lambda: denoise(base, types, drawn))
+            stages.append(stage(f"drawing previews, {drawn}", ["U-Net", *stays, *learned], guided))
+            decoding = peak_of(lambda: decode(base.vae, drawn.size))
+            others = [name for name in stays if name != "VAE"]
+            stages.append(stage(f"decoding previews, {drawn}", ["VAE", *others, *learned], decoding))
+    return stages
 
 
 @contextlib.contextmanager
-def _norms_in_float32(models: list[nn.Module], is_half: bool) -> Iterator[None]:
+def fake_weights(
+    models: Iterable[nn.Module], network: TrainableNetwork
+) -> Iterator[Callable[[Callable[[], object]], int]]:
+    """Replace weights on the meta device by fake ones; yields what measures the peak of a function, in bytes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    modules = [*(module for model in models for module in model.modules()), *network.modules()]
+
+    def peak_of(function: Callable[[], object]) -> int:
+        with PeakMemory() as memory:
+            memory.ignore(weights_of(modules))
+            function()
+        return memory.peak
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _make_fake(modules)
+        yield peak_of
+
+
+def make_step(base: BaseModel, network: TrainableNetwork, types: Types, pictures: Pictures) -> None:
+    """Run the U-Net, and text encoders that are trained, forward and backward."""
+    number, windows = pictures.number, pictures.windows
+    with _norms_of_cuda(base, types):
+        with types.autocast(CPU):
+            text = _empty_texts(base, types, number, windows)
+            if network.trains_text_encoder:
+                text = _encoded_texts(base, number, windows)
+            prediction = _predict(base, types, pictures.size, text)
+        prediction.float().square().mean().backward()
+
+
+@torch.no_grad()
+def encode_pictures(base: BaseModel, pictures: Pictures) -> Tensor:
+    """Return the moments of the VAE for empty pictures."""
+    width, height = pictures.size
+    pixels = torch.empty(pictures.number, 3, height, width)
+    return base.vae.encode(pixels.to(base.vae.dtype)).latent_dist.parameters
+
+
+@torch.no_grad()
+def encode_texts(base: BaseModel, types: Types, number: int, windows: int) -> Conditioning:
+    """Return the conditioning of empty texts."""
+    with _norms_of_cuda(base, types), types.autocast(CPU):
+        return _encoded_texts(base, number, windows)
+
+
+@torch.no_grad()
+def denoise(base: BaseModel, types: Types, pictures: Pictures) -> Tensor:
+    """Return the U-Net's output in a step of a sampler with guidance."""
+    with _norms_of_cuda(base, types), types.autocast(CPU):
+        rows = GUIDED * pictures.number
+        return _predict(base, types, pictures.size, _empty_texts(base, types, rows, pictures.windows))
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, size: Size) -> Tensor:
+    """Return the VAE's picture of empty latents."""
+    return vae.decode(_empty_latents(size, 1, vae.dtype)).sample
+
+
+def bytes_to_decode(vae: AutoencoderKL, size: Size) -> int:
+    """Return the bytes that a VAE with real weights needs to decode a picture, with the weights."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(vae.device), PeakMemory() as memory:
+        memory.ignore(weights_of(vae.modules()))
+        decode(vae, size)
+    return memory.peak + weight_bytes(vae)
+
+
+def _empty_latents(size: Size, number: int, dtype: torch.dtype) -> Tensor:
+    width, height = size
+    return torch.empty(number, 4, height // LATENT_SCALE, width // LATENT_SCALE, dtype=dtype)
+
+
+def _empty_texts(base: BaseModel, types: Types, number: int, windows: int) -> Conditioning:
+    widths = [text.module.config.projection_dim for text in base.texts if text.row.has_projection]
+    return Conditioning(
+        torch.empty(number, windows * PER_WINDOW + 2, base.unet.config["cross_attention_dim"], dtype=types.unet),
+        torch.empty(number, widths[0], dtype=types.unet) if widths else None,
+    )
+
+
+def _encoded_texts(base: BaseModel, number: int, windows: int) -> Conditioning:
+    ids = torch.zeros(number * windows, WINDOW, dtype=torch.int64)
+    parts = [encoder.encode(ids, None) for encoder in base.texts]
+    states = [joined(hidden.unflatten(0, (number, windows)), keeps_ends=False) for hidden, _ in parts]
+    pooled = next((pooled for _, pooled in parts if pooled is not None), None)
+    return Conditioning(torch.cat(states, dim=-1), None if pooled is None else pooled[::windows])
+
+
+def _predict(base: BaseModel, types: Types, size: Size, text: Conditioning) -> Tensor:
+    number = len(text.hidden)
+    sizes = torch.zeros(number, 6, dtype=torch.int64)
+    given = text.for_unet(text.hidden.device, types.unet, sizes)
+    latents, timesteps = _empty_latents(size, number, types.unet), torch.zeros(number, dtype=torch.int64)
+    return base.unet(latents, timesteps, **given).sample
+
+
+@contextlib.contextmanager
+def _norms_of_cuda(base: BaseModel, types: Types) -> Iterator[None]:
     """Let norms compute in float32, as autocast does on CUDA; here the rules of the CPU apply, where it does not."""
-    norms = [
-        module for model in models for module in model.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
-    ]
-    for norm in norms if is_half else ():
+    models = [base.unet, *base.text_modules] if types.unet is not torch.float32 else []
+    norms = [module for model in models for module in model.modules()]
+    norms = [module for module in norms if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+    for norm in norms:
         vars(norm)["forward"] = functools.partial(_in_float32, norm)  # hides the method of its class
     try:
         yield
     finally:
-        for norm in norms if is_half else ():
+        for norm in norms:
             del vars(norm)["forward"]
 
 
@@ -165,18 +297,26 @@ def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield the parameters and buffers of modules, without those of their submodules."""
+    """Yield the parameters, their gradients and the buffers of modules, without those of their submodules."""
     for module in modules:
-        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        for parameter in module.parameters(recurse=False):
+            yield from (parameter,) if parameter.grad is None else (parameter, parameter.grad)
+        yield from module.buffers(recurse=False)
 
 
-def _make_fake(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Replace weights on the meta device by fake ones on the CPU, so that the CPU's kernels are measured."""
+def _make_fake(modules: Iterable[nn.Module]) -> None:
+    """Replace weights on the meta device by fake ones on the CPU, so that the CPU's kernels are measured.
+
+    Those that are trained get their gradients at once, as they have them in a run after its first step.
+    """
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                fake = nn.Parameter(
+                    torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
+                )
+                fake.grad = torch.empty_like(fake) if fake.requires_grad else None
+                module._parameters[name] = fake
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
