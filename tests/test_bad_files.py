@@ -122,6 +122,11 @@ PROMPTS = {
     "not UTF-8": ("p.txt", b"\xe9", "p.txt is not UTF-8 text (probably Windows-1252"),
     "Shift JIS": ("p.txt", "赤い花".encode("cp932"), "p.txt is not UTF-8 text (probably cp932 (Shift JIS)): save it"),
     "unknown option": ("p.txt", "a\nb --q 3", "p.txt:2: --q is not known (known: --n --w --h"),
+    "an option of drawing": (
+        "p.txt",
+        "a --ow 3",
+        "p.txt:1: --ow is an option of gen_img_diffusers.py, which previews do",
+    ),
     "width in words": ("p.txt", "a --w big", "p.txt:1: --w must be a whole number, got 'big'"),
     "no width": ("p.txt", "a --w", "p.txt:1: --w must be a whole number, got ''"),
     "vast width": ("p.txt", "a --w 99999999", "p.txt:1: --w must be at most 16384, got 99999999"),

@@ -180,6 +180,8 @@ def _read(given: Iterable[tuple[str, Any]], known: Mapping[str, Option], place: 
         label = f"{place}: {prefix}{name}"
         if name in RETIRED_OPTIONS and RETIRED_OPTIONS[name].harmless:
             logger.warning("%s is ignored: %s", label, RETIRED_OPTIONS[name].reason)
+        elif prefix and name not in known and name in LINE_OPTIONS:
+            raise UserError(f"{label} is an option of gen_img_diffusers.py, which previews do not have: leave it out")
         elif name not in known:
             names = "" if name in RETIRED_OPTIONS else f" (known: {' '.join(prefix + entry for entry in known)})"
             raise UserError(unknown_message(label, name, known, RETIRED_OPTIONS) + names)
