@@ -21,7 +21,7 @@ from library.models.base import TextEncoder
 from library.models.conditioning import LiveConditioner, TextOptions
 from library.models.text_cache import Call, bytes_of, bytes_of_text, encode_calls
 from library.models.tokenizer import load_clip_tokenizer
-from library.training.prepare import texts
+from library.training.prepare import placing, texts
 from library.training.prepare.texts import When, text_encoders_on, when_encoded
 
 CACHED = {"cache_text_encoder_outputs": True}
@@ -251,11 +251,10 @@ def test_calls_are_repeated_to_the_bit_and_their_size_is_known(encoders, windows
 @pytest.mark.parametrize("shares", [False, True])
 def test_the_unet_waits_elsewhere_unless_it_holds_what_is_trained(monkeypatch, shares):
     moves: list[object] = []
-    encoder = torch.nn.Linear(2, 2)
-    trained = list(encoder.parameters())
-    unet = Mock(device=torch.device("cuda"), parameters=lambda: trained if shares else [])
-    monkeypatch.setattr(texts, "move", lambda module, to: moves.append((module, str(to))))
-    network = Mock(all_parameters=lambda: trained)
+    unet, encoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for module in (texts, placing):
+        monkeypatch.setattr(module, "move", lambda module, to: moves.append((module, str(to))))
+    network = Mock(all_parameters=lambda: list((unet if shares else encoder).parameters()))
     with text_encoders_on(Mock(unet=unet, text_modules=[encoder]), network, torch.device("cuda")):
         moves.append("work")
     away = [] if shares else [(unet, "cpu")]

@@ -20,10 +20,13 @@ STORAGE = torch.float8_e4m3fn
 def store_in_eight_bits(model: nn.Module) -> int:
     """Round the weights of linear layers and convolutions to float8_e4m3fn; return the number of bytes saved.
 
-    Embeddings, norms and biases are small and stay as they are. The model must be frozen.
+    Embeddings, norms and biases are small and stay as they are. So does the first layer: diffusers takes its type for
+    that of the computations. The model must be frozen.
     """
-    saved = 0
+    saved, first = 0, next(model.parameters())
     for module in model.modules():
+        if getattr(module, "weight", None) is first:
+            continue
         if isinstance(module, nn.Linear):
             forward = functools.partial(_linear, module)
         elif isinstance(module, nn.Conv2d):

@@ -48,20 +48,19 @@ def store_models(precision: PrecisionConfig, base: BaseModel) -> None:
 
 
 @contextlib.contextmanager
-def unet_away(base: BaseModel, network: TrainableNetwork) -> Iterator[None]:
-    """Within it the U-Net is on the CPU, where the network leaves it whole; its weights come back bit for bit.
+def unet_away(base: BaseModel, network: TrainableNetwork, device: torch.device) -> Iterator[None]:
+    """Within it the U-Net is on the CPU, where the network leaves it whole; it returns to a device, bit for bit.
 
     A network whose parameters are part of the U-Net stays with it: the optimizer knows where they are.
     """
     own = {id(parameter) for parameter in network.all_parameters()}
     is_whole = not any(id(parameter) in own for parameter in base.unet.parameters())
-    before = base.unet.device
     if is_whole:
         move(base.unet, "cpu")
     try:
         yield
     finally:
-        move(base.unet, before)
+        move(base.unet, device)
 
 
 def free_cache(device: torch.device) -> None:

@@ -221,7 +221,7 @@ class CaptionsAhead:
 @contextlib.contextmanager
 def text_encoders_on(base: BaseModel, network: TrainableNetwork, device: torch.device) -> Iterator[None]:
     """Within it the text encoders are on a device, and the U-Net is not: the device never has to hold both."""
-    with unet_away(base, network):
+    with unet_away(base, network, device):
         for module in base.text_modules:
             move(module, device)
         try:

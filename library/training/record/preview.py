@@ -125,7 +125,7 @@ class Decoding:
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         vae, before = self.base.vae, self.base.vae.device
-        with unet_away(self.base, self.network) if self._is_short() else contextlib.nullcontext():
+        with unet_away(self.base, self.network, self.device) if self._is_short() else contextlib.nullcontext():
             move(vae, self.device)
             try:
                 yield
