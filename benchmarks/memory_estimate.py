@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from library.models.base import BaseModel
+    from library.models.precision import Types
     from library.networks.trainable import TrainableNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+TYPES = {"fp32": "no", "bf16": "bf16"}
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=TYPES, default="fp32")
     parser.add_argument("--part", choices=["counted", "measured"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -49,32 +48,28 @@ def main() -> None:
     print(f"counted {found['counted'] / 1e9:.3f} GB, measured {found['measured'] / 1e9:.3f} GB, ratio {ratio:.3f}")
 
 
-def parts(args: argparse.Namespace, device: str) -> tuple[BaseModel, TrainableNetwork, torch.dtype]:
-    """Return (base, network, dtype) with weights on a device."""
+def parts(args: argparse.Namespace, device: str) -> tuple[BaseModel, TrainableNetwork, Types]:
+    """Return (base, network, types) with weights on a device."""
+    import full_size
     import tiny
     import torch
 
     from library.config.options import build
     from library.config.train import TrainConfig
-    from library.models import building
+    from library.errors import Problems
     from library.models import family as families
-    from library.models.base import BaseModel, TextEncoder
-    from library.models.tokenizer import load_clip_tokenizer
+    from library.models.precision import types_of
     from library.networks.trainable import build_network
     from library.training.prepare.placing import enable_gradient_checkpointing
+    from library.training.rehearse.dry_run import take_types
 
-    unet = building.build_unet(families.SD1.unet)
-    encoder = building.build_text_encoder(families.SD1.text_models[0].config)
-    dtype = getattr(torch, DTYPES[args.dtype])
+    base, types = full_size.empty_base(families.SD1), types_of(TYPES[args.dtype])
     if device == "cpu":
-        unet, encoder = tiny.materialise(unet, 0).to(dtype), tiny.materialise(encoder, 1).to(dtype)
-    for model in (unet, encoder):
-        model.requires_grad_(False).eval()
-    text = TextEncoder(families.SD1.text_models[0], load_clip_tokenizer(), encoder)
-    vae = building.build_vae(families.SD1.vae)
-    base = BaseModel(families.SD1, predicts_v=False, unet=unet, vae=vae, texts=(text,))
-    unused = {"pretrained_model_name_or_path": "built above", "output_dir": Path()}
-    config = build(TrainConfig, {**unused, "network_module": "networks.lora", "network_dim": args.rank, "seed": 1})
+        for seed, model in enumerate((base.unet, *base.text_modules)):
+            tiny.materialise(model, seed)
+    take_types(base, types)
+    given = {"network_module": "networks.lora", "network_dim": args.rank, "seed": 1}
+    config = build(TrainConfig, given, Problems())  # neither a model nor a folder is needed
     network = build_network(
         config.network,
         config.optimizer,
@@ -85,33 +80,31 @@ def parts(args: argparse.Namespace, device: str) -> tuple[BaseModel, TrainableNe
     network.groups(config.optimizer)
     if args.checkpointing:
         enable_gradient_checkpointing(base, network)
-    return base, network, dtype
+    return base, network, types
 
 
 def counted(args: argparse.Namespace) -> int:
-    """Return the bytes of activations and gradients that are counted."""
-    from library.training.rehearse.memory import step_activations
+    """Return the bytes of activations that are counted."""
+    from library.training.rehearse import memory
 
-    base, network, dtype = parts(args, "meta")
-    size = (args.resolution, args.resolution)
-    activations = step_activations(base, network, dtype, size=size, batch=args.batch_size, windows=1)
-    return activations + 4 * sum(parameter.numel() for parameter in network.parameters())
+    base, network, types = parts(args, "meta")
+    pictures = memory.Pictures((args.resolution, args.resolution), args.batch_size)
+    with memory.fake_weights([base.unet, *base.text_modules], network) as peak_of:
+        return peak_of(lambda: memory.make_step(base, network, types, pictures))
 
 
 def measured(args: argparse.Namespace) -> int:
     """Return by how many bytes the process's peak grows in a step."""
     import gc
 
-    from library.training.rehearse.memory import _make_step
+    from library.training.rehearse.memory import Pictures, make_step
 
-    base, network, dtype = parts(args, "cpu")
-    _make_step(base, network, dtype, size=(64, 64), batch=1, windows=1)  # libraries take memory once
-    for parameter in network.all_parameters():
-        parameter.grad = None
+    base, network, types = parts(args, "cpu")
+    make_step(base, network, types, Pictures((64, 64), 1))  # libraries take memory once; gradients stay
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far is forgotten
     before = _status("VmRSS")
-    _make_step(base, network, dtype, size=(args.resolution, args.resolution), batch=args.batch_size, windows=1)
+    make_step(base, network, types, Pictures((args.resolution, args.resolution), args.batch_size))
     return _status("VmHWM") - before
 
 

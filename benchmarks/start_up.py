@@ -37,9 +37,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--options", nargs="*", default=[], help="further options of the run, without their dashes")
     parser.add_argument("--load", action="store_true", help="only load the model")
-    parser.add_argument("--part", choices=("libraries", "weights"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("model", "libraries", "weights"), help=argparse.SUPPRESS)
     parser.add_argument("--few", action="store_true", help="leave out the timings of --help and of a mistake")
     args = parser.parse_args()
+    if args.part == "model":
+        write_model(args.model, args.family)
+        return
     if args.part:
         load_here(args)
         return
@@ -48,8 +51,9 @@ def main() -> None:
         print(f"{name:10} median {statistics.median(seconds):.3f} s")
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder) / "random.safetensors"
-        if not model.exists():
-            write_model(model, args.family)
+        if not model.exists():  # in another process, because the system counts the memory of this one for its children
+            words = ["--part", "model", "--model", str(model), "--family", args.family]
+            subprocess.run([sys.executable, __file__, *words], check=True)
         pictures = write_pictures(Path(folder) / "pictures" / "1_x", args.pictures)
         print(f"weights in the type of the file: {model.stat().st_size / 2**30:.2f} GiB")
         if args.load:

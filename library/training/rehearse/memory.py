@@ -250,7 +250,7 @@ def _empty_latents(size: Size, number: int, dtype: torch.dtype) -> Tensor:
 
 
 def _empty_texts(base: BaseModel, types: Types, number: int, windows: int) -> Conditioning:
-    widths = [text.module.config.projection_dim for text in base.texts if text.row.has_projection]
+    widths = [text.module.config.projection_dim or 0 for text in base.texts if text.row.has_projection]
     return Conditioning(
         torch.empty(number, windows * PER_WINDOW + 2, base.unet.config["cross_attention_dim"], dtype=types.unet),
         torch.empty(number, widths[0], dtype=types.unet) if widths else None,
@@ -277,8 +277,9 @@ def _predict(base: BaseModel, types: Types, size: Size, text: Conditioning) -> T
 def _norms_of_cuda(base: BaseModel, types: Types) -> Iterator[None]:
     """Let norms compute in float32, as autocast does on CUDA; here the rules of the CPU apply, where it does not."""
     models = [base.unet, *base.text_modules] if types.unet is not torch.float32 else []
-    norms = [module for model in models for module in model.modules()]
-    norms = [module for module in norms if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+    norms = [
+        module for model in models for module in model.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
+    ]
     for norm in norms:
         vars(norm)["forward"] = functools.partial(_in_float32, norm)  # hides the method of its class
     try:
