@@ -226,6 +226,7 @@ def test_one_alpha_is_the_same_change_in_diffusers_too(model_store, tmp_path, dt
         assert (one.delta_weight() - two.delta_weight()).norm() <= 2 * tolerance * one.delta_weight().norm()
 
 
+@pytest.mark.slow
 def test_a_dylora_from_a_file_of_several_alphas_has_one_alpha_at_every_rank(model_store, tmp_path):
     models, _ = model_store("sd1")
     source = make_lora(models, tmp_path / "a.safetensors", rank=4, alpha=2.0)
@@ -252,6 +253,7 @@ def test_mistakes_in_the_argument(model_store):
 BLOCKS = {"network_args": [DIMS, ALPHAS], "max_train_steps": 4}
 
 
+@pytest.mark.slow
 def test_training_with_one_alpha_learns_the_same(model_store, pictures, tmp_path):
     models, paths = model_store("sd1")
     base, arguments = paths["folder"], BLOCKS | {"network_args": [DIMS, ALPHAS, "one_alpha=True"]}

@@ -199,8 +199,7 @@ def poisoned(tensor):
 CHECKPOINTS = {
     "another architecture": (
         lambda _: {"double_blocks.0.x": torch.zeros(1)},
-        "is not a Stable Diffusion",
-        "double_blocks",
+        "a model of the kind of Flux",
     ),
     "nothing": (lambda _: {}, "is not a Stable Diffusion", "its first is none"),
     "an inpainting model": (

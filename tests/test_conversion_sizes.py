@@ -612,6 +612,7 @@ def ids_in(folder: Path) -> list[int]:
     return load_clip_tokenizer(folder / "tokenizer")(PROMPT).input_ids
 
 
+@pytest.mark.slow
 def test_added_tokens_come_back_from_a_file(taught, tmp_path, caplog):
     assert {49408, 49409} <= set(ids_in(taught))
     convert(taught, tmp_path / "there.safetensors")

@@ -86,6 +86,7 @@ def run(trained, save_to, **more):
 # ---- losses -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_extracted_files(trained, model_store, tmp_path):
     """Against a computation of its own, with the file of each rank through networks.lora; and without any."""
     out, pictures, _ = trained

@@ -41,6 +41,7 @@ def test_a_picture_is_drawn_again_from_its_own_file(draw, name):
     assert json.loads(first.texts["generation"]) == json.loads(again.texts["generation"])
 
 
+@pytest.mark.slow
 def test_networks_act_again_with_the_strengths_of_the_file(draw, two, caplog):
     _, words = two
     (first,) = draw("--prompt", "a cat --am 0.6,0.2", *words)

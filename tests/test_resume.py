@@ -85,7 +85,10 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
         pytest.param(["--optimizer_type", "AdaFactor"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "SGDNesterov"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "Prodigy", "--learning_rate", "1.0"], marks=pytest.mark.slow),
-        ["--optimizer_type", "AdamWScheduleFree", "--lr_warmup_steps", "0", "--lr_scheduler", "constant"],
+        pytest.param(
+            ["--optimizer_type", "AdamWScheduleFree", "--lr_warmup_steps", "0", "--lr_scheduler", "constant"],
+            marks=pytest.mark.slow,
+        ),
         ["--max_data_loader_n_workers", "2"],
         pytest.param(["--scale_weight_norms", "0.01", "--noise_offset", "0.1"], marks=pytest.mark.slow),
     ],
@@ -141,6 +144,7 @@ def test_counters_names_and_pictures_go_on(base, data, tmp_path):
 
 
 @ALSO_SDXL_SLOW
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(base, data, tmp_path):
     extra = ["--lr_scheduler", "constant", "--lr_warmup_steps", "0"]
     expected = run(base, data, tmp_path / "whole", *extra, steps=6)
@@ -319,6 +323,7 @@ for argv in json.loads(sys.argv[1]):
 
 
 @ALSO_SDXL_SLOW
+@pytest.mark.slow
 def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
     more = ["--cache_latents", "--save_state", "--save_every_n_steps", "3"]
     plain = json.loads(data.read_text(encoding="utf-8"))
