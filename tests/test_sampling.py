@@ -157,7 +157,7 @@ def test_files_of_three_kinds_give_the_same_prompts(tmp_path):
         ("cat --ss eule", "p.txt:1: --ss must be one of ddim, pndm, lms, euler,"),
         ("cat --d -1", "p.txt:1: --d must be at least 0, got -1"),
         ("cat --d 1,2", "p.txt:1: a preview is one image and has one seed, got (1, 2)"),
-        ("cat --t 0.5", "p.txt:1: --t is not known (known: --n --w --h --s --d --l --ss)"),
+        ("cat --t 0.5", "p.txt:1: --t is an option of gen_img_diffusers.py, which previews do not have"),
         ("cat --nl 3", "p.txt:1: --nl is not available: three-way guidance"),
         ("", "has no prompts"),
     ],
