@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from library.generation import dynamic_prompts
 from library.models.base import TextEncoder, text_body
-from library.models.conditioning import LiveConditioner, TextOptions, tokenize
+from library.models.conditioning import LiveConditioner, TextOptions, tokenize, windows_of
 from library.models.prompt_weights import parse_weights
 from library.models.tokenizer import load_clip_tokenizer
 
@@ -108,6 +108,17 @@ def test_break_begins_a_window_and_is_no_part_of_a_word(encoders):
     assert ids("BREAK a cat BREAK") == [*one, 49407, *[0] * (74 - len(one))]
     assert ids("BREAKFAST breaks") == tokenizer("BREAKFAST breaks", add_special_tokens=False).input_ids
     assert tokenize(encoder, ["(a cat BREAK dog:1.5)"], PROMPTS)[0].weights == (1.5,) * 2 + (1.0,) * 73 + (1.5,)
+
+
+@pytest.mark.parametrize("before", [74, 75], ids=["at the end of a window", "at the beginning of one"])
+def test_a_word_with_the_id_of_the_padding_stays_a_word(encoders, before):
+    encoder = encoders["sd2"]
+    (tokens,) = tokenize(encoder, [f"{'cat ' * before}!/"], PROMPTS)
+    assert tokens.ids[before] == encoder.tokenizer.pad_token_id == 0
+    ids, _ = windows_of(encoder.tokenizer, tokens, 2)
+    assert ids[:, 1:-1].flatten()[: len(tokens.ids)].tolist() == list(tokens.ids)
+    assert ids[0, -1] == 49407  # the end of a window that is full of words, where the pooled output is taken
+    assert (ids[0, :-1] != 49407).all()
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

@@ -86,10 +86,11 @@ class TextOptions(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A whole text as token ids with their weights, without BOS, EOS and the padding at the end."""
+    """A whole text as token ids, with the weight of each, without BOS, EOS and the padding at the end."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+    are_words: tuple[bool, ...]  # or else what fills a window before BREAK; its id can be that of a word, too
 
     @property
     def windows(self) -> int:
@@ -142,6 +143,7 @@ def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -
                 pieces.append((number, encoder.expand(words), weight, index > 0))
     ids: list[list[int]] = [[] for _ in texts]
     weights: list[list[float]] = [[] for _ in texts]
+    are_words: list[list[bool]] = [[] for _ in texts]
     encoded = (
         encoder.tokenizer([words for _, words, *_ in pieces], add_special_tokens=False, verbose=False).input_ids
         if pieces
@@ -153,7 +155,10 @@ def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -
         ends = [encoder.tokenizer.eos_token_id, *[encoder.tokenizer.pad_token_id] * (padding - 1)] if padding else []
         ids[number] += ends + own
         weights[number] += [1.0] * padding + [weight] * len(own)
-    return [Tokens(tuple(own), tuple(its)) for own, its in zip(ids, weights, strict=True)]
+        are_words[number] += [False] * padding + [True] * len(own)
+    return [
+        Tokens(tuple(own), tuple(its), tuple(kinds)) for own, its, kinds in zip(ids, weights, are_words, strict=True)
+    ]
 
 
 def windows_needed(encoder: TextEncoder, texts: Sequence[str], options: TextOptions, most: int) -> int:
@@ -165,7 +170,7 @@ def windows_of(tokenizer: CLIPTokenizer, tokens: Tokens, windows: int) -> tuple[
     """Return token ids (K, 77) and weights (K, 77) of a text in K windows; BOS, EOS and padding have the weight 1.
 
     Each window has its own BOS, and ends with the last id of the whole padded text. If padding is not EOS (OpenCLIP),
-    a window that is full of text ends with EOS, and an empty window begins with it.
+    a window whose last word is at its end ends with EOS, and one that begins without a word begins with EOS.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     length = windows * PER_WINDOW
@@ -173,9 +178,10 @@ def windows_of(tokenizer: CLIPTokenizer, tokens: Tokens, windows: int) -> tuple[
     row = torch.tensor([*used, eos, *[pad] * (length - len(used))])
     ids = torch.cat([torch.full((windows, 1), bos), row[:-1].view(windows, -1), row[-1:].expand(windows, 1)], dim=1)
     if pad != eos and windows > 1:
-        is_full = (ids[:, -2] != eos) & (ids[:, -2] != pad)
-        ids[:, -1] = torch.where(is_full, eos, ids[:, -1])
-        ids[:, 1] = torch.where(ids[:, 1] == pad, eos, ids[:, 1])
+        # The ids do not tell: that of the padding is also the word "!".
+        are_words = torch.tensor([*tokens.are_words[:length], *[False] * (length - len(used))]).view(windows, -1)
+        ids[:, -1] = torch.where(are_words[:, -1], eos, ids[:, -1])
+        ids[:, 1] = torch.where(are_words[:, 0], ids[:, 1], eos)
     weights = torch.ones(windows, WINDOW)
     inner = torch.tensor([*tokens.weights[:length], *[1.0] * (length - len(used))])
     weights[:, 1:-1] = inner.view(windows, PER_WINDOW)
