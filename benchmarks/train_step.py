@@ -190,7 +190,7 @@ def make_ours(
     runtime = start_runtime(config.precision, config.logs, vae_overflows=False)
     vae = building.build_vae(SD1.vae)  # whose weights are not needed: the latents are given
     texts = (TextEncoder(SD1.text_models[0], load_clip_tokenizer(), text_encoder),)
-    base = BaseModel(SD1, predicts_v=False, unet=unet, vae=vae, texts=texts)
+    base = BaseModel(SD1, predicts_v=False, zero_snr=False, unet=unet, vae=vae, texts=texts)
     network = build_network(config.network, config.optimizer, base, checkpointing=False, device=runtime.device)
     if args.checkpointing:
         enable_gradient_checkpointing(base, network)

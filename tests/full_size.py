@@ -28,7 +28,7 @@ def empty_base(family: ModelFamily) -> BaseModel:
         for row in family.text_models
     )
     unet, vae = building.build_unet(family.unet), building.build_vae(family.vae)
-    return BaseModel(family, False, unet.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), texts)
+    return BaseModel(family, False, False, unet.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), texts)
 
 
 def count(family: ModelFamily, side: int, batch: int = 1, **options: object) -> list[Stage]:

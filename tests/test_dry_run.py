@@ -213,7 +213,7 @@ def loaded(name, made):
 
     family = tiny.FAMILIES[name]
     texts = tuple(TextEncoder(row, load_clip_tokenizer(), made[row.folder]) for row in family.text_models)
-    return BaseModel(family, predicts_v=False, unet=made["unet"], vae=made["vae"], texts=texts)
+    return BaseModel(family, predicts_v=False, zero_snr=False, unet=made["unet"], vae=made["vae"], texts=texts)
 
 
 def counted(models, network, types, pictures):

@@ -185,6 +185,7 @@ def test_what_is_written_is_read_again(prompt, seed):
         (infotext.NetworkFacts("networks.lora", "x, y.pt", "cd" * 32, 1.0, has_tag=True),),
         "float32",
         "v",
+        zero_snr=False,
     )
     texts = infotext.texts_for(job, facts)
     values: dict[str, Any] = {"width": 64, "height": 72, "steps": 20, "scale": 7.5, "sampler": "euler_a"}

@@ -381,6 +381,18 @@ def test_samplers_that_know_zero_snr_begin_with_pure_noise(caplog):
         assert scheduler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
+def test_a_model_that_predicts_noise_never_begins_with_pure_noise(name):
+    usual, asked = (samplers.build_sampler(name, predicts_v=False, zero_snr=given) for given in (False, True))
+    assert dict(asked.config) == dict(usual.config)
+    latents = torch.ones(1, 4, 8, 8)
+    asked.set_timesteps(4)
+    for timestep in asked.timesteps:
+        asked.scale_model_input(latents, timestep)  # some count steps by it
+        latents = asked.step(torch.ones_like(latents), timestep, latents).prev_sample
+    assert latents.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("family", "sampler"),
     [("sdxl", "euler_a"), slow("sd2", "euler_a"), slow("sd2", "ddim"), slow("sdxl", "dpmsolver++")],
@@ -403,7 +415,11 @@ def test_zero_snr_is_that_of_diffusers(draw, model_store, caplog, family, sample
         (again,) = draw("--from_picture", found.path, *words, **where)
         assert told() == []
         draw("--from_picture", found.path, "--v_parameterization", **where)
-    assert told() == ["a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ"]
+        draw("--from_picture", usual.path, *words, **where)
+    assert told() == [
+        "a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ",
+        "a picture was drawn without zero terminal SNR, which this model has: it will differ",
+    ]
     assert np.array_equal(found.pixels, again.pixels)
 
 

@@ -95,7 +95,7 @@ def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(mo
 
     made, paths = model_store("sdxl")
     files = open_checkpoint(paths["safetensors"])
-    base = load_base(BaseFiles(files, files, (None, None), predicts_v=False), types_of("no"))
+    base = load_base(BaseFiles(files, files, (None, None), predicts_v=False, zero_snr=False), types_of("no"))
     texts = ["a photo of a cat", "日本語 and a rather long text", ""]
     pipeline = StableDiffusionXLPipeline(
         vae=made["vae"],
@@ -104,7 +104,7 @@ def test_the_two_encoders_of_sdxl_give_what_its_pipeline_of_diffusers_encodes(mo
         tokenizer=base.texts[0].tokenizer,
         tokenizer_2=base.texts[1].tokenizer,
         unet=made["unet"],
-        scheduler=build_sampler("ddim", predicts_v=False),
+        scheduler=build_sampler("ddim", predicts_v=False, zero_snr=False),
     )
     encoded = [pipeline.encode_prompt(text, do_classifier_free_guidance=False) for text in texts]
     expected, pooled = (torch.cat([parts[index] for parts in encoded]) for index in (0, 2))

@@ -93,6 +93,8 @@ def tell_differences(
             logger.warning("a picture was drawn with another model (SHA-256 %s...) than --ckpt", model[:10])
         if record.zero_snr and not facts.result().zero_snr:
             logger.warning("a picture was drawn with zero terminal SNR: give --zero_terminal_snr, or it will differ")
+        if facts.result().zero_snr and not record.zero_snr:
+            logger.warning("a picture was drawn without zero terminal SNR, which this model has: it will differ")
 
 
 def tell_network(network: LoadedNetwork, match: RecordedNetwork | None) -> None:

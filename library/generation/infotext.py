@@ -75,7 +75,7 @@ class RunFacts:
     networks: tuple[NetworkFacts, ...]
     dtype: str
     version: str
-    zero_snr: bool = False
+    zero_snr: bool
 
 
 def texts_for(job: Job, facts: RunFacts) -> dict[str, str]:

@@ -103,10 +103,10 @@ class BaseModel:
 
     family: ModelFamily
     predicts_v: bool
+    zero_snr: bool  # whether the last timestep is pure noise
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     texts: tuple[TextEncoder, ...]
-    zero_snr: bool = False  # whether the last timestep is pure noise
 
     @property
     def text_modules(self) -> list[nn.Module]:
@@ -122,7 +122,7 @@ class BaseFiles:
     vae: Checkpoint  # the same, or that of --vae
     tokenizers: tuple[Path | None, ...]  # folder for each text encoder; None: the included vocabulary
     predicts_v: bool
-    zero_snr: bool = False  # whether the last timestep is pure noise
+    zero_snr: bool  # whether the last timestep is pure noise
 
     @functools.cached_property
     def vae_overflows(self) -> bool:
@@ -216,9 +216,7 @@ def load_base(files: BaseFiles, types: Types, *, filled: Collection[str] | None 
     vae = load_part(files.vae, VAE, types.vae if filled is None or VAE in filled else None)
     checkpoint.close()  # with the weights of a pickle that no part uses
     files.vae.close()
-    return BaseModel(
-        checkpoint.family, files.predicts_v, unet, cast("AutoencoderKL", vae), texts, zero_snr=files.zero_snr
-    )
+    return BaseModel(checkpoint.family, files.predicts_v, files.zero_snr, unet, cast("AutoencoderKL", vae), texts)
 
 
 def check_fit(source: Path, unet: UNet2DConditionModel, texts: Sequence[TextEncoder]) -> None:

@@ -175,10 +175,7 @@ def pipeline_for(base: BaseModel, inputs: PipelineInputs) -> Any:
     parts = {
         "vae": base.vae,
         "unet": base.unet,
-        # Where noise is predicted, a schedule that ends in pure noise divides by zero.
-        "scheduler": build_sampler(
-            inputs.sampler, predicts_v=base.predicts_v, zero_snr=base.zero_snr and base.predicts_v
-        ),
+        "scheduler": build_sampler(inputs.sampler, predicts_v=base.predicts_v, zero_snr=base.zero_snr),
         # Text encoders come before the pipeline, and results go to no further model.
         "requires_safety_checker": False,
         "add_watermarker": False,

@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 ZERO_SNR = "rescale_betas_zero_snr"  # parameter of the schedulers that know it
 
 
-def build_sampler(name: SamplerName, *, predicts_v: bool, zero_snr: bool = False) -> Any:
+def build_sampler(name: SamplerName, *, predicts_v: bool, zero_snr: bool) -> Any:
     """Return a fresh diffusers scheduler for a sampler's name; zero_snr: the last timestep is pure noise.
 
-    Samplers that do not know such a schedule have the usual one, with a warning.
+    Samplers that do not know such a schedule have the usual one, with a warning, and so have models that predict
+    noise: from pure noise no picture follows, and the sampler would divide by zero.
     """
     import diffusers
 
@@ -35,7 +36,7 @@ def build_sampler(name: SamplerName, *, predicts_v: bool, zero_snr: bool = False
         "prediction_type": "v_prediction" if predicts_v else "epsilon",
     } | row.settings
     known = inspect.signature(kind.__init__).parameters
-    if zero_snr:
+    if zero_snr and predicts_v:
         warn_of_schedule(name)
         # Only with this spacing the first step is the last timestep, from which such a model makes its pictures.
         wanted |= {ZERO_SNR: True, "timestep_spacing": "trailing"} if knows_zero_snr(name) else {}

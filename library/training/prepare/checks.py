@@ -156,5 +156,6 @@ def check_prediction(loss: LossConfig, *, predicts_v: bool) -> None:
         raise UserError("--v_pred_like_loss is for models that predict noise; leave it out with --v_parameterization")
     if loss.zero_terminal_snr and not predicts_v:
         logger.warning(
-            "--zero_terminal_snr without --v_parameterization: at the last timestep there is nothing to predict from"
+            "--zero_terminal_snr without --v_parameterization: at the last timestep there is nothing to predict from, "
+            "and previews are drawn with the usual schedule"
         )
