@@ -19,7 +19,8 @@ from scripts import call
 
 from library import safetensors_io
 from library.errors import UserError
-from library.networks.trainable import TrainableNetwork, Trained
+from library.networks.parts import Trained
+from library.networks.trainable import TrainableNetwork
 from library.weight_file import check_name, open_weights, write_weights
 from networks import convert_lora, extract_lora_from_dylora, lora, merge_lora, resize_lora, svd_merge_lora
 from tools import convert_diffusers20_original_sd, merge_models, show_metadata

@@ -29,7 +29,8 @@ from library.models.family import FAMILIES, SD1, SD2, SDXL
 from library.networks.applied import apply_file
 from library.networks.merging import merge_base_weights
 from library.networks.modules import find_module
-from library.networks.trainable import build_network, split_by_encoder, trained_parts
+from library.networks.parts import split_by_encoder, trained_parts
+from library.networks.trainable import build_network
 from library.networks.views import canonical_names, unet_names
 from networks import (
     check_lora_weights,

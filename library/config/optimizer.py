@@ -55,6 +55,16 @@ class OptimizerConfig:
     )
     max_grad_norm: float = option(1.0, "clip the norm of the gradients to this; 0 does not clip", minimum=0)
 
+    @property
+    def unet_rate(self) -> float:
+        """The learning rate of the U-Net."""
+        return self.learning_rate if self.unet_lr is None else self.unet_lr
+
+    def text_rates(self, number: int) -> list[float]:
+        """Return the learning rate of each of a number of text encoders; the last given is that of all further ones."""
+        given = self.text_encoder_lr or (self.learning_rate,)
+        return [given[min(index, len(given) - 1)] for index in range(number)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:

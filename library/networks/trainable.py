@@ -8,11 +8,10 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from library.files import replacing
 from library.models.base import BaseModel
 from library.networks.fit import Fit, all_tensors, compare, counted
 from library.networks.modules import ImportedModule, find_module, module_errors
+from library.networks.parts import Trained, split_by_encoder, trained_parts
 from library.networks.protocol import (
     Groups,
     HasMultiplier,
@@ -48,23 +48,6 @@ NORMS = {
     "grad_norms": "norm/avg_grad_norm",
     "combined_weight_norms": "norm/avg_combined_norm",
 }
-
-
-class Trained(NamedTuple):
-    """Which parts of the models are trained."""
-
-    texts: tuple[bool, ...]  # each text encoder
-    unet: bool
-
-    @property
-    def left_out(self) -> list[int]:
-        """The text encoders that get no modules beside another that does, by number from 0."""
-        return [number for number, is_on in enumerate(self.texts) if not is_on and any(self.texts)]
-
-    def has(self, module: str) -> bool:
-        """Return whether the part is trained that a module of a file is for, by its name."""
-        number = encoder_of(module)
-        return self.unet if number is None else number < len(self.texts) and self.texts[number]
 
 
 @dataclasses.dataclass
@@ -117,11 +100,10 @@ class TrainableNetwork:
 
     def _groups_with_rates(self, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[str] | None]:
         network, common = self.network, config.learning_rate
-        rates = list(config.text_encoder_lr or [common])[: len(self.trained.texts)]
-        unet_rate = common if config.unet_lr is None else config.unet_lr
+        rates = config.text_rates(len(self.trained.texts))
         by_encoder = optional_method(network, "prepare_optimizer_params_with_multiple_te_lrs")
         prepare: Callable[..., Groups | NamedGroups] = by_encoder or network.prepare_optimizer_params
-        arguments = (rates if by_encoder else max(rates), unet_rate, common)
+        arguments = (rates if by_encoder else max(rates), config.unet_rate, common)
         result = prepare(*arguments) if takes(prepare, 3) else prepare(*arguments[:2])  # older modules: no common rate
         made, named = result if isinstance(result, tuple) else (result, None)
         groups = [group | {"params": list(group["params"])} for group in made]
@@ -250,34 +232,6 @@ class TrainableNetwork:
             own[name].copy_(tensor)
 
 
-def encoder_of(module: str) -> int | None:
-    """Return the number of the text encoder, from 0, that a module of a file is for; None for the U-Net."""
-    match = re.match(r"(?:lora|lycoris)_te(\d?)", module)
-    return int(match[1] or 1) - 1 if match else None
-
-
-def split_by_encoder(
-    groups: Sequence[dict[str, Any]], names: Sequence[str] | None, rates: Sequence[float], network: Network
-) -> tuple[list[dict[str, Any]], list[str] | None]:
-    """Return groups and names so that each text encoder has its rate; groups have the largest of them.
-
-    For foreign networks that know a single rate; warns if their parameters do not tell the encoders apart.
-    """
-    encoders = {id(parameter): encoder_of(name) for name, parameter in network.named_parameters()}
-    if all(number is None for number in encoders.values()):
-        logger.warning("--text_encoder_lr: this network takes one rate for all text encoders: %g", max(rates))
-    split, labels = [], []
-    for index, group in enumerate(groups):
-        parts: dict[int | None, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            parts.setdefault(encoders[id(parameter)], []).append(parameter)
-        for number, parameters in parts.items():
-            rate = {} if number is None or "lr" not in group else {"lr": group["lr"] * rates[number] / max(rates)}
-            split.append(group | {"params": parameters} | rate)
-            labels.append("" if names is None else names[index] if number is None else f"{names[index]} {number + 1}")
-    return split, None if names is None else labels
-
-
 def takes(function: Callable[..., object], number: int) -> bool:
     """Return whether a function can be called with a number of arguments."""
     try:
@@ -394,20 +348,3 @@ def misfits(fit: Fit, module: ImportedModule, trained: Trained) -> list[str]:
     if fit.fresh:
         texts.append(f"{counted(fit.fresh, fit.own, 'modules of the network')} are not in it and start fresh: {remedy}")
     return texts
-
-
-def trained_parts(config: NetworkConfig, optimizer: OptimizerConfig, num_encoders: int) -> Trained:
-    """Return which parts of a model with so many text encoders are trained: not those with a learning rate of 0.
-
-    The last of several rates of text encoders is that of all further ones.
-    """
-    rates: Sequence[float] = optimizer.text_encoder_lr or [optimizer.learning_rate]
-    unet_rate = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
-    texts = [rates[min(number, len(rates) - 1)] > 0 for number in range(num_encoders)]
-    trained = Trained(
-        tuple(is_on and not config.network_train_unet_only for is_on in texts),
-        not config.network_train_text_encoder_only and unet_rate > 0,
-    )
-    if not any(trained.texts) and not trained.unet:
-        raise UserError("nothing is trained: the learning rate of what is left is 0")
-    return trained

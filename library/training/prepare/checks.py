@@ -21,7 +21,7 @@ from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
 from library.models.family import ModelFamily
 from library.networks.modules import check_arguments, check_network
-from library.networks.trainable import trained_parts
+from library.networks.parts import trained_parts
 from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
 from library.sampling.samplers import check_sampler

@@ -104,8 +104,7 @@ def dry_run(
         report.say(f"alphas: {note}")
     blocks = count_blocks(network.describe_unet(), table_of(base.family))
     if blocks and network.trains_unet:
-        rate = config.optimizer.learning_rate if config.optimizer.unet_lr is None else config.optimizer.unet_lr
-        save_sheet(plot_blocks(blocks, rate), names.block_chart)
+        save_sheet(plot_blocks(blocks, config.optimizer.unet_rate), names.block_chart)
         report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
     report_memory(report, estimate_memory(config, datasets, prompts, base, network, choice=choice, types=types))
     save_sheet(draw_pictures(datasets), names.dry_run_pictures)
