@@ -450,10 +450,10 @@ def test_a_control_net_of_another_family_is_refused(draw, net, source, tmp_path)
 
 
 def test_clip_skip_has_no_effect_and_is_told_once(draw_xl, caplog):
-    jobs.tell_of_clip_skip.cache_clear()
+    jobs.tell_once.cache_clear()
     with caplog.at_level("INFO"):
         shots = draw_xl("--prompt", "a cat", "--clip_skip", 2, "--images_per_prompt", 2)
-    said = "--clip_skip has no effect: SDXL models are always used with the same layer"
+    said = "--clip_skip 2 has no effect: SDXL models are always used with the same layer"
     assert caplog.messages.count(said) == 1
     assert np.array_equal(shots[0].pixels, draw_xl("--prompt", "a cat", "--images_per_prompt", 2)[0].pixels)
     assert "Clip skip" not in shots[0].texts["parameters"]

@@ -147,8 +147,8 @@ class JobMaker:
         """Return the layer of the text encoder to use; tells where the family has one layer only."""
         asked = given(request.clip_skip, self.prompts.clip_skip)
         used = self.family.clip_skip(asked)
-        if used != asked:
-            tell_of_clip_skip(self.family.title)
+        if asked is not None and used != asked:
+            tell_once(self.family.clip_skip_note(asked))
         return used
 
     def _text_options(self, request: Request, max_windows: int) -> TextOptions:
@@ -173,9 +173,9 @@ class JobMaker:
 
 
 @functools.cache
-def tell_of_clip_skip(title: str) -> None:
-    """Tell that a clip skip has no effect, once in a process."""
-    logger.info("--clip_skip has no effect: %s models are always used with the same layer", title)
+def tell_once(text: str) -> None:
+    """Log a text, once in a process."""
+    logger.info("%s", text)
 
 
 @functools.cache

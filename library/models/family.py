@@ -133,6 +133,10 @@ class ModelFamily:
         """Return the layer to use for a --clip_skip, counted from the end; None: the one of the published models."""
         return given if self.has_clip_skip else None
 
+    def clip_skip_note(self, given: int) -> str:
+        """Return what to tell of a --clip_skip that `clip_skip` leaves out."""
+        return f"--clip_skip {given} has no effect: {self.title} models are always used with the same layer"
+
     def architecture(self, *, predicts_v: bool) -> str:
         """Return `modelspec.architecture` of models that predict noise, or v."""
         return self.v_architecture if predicts_v else self.epsilon_architecture

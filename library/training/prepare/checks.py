@@ -50,9 +50,11 @@ def check_before_loading(
         problems, config.model, config.loss, datasets, prompts=prompts, sampler=config.preview.sample_sampler
     )
     rates, encoders = config.optimizer.text_encoder_lr or (), len(files.checkpoint.family.text_models)
-    trained = trained_parts(config.network, config.optimizer, encoders)
-    check_text_cache(config.precision, trains_text_encoder=any(trained.texts))
-    check_arguments(config.network, files.checkpoint.family)
+    trained = problems.run(trained_parts, config.network, config.optimizer, encoders)
+    if trained is not None:
+        problems.run(check_text_cache, config.precision, trains_text_encoder=any(trained.texts))
+    problems.run(check_arguments, config.network, files.checkpoint.family)
+    problems.raise_if_any()
     if len(rates) > encoders:
         logger.warning("--text_encoder_lr has %d rates; the text encoders of the model: %d", len(rates), encoders)
     # Last, because it creates the folders.
@@ -107,9 +109,9 @@ def options_for(config: TrainConfig, family: ModelFamily) -> TrainConfig:
     """Return the options of a run for a family: without a --clip_skip that has no effect, which is told."""
     given = config.text.clip_skip
     used = family.clip_skip(given)
-    if used == given:
+    if given is None or used == given:
         return config
-    logger.info("--clip_skip %d has no effect: %s models are always used with the same layer", given, family.title)
+    logger.info("%s", family.clip_skip_note(given))
     return dataclasses.replace(config, text=dataclasses.replace(config.text, clip_skip=used))
 
 
