@@ -18,6 +18,7 @@ from library.config.options import build
 from library.config.train import TrainConfig
 from library.errors import Problems, UserError
 from library.models import family as families
+from library.models import memory as peaks
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import LiveConditioner
 from library.models.precision import types_of
@@ -244,9 +245,9 @@ def test_the_memory_told_is_what_a_step_with_real_tensors_holds(name, checkpoint
     network = network_over(real, checkpointing=checkpointing, device="cpu")
     for parameter in network.all_parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with memory.PeakMemory() as peak:
+    with peaks.PeakMemory() as peak:
         parts = (real.unet, *real.text_modules)
-        peak.ignore(memory.weights_of([*(module for part in parts for module in part.modules()), *network.modules()]))
+        peak.ignore(peaks.weights_of([*(module for part in parts for module in part.modules()), *network.modules()]))
         memory.make_step(real, network, types, pictures)
     assert told == pytest.approx(peak.peak, rel=0.1)
 
@@ -352,9 +353,9 @@ def test_weights_are_counted_in_their_type(model_store):
 
     unet = copy.deepcopy(model_store("sd1")[0]["unet"]).to(torch.float16)
     count = sum(parameter.numel() for parameter in unet.parameters())
-    assert memory.weight_bytes(unet) == 2 * count
+    assert peaks.weight_bytes(unet) == 2 * count
     store_in_eight_bits(unet)
-    assert memory.weight_bytes(unet) < 1.1 * count
+    assert peaks.weight_bytes(unet) < 1.1 * count
 
 
 def test_metrics_of_a_run_are_untouched_by_a_dry_run(base, pictures, tmp_path):

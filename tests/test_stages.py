@@ -13,9 +13,9 @@ from tensors import assert_same
 from torch import nn
 
 import train_network
+from library.models import memory
 from library.models.precision import move
 from library.training.record import preview
-from library.training.rehearse import memory
 
 KINDS = {
     "UNet2DConditionModel": "U-Net",

@@ -19,6 +19,7 @@ from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
 from library.files import replacing
 from library.models.base import BaseModel
+from library.models.memory import bytes_to_decode
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.randomness import seed_for
@@ -27,7 +28,6 @@ from library.sampling.previews import PreviewImage, generate_previews, size_of
 from library.training.prepare.placing import free_cache, unet_away
 from library.training.record.run_files import RunFiles
 from library.training.record.tracking import log_pictures
-from library.training.rehearse.memory import bytes_to_decode
 from library.training.run.events import At, Moment
 from library.training.run.interruption import StopRequest
 from library.training.run.objective import Objective

@@ -11,26 +11,19 @@ import contextlib
 import dataclasses
 import functools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from library.config.values import LATENT_SCALE
 from library.data.buckets import Size
 from library.models.base import BaseModel
 from library.models.conditioning import PER_WINDOW, Conditioning, joined
+from library.models.memory import PeakMemory, decode, empty_latents, weight_bytes, weights_of
 from library.models.precision import Types
 from library.models.tokenizer import WINDOW
 from library.networks.trainable import TrainableNetwork
 from library.optim.optimizers import OptimizerChoice, build_optimizer
-
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 PROBE_SIDE = 128  # of the matrix to measure an optimizer's state; 8-bit ones keep smaller matrices in 32 bits
 CPU = torch.device("cpu")
@@ -74,44 +67,6 @@ class Work:
     is_cached: bool  # whether all pictures are encoded before training
     texts: int | None  # that are encoded at a time, before training; None: in the steps
     previews: Pictures | None
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors created within it: those alive now, and the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count tensors that existed before."""
-        for tensor in tensors:
-            self._known[tensor.untyped_storage()._cdata] = 0
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known[key] = storage.nbytes()
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.alive -= self._known.pop(key, 0)
-
-
-def weight_bytes(*models: nn.Module) -> int:
-    """Return the bytes of models' weights as they are, which may be on the meta device."""
-    return sum(parameter.nbytes for model in models for parameter in model.parameters())
 
 
 def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float, dtype: torch.dtype) -> float:
@@ -228,27 +183,6 @@ def denoise(base: BaseModel, types: Types, pictures: Pictures) -> Tensor:
         return _predict(base, types, pictures.size, _empty_texts(base, types, rows, pictures.windows))
 
 
-@torch.no_grad()
-def decode(vae: AutoencoderKL, size: Size) -> Tensor:
-    """Return the VAE's picture of empty latents."""
-    return vae.decode(_empty_latents(size, 1, vae.dtype)).sample
-
-
-def bytes_to_decode(vae: AutoencoderKL, size: Size) -> int:
-    """Return the bytes that a VAE with real weights needs to decode a picture, with the weights."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(vae.device), PeakMemory() as memory:
-        memory.ignore(weights_of(vae.modules()))
-        decode(vae, size)
-    return memory.peak + weight_bytes(vae)
-
-
-def _empty_latents(size: Size, number: int, dtype: torch.dtype) -> Tensor:
-    width, height = size
-    return torch.empty(number, 4, height // LATENT_SCALE, width // LATENT_SCALE, dtype=dtype)
-
-
 def _empty_texts(base: BaseModel, types: Types, number: int, windows: int) -> Conditioning:
     widths = [text.module.config.projection_dim or 0 for text in base.texts if text.row.has_projection]
     return Conditioning(
@@ -267,9 +201,8 @@ def _encoded_texts(base: BaseModel, number: int, windows: int) -> Conditioning:
 
 def _predict(base: BaseModel, types: Types, size: Size, text: Conditioning) -> Tensor:
     number = len(text.hidden)
-    sizes = torch.zeros(number, 6, dtype=torch.int64)
-    given = text.for_unet(text.hidden.device, types.unet, sizes)
-    latents, timesteps = _empty_latents(size, number, types.unet), torch.zeros(number, dtype=torch.int64)
+    given = text.to(text.hidden.device, types.unet).for_unet(torch.zeros(number, 6))
+    latents, timesteps = empty_latents(size, number, types.unet), torch.zeros(number, dtype=torch.int64)
     return base.unet(latents, timesteps, **given).sample
 
 
@@ -295,14 +228,6 @@ def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
         if isinstance(norm, nn.GroupNorm):
             return nn.functional.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
         return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
-
-
-def weights_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield the parameters, their gradients and the buffers of modules, without those of their submodules."""
-    for module in modules:
-        for parameter in module.parameters(recurse=False):
-            yield from (parameter,) if parameter.grad is None else (parameter, parameter.grad)
-        yield from module.buffers(recurse=False)
 
 
 def _make_fake(modules: Iterable[nn.Module]) -> None:
