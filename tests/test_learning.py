@@ -105,11 +105,11 @@ def error_of_v(models):
     latents = models.vae.encode(pictures).latent_dist.mean * models.vae.config.scaling_factor
     captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
     text = LiveConditioner(models.texts).encode(captions, TextOptions())
-    sizes = torch.tensor([[glyphs.SIZE, glyphs.SIZE, 0, 0, glyphs.SIZE, glyphs.SIZE]] * len(files))
+    sizes = torch.tensor([[float(glyphs.SIZE), glyphs.SIZE, 0, 0, glyphs.SIZE, glyphs.SIZE]] * len(files))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     steps = torch.linspace(20, 980, len(files)).long()
     scheduler = DDIMScheduler.from_pretrained(POCKET_XL / "scheduler")
-    kept = text.for_unet(torch.device("cpu"), torch.float32, sizes)
+    kept = text.for_unet(sizes)
     predicted = models.unet(scheduler.add_noise(latents, noise, steps), steps, **kept).sample
     return float((predicted - scheduler.get_velocity(latents, noise, steps)).square().mean())
 

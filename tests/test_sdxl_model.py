@@ -97,7 +97,7 @@ def test_conditioning_and_output_are_those_of_diffusers(store):
                 for row in map(tuple, sizes.tolist())
             ]
         )
-        given = ours.for_unet(torch.device("cpu"), torch.float32, sizes)
+        given = ours.for_unet(sizes)
         assert torch.equal(given["added_cond_kwargs"]["time_ids"], ids)
         added = {"text_embeds": pooled, "time_ids": ids}
         steps = torch.tensor([10, 500, 999])
@@ -431,7 +431,7 @@ def test_models_of_other_depths_are_built_from_their_shapes(model_store, tmp_pat
     base = tiny.load(tmp_path / "a.safetensors")
     assert_same(base.unet.state_dict(), unet.state_dict())
     text = LiveConditioner(base.texts).encode(["a cat"], TextOptions())
-    given = text.for_unet(torch.device("cpu"), torch.float32, torch.full((1, 6), 64))
+    given = text.for_unet(torch.full((1, 6), 64.0))
     latents = torch.ones(1, 4, 8, 8)
     torch.testing.assert_close(base.unet(latents, 10, **given).sample, unet(latents, 10, **given).sample)
 

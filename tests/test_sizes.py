@@ -9,6 +9,7 @@ import pytest
 import torch
 from encoders import MeanEncoder
 from PIL import Image
+from runs import train
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data.batches import BatchMaker, BatchRequest, RunPlan
@@ -189,3 +190,23 @@ def test_held_out_pictures_are_told_without_chance(folder):
             width, height = record.placement.resized
             assert original == list(record.size[::-1])
             assert (left, top, wide, high) == ((width - 64) // 2, (height - 64) // 2, 64, 64)
+
+
+def test_training_tells_the_sizes_in_full_precision(model_store, tmp_path, monkeypatch):
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    Image.fromarray(np.zeros((96, 1533, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
+    told, forward = [], UNet2DConditionModel.forward
+
+    def recorded(self, *args, **more):
+        told.append(more["added_cond_kwargs"]["time_ids"])
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", recorded)
+    folder = tmp_path / "train" / "1_x"
+    folder.mkdir(parents=True)
+    (tmp_path / "wide.png").rename(folder / "wide.png")
+    base = model_store("sdxl")[1]["safetensors"]
+    train(base, folder.parent, tmp_path / "out", mixed_precision="bf16", max_train_steps=1, network_dim=1)
+    assert [ids.dtype for ids in told] == [torch.float32]
+    assert told[0][0, :2].tolist() == [96, 1533]  # in bfloat16 the latter would be 1536

@@ -57,15 +57,14 @@ class Conditioning:
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return Conditioning(torch.cat([row.hidden for row in rows]), torch.cat(pooled) if pooled else None)
 
-    def for_unet(self, device: torch.device, dtype: torch.dtype, sizes: Tensor) -> dict[str, Any]:
+    def for_unet(self, sizes: Tensor) -> dict[str, Any]:
         """Return the keyword arguments of diffusers' U-Net; sizes (B, 6) are for one that takes a pooled output.
 
-        The sizes stay in float32: in half precision 1533 would become 1536, and with it another embedding.
+        They are where the conditioning is, and in float32: in half precision 1533 would become 1536, and with it
+        another embedding.
         """
-        moved, added = self.to(device, dtype), None
-        if moved.pooled is not None:
-            added = {"text_embeds": moved.pooled, "time_ids": sizes.to(device, torch.float32)}
-        return {"encoder_hidden_states": moved.hidden, "added_cond_kwargs": added}
+        added = None if self.pooled is None else {"text_embeds": self.pooled, "time_ids": sizes}
+        return {"encoder_hidden_states": self.hidden, "added_cond_kwargs": added}
 
 
 class TextOptions(NamedTuple):

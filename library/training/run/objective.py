@@ -27,7 +27,8 @@ class Prepared:
     batch: Batch
     latents: Tensor  # (B, 4, H/8, W/8), scaled
     noise: Tensor  # (B, 4, H/8, W/8)
-    text: Conditioning
+    text: Conditioning  # in the U-Net's type
+    sizes: Tensor  # (B, 6), float32
     masks: Tensor | None  # (B, 1, H/8, W/8)
     weights: Tensor  # (B,)
 
@@ -60,11 +61,13 @@ class Objective:
         latents = self._latents(batch, keys)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.network.trains_text_encoder):
             text = self._encode(batch.captions)
+        # On the device once, for all timesteps at which the losses are measured.
         return Prepared(
             batch=batch,
             latents=latents,
             noise=sample_noise(latents, keys, self.loss),
             text=text,
+            sizes=batch.sizes.to(self.device, torch.float32),
             masks=None if batch.masks is None else batch.masks.to(self.device),
             weights=batch.loss_weights.to(self.device),
         )
@@ -74,29 +77,30 @@ class Objective:
         options, schedule, predicts_v = self.loss, self.schedule, self.base.predicts_v
         latents, noise = prepared.latents, prepared.noise
         noisy = schedule.add_noise(latents, perturbed_noise(noise, keys, options), timesteps)
-        prediction = self._predict(noisy, timesteps, prepared.text, prepared.batch.sizes)
+        prediction = self._predict(noisy, timesteps, prepared.text, prepared.sizes)
         target = target_for(latents, noise, timesteps, schedule, predicts_v=predicts_v)
         if bool(prepared.batch.preserved.any()):
             preserved = prepared.batch.preserved.to(target.device)[:, None, None, None]
-            target = torch.where(preserved, self._base_prediction(noisy, timesteps, prepared.batch), target)
+            target = torch.where(preserved, self._base_prediction(noisy, timesteps, prepared), target)
         losses = per_sample_loss(prediction, target, timesteps, schedule, options, masks=prepared.masks)
         return losses * prepared.weights * timestep_weights(timesteps, schedule, options, predicts_v=predicts_v)
 
     def _encode(self, captions: Sequence[str]) -> Conditioning:
         with self.types.autocast(self.device):
-            return self.conditioner.encode(captions, self.text)
+            return self.conditioner.encode(captions, self.text).to(self.device, self.types.unet)
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Tensor) -> Tensor:
         """Return the U-Net's output, (B, 4, H/8, W/8)."""
         dtype = self.types.unet
         with self.types.autocast(self.device):
-            return self.base.unet(noisy.to(dtype), timesteps, **text.for_unet(self.device, dtype, sizes)).sample
+            return self.base.unet(noisy.to(dtype), timesteps, **text.for_unet(sizes)).sample
 
     @torch.no_grad()
-    def _base_prediction(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+    def _base_prediction(self, noisy: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
         """Return what the base model predicts without the network, (B, 4, H/8, W/8), float32."""
         with self.network.absent():
-            return self._predict(noisy, timesteps, self._encode(batch.captions), batch.sizes).float()
+            text = self._encode(prepared.batch.captions) if self.network.trains_text_encoder else prepared.text
+            return self._predict(noisy, timesteps, text, prepared.sizes).float()
 
     def _latents(self, batch: Batch, keys: Sequence[Key]) -> Tensor:
         """Return scaled latents (B, 4, H/8, W/8), float32: from the cache, or encoded now."""
