@@ -11,10 +11,11 @@ from encoders import MeanEncoder
 from PIL import Image
 from runs import train
 
-from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.dataset import LEAST_STEP, DatasetConfig, DatasetOptions, SubsetOptions
 from library.data.batches import BatchMaker, BatchRequest, RunPlan
 from library.data.latent_cache import build_cache
 from library.data.records import build_datasets, candidates
+from library.models.family import FAMILIES
 
 # ---- buckets ------------------------------------------------------------------------------------------------
 
@@ -41,6 +42,10 @@ def test_the_number_of_buckets_at_1024(least, most, step, number):
 def test_the_longest_side_grows_with_the_resolution(resolution, longest):
     assert DatasetOptions(resolution=resolution).longest_side == longest
     assert DatasetOptions(resolution=resolution, max_bucket_reso=1536).longest_side == 1536
+
+
+def test_the_least_step_is_that_of_a_family():
+    assert min(family.step for family in FAMILIES) == LEAST_STEP
 
 
 # ---- what is told of a picture ------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_files_of_other_programs_are_not_read_and_none_is_written(tmp_path, capl
     texts.tell_of_files(PrecisionConfig(), datasets)
     assert not caplog.text
     texts.tell_of_files(PrecisionConfig(cache_text_encoder_outputs=True), datasets)
-    assert caplog.messages == ["2 files *_te_outputs.npz beside the pictures are not used, and can be deleted"]
+    assert caplog.messages == ["2 files *_te_outputs.npz beside the pictures are those of sd-scripts, and are not used"]
     caplog.clear()
     both = PrecisionConfig(cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True)
     texts.tell_of_files(both, [])

@@ -21,6 +21,9 @@ BY_TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
+LEAST_STEP = 32  # of bucket_reso_steps, in pixels: of the families that take the smallest
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the pictures are."""
@@ -67,7 +70,7 @@ class DatasetOptions:
     bucket_reso_steps: int = for_datasets(
         64,
         "sides of buckets are multiples of this; itself a multiple of 64, or for SDXL of 32",
-        minimum=32,
+        minimum=LEAST_STEP,
         only_with=BUCKETS,
     )
     bucket_no_upscale: bool = for_datasets(False, "never enlarge a picture to fill its bucket", only_with=BUCKETS)

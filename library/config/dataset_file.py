@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from library.config import toml_text
-from library.config.dataset import MEGAPIXEL, DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
+from library.config.dataset import LEAST_STEP, MEGAPIXEL, DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.options import Option, nearest, section_options
 from library.config.values import LATENT_SCALE
 from library.errors import Problems, UserError, shown
 
 logger = logging.getLogger(__name__)
 
-LEAST_STEP = 32  # of bucket_reso_steps, in pixels: of the families that take the smallest
 
 # Keys of sd-scripts that have no effect.
 IGNORED = {"cache_info": "picture sizes are read from the headers, in parallel"}

@@ -46,7 +46,8 @@ class CanonicalTextEncoder(nn.Module):
 def models_for(base: BaseModel, *, is_foreign: bool, without: Collection[int] = ()) -> Models:
     """Return the models for a network module; text encoders with these numbers, from 0, are there without layers.
 
-    The suite's own modules know the names of files, and get the U-Net itself.
+    So the others keep their numbers. The suite's own modules know the names of files, and get the U-Net itself; foreign
+    ones get trees of layers, in which they find no configurations.
     """
     encoders = [
         nn.Module() if number in without else with_text_model(encoder)

@@ -245,4 +245,4 @@ def tell_of_files(precision: PrecisionConfig, datasets: Sequence[Dataset]) -> No
     folders = {record.path.parent for record in all_records(datasets)}
     found = sum(1 for folder in folders for _ in folder.glob(FOREIGN_CACHES))
     if found:
-        logger.info("%d files %s beside the pictures are not used, and can be deleted", found, FOREIGN_CACHES)
+        logger.info("%d files %s beside the pictures are those of sd-scripts, and are not used", found, FOREIGN_CACHES)
