@@ -14,14 +14,12 @@ from library.config.options import for_all, for_datasets, for_subsets, option
 from library.config.values import parse_extension, parse_range, parse_resolution, parse_separator
 
 MEGAPIXEL = 1_000_000
+LEAST_STEP = 32  # of bucket_reso_steps, in pixels: of the families that take the smallest
 BUCKETS = ("enable_bucket",)
 NOT_ENLARGED = ("bucket_no_upscale",)
 BY_TAGS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
 
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
-
-
-LEAST_STEP = 32  # of bucket_reso_steps, in pixels: of the families that take the smallest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
