@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from examples.pocket_model import build as pocket
 from examples.pocket_model.glyphs import SIZE, draw
+from examples.pocket_model.workers import Data, Recipe, attach, train
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -109,7 +110,7 @@ def sized_picture(subject: str, background: str, kind: int, numbers: random.Rand
     return picture, [height, width, top, left, SIZE, SIZE]
 
 
-def encode_subjects(vae: AutoencoderKL, *, copies: int, seed: int) -> pocket.Data:
+def encode_subjects(vae: AutoencoderKL, *, copies: int, seed: int) -> Data:
     """Return scaled latents (N, 4, H/8, W/8) of pictures, their captions by number (N), their sizes (N, 6)."""
     numbers = random.Random(seed)
     latents, sizes = [], []
@@ -134,7 +135,7 @@ class TextConditionedUNet(nn.Module):
         super().__init__()
         self.unet, self.text_encoder, self.text_encoder_2 = unet, text_encoder, text_encoder_2
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, chosen: Tensor, data: pocket.Data) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, chosen: Tensor, data: Data) -> Tensor:
         """Return the noise in latents (B, 4, H/8, W/8) at timesteps (B), given captions by number (B)."""
         distinct, place = captions.unique(return_inverse=True)
         first = self.text_encoder(data["tokens"][distinct], output_hidden_states=True)
@@ -165,7 +166,7 @@ def caption_tokens(number: int) -> Tensor:
     return tokens.masked_fill(padding, SPECIAL_TOKENS[number]["pad_token_id"])
 
 
-def unet_data(cached: pocket.Data) -> pocket.Data:
+def unet_data(cached: Data) -> Data:
     """Return what encode_subjects returned with the captions' tokens, as rows of the small tables, and alpha-bar."""
     tokens = [caption_tokens(number) for number in (0, 1)]
     rows = [torch.searchsorted(ids.unique(), ids) for ids in tokens]
@@ -175,10 +176,10 @@ def unet_data(cached: pocket.Data) -> pocket.Data:
 # ---- export ----
 
 
-def export(recipe: pocket.Recipe, output: Path) -> None:
+def export(recipe: Recipe, output: Path) -> None:
     """Write the newest weight averages as a Diffusers folder in fp16."""
     trained = build_unet()
-    pocket.attach(trained, torch.load(recipe.snapshot, weights_only=True)["average"])
+    attach(trained, torch.load(recipe.snapshot, weights_only=True)["average"])
     index = {
         "_class_name": "StableDiffusionXLPipeline",
         "force_zeros_for_empty_prompt": False,  # it learned what an empty caption is
@@ -218,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser().parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    recipe = pocket.Recipe(
+    recipe = Recipe(
         name="unet",
         steps=args.unet_steps,
         batch=16,
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.save(encode_subjects(vae, copies=args.copies, seed=args.seed), latents)
     if args.stage in {"unet", "all"}:
         data = unet_data(torch.load(latents, weights_only=True))
-        pocket.train(recipe, build_unet, pocket.unet_loss, data, workers=args.workers)
+        train(recipe, build_unet, pocket.unet_loss, data, workers=args.workers)
     if args.stage in {"export", "all"}:
         export(recipe, args.output)
     return 0
