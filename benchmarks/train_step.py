@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPTextModel
 
+    from library.data.batches import Batch
+
 Model = TypeVar("Model", bound="nn.Module")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--conv_dim", type=int, default=0, help="LoRA-C3Lier; peft then adapts the same layers")
     parser.add_argument("--network_module", default="networks.lora")
     parser.add_argument("--network_args", nargs="*", default=[])
+    parser.add_argument("--keep_shapes", action="store_true", help="as with --torch_compile and --cuda_graphs")
     parser.add_argument("--unet_only", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--without", nargs="*", default=[], help="variants to leave out")
@@ -155,12 +158,9 @@ def make_floor(
 def make_ours(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
 ) -> Callable[[], object]:
-    import torch
-
     from library.config.options import build
     from library.config.train import TrainConfig
     from library.config.values import parse_pairs
-    from library.data.batches import Batch, Sample
     from library.diffusion.schedule import stable_diffusion_schedule
     from library.models import building
     from library.models.base import BaseModel, TextEncoder
@@ -169,13 +169,13 @@ def make_ours(
     from library.models.latent_encoder import LatentEncoder
     from library.models.tokenizer import load_clip_tokenizer
     from library.networks.trainable import build_network
-    from library.optim.flat import flatten_groups
+    from library.optim.flat import TrainedWeights
     from library.optim.optimizers import build_optimizer, choose_optimizer
     from library.training.prepare.placing import enable_gradient_checkpointing
     from library.training.run.objective import Objective
     from library.training.run.runtime import start_runtime
     from library.training.run.state import TrainState
-    from library.training.run.step import EagerStep
+    from library.training.run.step import EagerPass, OptimizerStep
 
     given = {
         "pretrained_model_name_or_path": "built below",
@@ -195,7 +195,11 @@ def make_ours(
     if args.checkpointing:
         enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
-    optimizer = build_optimizer(choose_optimizer(config.optimizer), flatten_groups(groups), 1e-4)
+    weights = TrainedWeights(groups, runtime.types.unet)
+    network.compute_with(weights.copies)
+    if args.keep_shapes:
+        network.keep_shapes()
+    optimizer = build_optimizer(choose_optimizer(config.optimizer), weights.groups(together=True), 1e-4)
     objective = Objective(
         base=base,
         network=network,
@@ -209,26 +213,32 @@ def make_ours(
         seed=1,
         vae_batch_size=1,
     )
-    state = TrainState(network, optimizer, None, runtime.scaler, names)
-    step = EagerStep(objective, state, runtime, seed=1, max_grad_norm=1.0, zero_in_place=True)
-    moments, captions = batch_inputs(args)
-    samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
-    keep = torch.zeros(args.batch_size, dtype=torch.bool)
-    batch = Batch(
-        1,
-        samples,
-        ("x",) * args.batch_size,
-        tuple(captions),
-        torch.ones(args.batch_size),
-        keep,
-        moments,
-        None,
-        None,
-        torch.zeros(args.batch_size, 6, dtype=torch.int64),
-    )
+    state = TrainState(network, weights, optimizer, None, runtime.scaler, names)
+    step = OptimizerStep(objective, EagerPass(objective), state, runtime, seed=1, max_grad_norm=1.0)
     network.on_epoch_start()
-    numbers = itertools.count()
-    return lambda: step(next(numbers), [batch])
+    numbers, batch = itertools.count(), one_batch(args)
+    return lambda: step(next(numbers), [batch]).result()
+
+
+def one_batch(args: argparse.Namespace) -> Batch:
+    """Return a batch of random latents with captions."""
+    import torch
+
+    from library.data.batches import Batch, Sample
+
+    moments, captions = batch_inputs(args)
+    return Batch(
+        epoch=1,
+        samples=tuple(Sample(0, index, 0) for index in range(args.batch_size)),
+        names=("x",) * args.batch_size,
+        captions=tuple(captions),
+        loss_weights=torch.ones(args.batch_size),
+        preserved=torch.zeros(args.batch_size, dtype=torch.bool),
+        moments=moments,
+        pixels=None,
+        masks=None,
+        sizes=torch.zeros(args.batch_size, 6, dtype=torch.int64),
+    )
 
 
 def make_peft(

@@ -12,7 +12,7 @@ from library.config.optimizer import OptimizerConfig
 from library.config.values import parse_pairs
 from library.errors import UserError
 from library.optim import optimizers
-from library.optim.flat import flatten_groups
+from library.optim.flat import TrainedWeights
 from library.optim.optimizers import (
     ROWS,
     adapted_rates,
@@ -40,7 +40,7 @@ def train(choice, *, flat, steps=6, rate=1.0):
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(4, 3, generator=generator)) for _ in range(2)]
     groups = [{"params": parameters, "lr": rate}]
-    optimizer = build_optimizer(choice, flatten_groups(groups) if flat else groups, rate)
+    optimizer = build_optimizer(choice, TrainedWeights(groups, None).groups(together=True) if flat else groups, rate)
     losses = []
     for _ in range(steps):
         loss = torch.stack([(parameter - 1).square().sum() for parameter in parameters]).sum()

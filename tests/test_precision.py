@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 
 import train_network
 from library.config.loss import LossConfig
-from library.diffusion.losses import per_sample_loss
+from library.diffusion.losses import huber_threshold, per_sample_loss
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.eight_bit import STORAGE, store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
+from library.optim.flat import TrainedWeights
 from library.training.prepare import texts
 from library.training.run import objective
-from library.training.run.runtime import GradientScaler
 
 # ---- 8 bits -------------------------------------------------------------------------------------------------
 
@@ -84,22 +84,44 @@ def test_full_precision_options_need_their_arithmetic(base, pictures, tmp_path):
         train_network.main(options(base, pictures, tmp_path, full_fp16=True))
 
 
-def test_gradients_in_fp16_can_be_unscaled():
-    """As torch's own does for float32 (Micikevicius et al. 2018): the step is that of the true gradient."""
-    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
-    scaler = GradientScaler("cpu", init_scale=1024.0)
-    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)).sum()).backward()
-    scaler.unscale_(optimizer)
-    assert parameter.grad is not None
-    assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
-    scaler.step(optimizer)
-    assert parameter.tolist() == [0.5, 0.0, -0.5]
-    parameter.grad.fill_(float("inf"))
-    scaler.update()
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    assert parameter.tolist() == [0.5, 0.0, -0.5]  # left out
+def test_adapters_in_half_precision_are_changed_in_float32():
+    """AdamW of torch keeps its state in the type of the parameters, and (1 - b2) g^2 is 0 in fp16 for |g| < 5e-3."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(40, generator=generator), torch.randn(30, 40, generator=generator) * 1e-3
+    weights, moved = {}, {}
+    for dtype in (torch.float64, torch.float16):
+        parameter = torch.nn.Parameter(start.half().to(dtype))
+        trained = TrainedWeights([{"params": [parameter]}], dtype)
+        optimizer = torch.optim.AdamW(trained.groups(together=True), lr=1e-3)
+        for gradient in gradients:
+            trained.clear()
+            parameter.grad.add_(gradient.to(dtype))
+            trained.collect()
+            optimizer.step()
+            trained.publish()
+        weights[dtype], moved[dtype] = parameter.detach(), trained.flats[0].master.detach()
+    assert weights[torch.float16].dtype is torch.float16
+    torch.testing.assert_close(moved[torch.float16].double(), moved[torch.float64], rtol=0, atol=2e-4)
+    assert torch.equal(weights[torch.float16], moved[torch.float16].half())  # what is saved is what was computed with
+
+
+def test_hidden_masters_are_part_of_a_state():
+    parameter = torch.nn.Parameter(torch.ones(4).bfloat16())
+    trained = TrainedWeights([{"params": [parameter]}], None)
+    with torch.no_grad():
+        trained.flats[0].master += 1e-3  # too little for bfloat16
+    trained.publish()
+    (saved,) = [master.clone() for master in trained.hidden_masters()]
+    trained.restore(None)
+    assert trained.flats[0].master.tolist() == [1.0] * 4
+    trained.restore([saved])
+    assert torch.equal(trained.flats[0].master, saved)
+    with trained.unhidden():
+        parameter.data.mul_(2)
+    assert torch.equal(trained.flats[0].master, saved * 2)
+    assert parameter.tolist() == [2.0] * 4
+    with pytest.raises(ValueError, match="are others"):
+        trained.restore([torch.ones(3)])
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------------------
@@ -111,11 +133,14 @@ def poisoned(monkeypatch):
 
     def poison(kind):
         calls = []
-        real = objective.Objective.training_loss
+        draw, real = objective.Objective.draw_step, objective.Objective.training_loss
 
-        def spoiled(self, batch):
+        def noted(self, batch):
             calls.append(batch.names)
-            loss = real(self, batch)
+            return draw(self, batch)
+
+        def spoiled(self, inputs):
+            loss = real(self, inputs)
             if len(calls) != 2:
                 return loss
             if kind == "gradient":
@@ -123,6 +148,7 @@ def poisoned(monkeypatch):
                 return loss
             return loss * float("nan")
 
+        monkeypatch.setattr(objective.Objective, "draw_step", noted)
         monkeypatch.setattr(objective.Objective, "training_loss", spoiled)
         return calls
 
@@ -192,8 +218,8 @@ def test_a_mask_multiplies_the_distance_of_each_element(kind):
     masks = torch.rand(3, 1, 6, 8, generator=generator)
     config = LossConfig(loss_type=kind, huber_schedule="constant", huber_c=0.3)
     timesteps = torch.tensor([1, 500, 900])
-    schedule = stable_diffusion_schedule()
-    found = per_sample_loss(prediction, target, timesteps, schedule, config, masks=masks)
+    thresholds = huber_threshold(timesteps, stable_diffusion_schedule(), config)
+    found = per_sample_loss(prediction, target, kind, thresholds, masks=masks)
     d = (prediction.double() - target.double()).numpy()
     c = 0.3
     root = np.sqrt(d**2 + c**2)

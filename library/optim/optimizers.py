@@ -83,14 +83,16 @@ ADAM_NAMES = {"decouple": "weight_decouple", "use_bias_correction": "bias_correc
 
 ROWS = (
     OptimizerRow("AdamW", "torch.optim.AdamW", implementation={"fused": True}, elementwise=True),
-    OptimizerRow("AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
-    OptimizerRow("PagedAdamW", "bitsandbytes.optim.PagedAdamW"),
-    OptimizerRow("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"),
-    OptimizerRow("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit"),
-    OptimizerRow("Lion8bit", "bitsandbytes.optim.Lion8bit"),
-    OptimizerRow("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit"),
+    OptimizerRow("AdamW8bit", "bitsandbytes.optim.AdamW8bit", elementwise=True),
+    OptimizerRow("PagedAdamW", "bitsandbytes.optim.PagedAdamW", elementwise=True),
+    OptimizerRow("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit", elementwise=True),
+    OptimizerRow("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit", elementwise=True),
+    OptimizerRow("Lion8bit", "bitsandbytes.optim.Lion8bit", elementwise=True),
+    OptimizerRow("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit", elementwise=True),
     OptimizerRow("SGDNesterov", "torch.optim.SGD", {"nesterov": True, "momentum": 0.9}, elementwise=True),
-    OptimizerRow("SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", {"nesterov": True, "momentum": 0.9}),
+    OptimizerRow(
+        "SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", {"nesterov": True, "momentum": 0.9}, elementwise=True
+    ),
     OptimizerRow(
         "Lion",
         "lion_pytorch.Lion",

@@ -37,16 +37,6 @@ T = TypeVar("T")
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class GradientScaler(torch.amp.GradScaler):
-    """Torch's scaler, which also accepts gradients in fp16 (torch raises an error for them)."""
-
-    def _unscale_grads_(
-        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
-    ) -> dict[torch.device, torch.Tensor]:
-        del allow_fp16
-        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """The processes of a run as one of them sees them."""
@@ -102,7 +92,7 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overfl
     logger.info("runs on %s, %s (%s)", accelerator.device, processes, dtype)
     if types.vae is not types.unet and not precision.no_half_vae:
         logger.info("the VAE runs in float32: it overflows in fp16")
-    scaler = GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=types.unet is torch.float16)
     return Runtime(accelerator, types, scaler)
 
 
@@ -158,20 +148,16 @@ def broadcast_parameters(parameters: Iterable[nn.Parameter], num_processes: int)
             torch.distributed.broadcast(parameter.data, 0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], num_processes: int) -> None:
-    """Replace each gradient by its mean over the processes, in one message for each dtype."""
-    if num_processes == 1:
-        return
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        # A process whose batches did not use a module must still send its part, or the others wait.
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        flat /= num_processes
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, parts, strict=True):
-            gradient.copy_(mean.view_as(gradient))
+def average_gradients(gradients: Iterable[torch.Tensor], num_processes: int) -> None:
+    """Replace gradients by their means over the processes, in one message for each."""
+    if num_processes > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(num_processes)
+
+
+def anywhere(flag: torch.Tensor, num_processes: int) -> torch.Tensor:
+    """Return the largest of a flag over the processes."""
+    if num_processes > 1:
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return flag
