@@ -23,8 +23,8 @@ import inspect
 import json
 import runpy
 import sys
+import threading
 import types
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,16 +73,35 @@ class Wait(NamedTuple):
 
 
 class Record:
-    """What reached the device since `clear`: operations by name, waits of the host by place."""
+    """What reached the device since `clear`: operations by name, launches by part, waits of the host by place.
+
+    A part is what `part` says when the operation is given; what autograd's thread gives is the part "backward".
+    """
 
     def __init__(self) -> None:
         self.operations: collections.Counter[str] = collections.Counter()
+        self.launches: collections.Counter[str] = collections.Counter()
         self.waits: collections.Counter[Wait] = collections.Counter()
+        self.bytes = 0  # on the device now; counted only with shapes alone
+        self.part = ""
+        self.weigh: Callable[[str, Sequence[Any]], int] = lambda name, args: 1  # launches of an operation
+        self._thread = threading.get_ident()
 
     def clear(self) -> None:
         """Begin anew."""
         self.operations.clear()
+        self.launches.clear()
         self.waits.clear()
+
+    def free(self, number: int) -> None:
+        """Note that memory was given back."""
+        self.bytes -= number
+
+    def operation(self, name: str, args: Sequence[Any]) -> None:
+        """Note an operation."""
+        self.operations[name] += 1
+        part = self.part if threading.get_ident() == self._thread else "backward"
+        self.launches[part] += self.weigh(name, args)
 
     def wait(self, why: str) -> None:
         """Note a wait with the innermost line of the suite."""
@@ -146,7 +165,20 @@ def is_fake(value: object) -> bool:
 
 
 class _Pages(np.ndarray):
-    """Memory that knows when it is given back."""
+    """Memory that says when it is given back; numpy takes it from the system when it is touched."""
+
+    given_back: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        if self.given_back is not None:
+            self.given_back()
+
+
+def _pages(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, _Pages]:
+    """Return a CPU tensor over memory that says when it is given back."""
+    reach = 1 + sum((number - 1) * step for number, step in zip(size, stride, strict=True)) if all(size) else 0
+    pages = np.empty(max(reach, 1) * dtype.itemsize, np.uint8).view(_Pages)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).as_strided(size, stride), pages
 
 
 _pinned: set[int] = set()  # addresses of storages
@@ -154,12 +186,11 @@ _pinned: set[int] = set()  # addresses of storages
 
 def pin(tensor: Tensor) -> Tensor:
     """Return a copy of a CPU tensor that is marked as pinned memory; the memory is as pageable as any."""
-    pages = np.empty(max(tensor.numel(), 1) * tensor.element_size(), np.uint8).view(_Pages)
-    flat = torch.frombuffer(pages, dtype=torch.uint8).view(tensor.dtype)
-    _pinned.add(flat.untyped_storage().data_ptr())
-    weakref.finalize(pages, _pinned.discard, flat.untyped_storage().data_ptr())
-    dense = torch.empty_like(tensor)
-    return flat.as_strided(tensor.shape, dense.stride()).copy_(tensor)
+    result, pages = _pages(tensor.shape, torch.empty_like(tensor).stride(), tensor.dtype)
+    address = result.untyped_storage().data_ptr()
+    _pinned.add(address)
+    pages.given_back = lambda: _pinned.discard(address)
+    return result.copy_(tensor)
 
 
 def is_pinned(tensor: Tensor) -> bool:
@@ -237,8 +268,8 @@ def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Ten
 
     Between devices CUDA waits, unless it is told not to and the memory is pinned and needs no conversion on the host.
     """
+    RECORD.operation("aten::copy_", (source, target))
     if is_fake(source) and is_fake(target):
-        RECORD.operations["aten::copy_"] += 1
         if COMPUTE.has_values:
             on_host(target).copy_(on_host(source))
         return target
@@ -346,7 +377,7 @@ def _check(name: str, value: object) -> None:
 def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation of the device."""
     name = op.name()
-    RECORD.operations[name] += 1
+    RECORD.operation(name, args)
     own: dict[int, tuple[Tensor, Tensor]] = {}  # what stands for an operand (kept alive), the operand
 
     def inwards(value: Any) -> Any:
@@ -388,12 +419,21 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
 def empty(size: Sequence[int], *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
     """Return new memory."""
     form = memory_format or torch.contiguous_format
-    return on_device(torch.empty(size, dtype=dtype, memory_format=form, device="cpu"))
+    if COMPUTE.has_values:
+        return on_device(torch.empty(size, dtype=dtype, memory_format=form, device="cpu"))
+    shape = torch.empty(size, memory_format=form, device="meta")
+    return empty_strided(size, shape.stride(), dtype)
 
 
 def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: Any = None, **_: Any) -> Tensor:
     """Return new memory with given strides."""
-    return on_device(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+    if COMPUTE.has_values:
+        return on_device(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+    result, pages = _pages(size, stride, dtype or torch.get_default_dtype())
+    RECORD.bytes += pages.nbytes
+    number = pages.nbytes
+    pages.given_back = lambda: RECORD.free(number)
+    return on_device(result)
 
 
 def resize(tensor: Tensor, size: Sequence[int], *, memory_format: Any = None) -> Tensor:
@@ -498,6 +538,7 @@ def _pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def install(*, shapes_only: bool = False) -> torch.device:
     """Register the device, once in a process, and return it; with shapes alone, memory is never read or written."""
+    import torch.fx.experimental._config
     from fake_autocast import autocast_kernels
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -505,6 +546,8 @@ def install(*, shapes_only: bool = False) -> torch.device:
     if device is not None:
         return device
     COMPUTE.has_values = not shapes_only
+    if shapes_only:  # then every entry counts as one that is not zero
+        torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True
     _setup_privateuseone_for_python_backend(NAME, backend_module=MODULE)
     every, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     _libraries.extend((every, library))
@@ -531,11 +574,11 @@ def install(*, shapes_only: bool = False) -> torch.device:
     return torch.device(NAME, 0)
 
 
-def install_for_accelerate() -> torch.device:
+def install_for_accelerate(*, shapes_only: bool = False) -> torch.device:
     """Register the device and let accelerate choose it."""
     from accelerate.state import PartialState
 
-    device = install()
+    device = install(shapes_only=shapes_only)
     PartialState.default_device = property(lambda self: device)
     return device
 
