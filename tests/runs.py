@@ -82,8 +82,8 @@ def train(base: Path, pictures: Path | None, out: Path, **more: object) -> dict[
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
-def train_with(argv: list[str], act: Callable[[Progress], object], *, after: int) -> None:
-    """Train from a command line, and call act once a step and all that follows it are done."""
+def train_with(argv: list[str], act: Callable[[Progress], object], *, after: int | None) -> None:
+    """Train from a command line, and call act once a step and all that follows it are done; None: after each step."""
     from library.training.recipe import train
     from library.training.run.events import Event, Every, Moment
 
@@ -92,7 +92,7 @@ def train_with(argv: list[str], act: Callable[[Progress], object], *, after: int
     problems.raise_if_any()
 
     def act_once(moment: Moment) -> None:
-        if moment.progress.step == after:
+        if after in (moment.progress.step, None):
             act(moment.progress)
 
     event = Event("test", Every(1), act_once)
