@@ -23,7 +23,9 @@ NARROW = frozenset("""
     lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _thnn_fused_lstm_cell _thnn_fused_gru_cell
 """.split())  # fmt: skip
 # In float32 only if it is the type of an operand (the promote list).
-PROMOTED = frozenset("addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put scatter_add tensordot".split())
+PROMOTED = frozenset(
+    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put scatter_add tensordot".split()
+)
 # In the operands' type with a sum in float32, unless a type is asked for (fp32_set_opt_dtype).
 SUMMED = frozenset("""
     sum sum.dim_IntList prod prod.dim_int cumsum cumprod softmax.int log_softmax.int

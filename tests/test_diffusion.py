@@ -92,12 +92,13 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch():
     shape = (4, 8, 8)
     noise = sample_noise(shape, SAMPLES, every, x)
     perturbed = perturbation(shape, SAMPLES, every)
+    assert perturbed is not None
     steps = sample_timesteps(SAMPLES)
     units = posterior_noise(shape, SAMPLES)
     for index, key in enumerate(SAMPLES):
         row = x[index : index + 1]
         assert torch.equal(sample_noise(shape, [key], every, row)[0], noise[index])
-        assert torch.equal(perturbation(shape, [key], every)[0], perturbed[index])
+        assert torch.equal(perturbation(shape, [key], every), perturbed[index : index + 1])
         assert sample_timesteps([key])[0] == steps[index]
         assert torch.equal(posterior_noise(shape, [key])[0], units[index])
     assert not torch.equal(noise[0], noise[1])
@@ -135,7 +136,9 @@ def test_the_strength_of_offset_noise_is_its_formula():
 
 def test_input_perturbation_adds_its_variance_to_the_input_only():
     keys = [(3, 1, 0, index, 0) for index in range(500)]
-    assert abs(perturbation((4, 8, 8), keys, LossConfig(ip_noise_gamma=0.2)).std() - 0.2) < 0.005
+    further = perturbation((4, 8, 8), keys, LossConfig(ip_noise_gamma=0.2))
+    assert further is not None
+    assert abs(further.std() - 0.2) < 0.005
     assert perturbation((4, 8, 8), keys, LossConfig()) is None
 
 

@@ -219,7 +219,7 @@ def loaded(name, made):
 
 def counted(models, network, types, pictures):
     """Return the peak of a step, counted on shapes, besides weights and gradients."""
-    with memory.fake_weights([models.unet, *models.text_modules], network) as peak_of:
+    with memory.fake_weights([models.unet, *models.text_modules], network, types.unet) as peak_of:
         return peak_of(lambda: memory.make_step(models, network, types, pictures))
 
 

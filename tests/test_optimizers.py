@@ -81,6 +81,7 @@ def test_a_missing_package_is_told_with_the_extra_that_serves(monkeypatch):
         chosen("Prodigy")
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", [row.name for row in ROWS if row.elementwise])
 def test_laid_out_flat_gives_the_same_weights(name):
     try:

@@ -95,7 +95,8 @@ def test_adapters_in_half_precision_are_changed_in_float32():
         optimizer = torch.optim.AdamW(trained.groups(together=True), lr=1e-3)
         for gradient in gradients:
             trained.clear()
-            parameter.grad.add_(gradient.to(dtype))
+            assert parameter.grad is not None  # it stays
+            parameter.grad.add_(gradient)
             trained.collect()
             optimizer.step()
             trained.publish()
@@ -109,7 +110,7 @@ def test_hidden_masters_are_part_of_a_state():
     parameter = torch.nn.Parameter(torch.ones(4).bfloat16())
     trained = TrainedWeights([{"params": [parameter]}], None)
     with torch.no_grad():
-        trained.flats[0].master += 1e-3  # too little for bfloat16
+        trained.flats[0].master.add_(1e-3)  # too little for bfloat16
     trained.publish()
     (saved,) = [master.clone() for master in trained.hidden_masters()]
     trained.restore(None)

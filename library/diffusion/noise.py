@@ -27,12 +27,12 @@ def latents_of(moments: Tensor, unit: Tensor) -> Tensor:
     return mean + (log_variance.clamp(-30.0, 20.0) / 2).exp() * unit  # the bounds are diffusers'
 
 
-def posterior_noise(shape: Sequence[int], keys: Sequence[Key]) -> Tensor:
+def posterior_noise(shape: tuple[int, ...], keys: Sequence[Key]) -> Tensor:
     """Return the unit noise of `latents_of` for latents (C, H, W) of each sample, (B, C, H, W)."""
     return randn_per_sample(shape, [(*key, "latents") for key in keys])
 
 
-def sample_noise(shape: Sequence[int], keys: Sequence[Key], config: LossConfig, latents: Tensor | None) -> Tensor:
+def sample_noise(shape: tuple[int, ...], keys: Sequence[Key], config: LossConfig, latents: Tensor | None) -> Tensor:
     """Return the noise for scaled latents (C, H, W) of each sample, (B, C, H, W), float32.
 
     The latents themselves, on the CPU, are read only with --adaptive_noise_scale.
@@ -93,7 +93,7 @@ def multires_noise(noise: Tensor, key: Key, iterations: int, discount: float) ->
     return noise / noise.std()
 
 
-def perturbation(shape: Sequence[int], keys: Sequence[Key], config: LossConfig) -> Tensor | None:
+def perturbation(shape: tuple[int, ...], keys: Sequence[Key], config: LossConfig) -> Tensor | None:
     """Return what the U-Net's input has more of noise than the target, (B, C, H, W) for latents (C, H, W).
 
     Input perturbation (Ning et al. 2023, arXiv 2301.11706); None if --ip_noise_gamma is unset.

@@ -241,7 +241,7 @@ def estimate_memory(
         previews=largest_preview(prompts, base),
     )
     rate = config.optimizer.learning_rate
-    state_bytes = state_bytes_per_parameter(choice, rate, types.adapter)
+    state_bytes = state_bytes_per_parameter(choice, rate)
     return count_stages(base, network, work, types, state_bytes=state_bytes)
 
 
