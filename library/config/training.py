@@ -66,6 +66,12 @@ class PrecisionConfig:
         False, "keep only the weights of the U-Net in 8 bits", not_with=("fp8_base",), excludes=("fp8_base",)
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    cuda_graphs: bool = option(
+        False,
+        "record forward and backward passes as CUDA graphs, one for each size of pictures: faster at small batches",
+        only_with=("cache_latents", "cache_latents_to_disk"),
+        excludes=("gradient_checkpointing",),
+    )
     xformers: bool = option(False, "attention of xformers (CUDA); the default, torch's own, is as good")
     sdpa: bool = option(
         False, "attention of torch; the default", not_with=("xformers",), excludes=("xformers", "mem_eff_attn")

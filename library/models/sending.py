@@ -26,12 +26,12 @@ def _pinned(tensor: Tensor) -> Tensor:
     return tensor.pin_memory() if tensor.device.type == "cpu" and torch.cuda.is_available() else tensor
 
 
-def mapped(value: T, function: Callable[[Tensor], Tensor]) -> T:
+def mapped(value: T, function: Callable[[Tensor], Any]) -> T:
     """Return a value with a function applied to each of its tensors."""
     return _mapped(value, function)
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):

@@ -35,7 +35,7 @@ class FlatWeights:
         self.gradient = torch.zeros_like(self.master, requires_grad=False)
         self.master.grad = self.gradient
         self._work = flat.to(narrow) if self.is_cast else self.master.detach()
-        self._work_gradient = torch.zeros_like(self._work) if self.is_cast else self.gradient
+        self.pass_gradient = torch.zeros_like(self._work) if self.is_cast else self.gradient
         self._places: list[tuple[nn.Parameter, slice]] = []
         self.copies: dict[Tensor, Tensor] = {}
         start = 0
@@ -43,7 +43,7 @@ class FlatWeights:
             place, shape = slice(start, start + parameter.numel()), parameter.shape
             self._places.append((parameter, place))
             start = place.stop
-            work, of_work = self._work[place].view(shape), self._work_gradient[place].view(shape)
+            work, of_work = self._work[place].view(shape), self.pass_gradient[place].view(shape)
             copy: Tensor = parameter
             if own == narrow:
                 parameter.data, parameter.grad = work, of_work
@@ -76,8 +76,8 @@ class FlatWeights:
     def collect(self) -> None:
         """Add the gradients of the copies to those of the masters."""
         if self.is_cast:
-            self.gradient.add_(self._work_gradient)
-            self._work_gradient.zero_()
+            self.gradient.add_(self.pass_gradient)
+            self.pass_gradient.zero_()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -123,6 +123,11 @@ class TrainedWeights:
     def gradients(self) -> list[Tensor]:
         """The gradients of all weights."""
         return [flat.gradient for flat in self.flats]
+
+    @property
+    def pass_gradients(self) -> list[Tensor]:
+        """The gradients that a backward pass adds to, in the type of the computations."""
+        return [flat.pass_gradient for flat in self.flats]
 
     @property
     def copies(self) -> dict[Tensor, Tensor]:
