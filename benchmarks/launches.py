@@ -34,9 +34,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import fake_device as fake  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import fake_device as fake
+import torch
+from torch import Tensor, nn
 
 VARIANTS = ("floor", "floor-no-autocast", "ours", "dylora", "peft")
 PARTS = ("text", "unet", "backward", "other")

@@ -211,7 +211,6 @@ def make_ours(
         types=runtime.types,
         device=runtime.device,
         seed=1,
-        vae_batch_size=1,
     )
     state = TrainState(network, weights, optimizer, None, runtime.scaler, names)
     step = OptimizerStep(objective, EagerPass(objective), state, runtime, seed=1, max_grad_norm=1.0)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import collections
 import ctypes
 import inspect
-import json
 import runpy
 import sys
 import threading

@@ -8,15 +8,20 @@ outside, gradients lie in tensors that stay, and weights change in place; so a r
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from library.config.training import PrecisionConfig
 from library.models.sending import mapped, tensors_in
-from library.training.run.objective import StepInputs
-from library.training.run.step import Pass
+from library.training.run.objective import Objective, StepInputs
+from library.training.run.state import TrainState
+from library.training.run.step import EagerPass, Pass
+
+logger = logging.getLogger(__name__)
 
 WARM_UPS = 3  # passes before a recording, as libraries choose kernels and take memory in the first ones
 
@@ -57,6 +62,18 @@ class Recorded:
     scale: Tensor
     repeat: Callable[[], object]
     loss: Tensor  # of the last repetition
+
+
+def choose_passes(precision: PrecisionConfig, objective: Objective, state: TrainState, device: torch.device) -> Pass:
+    """Return how passes are made: repeated from recordings where the options ask for it and the device can."""
+    eager = EagerPass(objective)
+    if not precision.cuda_graphs or not precision.cache_latents:
+        return eager
+    if device.type != "cuda":
+        logger.warning("--cuda_graphs: this run has no CUDA GPU (%s); nothing is recorded", device.type)
+        return eager
+    models = [objective.base.unet, *objective.base.text_modules]
+    return GraphPass(eager, CudaRecorder(), state.weights.pass_gradients, models)
 
 
 class GraphPass:

@@ -89,7 +89,6 @@ class Objective:
     types: Types
     device: torch.device
     seed: int
-    vae_batch_size: int  # pictures in a call of the encoder
 
     @functools.cached_property
     def _tables(self) -> LossTables:
@@ -185,7 +184,7 @@ class Objective:
         moments, pixels = inputs.pictures
         if moments is None:
             assert pixels is not None  # where there are no moments
-            moments = torch.cat([self.encoder.moments(part) for part in pixels.split(self.vae_batch_size)])
+            moments = self.encoder.moments(pixels)
         return self._scaled(moments, inputs.unit)
 
     def _scaled(self, moments: Tensor, unit: Tensor) -> Tensor:
