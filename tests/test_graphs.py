@@ -32,19 +32,6 @@ class Recordings:
         return repeat, result
 
 
-@pytest.fixture
-def recordings(monkeypatch):
-    """Let runs make their passes by recordings."""
-    made = Recordings()
-
-    def choose(precision, objective, state, device):
-        models = [objective.base.unet, *objective.base.text_modules]
-        return GraphPass(EagerPass(objective), made, state.weights.pass_gradients, models)
-
-    monkeypatch.setattr(recipe, "choose_passes", choose)
-    return made
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -110,7 +97,7 @@ def test_without_a_gpu_nothing_is_recorded_and_that_is_told(base, pictures, tmp_
     [
         ({"network_module": "lycoris.kohya"}, "--cuda_graphs does not go with --network_module lycoris.kohya"),
         ({"network_args": ["module_dropout=0.1"]}, "--cuda_graphs does not go with module_dropout"),
-        ({"gradient_checkpointing": True}, "--gradient_checkpointing"),
+        ({"gradient_checkpointing": True}, "does not go with --gradient_checkpointing"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(base, pictures, tmp_path, more, message):

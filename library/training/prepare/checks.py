@@ -72,6 +72,12 @@ def check_graphs(precision: PrecisionConfig, network: NetworkConfig) -> None:
     """Raise UserError for networks whose passes cannot be recorded: they decide on the host what the device does."""
     if not precision.cuda_graphs:
         return
+    for name, reason in (
+        ("gradient_checkpointing", "which asks the device for the state of its random numbers"),
+        ("torch_compile", "which records graphs of its own"),
+    ):
+        if getattr(precision, name):
+            raise UserError(f"--cuda_graphs does not go with --{name}, {reason}; leave one of them out")
     if is_foreign(network):
         raise UserError(
             f"--cuda_graphs does not go with --network_module {network.network_module}: only the suite's own networks "
