@@ -53,5 +53,5 @@ def count(family: ModelFamily, side: int, batch: int = 1, **options: object) -> 
         previews=Pictures(size, 1),
     )
     choice = choose_optimizer(config.optimizer)
-    state_bytes = state_bytes_per_parameter(choice, config.optimizer.learning_rate)
+    state_bytes = state_bytes_per_parameter(choice, config.optimizer.learning_rate, types.adapter)
     return count_stages(base, network, work, types, state_bytes=state_bytes)

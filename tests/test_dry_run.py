@@ -341,10 +341,12 @@ def test_the_state_of_an_optimizer_is_measured():
     from library.config.optimizer import OptimizerConfig
     from library.optim.optimizers import choose_optimizer
 
-    def per_parameter(name):
-        return memory.state_bytes_per_parameter(choose_optimizer(OptimizerConfig(optimizer_type=name)), 1e-3)
+    def per_parameter(name, dtype=torch.float32):
+        return memory.state_bytes_per_parameter(choose_optimizer(OptimizerConfig(optimizer_type=name)), 1e-3, dtype)
 
     assert per_parameter("AdamW") == pytest.approx(8, rel=0.01)
+    assert per_parameter("AdamW", torch.bfloat16) == pytest.approx(4, rel=0.01)
+    assert per_parameter("AdamW", torch.float16) == pytest.approx(8, rel=0.01)  # in float32
     assert per_parameter("SGD") == 0
     assert 2 <= per_parameter("AdamW8bit") < 2.2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from runs import options, train
@@ -11,6 +13,7 @@ from library.errors import UserError
 from library.models.sending import mapped, tensors_in
 from library.training import recipe
 from library.training.run.graphs import GraphPass
+from library.training.run.objective import Inputs, StepInputs
 from library.training.run.step import EagerPass
 
 
@@ -74,16 +77,15 @@ def test_weights_that_moved_are_recorded_anew():
     layer = torch.nn.Linear(2, 1)
     made = Recordings()
 
-    class Inputs(tuple):
-        timesteps = torch.zeros(1)
+    def eager(inputs, scale):
+        return layer(inputs.timesteps).sum().detach() * scale
 
-    passes = GraphPass(lambda inputs, scale: layer(inputs[0]).sum().detach() * scale, made, [], [layer])
-    given = Inputs((torch.ones(1, 2),))
+    passes, given = GraphPass(eager, made, [], [layer]), StepInputs(cast("Inputs", None), torch.ones(1, 2))
     for _ in range(2):
-        assert passes(given, 1.0) == layer(given[0]).sum()
+        assert passes(given, 1.0) == eager(given, 1.0)
     assert (made.number, made.repetitions) == (1, 2)
     layer.weight.data = layer.weight.data.clone()
-    assert passes(given, 2.0) == 2 * layer(given[0]).sum()
+    assert passes(given, 2.0) == eager(given, 2.0)
     assert made.number == 2
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from scripts import ROOT, two_processes
 import train_network
 from library.config.saving import SavingConfig
 from library.errors import UserError
+from library.optim.flat import TrainedWeights
 from library.training.run import state
 
 
@@ -350,8 +352,10 @@ def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
 
 def state_with(scaler):
     """Return the state of a run over one layer."""
-    layer = torch.nn.Linear(2, 2)
-    return state.TrainState(layer, torch.optim.SGD(layer.parameters(), lr=0.1), None, scaler, ("unet",))
+    layer: Any = torch.nn.Linear(2, 2)  # in place of a network
+    weights = TrainedWeights([{"params": list(layer.parameters())}], None)
+    optimizer = torch.optim.SGD(weights.groups(together=True), lr=0.1)
+    return state.TrainState(layer, weights, optimizer, None, scaler, ("unet",))
 
 
 @pytest.mark.parametrize(("was_fp16", "scale"), [(False, 256.0), (True, 2.0)])

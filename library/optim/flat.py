@@ -2,8 +2,11 @@
 
 A LoRA has hundreds of small matrices, and most of the time of a step is overhead for each. If they and their gradients
 are views of one tensor, a step takes a few operations: gradients are clipped, weights cast, and both averaged over
-processes at once. Optimizers own float32 weights, also where a run computes in half precision: small changes would be
-lost in it, and so would the squares of small gradients.
+processes at once.
+
+Optimizers own float32 weights also where a run computes in half precision and where a network is in fp16, in which the
+squares of small gradients are 0: AdamW then divides by them. Only a network in bf16 is changed in bf16, which saves
+memory at the price of small changes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def type_of_masters(own: torch.dtype) -> torch.dtype:
+    """Return the type in which an optimizer changes weights of a type."""
+    return torch.float32 if own is torch.float16 else own
 
 
 class FlatWeights:
@@ -28,7 +36,7 @@ class FlatWeights:
         """computed is the type of the copies; None is that of the parameters, which are then no copies."""
         own = parameters[0].dtype
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
-        wide = torch.promote_types(own, torch.float32)
+        wide = type_of_masters(own)
         narrow = computed or own
         self.is_cast, self.hides_masters = narrow != wide, own != wide
         self.master = nn.Parameter(flat.to(wide))

@@ -243,7 +243,7 @@ def estimate_memory(
         previews=largest_preview(prompts, base),
     )
     rate = config.optimizer.learning_rate
-    state_bytes = state_bytes_per_parameter(choice, rate)
+    state_bytes = state_bytes_per_parameter(choice, rate, types.adapter)
     return count_stages(base, network, work, types, state_bytes=state_bytes)
 
 

@@ -23,11 +23,11 @@ from library.models.memory import PeakMemory, decode, empty_latents, weight_byte
 from library.models.precision import Types
 from library.models.tokenizer import WINDOW
 from library.networks.trainable import TrainableNetwork
+from library.optim.flat import type_of_masters
 from library.optim.optimizers import OptimizerChoice, build_optimizer
 
 PROBE_SIDE = 128  # of the matrix to measure an optimizer's state; 8-bit ones keep smaller matrices in 32 bits
 CPU = torch.device("cpu")
-FLOAT_BYTES = 4
 GUIDED = 2  # rows of a guided step: with the prompt, and with the negative prompt
 
 
@@ -70,9 +70,9 @@ class Work:
     previews: Pictures | None
 
 
-def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float) -> float:
-    """Return the bytes of an optimizer's state for each trained parameter, which it has in float32."""
-    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE))
+def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float, adapter: torch.dtype) -> float:
+    """Return the bytes of an optimizer's state for each trained parameter of a type."""
+    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=type_of_masters(adapter)))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
     probe.grad = torch.ones_like(probe)
     optimizer.step()
@@ -95,9 +95,9 @@ def count_stages(
     """
     trained = [parameter for parameter in network.all_parameters() if parameter.requires_grad]
     types = types._replace(casts=not network.computes_in_half)
-    # `optim.flat`: in float32 for the optimizer, and where the computations are in half precision, in that, too.
-    number = sum(parameter.numel() for parameter in trained)
-    learned_bytes = number * (FLOAT_BYTES + (types.unet.itemsize if types.unet is not torch.float32 else 0))
+    # `optim.flat`: in the type of the optimizer, and where the computations have another one, in that, too.
+    number, masters = sum(parameter.numel() for parameter in trained), type_of_masters(types.adapter)
+    learned_bytes = number * sum({dtype: dtype.itemsize for dtype in (masters, types.unet)}.values())
     sizes = {
         "U-Net": weight_bytes(base.unet),
         "text encoders": weight_bytes(*base.text_modules),
