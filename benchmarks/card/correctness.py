@@ -1,0 +1,200 @@
+"""Parts that compare the card with the CPU, on models small enough for both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.card import suite
+from benchmarks.card.rows import Row, Value, attempt, compared, greatest_difference
+from benchmarks.card.setting import Setting, half_of, need_half
+from benchmarks.card.suite import Started
+
+# Greatest relative difference of a loss within 20 steps from those of the CPU in float32. On a CPU bf16 was measured
+# at 0.017; fp16 has eight times its precision; sums in another order change float32 by 1e-5.
+TRACE_BOUNDS = {"no": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
+PRECISION_NAMES = {"no": "float32", "fp16": "fp16", "bf16": "bf16"}
+PICTURE_BOUNDS = {"no": 0.5, "fp16": 2.0, "bf16": 6.0}  # mean difference of the 256 levels of a channel
+
+
+def without_tf32() -> None:
+    """Have NVIDIA's libraries compute float32 in float32; before they are loaded."""
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+
+
+def traces(setting: Setting) -> Iterator[Row]:
+    """Compare the losses of trainings on the card with those on the CPU."""
+    without_tf32()
+    for family in suite.POCKET:
+        on_cpu = suite.small_training(setting, family, f"{family}-cpu")
+        reference, started = [], Started(setting, "train_network.py", on_cpu, on_cpu=True)
+        for precision in TRACE_BOUNDS:
+
+            def trace(family: str = family, precision: str = precision) -> Row:
+                need_half(setting, precision)
+                options = suite.small_training(setting, family, f"{family}-{precision}", mixed_precision=precision)
+                found = suite.train(setting, options)
+                if not reference:
+                    started.wait()
+                    reference.extend(suite.losses(on_cpu))
+                values: dict[str, Value] = {
+                    "steps": len(found),
+                    "last loss": found[-1],
+                    "last loss on the CPU": reference[-1],
+                    "weights differ by": weight_difference(
+                        suite.network_file(options), suite.network_file(on_cpu)
+                    ),
+                }
+                bound = TRACE_BOUNDS[precision]
+                return compared(name, greatest_difference(found, reference), bound, values)
+
+            name = f"{family}, {PRECISION_NAMES[precision]} against the CPU in float32"
+            yield attempt(name, trace)
+
+
+def weight_difference(one: Path, other: Path) -> float:
+    """Return the norm of the difference of two networks over that of the second, over all that they add to weights."""
+    changes, others = lora_changes(one), lora_changes(other)
+    if changes.keys() != others.keys():
+        raise ValueError(f"{one.name} and {other.name} have different modules")
+    squares = [((changes[name] - others[name]).square().sum(), others[name].square().sum()) for name in others]
+    apart, whole = (float(sum(parts)) for parts in zip(*squares, strict=True))
+    return float((apart / whole) ** 0.5) if whole else float("inf")
+
+
+def lora_changes(path: Path) -> dict:
+    """Return module -> the matrix that a LoRA file adds, in float64; products do not depend on the signs of an SVD."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    found = {}
+    for name in [name for name in tensors if name.endswith(".lora_down.weight")]:
+        module = name.removesuffix(".lora_down.weight")
+        down, up = tensors[name].double().flatten(1), tensors[f"{module}.lora_up.weight"].double().flatten(1)
+        alpha = tensors.get(f"{module}.alpha")
+        found[module] = up @ down * (1.0 if alpha is None else float(alpha) / down.shape[0])
+    return found
+
+
+# ---- states ------------------------------------------------------------------------------------------------------
+
+
+def states(setting: Setting) -> Iterator[Row]:
+    """Compare a training that was resumed with one that was not, to the byte, with deterministic kernels."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS is loaded
+    import torch
+
+    precisions = ["no", half_of(setting)] if setting.quick or setting.tiny else ["no", "bf16", "fp16"]
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for precision in precisions:
+
+        def resumed(precision: str = precision) -> Row:
+            need_half(setting, precision)
+            steps = setting.steps(10, tiny=2)
+            make = lambda name, **more: suite.small_training(  # noqa: E731
+                setting, "sd1", f"{name}-{precision}", mixed_precision=precision, network_dropout=0.1, **more
+            )
+            whole, half, rest = (
+                make("whole", max_train_steps=steps),
+                make("half", max_train_steps=steps, save_state=True, save_every_n_steps=steps // 2),
+                make("rest", max_train_steps=steps),
+            )
+            suite.train(setting, whole)
+            suite.train(setting, half)
+            state = suite.network_file(half).with_name(f"half-{precision}-step{steps // 2:08d}-state")
+            suite.train(setting, rest | {"resume": state})
+            difference = tensors_differ(suite.network_file(rest), suite.network_file(whole))
+            return compared(name, difference, 0, {"steps": steps})
+
+        name = f"resumed after half of the steps, {PRECISION_NAMES[precision]}"
+        yield attempt(name, resumed)
+
+
+def tensors_differ(one: Path, other: Path) -> float:
+    """Return the greatest absolute difference of the tensors of two files; infinite where their names differ."""
+    import torch
+    from safetensors.torch import load_file
+
+    first, second = load_file(one), load_file(other)
+    if first.keys() != second.keys():
+        return float("inf")
+    pairs = [(tensor, second[name]) for name, tensor in first.items()]
+    return max(0.0 if torch.equal(a, b) else float((a.double() - b.double()).abs().max()) or 1.0 for a, b in pairs)
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------
+
+
+def pictures(setting: Setting) -> Iterator[Row]:
+    """Compare pictures drawn on the card with those of the CPU."""
+    without_tf32()
+    for family in suite.POCKET:
+        network = suite.small_training(setting, family, f"{family}-drawn", learning_rate="3e-3")
+        drawing = {
+            "ckpt": suite.POCKET[family],
+            "from_file": prompts(setting),
+            "steps": setting.steps(20, tiny=4),
+            "seed": 3,
+            "W": suite.TINY_SIDE if setting.tiny else 128,
+            "H": suite.TINY_SIDE if setting.tiny else 128,
+            "scale": 3,
+            "network_module": "networks.lora",
+            "network_weights": suite.network_file(network),
+        }
+        for sampler in ("ddim",) if setting.tiny else ("ddim", "euler_a"):
+            yield from drawn(setting, family, network, drawing | {"sampler": sampler})
+
+
+def drawn(setting: Setting, family: str, network: suite.Options, drawing: dict[str, object]) -> Iterator[Row]:
+    """Compare the pictures of a sampler in each precision."""
+    from library.config.generation import GenerateConfig
+
+    sampler = drawing["sampler"]
+    on_cpu = drawing | {"outdir": setting.work / f"{family}-{sampler}-cpu", "sequential_file_name": True}
+    switches: dict[str, dict[str, object]] = {"no": {}, "fp16": {"fp16": True}, "bf16": {"bf16": True}}
+    started: list[Started] = []
+    for precision, switch in switches.items():
+
+        def draw(precision: str = precision, switch: dict[str, object] = switch) -> Row:
+            need_half(setting, precision)
+            suite.need_options(GenerateConfig, drawing)
+            if not suite.network_file(network).exists():
+                suite.train(setting, network)
+            if not started:
+                shutil.rmtree(str(on_cpu["outdir"]), ignore_errors=True)
+                started.append(Started(setting, "gen_img_diffusers.py", on_cpu, on_cpu=True))
+            out = setting.work / f"{family}-{sampler}-{precision}"
+            found = suite.draw(setting, {**drawing, **switch, "outdir": out})
+            started[0].wait()
+            mean, most = level_differences(found, sorted(Path(str(on_cpu["outdir"])).glob("*.png")))
+            values: dict[str, Value] = {"pictures": len(found), "greatest difference of a pixel (of 255)": most}
+            return compared(name, mean, PICTURE_BOUNDS[precision], values)
+
+        name = f"{family}, {sampler}, {PRECISION_NAMES[precision]} against the CPU in float32, levels on average"
+        yield attempt(name, draw)
+
+
+def prompts(setting: Setting) -> Path:
+    """Return a file of prompts."""
+    path = setting.work / "prompts.txt"
+    lines = ["a fox on a blue background --d 1", "a unicorn on a green background --d 2"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def level_differences(found: list[Path], expected: list[Path]) -> tuple[float, int]:
+    """Return (mean, greatest) difference of the levels (0 to 255) of pictures."""
+    import numpy as np
+    from PIL import Image
+
+    if len(found) != len(expected) or not found:
+        return float("inf"), 255
+    pairs = [
+        [np.asarray(Image.open(path).convert("RGB"), dtype=np.int16) for path in pair]
+        for pair in zip(found, expected, strict=True)
+    ]
+    apart = np.stack([np.abs(one - other) for one, other in pairs])
+    return float(apart.mean()), int(apart.max())

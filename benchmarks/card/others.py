@@ -1,0 +1,97 @@
+"""Parts on the tools with `--device`, and on two processes with a card each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.card import suite
+from benchmarks.card.correctness import weight_difference, without_tf32
+from benchmarks.card.rows import NotHere, Row, attempt, compared
+from benchmarks.card.running import python
+from benchmarks.card.setting import Setting
+
+TOOL_BOUND = 1e-3  # relative difference of what two LoRA files add to the weights
+
+
+def tools(setting: Setting) -> Iterator[Row]:
+    """Compare what the tools write with the card and with the CPU."""
+    without_tf32()
+    networks = [suite.small_training(setting, "sd1", f"tool-{seed}", seed=seed) for seed in (1, 2)]
+    files = [suite.network_file(options) for options in networks]
+    pocket = suite.POCKET["sd1"]
+    merged = setting.work / "merged.safetensors"
+    sources: dict[str, list[object]] = {
+        "merge_lora": ["--sd_model", pocket, "--save_to", merged, "--models", files[0], "--ratios", 1],
+        "resize_lora": ["--model", files[0], "--new_rank", 2],
+        "svd_merge_lora": ["--models", *files, "--ratios", 0.7, 0.3, "--new_rank", 4],
+        "extract_lora_from_models": ["--model_org", pocket, "--model_tuned", merged, "--dim", 4, "--exact"],
+    }
+
+    def make() -> Row:
+        for options in networks:
+            suite.train(setting, options)
+        call("merge_lora", sources["merge_lora"])
+        return compared("two networks, and a model with one merged in", 0, 0)
+
+    yield attempt("two networks, and a model with one merged in", make)
+    for name, words in list(sources.items())[1:]:
+
+        def compare(name: str = name, words: list[object] = words) -> Row:
+            written = []
+            for device in ("cpu", setting.device):
+                written.append(setting.work / f"{name}-{len(written)}.safetensors")
+                call(name, [*words, "--save_to", written[-1], "--device", device])
+            return compared(f"{name}.py --device", weight_difference(written[1], written[0]), TOOL_BOUND)
+
+        yield attempt(f"{name}.py --device", compare)
+
+
+def call(name: str, words: list[object]) -> None:
+    """Run a script of networks/ in this process."""
+    import importlib
+
+    code = importlib.import_module(f"networks.{name}").main([str(word) for word in words])
+    if code:
+        raise RuntimeError(f"{name}.py ended with {code}")
+
+
+# ---- two processes -----------------------------------------------------------------------------------------------
+
+RANK_BOUND = 1e-2  # of losses: the sums over two halves of a batch, and what they become in further steps
+
+
+def ranks(setting: Setting) -> Iterator[Row]:
+    """Compare two processes with one whose batches are twice as large."""
+    yield attempt("two processes against one with batches of twice the size", lambda: two_ranks(setting))
+
+
+def two_ranks(setting: Setting) -> Row:
+    """Train with torchrun, and in one process."""
+    import os
+    import subprocess
+
+    import torch
+
+    if setting.on_card and torch.cuda.device_count() < 2:
+        raise NotHere("it needs two cards, and there is one")
+    common = {"gradient_accumulation_steps": 1, "max_train_steps": setting.steps(8, tiny=2)}
+    two = suite.small_training(setting, "sd1", "two-ranks", train_batch_size=1, **common)
+    one = suite.small_training(setting, "sd1", "one-rank", train_batch_size=2, **common)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = subprocess.run(
+        python(*launch, suite.ROOT / "train_network.py", *suite.words(two)), env=os.environ, cwd=suite.ROOT, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"torchrun ended with {done.returncode}")
+    suite.train(setting, one)
+    lines = [json.loads(line) for line in metrics(two).read_text(encoding="utf-8").splitlines()]
+    steps = [line["step"] for line in lines if "loss/current" in line]
+    difference = weight_difference(suite.network_file(two), suite.network_file(one))
+    return compared("two processes against one with batches of twice the size", difference, RANK_BOUND, {"steps": len(steps)})
+
+
+def metrics(options: suite.Options) -> Path:
+    """Return the file of the losses of a run."""
+    return Path(str(options["output_dir"])) / f"{options['output_name']}-metrics.jsonl"

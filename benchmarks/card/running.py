@@ -1,0 +1,167 @@
+"""Parts of a report, each in a process of its own with a time limit; what is found is written after each part."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.card.page import page
+from benchmarks.card.rows import BAD, FAILED, NOT_RUN, Row, RowFile
+from benchmarks.card.setting import Setting
+from library.files import replacing
+
+SHORTEST = 10.0  # seconds below which no part is begun
+WAITED_FOR_THE_KILLED = 10.0
+NO_TIME = "the minutes of --minutes were used up"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A row of the table of parts."""
+
+    name: str
+    title: str
+    find: Callable[[Setting], Iterator[Row]]
+    limit: float  # seconds; with --quick as many as `quick_limit`
+    quick_limit: float = 120
+
+    def limit_of(self, setting: Setting) -> float:
+        """Return the time limit in seconds."""
+        return self.quick_limit if setting.quick else self.limit
+
+
+class Report:
+    """The report so far, in memory and on disk."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        self.folder = folder
+        self.values: dict[str, Any] = {
+            "format": 1,
+            "arguments": list(arguments),
+            "started": now(),
+            "ended": None,
+            "environment": {},
+            "parts": [],
+        }
+
+    def add(self, part: Part, rows: Iterable[Row], seconds: float) -> None:
+        """Add what a part found, and write the report."""
+        found = [dataclasses.asdict(row) for row in rows]
+        if part.name == "machine":
+            self.values["environment"] |= {key: value for row in found for key, value in row["values"].items()}
+        shown = {"name": part.name, "title": part.title, "seconds": round(seconds, 1), "rows": found}
+        self.values["parts"].append(shown)
+        self.write()
+
+    def end(self) -> None:
+        """Write that the report is complete."""
+        self.values["ended"] = now()
+        self.write()
+
+    def write(self) -> None:
+        """Write both files; each is there as a whole at any time."""
+        texts = {"gpu.json": json.dumps(self.values, indent=1, ensure_ascii=False), "gpu.md": page(self.values)}
+        for name, text in texts.items():
+            with replacing(self.folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+    @property
+    def has_faults(self) -> bool:
+        """Whether a check failed."""
+        return any(row["verdict"] in BAD for part in self.values["parts"] for row in part["rows"])
+
+
+def now() -> str:
+    """Return the date and time with the zone."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def run_parts(
+    parts: Iterable[Part],
+    setting: Setting,
+    report: Report,
+    command: Callable[[Part, Path], Sequence[str]],
+    *,
+    seconds: float,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Run parts until the seconds are used up. command returns the words that start a part, given its file of rows."""
+    end = time.monotonic() + seconds
+    logs = report.folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        left = end - time.monotonic()
+        if left < min(SHORTEST, seconds):
+            report.add(part, [Row(part.title, NOT_RUN, note=NO_TIME)], 0)
+            continue
+        tell(f"{part.name}: {part.title} ...")
+        start, file = time.monotonic(), RowFile(setting.work / f"{part.name}.rows")
+        file.path.unlink(missing_ok=True)
+        limit = min(part.limit_of(setting), left)
+        code = run_limited(command(part, file.path), logs / f"{part.name}.log", limit, environment(setting))
+        taken = time.monotonic() - start
+        report.add(part, [*file.read(), *ending(part, code, limit, is_cut=limit == left)], taken)
+        tell(f"{part.name}: {taken:.0f} s")
+    report.end()
+
+
+def ending(part: Part, code: int | None, limit: float, *, is_cut: bool) -> list[Row]:
+    """Return the row for a process that did not end well: exit code, or None for one that was ended at its limit."""
+    if code == 0:
+        return []
+    if code is not None:
+        return [Row("the part", FAILED, note=f"its process ended with {code}; see logs/{part.name}.log")]
+    if is_cut:
+        return [Row("what follows", NOT_RUN, note=NO_TIME)]
+    return [Row("what follows", FAILED, note=f"not done within {limit:.0f} s; see logs/{part.name}.log")]
+
+
+def run_limited(words: Sequence[str], log: Path, limit: float, variables: Mapping[str, str]) -> int | None:
+    """Run a command with its output in a file; return its exit code, or None if it was ended at its time limit."""
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=dict(variables)
+        )
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            end_tree(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the driver cannot be ended
+                process.wait(WAITED_FOR_THE_KILLED)
+
+
+def end_tree(pid: int) -> None:
+    """End a process and those that it started, such as loaders, launchers and references on the CPU."""
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def environment(setting: Setting) -> dict[str, str]:
+    """Return the variables of a part's process: no network, and with --device cpu no card."""
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONFAULTHANDLER": "1"}
+    return variables if setting.on_card else variables | NO_CARD
+
+
+NO_CARD = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+
+
+def python(*words: object) -> list[str]:
+    """Return a command line of this Python."""
+    return [sys.executable, *map(str, words)]

@@ -1,0 +1,139 @@
+"""The part that counts what a step asks of the card, and names the lines at which the host waits for it."""
+
+from __future__ import annotations
+
+import collections
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.card import suite
+from benchmarks.card.rows import MEASURED, NOT_RUN, Row, Value
+from benchmarks.card.setting import Setting, half_of, need_half, wait_for_device
+from benchmarks.card.speed import measured
+
+# Calls of CUDA's runtime and driver in a trace; both names of a call are counted.
+LAUNCHES = ("LaunchKernel", "cudaGraphLaunch", "hipLaunch", "hipModuleLaunch")
+WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
+COPIES = ("MemcpyAsync", "hipMemcpy")
+
+
+def traced(setting: Setting, family: str) -> Iterator[Row]:
+    """Count launches, waits and copies of a step, and name the lines at which the host waits."""
+    batch = 1
+    precisions = [half_of(setting)] if setting.quick or setting.tiny else ["bf16", "fp16"]
+    for precision in precisions:
+
+        def trace(precision: str = precision) -> Row:
+            need_half(setting, precision)
+            options = suite.full_training(setting, family, "traced", batch, mixed_precision=precision)
+            return traced_training(setting, f"{precision}, batch {batch}", options)
+
+        yield measured(setting, f"{precision}, batch {batch}", trace)
+
+
+def traced_training(setting: Setting, name: str, options: suite.Options) -> Row:
+    """Train, and trace one step and the waits of another."""
+    from library.training.run.events import Event, Every, Moment
+
+    steps = suite.windows_of(setting).warm_up + 2
+    tracer, waits = StepTracer(setting), WaitLines(setting)
+
+    def act(moment: Moment) -> None:
+        done = moment.progress.step
+        if done == steps - 2:
+            tracer.start()
+        elif done == steps - 1:
+            tracer.stop()
+            waits.start()
+        elif done == steps:
+            waits.stop()
+
+    suite.train(setting, {**options, "max_train_steps": steps}, [Event("trace", Every(1), act)])
+    values = tracer.values()
+    note = "; ".join(f"{line} ({number})" for line, number in waits.lines.items())
+    if not setting.on_card:
+        return Row(name, NOT_RUN, values, "launches and waits are those of a card")
+    return Row(name, MEASURED, values | {"waits that torch tells": sum(waits.lines.values())}, note)
+
+
+class StepTracer:
+    """Traces what happens between two moments."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._profile: Any = None
+
+    def start(self) -> None:
+        """Begin."""
+        import torch
+
+        wait_for_device(self._setting)
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self._setting.on_card:
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profile = torch.profiler.profile(activities=kinds)
+        self._profile.__enter__()
+
+    def stop(self) -> None:
+        """End."""
+        wait_for_device(self._setting)
+        self._profile.__exit__(None, None, None)
+
+    def values(self) -> dict[str, Value]:
+        """Return the counts of what was traced. The one wait of `stop` is left out."""
+        events = self._profile.key_averages()
+
+        def count(names: tuple[str, ...]) -> int:
+            return sum(event.count for event in events if any(name in event.key for name in names))
+
+        busy = sum(getattr(event, "self_device_time_total", 0) for event in events)
+        return {
+            "launches": count(LAUNCHES),
+            "waits": max(0, count(WAITS) - 1),
+            "copies": count(COPIES),
+            "busy ms": busy / 1000 if self._setting.on_card else None,
+            "operators on the CPU": sum(event.count for event in events if event.key.startswith("aten::")),
+        }
+
+
+class WaitLines:
+    """The lines at which torch tells of a wait of the host for the device."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._recorded: Any = None
+        self._found: list[Any] = []
+        self.lines: dict[str, int] = {}
+
+    def start(self) -> None:
+        """Begin."""
+        import torch
+
+        self._recorded = warnings.catch_warnings(record=True)
+        self._found = self._recorded.__enter__() or []
+        warnings.simplefilter("always")
+        if self._setting.on_card:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def stop(self) -> None:
+        """End, and count by line."""
+        import torch
+
+        if self._setting.on_card:
+            torch.cuda.set_sync_debug_mode("default")
+        self._recorded.__exit__(None, None, None)
+        told = [found for found in self._found if "synchroniz" in str(found.message)]
+        places = [f"{short(found.filename)}:{found.lineno}" for found in told]
+        self.lines = dict(collections.Counter(places))
+
+
+def short(file: str) -> str:
+    """Return the path of a module below the suite or the installed packages."""
+    path = Path(file).as_posix()
+    for folder in (f"{suite.ROOT.as_posix()}/", "site-packages/", "dist-packages/"):
+        _, found, rest = path.partition(folder)
+        if found:
+            return rest
+    return path
