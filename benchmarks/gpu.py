@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from benchmarks.card.rows import RowFile
 from benchmarks.card.running import Part, Report, python, run_parts
 from benchmarks.card.setting import Setting
 
+LOOKED_AT = 60.0  # seconds between the stacks in the log of a part
 MINUTES = {True: 10.0, False: 120.0}  # with --quick and without
 
 
@@ -90,6 +92,7 @@ def find(part: Part, setting: Setting, file: RowFile) -> None:
     from library.logs import set_up_logging
 
     set_up_logging()
+    faulthandler.dump_traceback_later(LOOKED_AT, repeat=True)  # so that the log tells where a part hangs
     for row in part.find(setting):
         print(row, flush=True)
         file.add(row)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
     from transformers import CLIPTextModel

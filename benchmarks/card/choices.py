@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from benchmarks.card import suite
 from benchmarks.card.correctness import PRECISION_NAMES, TRACE_BOUNDS
-from benchmarks.card.rows import DIFFERS, WITHIN, NotHere, Row, Value, attempt, compared, greatest_difference
-from benchmarks.card.setting import Setting, half_of, need_half, need_package
+from benchmarks.card.rows import DIFFERS, WITHIN, Row, Value, attempt, compared, greatest_difference
+from benchmarks.card.setting import Setting, half_of, need_card, need_half, need_package
 from benchmarks.card.suite import Started
 
 
@@ -44,7 +44,9 @@ CHOICES = (
     Choice("full_fp16, AdamW8bit", {"full_fp16": True, "optimizer_type": "AdamW8bit"}, 0.1, "bitsandbytes", "fp16"),
     Choice("AdaFactor", {"optimizer_type": "AdaFactor"}),
     Choice("DyLoRA", {"network_module": "networks.dylora"}),
-    Choice("DyLoRA, unit=2, convolutions", {"network_module": "networks.dylora", "network_args": ["unit=2", "conv_dim=4"]}),
+    Choice(
+        "DyLoRA, unit=2, convolutions", {"network_module": "networks.dylora", "network_args": ["unit=2", "conv_dim=4"]}
+    ),
     Choice("LyCORIS", {"network_module": "lycoris.kohya", "network_args": ["algo=loha"]}, package="lycoris"),
     Choice(
         "noise options",
@@ -58,11 +60,11 @@ IN_TINY = ("8-bit base, with previews", "full_fp16", "gradient checkpointing", "
 # Options that change torch for the whole process; each has one of its own.
 SWITCHES = (
     Choice("channels last", {"opt_channels_last": True}, bound=TRACE_BOUNDS["bf16"]),
-    Choice("cudnn_benchmark", {"cudnn_benchmark": True}, bound=TRACE_BOUNDS["bf16"]),
-    Choice("TF32", {"allow_tf32": True}, bound=TRACE_BOUNDS["fp16"], precision="no"),
-    Choice("CUDA graphs", {"cuda_graphs": True}, bound=TRACE_BOUNDS["bf16"]),
+    Choice("cudnn_benchmark", {"cudnn_benchmark": True}, bound=TRACE_BOUNDS["bf16"], needs_card=True),
+    Choice("TF32", {"allow_tf32": True}, bound=TRACE_BOUNDS["fp16"], precision="no", needs_card=True),
+    Choice("CUDA graphs", {"cuda_graphs": True}, bound=TRACE_BOUNDS["bf16"], needs_card=True),
 )
-COMPILE = (Choice("torch_compile", {"torch_compile": True}, bound=TRACE_BOUNDS["bf16"]),)
+COMPILE = (Choice("torch_compile", {"torch_compile": True}, TRACE_BOUNDS["bf16"], "triton", needs_card=True),)
 
 
 def options(setting: Setting) -> Iterator[Row]:
@@ -85,33 +87,35 @@ def with_choices(setting: Setting, choices: Sequence[Choice], *, alone: bool) ->
     """Train a pocket model with each option; alone: in a process of its own."""
     plain: dict[str, list[float]] = {}
     for number, choice in enumerate(choices):
+        yield attempt(choice.name, with_choice, setting, choice, f"choice-{number}", plain, alone=alone)
 
-        def run(number: int = number, choice: Choice = choice) -> Row:
-            precision = choice.precision or half_of(setting)
-            need_half(setting, precision)
-            if choice.needs_card and not setting.on_card:
-                raise NotHere("it needs a card")
-            if choice.package:
-                need_package(choice.package)
-            more: dict[str, object] = {"mixed_precision": precision, "sample_prompts": None}
-            if "sample_at_first" in choice.options:
-                more["sample_prompts"] = previews(setting)
-            given = suite.small_training(setting, "sd1", f"choice-{number}", **{**more, **choice.options})
-            if alone:
-                Started(setting, "train_network.py", given, on_cpu=False).wait()
-                found = suite.losses(given)
-            else:
-                found = suite.train(setting, given)
-            if choice.bound is None:
-                return finite(choice.name, found, precision)
-            if precision not in plain:
-                plain[precision] = suite.train(
-                    setting, suite.small_training(setting, "sd1", f"plain-{precision}", mixed_precision=precision)
-                )
-            difference = greatest_difference(found, plain[precision])
-            return compared(choice.name, difference, choice.bound, trace_values(found, precision))
 
-        yield attempt(choice.name, run)
+def with_choice(setting: Setting, choice: Choice, name: str, plain: dict[str, list[float]], *, alone: bool) -> Row:
+    """Train with an option. plain has precision -> losses without options, and gets those that it lacks."""
+    precision = choice.precision or half_of(setting)
+    need_half(setting, precision)
+    if choice.needs_card:
+        need_card(setting)
+    if choice.package:
+        need_package(choice.package)
+    wants_previews = "sample_at_first" in choice.options
+    more: dict[str, object] = {
+        "mixed_precision": precision,
+        "sample_prompts": previews(setting) if wants_previews else None,
+    }
+    given = suite.small_training(setting, "sd1", name, **{**more, **choice.options})
+    if alone:
+        Started(setting, "train_network.py", given, on_cpu=False).wait()
+        found = suite.losses(given)
+    else:
+        found = suite.train(setting, given)
+    if choice.bound is None:
+        return finite(choice.name, found, precision)
+    if precision not in plain:
+        without = suite.small_training(setting, "sd1", f"plain-{precision}", mixed_precision=precision)
+        plain[precision] = suite.train(setting, without)
+    difference = greatest_difference(found, plain[precision])
+    return compared(choice.name, difference, choice.bound, trace_values(found, precision))
 
 
 def trace_values(found: list[float], precision: str) -> dict[str, Value]:

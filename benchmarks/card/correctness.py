@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.card import suite
-from benchmarks.card.rows import Row, Value, attempt, compared, greatest_difference
+from benchmarks.card.rows import MEASURED, NotHere, Row, Value, attempt, compared, greatest_difference, told
 from benchmarks.card.setting import Setting, half_of, need_half
 from benchmarks.card.suite import Started
 
@@ -29,29 +29,26 @@ def traces(setting: Setting) -> Iterator[Row]:
     without_tf32()
     for family in suite.POCKET:
         on_cpu = suite.small_training(setting, family, f"{family}-cpu")
-        reference, started = [], Started(setting, "train_network.py", on_cpu, on_cpu=True)
-        for precision in TRACE_BOUNDS:
+        started = Started(setting, "train_network.py", on_cpu, on_cpu=True)
+        for precision, shown in PRECISION_NAMES.items():
+            name = f"{family}, {shown} against the CPU in float32"
+            yield attempt(name, trace, setting, name, family, precision, started)
 
-            def trace(family: str = family, precision: str = precision) -> Row:
-                need_half(setting, precision)
-                options = suite.small_training(setting, family, f"{family}-{precision}", mixed_precision=precision)
-                found = suite.train(setting, options)
-                if not reference:
-                    started.wait()
-                    reference.extend(suite.losses(on_cpu))
-                values: dict[str, Value] = {
-                    "steps": len(found),
-                    "last loss": found[-1],
-                    "last loss on the CPU": reference[-1],
-                    "weights differ by": weight_difference(
-                        suite.network_file(options), suite.network_file(on_cpu)
-                    ),
-                }
-                bound = TRACE_BOUNDS[precision]
-                return compared(name, greatest_difference(found, reference), bound, values)
 
-            name = f"{family}, {PRECISION_NAMES[precision]} against the CPU in float32"
-            yield attempt(name, trace)
+def trace(setting: Setting, name: str, family: str, precision: str, started: Started) -> Row:
+    """Compare a training with the one that was started on the CPU."""
+    need_half(setting, precision)
+    options = suite.small_training(setting, family, f"{family}-{precision}", mixed_precision=precision)
+    found = suite.train(setting, options)
+    started.wait()
+    expected = suite.losses(started.options)
+    values: dict[str, Value] = {
+        "steps": len(found),
+        "last loss": found[-1],
+        "last loss on the CPU": expected[-1],
+        "weights differ by": weight_difference(suite.network_file(options), suite.network_file(started.options)),
+    }
+    return compared(name, greatest_difference(found, expected), TRACE_BOUNDS[precision], values)
 
 
 def weight_difference(one: Path, other: Path) -> float:
@@ -88,29 +85,36 @@ def states(setting: Setting) -> Iterator[Row]:
 
     precisions = ["no", half_of(setting)] if setting.quick or setting.tiny else ["no", "bf16", "fp16"]
     torch.backends.cudnn.deterministic = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not merely with warnings: attention then keeps a kernel that is not deterministic.
+    torch.use_deterministic_algorithms(True)
     for precision in precisions:
-
-        def resumed(precision: str = precision) -> Row:
-            need_half(setting, precision)
-            steps = setting.steps(10, tiny=2)
-            make = lambda name, **more: suite.small_training(  # noqa: E731
-                setting, "sd1", f"{name}-{precision}", mixed_precision=precision, network_dropout=0.1, **more
-            )
-            whole, half, rest = (
-                make("whole", max_train_steps=steps),
-                make("half", max_train_steps=steps, save_state=True, save_every_n_steps=steps // 2),
-                make("rest", max_train_steps=steps),
-            )
-            suite.train(setting, whole)
-            suite.train(setting, half)
-            state = suite.network_file(half).with_name(f"half-{precision}-step{steps // 2:08d}-state")
-            suite.train(setting, rest | {"resume": state})
-            difference = tensors_differ(suite.network_file(rest), suite.network_file(whole))
-            return compared(name, difference, 0, {"steps": steps})
-
         name = f"resumed after half of the steps, {PRECISION_NAMES[precision]}"
-        yield attempt(name, resumed)
+        yield attempt(name, resumed, setting, name, precision)
+
+
+def resumed(setting: Setting, name: str, precision: str) -> Row:
+    """Compare a whole training with one that goes on from a state after half of its steps."""
+    need_half(setting, precision)
+    steps = setting.steps(10, tiny=2)
+    common = {"mixed_precision": precision, "network_dropout": 0.1, "max_train_steps": steps}
+    whole, half, rest = (
+        suite.small_training(setting, "sd1", f"{kind}-{precision}", **common) for kind in ("whole", "half", "rest")
+    )
+    deterministic_training(setting, whole)
+    suite.train(setting, half | {"save_state": True, "save_every_n_steps": steps // 2})
+    state = suite.network_file(half).with_name(f"half-{precision}-step{steps // 2:08d}-state")
+    suite.train(setting, rest | {"resume": state})
+    return compared(name, tensors_differ(suite.network_file(rest), suite.network_file(whole)), 0, {"steps": steps})
+
+
+def deterministic_training(setting: Setting, options: suite.Options) -> None:
+    """Train; raises NotHere if torch has no deterministic kernel for an operation."""
+    try:
+        suite.train(setting, options)
+    except RuntimeError as error:
+        if "deterministic" in str(error):
+            raise NotHere(f"torch has no deterministic kernel for a part of the step: {told(error)}") from None
+        raise
 
 
 def tensors_differ(one: Path, other: Path) -> float:
@@ -144,37 +148,38 @@ def pictures(setting: Setting) -> Iterator[Row]:
             "network_module": "networks.lora",
             "network_weights": suite.network_file(network),
         }
+        name = f"{family}, the network to draw with"
+        yield attempt(name, network_to_draw_with, setting, name, network)
         for sampler in ("ddim",) if setting.tiny else ("ddim", "euler_a"):
-            yield from drawn(setting, family, network, drawing | {"sampler": sampler})
+            yield from drawn(setting, family, drawing | {"sampler": sampler})
 
 
-def drawn(setting: Setting, family: str, network: suite.Options, drawing: dict[str, object]) -> Iterator[Row]:
+def network_to_draw_with(setting: Setting, name: str, options: suite.Options) -> Row:
+    """Train a network on the card."""
+    return Row(name, MEASURED, {"last loss": suite.train(setting, options)[-1]})
+
+
+def drawn(setting: Setting, family: str, drawing: dict[str, object]) -> Iterator[Row]:
     """Compare the pictures of a sampler in each precision."""
-    from library.config.generation import GenerateConfig
-
     sampler = drawing["sampler"]
-    on_cpu = drawing | {"outdir": setting.work / f"{family}-{sampler}-cpu", "sequential_file_name": True}
-    switches: dict[str, dict[str, object]] = {"no": {}, "fp16": {"fp16": True}, "bf16": {"bf16": True}}
-    started: list[Started] = []
-    for precision, switch in switches.items():
+    outdir = setting.work / f"{family}-{sampler}-cpu"
+    shutil.rmtree(outdir, ignore_errors=True)
+    on_cpu = drawing | {"outdir": outdir, "sequential_file_name": True}
+    started = Started(setting, "gen_img_diffusers.py", on_cpu, on_cpu=True)
+    for precision, shown in PRECISION_NAMES.items():
+        name = f"{family}, {sampler}, {shown} against the CPU in float32, levels on average"
+        yield attempt(name, drawn_alike, setting, name, precision, drawing, started)
 
-        def draw(precision: str = precision, switch: dict[str, object] = switch) -> Row:
-            need_half(setting, precision)
-            suite.need_options(GenerateConfig, drawing)
-            if not suite.network_file(network).exists():
-                suite.train(setting, network)
-            if not started:
-                shutil.rmtree(str(on_cpu["outdir"]), ignore_errors=True)
-                started.append(Started(setting, "gen_img_diffusers.py", on_cpu, on_cpu=True))
-            out = setting.work / f"{family}-{sampler}-{precision}"
-            found = suite.draw(setting, {**drawing, **switch, "outdir": out})
-            started[0].wait()
-            mean, most = level_differences(found, sorted(Path(str(on_cpu["outdir"])).glob("*.png")))
-            values: dict[str, Value] = {"pictures": len(found), "greatest difference of a pixel (of 255)": most}
-            return compared(name, mean, PICTURE_BOUNDS[precision], values)
 
-        name = f"{family}, {sampler}, {PRECISION_NAMES[precision]} against the CPU in float32, levels on average"
-        yield attempt(name, draw)
+def drawn_alike(setting: Setting, name: str, precision: str, drawing: dict[str, object], started: Started) -> Row:
+    """Compare pictures with those that are drawn on the CPU."""
+    need_half(setting, precision)
+    out = Path(f"{started.options['outdir']}-{precision}")
+    found = suite.draw(setting, {**drawing, "outdir": out, **({} if precision == "no" else {precision: True})})
+    started.wait()
+    mean, most = level_differences(found, sorted(Path(str(started.options["outdir"])).glob("*.png")))
+    values: dict[str, Value] = {"pictures": len(found), "greatest difference of a pixel (of 255)": most}
+    return compared(name, mean, PICTURE_BOUNDS[precision], values)
 
 
 def prompts(setting: Setting) -> Path:

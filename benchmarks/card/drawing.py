@@ -16,26 +16,26 @@ def drawing(setting: Setting, family: str) -> Iterator[Row]:
     half = half_of(setting)
     ways: dict[str, dict[str, object]] = {half: {}, f"{half}, batches of 4": {"batch_size": 4}}
     ways[f"{half}, --offload --vae_tiling"] = {"offload": True, "vae_tiling": True}
-    side, steps = (suite.TINY_SIDE, 2) if setting.tiny else (suite.FULL_SIDE[family], 20)
     for name, more in ways.items():
+        yield measured(name, setting, drawn, setting, name, family, {half: True, **more})
 
-        def draw(name: str = name, more: dict[str, object] = more) -> Row:
-            options = {
-                "ckpt": suite.full_model(setting, family),
-                "prompt": "a photo of noise",
-                "images_per_prompt": 4,
-                "steps": steps,
-                "seed": 1,
-                "W": side,
-                "H": side,
-                half: True,
-                "outdir": setting.work / f"drawn-{family}",
-                **more,
-            }
-            forget_peak(setting)
-            start = time.perf_counter()
-            found = suite.draw(setting, options)
-            seconds = (time.perf_counter() - start) / len(found)
-            return Row(name, MEASURED, {"s a picture, with loading": seconds, **peaks(setting)})
 
-        yield measured(setting, name, draw)
+def drawn(setting: Setting, name: str, family: str, more: dict[str, object]) -> Row:
+    """Draw four pictures."""
+    side = suite.TINY_SIDE if setting.tiny else suite.FULL_SIDE[family]
+    options = {
+        "ckpt": suite.full_model(setting, family),
+        "prompt": "a photo of noise",
+        "images_per_prompt": 4,
+        "steps": setting.steps(20, tiny=2),
+        "seed": 1,
+        "W": side,
+        "H": side,
+        "outdir": setting.work / f"drawn-{family}",
+        **more,
+    }
+    forget_peak(setting)
+    start = time.perf_counter()
+    found = suite.draw(setting, options)
+    seconds = (time.perf_counter() - start) / len(found)
+    return Row(name, MEASURED, {"s a picture, with loading": seconds, **peaks(setting)})

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 
+from benchmarks.card import suite
 from benchmarks.card.rows import MEASURED, Row, Value
 from benchmarks.card.running import now
 from benchmarks.card.setting import GIB, Setting, device_of, has_bf16
@@ -81,7 +82,9 @@ def output(*words: str) -> str | None:
     if program is None:
         return None
     try:
-        done = subprocess.run([program, *words[1:]], capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(
+            [program, *words[1:]], capture_output=True, text=True, check=True, timeout=20, cwd=suite.ROOT
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return ", ".join(done.stdout.split("\n")).strip(", ")

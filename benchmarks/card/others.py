@@ -89,7 +89,9 @@ def two_ranks(setting: Setting) -> Row:
     lines = [json.loads(line) for line in metrics(two).read_text(encoding="utf-8").splitlines()]
     steps = [line["step"] for line in lines if "loss/current" in line]
     difference = weight_difference(suite.network_file(two), suite.network_file(one))
-    return compared("two processes against one with batches of twice the size", difference, RANK_BOUND, {"steps": len(steps)})
+    return compared(
+        "two processes against one with batches of twice the size", difference, RANK_BOUND, {"steps": len(steps)}
+    )
 
 
 def metrics(options: suite.Options) -> Path:

@@ -47,13 +47,12 @@ def part_table(rows: list[Mapping[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(column for row in rows for column in row["values"]))
     used = [["what", "verdict", *columns, "note"]]
     used += [
-        [row["name"], row["verdict"], *(cell(row["values"].get(column)) for column in columns), row["note"]] for row in rows
+        [row["name"], row["verdict"], *(cell(row["values"].get(column)) for column in columns), row["note"]]
+        for row in rows
     ]
     if not any(row["note"] for row in rows):
         used = [line[:-1] for line in used]
     return table(used[0], used[1:])
-
-
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:

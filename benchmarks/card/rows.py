@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeAlias
 
 logger = logging.getLogger("benchmarks")
 
@@ -15,7 +16,8 @@ EQUAL, WITHIN, DIFFERS, FAILED = "equal", "within bound", "differs", "failed"
 NOT_RUN, MEASURED = "not run", "measured"
 BAD = (DIFFERS, FAILED)  # verdicts that make the exit code 1
 
-Value = float | int | str | None
+Value: TypeAlias = float | int | str | None
+P = ParamSpec("P")
 
 
 class NotHere(Exception):
@@ -50,10 +52,10 @@ class RowFile:
         return [Row(**json.loads(line)) for line in complete.splitlines()]
 
 
-def attempt(name: str, measure: Callable[[], Row]) -> Row:
+def attempt(name: str, measure: Callable[P, Row], *args: P.args, **kwargs: P.kwargs) -> Row:
     """Return the row that a function measures, or one that tells why there is none."""
     try:
-        return measure()
+        return measure(*args, **kwargs)
     except NotHere as reason:
         return Row(name, NOT_RUN, note=str(reason))
     except Exception as error:  # whatever a driver or a library may raise: the next check goes on
@@ -73,7 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def greatest_difference(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the greatest relative difference of two traces; infinite where their lengths differ or one is no number."""
+    """Return the greatest relative difference of two traces; infinite if their lengths differ or one is not finite."""
     if len(one) != len(other) or not one or not all(map(math.isfinite, [*one, *other])):
         return math.inf
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(one, other, strict=True))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -22,6 +22,8 @@ from benchmarks.card.setting import Setting
 from library.files import replacing
 
 SHORTEST = 10.0  # seconds below which no part is begun
+SILENCE = {True: 150.0, False: 900.0}  # seconds without a row after which a part hangs, with --quick and without
+LOOKED_AT_EVERY = 0.25
 WAITED_FOR_THE_KILLED = 10.0
 NO_TIME = "the minutes of --minutes were used up"
 
@@ -33,12 +35,19 @@ class Part:
     name: str
     title: str
     find: Callable[[Setting], Iterator[Row]]
-    limit: float  # seconds; with --quick as many as `quick_limit`
+    limit: float  # its share of the time, in seconds; with --quick as many as `quick_limit`
     quick_limit: float = 120
 
     def limit_of(self, setting: Setting) -> float:
         """Return the time limit in seconds."""
         return self.quick_limit if setting.quick else self.limit
+
+
+class Ended(NamedTuple):
+    """How the process of a part ended."""
+
+    code: int | None  # None: it was ended at a limit
+    silent: float  # seconds since its last row, or its start
 
 
 class Report:
@@ -108,35 +117,52 @@ def run_parts(
         tell(f"{part.name}: {part.title} ...")
         start, file = time.monotonic(), RowFile(setting.work / f"{part.name}.rows")
         file.path.unlink(missing_ok=True)
-        limit = min(part.limit_of(setting), left)
-        code = run_limited(command(part, file.path), logs / f"{part.name}.log", limit, environment(setting))
+        silence = min(SILENCE[setting.quick], part.limit_of(setting))
+        ended = run_limited(
+            command(part, file.path),
+            environment(setting),
+            logs / f"{part.name}.log",
+            file.path,
+            limit=min(part.limit_of(setting), left),
+            silence=silence,
+        )
         taken = time.monotonic() - start
-        report.add(part, [*file.read(), *ending(part, code, limit, is_cut=limit == left)], taken)
+        report.add(part, [*file.read(), *ending(part, ended, silence)], taken)
         tell(f"{part.name}: {taken:.0f} s")
     report.end()
 
 
-def ending(part: Part, code: int | None, limit: float, *, is_cut: bool) -> list[Row]:
-    """Return the row for a process that did not end well: exit code, or None for one that was ended at its limit."""
-    if code == 0:
+def ending(part: Part, ended: Ended, silence: float) -> list[Row]:
+    """Return the row for a process that did not end well: one without a row for `silence` seconds hangs, others are slow."""
+    log = f"see logs/{part.name}.log"
+    if ended.code == 0:
         return []
-    if code is not None:
-        return [Row("the part", FAILED, note=f"its process ended with {code}; see logs/{part.name}.log")]
-    if is_cut:
-        return [Row("what follows", NOT_RUN, note=NO_TIME)]
-    return [Row("what follows", FAILED, note=f"not done within {limit:.0f} s; see logs/{part.name}.log")]
+    if ended.code is not None:
+        return [Row("the part", FAILED, note=f"its process ended with {ended.code}; {log}")]
+    if ended.silent >= silence:
+        return [Row("what follows", FAILED, note=f"nothing was found for {ended.silent:.0f} s; {log}")]
+    return [Row("what follows", NOT_RUN, note="the time of this part, or of the report, was used up")]
 
 
-def run_limited(words: Sequence[str], log: Path, limit: float, variables: Mapping[str, str]) -> int | None:
-    """Run a command with its output in a file; return its exit code, or None if it was ended at its time limit."""
+def run_limited(
+    words: Sequence[str], variables: Mapping[str, str], log: Path, rows: Path, *, limit: float, silence: float
+) -> Ended:
+    """Run a command with its output in a log, and end it at its limit, or if its file of rows does not grow."""
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=dict(variables)
         )
+    start = last = time.monotonic()
+    size = 0
     try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return Ended(process.wait(LOOKED_AT_EVERY), time.monotonic() - last)
+            moment, grown = time.monotonic(), rows.stat().st_size if rows.exists() else 0
+            if grown > size:
+                last, size = moment, grown
+            if moment - start >= limit or moment - last >= silence:
+                return Ended(None, moment - last)
     finally:
         if process.poll() is None:
             end_tree(process.pid)

@@ -63,6 +63,12 @@ def half_of(setting: Setting) -> str:
     return "bf16" if not setting.on_card or has_bf16() else "fp16"
 
 
+def need_card(setting: Setting) -> None:
+    """Raise NotHere without a card."""
+    if not setting.on_card:
+        raise NotHere("it needs a card")
+
+
 def need_package(name: str) -> None:
     """Raise NotHere for a package that is not installed."""
     if importlib.util.find_spec(name) is None:

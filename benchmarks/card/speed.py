@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 from benchmarks.card import floor, suite
 from benchmarks.card.rows import (
@@ -22,11 +22,13 @@ from benchmarks.card.setting import (
     device_of,
     free,
     half_of,
+    need_card,
     need_half,
     need_package,
 )
 from benchmarks.card.suite import Timed
 
+P = ParamSpec("P")
 BATCHES = {"sd1": (1, 4, 8), "sdxl": (1, 4)}
 PEAK_SIDE = 8192  # of the matrices whose product shows what the card can do
 
@@ -38,6 +40,7 @@ class Mode(NamedTuple):
     options: dict[str, object]
     precision: str | None = None  # unset: the half precision that suits the card
     package: str | None = None  # needed
+    needs_card: bool = False
 
 
 MODES = (
@@ -46,7 +49,7 @@ MODES = (
     Mode("gradient checkpointing", {"gradient_checkpointing": True}),
     Mode("8-bit U-Net", {"fp8_base_unet": True, "network_train_unet_only": True}),
     Mode("AdamW8bit", {"optimizer_type": "AdamW8bit"}, package="bitsandbytes"),
-    Mode("xformers", {"xformers": True}, package="xformers"),
+    Mode("xformers", {"xformers": True}, package="xformers", needs_card=True),
     Mode("DyLoRA", {"network_module": "networks.dylora"}),
     Mode("U-Net only", {"network_train_unet_only": True}),
     Mode("pictures encoded in each step", {"cache_latents": None}),
@@ -54,10 +57,10 @@ MODES = (
 # Modes that change torch for the whole process: a part of its own for each, with and without it.
 SWITCHED = {
     "channels-last": Mode("channels last", {"opt_channels_last": True}),
-    "cudnn": Mode("cudnn_benchmark", {"cudnn_benchmark": True}),
-    "tf32": Mode("TF32", {"allow_tf32": True}, precision="no"),
-    "graphs": Mode("CUDA graphs", {"cuda_graphs": True}),
-    "compile": Mode("torch_compile", {"torch_compile": True}),
+    "cudnn": Mode("cudnn_benchmark", {"cudnn_benchmark": True}, needs_card=True),
+    "tf32": Mode("TF32", {"allow_tf32": True}, precision="no", needs_card=True),
+    "graphs": Mode("CUDA graphs", {"cuda_graphs": True}, needs_card=True),
+    "compile": Mode("torch_compile", {"torch_compile": True}, package="triton", needs_card=True),
 }
 
 
@@ -66,13 +69,13 @@ def batches_of(setting: Setting, family: str) -> tuple[int, ...]:
     return (1,) if setting.tiny else BATCHES[family]
 
 
-def measured(setting: Setting, name: str, measure: Callable[[], Row]) -> Row:
+def measured(name: str, setting: Setting, measure: Callable[P, Row], *args: P.args, **kwargs: P.kwargs) -> Row:
     """Return the row of a measurement; what does not fit into the card's memory is no fault here."""
 
     def fitting() -> Row:
         free(setting)
         try:
-            return measure()
+            return measure(*args, **kwargs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise NotHere("it does not fit into the memory of the card") from None
@@ -87,52 +90,65 @@ def measured(setting: Setting, name: str, measure: Callable[[], Row]) -> Row:
 def steps(setting: Setting, family: str) -> Iterator[Row]:
     """Time the step in each precision and batch size, with the floor and peft in the same process."""
     best = Peak()
-    if family == "sd1" or setting.on_card:
-        yield attempt("largest product of matrices", lambda: best.measure(setting))
+    yield attempt("largest product of matrices", lambda: best.measure(setting))
     precisions = [half_of(setting)] if setting.tiny or family == "sdxl" else ["bf16", "fp16", "no"]
     for precision, batch in itertools.product(precisions, batches_of(setting, family)):
         if setting.quick and precision != half_of(setting) and batch > 1:
             continue
-        yield from beside(setting, family, precision, batch, best)
+        compared_here = Beside(setting, family, precision, batch, best)
+        for kind, measure in compared_here.rows().items():
+            yield measured(f"{precision}, {kind}, batch {batch}", setting, measure)
 
 
-def beside(setting: Setting, family: str, precision: str, batch: int, best: Peak) -> Iterator[Row]:
-    """Time the floor, our step and peft's for a precision and batch size."""
-    floors: dict[str, float] = {}
+class Beside:
+    """The floor, our step and peft's for a precision and batch size."""
 
-    def columns(timed: Timed) -> dict[str, Value]:
-        found = timed.values(batch)
-        if "seconds" in floors:
-            found["times floor"] = timed.seconds / floors["seconds"]
-        if "FLOP" in floors and best.flops:
-            found["% of the card's peak"] = 100 * floors["FLOP"] / timed.seconds / best.flops
-        return found
+    def __init__(self, setting: Setting, family: str, precision: str, batch: int, best: Peak) -> None:
+        self._setting, self._family, self._precision, self._batch = setting, family, precision, batch
+        self._peak = best
+        self._floor_seconds = self._floor_operations = 0.0  # 0 before they were measured, or if that failed
 
-    def of_floor() -> Row:
-        need_half(setting, precision)
-        step = floor.make_floor(work_of(setting, family, precision, batch))
-        timed = suite.timed_step(setting, repeated(step))
-        floors["seconds"] = timed.seconds
-        counted = counted_operations(step)
-        if counted and precision != "no":
-            floors["FLOP"] = counted
-        row = columns(timed) | {"TFLOP a step": counted / 1e12 if counted else None}
-        return Row(f"{precision}, floor", MEASURED, row)
+    def rows(self) -> dict[str, Callable[[], Row]]:
+        """Return what measures each row, in the order in which they need each other."""
+        return {"floor": self.floor, "ours": self.ours, "peft": self.peft}
 
-    def of_ours() -> Row:
-        need_half(setting, precision)
-        options = suite.full_training(setting, family, "timed", batch, mixed_precision=precision)
-        timed = suite.timed_training(setting, options)
-        return Row(f"{precision}, ours", MEASURED, columns(timed), left_out(timed))
+    def floor(self) -> Row:
+        """Time the floor, and count its operations."""
+        need_half(self._setting, self._precision)
+        step = floor.make_floor(self._work())
+        timed = suite.timed_step(self._setting, repeated(step))
+        self._floor_seconds, self._floor_operations = timed.seconds, counted_operations(step)
+        values = self._columns(timed) | {"TFLOP a step": self._floor_operations / 1e12 or None}
+        return Row(f"{self._precision}, floor", MEASURED, values)
 
-    def of_peft() -> Row:
-        need_half(setting, precision)
+    def ours(self) -> Row:
+        """Time the training of the suite."""
+        need_half(self._setting, self._precision)
+        options = suite.full_training(
+            self._setting, self._family, "timed", self._batch, mixed_precision=self._precision
+        )
+        timed = suite.timed_training(self._setting, options)
+        return Row(f"{self._precision}, ours", MEASURED, self._columns(timed), left_out(timed))
+
+    def peft(self) -> Row:
+        """Time a step with peft."""
+        need_half(self._setting, self._precision)
         need_package("peft")
-        step = floor.make_peft(work_of(setting, family, precision, batch))
-        return Row(f"{precision}, peft", MEASURED, columns(suite.timed_step(setting, repeated(step))))
+        step = floor.make_peft(self._work())
+        timed = suite.timed_step(self._setting, repeated(step))
+        return Row(f"{self._precision}, peft", MEASURED, self._columns(timed))
 
-    for name, measure in {"floor": of_floor, "ours": of_ours, "peft": of_peft}.items():
-        yield measured(setting, f"{precision}, {name}, batch {batch}", measure)
+    def _work(self) -> floor.Work:
+        return work_of(self._setting, self._family, self._precision, self._batch)
+
+    def _columns(self, timed: Timed) -> dict[str, Value]:
+        """Return the columns of a row; the share of the peak counts the operations of the floor alone."""
+        found = timed.values(self._batch)
+        if self._floor_seconds:
+            found["times floor"] = timed.seconds / self._floor_seconds
+        if self._floor_operations and self._peak.flops and self._precision != "no":
+            found["% of the card's peak"] = 100 * self._floor_operations / timed.seconds / self._peak.flops
+        return found
 
 
 def left_out(timed: Timed) -> str:
@@ -210,21 +226,23 @@ def modes(setting: Setting, family: str) -> Iterator[Row]:
         if family == "sdxl" and mode.name == "U-Net only":
             continue  # as in all rows of SDXL
 
-        def of_mode(batch: int = batch, mode: Mode = mode) -> Row:
-            return Row(name, MEASURED, timed_mode(setting, family, batch, mode, mode.options).values(batch))
-
         name = f"{mode.precision or half_of(setting)}, {mode.name}"
-        yield measured(setting, name, of_mode)
+        yield measured(name, setting, mode_row, setting, name, family, batch, mode)
+
+
+def mode_row(setting: Setting, name: str, family: str, batch: int, mode: Mode) -> Row:
+    """Time a mode."""
+    return Row(name, MEASURED, timed_mode(setting, family, batch, mode, mode.options).values(batch))
 
 
 def timed_mode(setting: Setting, family: str, batch: int, mode: Mode, options: dict[str, object]) -> Timed:
     """Time a mode, or with no options the plain run that it is compared with."""
     precision = mode.precision or half_of(setting)
     need_half(setting, precision)
+    if mode.needs_card:
+        need_card(setting)
     if mode.package:
         need_package(mode.package)
-    if mode.name == "xformers" and not setting.on_card:
-        raise NotHere("it needs a card")
     more = {"mixed_precision": precision, **options}
     if family == "sdxl" and "cache_latents" in options:
         more["cache_latents"] = None
@@ -234,23 +252,26 @@ def timed_mode(setting: Setting, family: str, batch: int, mode: Mode, options: d
 def switched(setting: Setting, family: str, mode: Mode) -> Iterator[Row]:
     """Time steps without and with an option that changes torch, and compare their losses."""
     for batch in batches_of(setting, family)[: 1 if setting.quick else None]:
-        plain: list[Timed] = []
+        found: list[Timed] = []
+        yield measured("without", setting, without_switch, setting, family, batch, mode, found)
+        yield measured(mode.name, setting, with_switch, setting, family, batch, mode, found)
 
-        def without(batch: int = batch, plain: list[Timed] = plain) -> Row:
-            suite.need_options(train_config(), mode.options)  # before the plain run is made in vain
-            plain.append(timed_mode(setting, family, batch, mode, {}))
-            return Row("without", MEASURED, plain[0].values(batch))
 
-        def with_it(batch: int = batch, plain: list[Timed] = plain) -> Row:
-            timed = timed_mode(setting, family, batch, mode, mode.options)
-            values = timed.values(batch)
-            if not plain:
-                return Row(mode.name, MEASURED, values)
-            values["times without"] = timed.seconds / plain[0].seconds
-            return compared(mode.name, greatest_difference(timed.losses, plain[0].losses), SWITCH_BOUND, values)
+def without_switch(setting: Setting, family: str, batch: int, mode: Mode, found: list[Timed]) -> Row:
+    """Time the plain run, and add it to what was found."""
+    suite.need_options(train_config(), mode.options)  # else it would be made in vain
+    found.append(timed_mode(setting, family, batch, mode, {}))
+    return Row("without", MEASURED, found[0].values(batch))
 
-        yield measured(setting, "without", without)
-        yield measured(setting, mode.name, with_it)
+
+def with_switch(setting: Setting, family: str, batch: int, mode: Mode, found: list[Timed]) -> Row:
+    """Time the run with the option, and compare it with the plain one."""
+    timed = timed_mode(setting, family, batch, mode, mode.options)
+    values = timed.values(batch)
+    if not found:
+        return Row(mode.name, MEASURED, values)
+    values["times without"] = timed.seconds / found[0].seconds
+    return compared(mode.name, greatest_difference(timed.losses, found[0].losses), SWITCH_BOUND, values)
 
 
 SWITCH_BOUND = 5e-2  # of losses with and without a switch: another order of sums, in half precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -209,7 +210,8 @@ class Started:
                 env=os.environ | (NO_CARD if on_cpu else {}),
                 cwd=ROOT,
             )
-        self._script = script
+        self._script, self.options = script, options
+        atexit.register(self._process.kill)  # it does not outlive this process, whatever happens
 
     def wait(self) -> None:
         """Wait for its end; raises RuntimeError with its last line if it did not end well."""

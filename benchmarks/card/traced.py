@@ -15,28 +15,25 @@ from benchmarks.card.speed import measured
 
 # Calls of CUDA's runtime and driver in a trace; both names of a call are counted.
 LAUNCHES = ("LaunchKernel", "cudaGraphLaunch", "hipLaunch", "hipModuleLaunch")
-WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
+WAITS = ("StreamSynchronize", "EventSynchronize")
+DEVICE_WAITS = ("DeviceSynchronize",)
 COPIES = ("MemcpyAsync", "hipMemcpy")
 
 
 def traced(setting: Setting, family: str) -> Iterator[Row]:
     """Count launches, waits and copies of a step, and name the lines at which the host waits."""
-    batch = 1
     precisions = [half_of(setting)] if setting.quick or setting.tiny else ["bf16", "fp16"]
     for precision in precisions:
-
-        def trace(precision: str = precision) -> Row:
-            need_half(setting, precision)
-            options = suite.full_training(setting, family, "traced", batch, mixed_precision=precision)
-            return traced_training(setting, f"{precision}, batch {batch}", options)
-
-        yield measured(setting, f"{precision}, batch {batch}", trace)
+        name = f"{precision}, batch 1"
+        yield measured(name, setting, traced_training, setting, name, family, precision)
 
 
-def traced_training(setting: Setting, name: str, options: suite.Options) -> Row:
+def traced_training(setting: Setting, name: str, family: str, precision: str) -> Row:
     """Train, and trace one step and the waits of another."""
     from library.training.run.events import Event, Every, Moment
 
+    need_half(setting, precision)
+    options = suite.full_training(setting, family, "traced", 1, mixed_precision=precision)
     steps = suite.windows_of(setting).warm_up + 2
     tracer, waits = StepTracer(setting), WaitLines(setting)
 
@@ -82,16 +79,23 @@ class StepTracer:
         self._profile.__exit__(None, None, None)
 
     def values(self) -> dict[str, Value]:
-        """Return the counts of what was traced. The one wait of `stop` is left out."""
+        """Return the counts of what was traced."""
         events = self._profile.key_averages()
 
         def count(names: tuple[str, ...]) -> int:
             return sum(event.count for event in events if any(name in event.key for name in names))
 
-        busy = sum(getattr(event, "self_device_time_total", 0) for event in events)
+        on_device = [
+            event
+            for event in events
+            if not str(getattr(event, "device_type", "CPU")).endswith("CPU")
+            and not getattr(event, "is_user_annotation", False)
+        ]
+        busy = sum(getattr(event, "self_device_time_total", 0) for event in on_device)
         return {
             "launches": count(LAUNCHES),
-            "waits": max(0, count(WAITS) - 1),
+            "waits for a stream or event": count(WAITS),
+            "waits for the device (1 or 2 of the trace itself)": count(DEVICE_WAITS),
             "copies": count(COPIES),
             "busy ms": busy / 1000 if self._setting.on_card else None,
             "operators on the CPU": sum(event.count for event in events if event.key.startswith("aten::")),
