@@ -1,4 +1,4 @@
-"""Check the suite on a card and measure it; write a report. One command, without internet, with the torch that is there.
+"""Check the suite on a card and measure it; write a report. One command; no internet, and the torch that is there.
 
 python benchmarks/gpu.py                # everything, at most two hours
 python benchmarks/gpu.py --quick        # what matters most, ten minutes at most

@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 PREVIEWS: dict[str, object] = {"sample_at_first": True, "sample_every_n_steps": 10}
 CHOICES = (
-    Choice("8-bit base, with previews", {"fp8_base": True, **PREVIEWS}, bound=0.3),
+    Choice("8-bit base, with previews", {"fp8_base": True, **PREVIEWS}, bound=0.1),
     Choice("8-bit U-Net", {"fp8_base_unet": True, "network_train_unet_only": True}),
     Choice("full_fp16", {"full_fp16": True}, bound=0.1, precision="fp16"),
     Choice("full_bf16", {"full_bf16": True}, bound=0.1, precision="bf16"),

@@ -2,8 +2,8 @@
 
 floor: the same frozen text encoder and U-Net, forward and backward to their inputs; no adapter, no optimizer, and in
        half precision no autocast.
-peft:  noise, text encoder, U-Net with peft's adapters in float32, loss, backward, clipping, and AdamW as torch has it by
-       default; in half precision with autocast, and in fp16 with a scaler, as scripts with peft train.
+peft:  noise, text encoder, U-Net with peft's adapters in float32, loss, backward, clipping, and AdamW as torch has it
+       by default; in half precision with autocast, and in fp16 with a scaler, as scripts with peft train.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part that trains under the memory limit of a smaller card, with the options that the documentation names for it."""
+"""The part that trains under the memory limit of a smaller card, with the options that the documentation names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipes(setting: Setting) -> Iterator[Row]:
     """Train with each recipe, with a preview before and after, under its limit."""
     for recipe in RECIPES[:1] if setting.tiny else RECIPES:
         name = f"{recipe.family} on {recipe.gigabytes} GB"
-        yield attempt(name, lambda name=name, recipe=recipe: under_limit(setting, name, recipe))
+        yield attempt(name, under_limit, setting, name, recipe)
 
 
 def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
@@ -75,7 +75,7 @@ def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
 
 
 def limited(setting: Setting, gigabytes: int | None) -> float | None:
-    """Limit torch to the memory that a card of some GB leaves it, or lift the limit; return it in GiB if there is one."""
+    """Limit torch to the memory that a card of some GB leaves it, or lift it; return the limit in GiB, if any."""
     import torch
 
     if not setting.on_card:

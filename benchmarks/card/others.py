@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.card import suite
 from benchmarks.card.correctness import weight_difference, without_tf32
-from benchmarks.card.rows import NotHere, Row, attempt, compared
+from benchmarks.card.rows import MEASURED, NotHere, Row, attempt, compared
 from benchmarks.card.running import python
 from benchmarks.card.setting import Setting
 
@@ -29,29 +32,31 @@ def tools(setting: Setting) -> Iterator[Row]:
         "extract_lora_from_models": ["--model_org", pocket, "--model_tuned", merged, "--dim", 4, "--exact"],
     }
 
-    def make() -> Row:
-        for options in networks:
-            suite.train(setting, options)
-        call("merge_lora", sources["merge_lora"])
-        return compared("two networks, and a model with one merged in", 0, 0)
+    name = "two networks, and a model with one merged in"
+    yield attempt(name, prepared, setting, name, networks, sources.pop("merge_lora"))
+    for tool, words in sources.items():
+        yield attempt(f"{tool}.py --device", tool_compared, setting, tool, words)
 
-    yield attempt("two networks, and a model with one merged in", make)
-    for name, words in list(sources.items())[1:]:
 
-        def compare(name: str = name, words: list[object] = words) -> Row:
-            written = []
-            for device in ("cpu", setting.device):
-                written.append(setting.work / f"{name}-{len(written)}.safetensors")
-                call(name, [*words, "--save_to", written[-1], "--device", device])
-            return compared(f"{name}.py --device", weight_difference(written[1], written[0]), TOOL_BOUND)
+def prepared(setting: Setting, name: str, networks: list[dict[str, object]], merging: list[object]) -> Row:
+    """Write what the tools read."""
+    for options in networks:
+        suite.train(setting, options)
+    call("merge_lora", merging)
+    return Row(name, MEASURED)
 
-        yield attempt(f"{name}.py --device", compare)
+
+def tool_compared(setting: Setting, tool: str, words: list[object]) -> Row:
+    """Compare the files that a tool writes with each device."""
+    written: list[Path] = []
+    for device in ("cpu", setting.device):
+        written.append(setting.work / f"{tool}-{len(written)}.safetensors")
+        call(tool, [*words, "--save_to", written[-1], "--device", device])
+    return compared(f"{tool}.py --device", weight_difference(written[1], written[0]), TOOL_BOUND)
 
 
 def call(name: str, words: list[object]) -> None:
     """Run a script of networks/ in this process."""
-    import importlib
-
     code = importlib.import_module(f"networks.{name}").main([str(word) for word in words])
     if code:
         raise RuntimeError(f"{name}.py ended with {code}")
@@ -64,14 +69,12 @@ RANK_BOUND = 1e-2  # of losses: the sums over two halves of a batch, and what th
 
 def ranks(setting: Setting) -> Iterator[Row]:
     """Compare two processes with one whose batches are twice as large."""
-    yield attempt("two processes against one with batches of twice the size", lambda: two_ranks(setting))
+    name = "two processes against one with batches of twice the size"
+    yield attempt(name, two_ranks, setting, name)
 
 
-def two_ranks(setting: Setting) -> Row:
+def two_ranks(setting: Setting, name: str) -> Row:
     """Train with torchrun, and in one process."""
-    import os
-    import subprocess
-
     import torch
 
     if setting.on_card and torch.cuda.device_count() < 2:
@@ -89,9 +92,7 @@ def two_ranks(setting: Setting) -> Row:
     lines = [json.loads(line) for line in metrics(two).read_text(encoding="utf-8").splitlines()]
     steps = [line["step"] for line in lines if "loss/current" in line]
     difference = weight_difference(suite.network_file(two), suite.network_file(one))
-    return compared(
-        "two processes against one with batches of twice the size", difference, RANK_BOUND, {"steps": len(steps)}
-    )
+    return compared(name, difference, RANK_BOUND, {"steps": len(steps)})
 
 
 def metrics(options: suite.Options) -> Path:

@@ -110,9 +110,9 @@ class Beside:
 
     def rows(self) -> dict[str, Callable[[], Row]]:
         """Return what measures each row, in the order in which they need each other."""
-        return {"floor": self.floor, "ours": self.ours, "peft": self.peft}
+        return {"floor": self.of_floor, "ours": self.of_ours, "peft": self.of_peft}
 
-    def floor(self) -> Row:
+    def of_floor(self) -> Row:
         """Time the floor, and count its operations."""
         need_half(self._setting, self._precision)
         step = floor.make_floor(self._work())
@@ -121,7 +121,7 @@ class Beside:
         values = self._columns(timed) | {"TFLOP a step": self._floor_operations / 1e12 or None}
         return Row(f"{self._precision}, floor", MEASURED, values)
 
-    def ours(self) -> Row:
+    def of_ours(self) -> Row:
         """Time the training of the suite."""
         need_half(self._setting, self._precision)
         options = suite.full_training(
@@ -130,7 +130,7 @@ class Beside:
         timed = suite.timed_training(self._setting, options)
         return Row(f"{self._precision}, ours", MEASURED, self._columns(timed), left_out(timed))
 
-    def peft(self) -> Row:
+    def of_peft(self) -> Row:
         """Time a step with peft."""
         need_half(self._setting, self._precision)
         need_package("peft")
