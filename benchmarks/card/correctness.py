@@ -12,8 +12,8 @@ from benchmarks.card.rows import MEASURED, NotHere, Row, Value, attempt, compare
 from benchmarks.card.setting import Setting, half_of, need_half
 from benchmarks.card.suite import Started
 
-# Greatest relative difference of a loss within 20 steps from those of the CPU in float32. On a CPU sums in another order
-# change float32 by 4e-7, and bf16 by 5e-3 (1.7e-2 at 64 px); fp16 has eight times its precision.
+# Greatest relative difference of a loss within 20 steps from those of the CPU in float32. On a CPU sums in another
+# order change it by 4e-7, and bf16 by 5e-3 (1.7e-2 at 64 px); fp16 has eight times the precision of bf16.
 TRACE_BOUNDS = {"no": 1e-4, "fp16": 1e-2, "bf16": 4e-2}
 PRECISION_NAMES = {"no": "float32", "fp16": "fp16", "bf16": "bf16"}
 PICTURE_BOUNDS = {"no": 0.5, "fp16": 2.0, "bf16": 6.0}  # mean difference of the 256 levels of a channel

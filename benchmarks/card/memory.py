@@ -69,9 +69,21 @@ def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
     finally:
         limited(setting, None)
     values: dict[str, Value] = {**peaks(setting), "limit GiB": limit, "steps": len(losses)}
+    values["counted GiB (--dry_run)"] = counted(recipe, given, side) if setting.on_card else None
     verdict = WITHIN if setting.on_card else NOT_RUN
     notes += [] if setting.on_card else ["trained, but a limit of memory needs a card"]
     return Row(name, verdict, values, "; ".join(notes))
+
+
+def counted(recipe: Recipe, given: dict[str, object], side: int) -> float:
+    """Return the memory at the peak of a recipe as it is counted on shapes, in GiB."""
+    import full_size
+    import tiny
+
+    options = {name: value for name, value in given.items() if not name.startswith("sample_")}
+    if recipe.family == "sdxl":
+        options |= {"network_train_unet_only": True, "cache_text_encoder_outputs": True}
+    return max(stage.total for stage in full_size.count(tiny.FAMILIES[recipe.family], side, **options)) / GIB
 
 
 def limited(setting: Setting, gigabytes: int | None) -> float | None:

@@ -133,7 +133,7 @@ def run_parts(
 
 
 def ending(part: Part, ended: Ended, silence: float) -> list[Row]:
-    """Return the row for a process that did not end well: without a row for `silence` seconds it hangs, else it is slow."""
+    """Return the row for a process that did not end well; without a row for `silence` seconds it hangs."""
     log = f"see logs/{part.name}.log"
     if ended.code == 0:
         return []
