@@ -37,16 +37,7 @@ MINUTES = {True: 10.0, False: 120.0}  # with --quick and without
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer batch sizes and steps; ten minutes at most")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and few steps")
-    parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder of the report")
-    parser.add_argument("--minutes", type=float, help="most minutes for all parts; unset: 120, with --quick 10")
-    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], metavar="PART", help=names())
-    parser.add_argument("--work", type=Path, help="folder of the models, which are kept; unset: a temporary one")
-    parser.add_argument("--part", choices=list(BY_NAME), help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu needs --tiny: models of full size take hours there")
@@ -57,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = Setting(args.device, args.tiny, args.quick, work)
         minutes = MINUTES[args.quick] if args.minutes is None else args.minutes
         return make(setting, args.output, args.only, minutes, sys.argv[1:] if argv is None else argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer batch sizes and steps; ten minutes at most")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few steps")
+    parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder of the report")
+    parser.add_argument("--minutes", type=float, help="most minutes for all parts; unset: 120, with --quick 10")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], metavar="PART", help=names())
+    parser.add_argument("--work", type=Path, help="folder of the models, which are kept; unset: a temporary one")
+    parser.add_argument("--part", choices=list(BY_NAME), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    return parser
 
 
 def names() -> str:
@@ -76,6 +82,7 @@ def make(setting: Setting, output: Path, only: Sequence[str] | None, minutes: fl
         return 2
     chosen = [part for part in PARTS if only is None or part.name in only]
     run_parts(chosen, setting, report, command_of(setting), seconds=minutes * 60)
+    report.end()
     print(f"wrote {output / 'gpu.md'} and {output / 'gpu.json'}")
     return 1 if report.has_faults else 0
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+import os
+import re
 import sys
 import time
 
@@ -72,7 +75,6 @@ def test_a_part_that_fails_or_hangs_hides_nothing(setting, tmp_path, monkeypatch
         "good": [("one", "equal")],
     }
     assert report.has_faults
-    assert report.values["ended"]
     assert "ended with 1; see logs/broken.log" in report.values["parts"][0]["rows"][1]["note"]
     assert (tmp_path / "out" / "logs" / "broken.log").read_text(encoding="utf-8").strip() == "no"
     assert not psutil.Process().children(recursive=True), "what a part started is ended with it"
@@ -164,9 +166,19 @@ def test_without_a_card_it_ends_with_exit_code_2(tmp_path):
 
 
 def no_card():
-    import os
+    return os.environ | running.NO_CARD
 
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+def test_all_that_the_parts_call_is_in_this_torch():
+    """Most of it is reached on a card only."""
+    import torch
+
+    folder = ROOT / "benchmarks" / "card"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    named = set(re.findall(r"\btorch\.((?:cuda|backends|profiler|amp|version)\.[\w.]+)", text))
+    assert len(named) > 10
+    for name in named:
+        operator.attrgetter(name.removesuffix("."))(torch)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,8 @@ PRECISION_NAMES = {"no": "float32", "fp16": "fp16", "bf16": "bf16"}
 PICTURE_BOUNDS = {"no": 0.5, "fp16": 2.0, "bf16": 6.0}  # mean difference of the 256 levels of a channel
 
 
-def without_tf32() -> None:
-    """Have NVIDIA's libraries compute float32 in float32; before they are loaded."""
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-
-
 def traces(setting: Setting) -> Iterator[Row]:
     """Compare the losses of trainings on the card with those on the CPU."""
-    without_tf32()
     for family in suite.POCKET:
         on_cpu = suite.small_training(setting, family, f"{family}-cpu")
         started = Started(setting, "train_network.py", on_cpu, on_cpu=True)
@@ -80,7 +73,6 @@ def lora_changes(path: Path) -> dict:
 
 def states(setting: Setting) -> Iterator[Row]:
     """Compare a training that was resumed with one that was not, to the byte, with deterministic kernels."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS is loaded
     import torch
 
     precisions = ["no", half_of(setting)] if setting.quick or setting.tiny else ["no", "bf16", "fp16"]
@@ -134,7 +126,6 @@ def tensors_differ(one: Path, other: Path) -> float:
 
 def pictures(setting: Setting) -> Iterator[Row]:
     """Compare pictures drawn on the card with those of the CPU."""
-    without_tf32()
     for family in suite.POCKET:
         network = suite.small_training(setting, family, f"{family}-drawn", learning_rate="3e-3")
         drawing = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.card import suite
-from benchmarks.card.correctness import weight_difference, without_tf32
+from benchmarks.card.correctness import weight_difference
 from benchmarks.card.rows import MEASURED, NotHere, Row, attempt, compared
 from benchmarks.card.running import python
 from benchmarks.card.setting import Setting
@@ -20,11 +21,10 @@ TOOL_BOUND = 1e-3  # relative difference of what two LoRA files add to the weigh
 
 def tools(setting: Setting) -> Iterator[Row]:
     """Compare what the tools write with the card and with the CPU."""
-    without_tf32()
     networks = [suite.small_training(setting, "sd1", f"tool-{seed}", seed=seed) for seed in (1, 2)]
     files = [suite.network_file(options) for options in networks]
     pocket = suite.POCKET["sd1"]
-    merged = setting.work / "merged.safetensors"
+    merged = setting.work / "merged"  # a folder, as the pocket model is
     sources: dict[str, list[object]] = {
         "merge_lora": ["--sd_model", pocket, "--save_to", merged, "--models", files[0], "--ratios", 1],
         "resize_lora": ["--model", files[0], "--new_rank", 2],
@@ -42,6 +42,7 @@ def prepared(setting: Setting, name: str, networks: list[dict[str, object]], mer
     """Write what the tools read."""
     for options in networks:
         suite.train(setting, options)
+    shutil.rmtree(setting.work / "merged", ignore_errors=True)
     call("merge_lora", merging)
     return Row(name, MEASURED)
 
@@ -79,7 +80,12 @@ def two_ranks(setting: Setting, name: str) -> Row:
 
     if setting.on_card and torch.cuda.device_count() < 2:
         raise NotHere("it needs two cards, and there is one")
-    common = {"gradient_accumulation_steps": 1, "max_train_steps": setting.steps(8, tiny=2)}
+    common = {
+        "train_data_dir": suite.small_pictures(setting, 2),  # with two, the batches are the same
+        "optimizer_type": "SGDNesterov",  # the steps of AdamW do not become smaller with the gradient
+        "learning_rate": "1e-1",
+        "max_train_steps": setting.steps(8, tiny=2),
+    }
     two = suite.small_training(setting, "sd1", "two-ranks", train_batch_size=1, **common)
     one = suite.small_training(setting, "sd1", "one-rank", train_batch_size=2, **common)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]

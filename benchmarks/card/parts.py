@@ -22,20 +22,24 @@ def switched(family: str, name: str, limit: float, quick_limit: float) -> Part:
     return Part(f"{short}-{name}", f"{long}: with and without {mode.name}", find, limit, quick_limit)
 
 
+# Variables that NVIDIA's libraries read when they are loaded.
+WHOLE_FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
 MACHINE = Part("machine", "Machine", machine.machine, 120)
 PARTS = (
-    Part("traces", "Losses on the card and on the CPU", correctness.traces, 600, 180),
+    Part("traces", "Losses on the card and on the CPU", correctness.traces, 600, 180, WHOLE_FLOAT32),
     Part("sd15", "SD 1.5 at 512 px: speed and memory", STEPS["sd1"], 1200, 180),
     Part("options", "Options of the training", choices.options, 900, 180),
-    Part("resume", "Resumed trainings", correctness.states, 300, 100),
-    Part("pictures", "Pictures on the card and on the CPU", correctness.pictures, 400, 90),
+    Part("resume", "Resumed trainings", correctness.states, 300, 100, DETERMINISTIC),
+    Part("pictures", "Pictures on the card and on the CPU", correctness.pictures, 400, 90, WHOLE_FLOAT32),
     Part("sdxl", "SDXL at 1024 px: speed and memory", STEPS["sdxl"], 1200, 200),
     Part("sd15-trace", "SD 1.5: what a step asks of the card", TRACE["sd1"], 300, 90),
     Part("memory", "Recipes for smaller cards, under a limit of memory", memory.recipes, 900, 150),
     Part("switches", "Options that change torch", choices.switches, 300, 90),
     switched("sd1", "graphs", 300, 90),
-    Part("tools", "Tools on the card and on the CPU", others.tools, 300, 90),
-    Part("ranks", "Two processes", others.ranks, 300, 90),
+    Part("tools", "Tools on the card and on the CPU", others.tools, 300, 90, WHOLE_FLOAT32),
+    Part("ranks", "Two processes", others.ranks, 300, 90, WHOLE_FLOAT32),
     Part("sd15-modes", "SD 1.5 at 512 px: other modes", MODES["sd1"], 1200, 120),
     Part("sdxl-modes", "SDXL at 1024 px: other modes", MODES["sdxl"], 1200, 150),
     switched("sd1", "tf32", 300, 90),

@@ -37,6 +37,7 @@ class Part:
     find: Callable[[Setting], Iterator[Row]]
     limit: float  # its share of the time, in seconds; with --quick as many as `quick_limit`
     quick_limit: float = 120
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of its process
 
     def limit_of(self, setting: Setting) -> float:
         """Return the time limit in seconds."""
@@ -120,7 +121,7 @@ def run_parts(
         silence = min(SILENCE[setting.quick], part.limit_of(setting))
         ended = run_limited(
             command(part, file.path),
-            environment(setting),
+            environment(setting, part),
             logs / f"{part.name}.log",
             file.path,
             limit=min(part.limit_of(setting), left),
@@ -129,7 +130,6 @@ def run_parts(
         taken = time.monotonic() - start
         report.add(part, [*file.read(), *ending(part, ended, silence)], taken)
         tell(f"{part.name}: {taken:.0f} s")
-    report.end()
 
 
 def ending(part: Part, ended: Ended, silence: float) -> list[Row]:
@@ -179,9 +179,9 @@ def end_tree(pid: int) -> None:
                 process.kill()
 
 
-def environment(setting: Setting) -> dict[str, str]:
+def environment(setting: Setting, part: Part) -> dict[str, str]:
     """Return the variables of a part's process: no network, and with --device cpu no card."""
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONFAULTHANDLER": "1"}
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONFAULTHANDLER": "1"} | part.variables
     return variables if setting.on_card else variables | NO_CARD
 
 

@@ -81,13 +81,16 @@ def noise_pictures(setting: Setting, number: int) -> Path:
     return folder
 
 
-def small_pictures(setting: Setting) -> Path:
+def small_pictures(setting: Setting, number: int = 12) -> Path:
     """Return a folder of training with small drawings and captions, which the pocket models understand."""
-    folder = setting.work / "drawings"
+    folder = setting.work / f"drawings-{number}"
     if not folder.exists():
-        temporary = setting.work / "drawings.tmp"
+        temporary = setting.work / f"drawings-{number}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(ROOT / "examples" / "unicorn" / "images", temporary / "1_x")
+        (temporary / "1_x").mkdir(parents=True)
+        for picture in sorted((ROOT / "examples" / "unicorn" / "images").glob("*.png"))[:number]:
+            for file in (picture, picture.with_suffix(".txt")):
+                shutil.copy(file, temporary / "1_x")
         temporary.rename(folder)
     return folder
 

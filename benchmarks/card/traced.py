@@ -128,7 +128,7 @@ class WaitLines:
         if self._setting.on_card:
             torch.cuda.set_sync_debug_mode("default")
         self._recorded.__exit__(None, None, None)
-        told = [found for found in self._found if "synchroniz" in str(found.message)]
+        told = [found for found in self._found if "called a synchronizing" in str(found.message)]
         places = [f"{short(found.filename)}:{found.lineno}" for found in told]
         self.lines = dict(collections.Counter(places))
 
