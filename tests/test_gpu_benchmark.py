@@ -9,13 +9,15 @@ import os
 import re
 import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from scripts import ROOT, python
 
 from benchmarks import gpu
-from benchmarks.card import page, rows, running
+from benchmarks.card import memory, page, rows, running, suite, traced
 from benchmarks.card.parts import BY_NAME, MACHINE, PARTS
 from benchmarks.card.rows import BAD, Row, RowFile
 from benchmarks.card.running import Part, Report, run_parts
@@ -212,3 +214,73 @@ def test_a_row_file_leaves_out_what_was_not_written_to_its_end(tmp_path):
     with file.path.open("a", encoding="utf-8") as stream:
         stream.write('{"name": "two"')
     assert file.read() == [Row("one", "equal", {"x": 1.5})]
+
+
+# ---- what only a card reaches, with stand-ins for its calls ------------------------------------------------------
+
+
+class OnCard(Setting):
+    """A setting that takes the ways of a card."""
+
+    on_card = True
+
+
+def test_waits_are_counted_by_line(setting, monkeypatch):
+    modes = []
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+    waits = traced.WaitLines(OnCard("cuda", True, True, setting.work))
+    waits.start()
+    for _ in range(2):
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+    warnings.warn("another", stacklevel=1)
+    waits.stop()
+    assert modes == ["warn", "default"]
+    assert list(waits.lines.values()) == [2]
+    assert re.fullmatch(r"tests/test_gpu_benchmark\.py:\d+", next(iter(waits.lines)))
+    assert traced.short("/x/lib/site-packages/diffusers/models/unet.py") == "diffusers/models/unet.py"
+
+
+def test_calls_and_times_of_a_trace_are_told_apart(setting):
+    def event(key, count, kind="CPU", time=0.0, note=False):
+        return SimpleNamespace(
+            key=key, count=count, device_type=f"DeviceType.{kind}", self_device_time_total=time, is_user_annotation=note
+        )
+
+    events = [
+        event("aten::mm", 3, time=5000.0),
+        event("cudaLaunchKernel", 7),
+        event("cuLaunchKernelEx", 2),
+        event("cudaMemcpyAsync", 4),
+        event("cudaStreamSynchronize", 1),
+        event("cudaDeviceSynchronize", 2),
+        event("Memcpy HtoD (Pageable -> Device)", 4, "CUDA", 1000.0),
+        event("gemm", 3, "CUDA", 4000.0),
+        event("Optimizer.step", 1, "CUDA", 9000.0, note=True),
+    ]
+    tracer = traced.StepTracer(OnCard("cuda", True, True, setting.work))
+    tracer._profile = SimpleNamespace(key_averages=lambda: events)
+    found = tracer.values()
+    assert (found["launches"], found["copies"], found["busy ms"]) == (9, 4, 5.0)
+    assert (found["waits for a stream or event"], found["operators on the CPU"]) == (1, 3)
+
+
+@pytest.mark.parametrize(("whole", "limit", "fraction"), [(24, 7.3, 7.3 / 24), (6, None, 1.0)])
+def test_the_memory_of_a_smaller_card_leaves_room_for_the_driver(setting, monkeypatch, whole, limit, fraction):
+    given = []
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda at: SimpleNamespace(total_memory=whole * 2**30))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", given.append)
+    card = OnCard("cuda", True, True, setting.work)
+    assert memory.limited(card, 8) == limit
+    memory.limited(card, None)
+    assert given == [pytest.approx(fraction), 1.0]
+
+
+def test_the_clock_waits_for_the_device_only_between_groups_of_steps(setting, monkeypatch):
+    waits = []
+    monkeypatch.setattr(suite, "wait_for_device", waits.append)
+    clock = suite.Clock(setting, suite.Windows(2, 2, 3))
+    for step in range(1, 9):
+        clock.note_step(step)
+    assert len(waits) == len(clock.times) == 3
+    clock.times[:] = [0.0, 3.0, 9.0]
+    assert clock.seconds == 1.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.card import suite
 from benchmarks.card.rows import FAILED, NOT_RUN, WITHIN, Row, Value, attempt, is_out_of_memory, told
@@ -75,7 +75,7 @@ def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
     return Row(name, verdict, values, "; ".join(notes))
 
 
-def counted(recipe: Recipe, given: dict[str, object], side: int) -> float:
+def counted(recipe: Recipe, given: dict[str, Any], side: int) -> float:
     """Return the memory at the peak of a recipe as it is counted on shapes, in GiB."""
     import full_size
     import tiny

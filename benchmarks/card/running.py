@@ -181,7 +181,8 @@ def end_tree(pid: int) -> None:
 
 def environment(setting: Setting, part: Part) -> dict[str, str]:
     """Return the variables of a part's process: no network, and with --device cpu no card."""
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONFAULTHANDLER": "1"} | part.variables
+    ours = {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1", "PYTHONFAULTHANDLER": "1"}
+    variables = {**os.environ, **ours, **part.variables}
     return variables if setting.on_card else variables | NO_CARD
 
 

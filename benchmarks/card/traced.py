@@ -108,7 +108,7 @@ class WaitLines:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._recorded: Any = None
-        self._found: list[Any] = []
+        self._found: Any = []
         self.lines: dict[str, int] = {}
 
     def start(self) -> None:
@@ -116,7 +116,7 @@ class WaitLines:
         import torch
 
         self._recorded = warnings.catch_warnings(record=True)
-        self._found = self._recorded.__enter__() or []
+        self._found = self._recorded.__enter__()
         warnings.simplefilter("always")
         if self._setting.on_card:
             torch.cuda.set_sync_debug_mode("warn")
