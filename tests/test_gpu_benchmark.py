@@ -201,7 +201,7 @@ def test_all_parts_run_here_with_tiny_models(tmp_path):
         exact = [row["verdict"] for row in found[name] if "float32 against" in row["name"]]
         assert exact, name
         assert set(exact) == {"equal"}, "the same processor on both sides"
-    assert [row["verdict"] for row in found["resume"]] == ["equal", "equal"]
+    assert [row["verdict"] for row in found["resume"]] == ["equal"]
     speeds = [row["values"]["steps/s"] for row in found["sd15"] if "ours" in row["name"]]
     assert speeds
     assert all(speed > 0 for speed in speeds)
@@ -226,7 +226,7 @@ class OnCard(Setting):
 
 
 def test_waits_are_counted_by_line(setting, monkeypatch):
-    modes = []
+    modes: list[str] = []
     monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
     waits = traced.WaitLines(OnCard("cuda", True, True, setting.work))
     waits.start()
@@ -266,7 +266,7 @@ def test_calls_and_times_of_a_trace_are_told_apart(setting):
 
 @pytest.mark.parametrize(("whole", "limit", "fraction"), [(24, 7.3, 7.3 / 24), (6, None, 1.0)])
 def test_the_memory_of_a_smaller_card_leaves_room_for_the_driver(setting, monkeypatch, whole, limit, fraction):
-    given = []
+    given: list[float] = []
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda at: SimpleNamespace(total_memory=whole * 2**30))
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", given.append)
     card = OnCard("cuda", True, True, setting.work)
@@ -276,7 +276,7 @@ def test_the_memory_of_a_smaller_card_leaves_room_for_the_driver(setting, monkey
 
 
 def test_the_clock_waits_for_the_device_only_between_groups_of_steps(setting, monkeypatch):
-    waits = []
+    waits: list[Setting] = []
     monkeypatch.setattr(suite, "wait_for_device", waits.append)
     clock = suite.Clock(setting, suite.Windows(2, 2, 3))
     for step in range(1, 9):

@@ -61,7 +61,7 @@ IN_TINY = ("8-bit base, with previews", "full_fp16", "gradient checkpointing", "
 SWITCHES = (
     Choice("channels last", {"opt_channels_last": True}, bound=TRACE_BOUNDS["bf16"]),
     Choice("cudnn_benchmark", {"cudnn_benchmark": True}, bound=TRACE_BOUNDS["bf16"], needs_card=True),
-    Choice("TF32", {"allow_tf32": True}, bound=TRACE_BOUNDS["fp16"], precision="no", needs_card=True),
+    Choice("TF32", {"allow_tf32": True}, bound=1e-2, precision="no", needs_card=True),
     Choice("CUDA graphs", {"cuda_graphs": True}, bound=TRACE_BOUNDS["bf16"], needs_card=True),
 )
 COMPILE = (Choice("torch_compile", {"torch_compile": True}, TRACE_BOUNDS["bf16"], "triton", needs_card=True),)

@@ -12,8 +12,9 @@ from benchmarks.card.setting import Setting, half_of, need_half
 from benchmarks.card.suite import Started
 
 # Greatest relative difference of a loss within 20 steps from those of the CPU in float32. On a CPU sums in another
-# order change it by 4e-7, and bf16 by 5e-3 (1.7e-2 at 64 px); fp16 has eight times the precision of bf16.
-TRACE_BOUNDS = {"no": 1e-4, "fp16": 1e-2, "bf16": 4e-2}
+# order change it by 4e-7, and bf16 by 5e-3 (1.7e-2 at 64 px); fp16 has eight times the precision of bf16, but
+# its scaler leaves out the first steps.
+TRACE_BOUNDS = {"no": 1e-4, "fp16": 4e-2, "bf16": 4e-2}
 PRECISION_NAMES = {"no": "float32", "fp16": "fp16", "bf16": "bf16"}
 PICTURE_BOUNDS = {"no": 0.5, "fp16": 2.0, "bf16": 6.0}  # mean difference of the 256 levels of a channel
 
@@ -75,7 +76,7 @@ def states(setting: Setting) -> Iterator[Row]:
     """Compare a training that was resumed with one that was not, to the byte, with deterministic kernels."""
     import torch
 
-    precisions = ["no", half_of(setting)] if setting.quick or setting.tiny else ["no", "bf16", "fp16"]
+    precisions = ["no"] if setting.tiny else ["no", half_of(setting)] if setting.quick else ["no", "bf16", "fp16"]
     torch.backends.cudnn.deterministic = True
     # Not merely with warnings: attention then keeps a kernel that is not deterministic.
     torch.use_deterministic_algorithms(True)
@@ -126,7 +127,7 @@ def tensors_differ(one: Path, other: Path) -> float:
 
 def pictures(setting: Setting) -> Iterator[Row]:
     """Compare pictures drawn on the card with those of the CPU."""
-    for family in suite.POCKET:
+    for family in ("sd1",) if setting.tiny else tuple(suite.POCKET):
         network = suite.small_training(setting, family, f"{family}-drawn", learning_rate="3e-3")
         drawing = {
             "ckpt": suite.POCKET[family],

@@ -29,11 +29,11 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 MACHINE = Part("machine", "Machine", machine.machine, 120)
 PARTS = (
     Part("traces", "Losses on the card and on the CPU", correctness.traces, 600, 180, WHOLE_FLOAT32),
-    Part("sd15", "SD 1.5 at 512 px: speed and memory", STEPS["sd1"], 1200, 180),
+    Part("sd15", "SD 1.5 at 512 px: speed and memory", STEPS["sd1"], 1200, 200),
     Part("options", "Options of the training", choices.options, 900, 180),
     Part("resume", "Resumed trainings", correctness.states, 300, 100, DETERMINISTIC),
     Part("pictures", "Pictures on the card and on the CPU", correctness.pictures, 400, 90, WHOLE_FLOAT32),
-    Part("sdxl", "SDXL at 1024 px: speed and memory", STEPS["sdxl"], 1200, 200),
+    Part("sdxl", "SDXL at 1024 px: speed and memory", STEPS["sdxl"], 1200, 240),
     Part("sd15-trace", "SD 1.5: what a step asks of the card", TRACE["sd1"], 300, 90),
     Part("memory", "Recipes for smaller cards, under a limit of memory", memory.recipes, 900, 150),
     Part("switches", "Options that change torch", choices.switches, 300, 90),

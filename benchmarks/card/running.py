@@ -22,7 +22,7 @@ from benchmarks.card.setting import Setting
 from library.files import replacing
 
 SHORTEST = 10.0  # seconds below which no part is begun
-SILENCE = {True: 150.0, False: 900.0}  # seconds without a row after which a part hangs, with --quick and without
+SILENCE = {True: 200.0, False: 900.0}  # seconds without a row after which a part hangs, with --quick and without
 LOOKED_AT_EVERY = 0.25
 WAITED_FOR_THE_KILLED = 10.0
 NO_TIME = "the minutes of --minutes were used up"

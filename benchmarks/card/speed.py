@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec
 
@@ -18,6 +19,7 @@ from benchmarks.card.rows import (
     is_out_of_memory,
 )
 from benchmarks.card.setting import (
+    GIB,
     Setting,
     device_of,
     free,
@@ -90,14 +92,23 @@ def measured(name: str, setting: Setting, measure: Callable[P, Row], *args: P.ar
 def steps(setting: Setting, family: str) -> Iterator[Row]:
     """Time the step in each precision and batch size, with the floor and peft in the same process."""
     best = Peak()
-    yield attempt("largest product of matrices", lambda: best.measure(setting))
-    precisions = [half_of(setting)] if setting.tiny or family == "sdxl" else ["bf16", "fp16", "no"]
+    yield attempt("largest product of matrices", best.measure, setting)
+    yield attempt("a random model", written, setting, family)
+    only_half = setting.tiny or (setting.quick and family == "sdxl")
+    precisions = [half_of(setting)] if only_half else ["bf16", "fp16", "no"]
     for precision, batch in itertools.product(precisions, batches_of(setting, family)):
         if setting.quick and precision != half_of(setting) and batch > 1:
             continue
         compared_here = Beside(setting, family, precision, batch, best)
         for kind, measure in compared_here.rows().items():
             yield measured(f"{precision}, {kind}, batch {batch}", setting, measure)
+
+
+def written(setting: Setting, family: str) -> Row:
+    """Write the model that the following rows load, if it is not there."""
+    start = time.perf_counter()
+    size = suite.full_model(setting, family).stat().st_size
+    return Row("a random model", MEASURED, {"GiB": size / GIB, "s to write": time.perf_counter() - start})
 
 
 class Beside:
@@ -220,7 +231,7 @@ class Peak:
 
 def modes(setting: Setting, family: str) -> Iterator[Row]:
     """Time the step with the options that trade speed, memory and precision."""
-    chosen = MODES[2:4] if setting.tiny else MODES
+    chosen = MODES[2:3] if setting.tiny else MODES
     batches = batches_of(setting, family)[: 1 if setting.quick else None]
     for batch, mode in itertools.product(batches, chosen):
         if family == "sdxl" and mode.name == "U-Net only":
