@@ -1,8 +1,7 @@
 """Time a training step against its floor and against peft, interleaved in one process.
 
-floor: the same frozen text encoder and U-Net, forward and backward to their inputs, no adapter, no optimizer.
-ours:  the recipe's own step: noise, text encoder, U-Net with networks.lora, loss, backward, clipping, AdamW.
-peft:  the same step with peft's adapters on the same layers, and AdamW as torch has it by default.
+floor, peft: see benchmarks/card/floor.py
+ours:        the recipe's own step: noise, text encoder, U-Net with networks.lora, loss, backward, clipping, AdamW
 
     python benchmarks/train_step.py                 # small model, 64 px, rank 4, one thread
     python benchmarks/train_step.py --size full --resolution 128 --rank 32 --threads 2 --rounds 5
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
     from transformers import CLIPTextModel
@@ -33,6 +31,8 @@ Model = TypeVar("Model", bound="nn.Module")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from benchmarks.card import floor
 
 
 def main() -> None:
@@ -120,39 +120,23 @@ def batch_inputs(args: argparse.Namespace) -> tuple:
     return moments, ["a photo of a cat"] * args.batch_size
 
 
-def token_ids(captions: list[str]) -> torch.Tensor:
-    """Return the padded token ids (B, 77) of captions."""
-    from library.models.tokenizer import WINDOW, load_clip_tokenizer
-
-    tokens = load_clip_tokenizer()(captions, padding="max_length", max_length=WINDOW, return_tensors="pt")
-    return tokens.input_ids
+def work_of(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace) -> floor.Work:
+    return floor.Work(
+        unet,
+        text_encoder,
+        batch=args.batch_size,
+        side=args.resolution // 8,
+        rank=args.rank,
+        conv_dim=args.conv_dim,
+        trains_text=not args.unet_only,
+        checkpointing=args.checkpointing,
+    )
 
 
 def make_floor(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
 ) -> Callable[[], object]:
-    import torch
-
-    if args.checkpointing:
-        unet.enable_gradient_checkpointing()
-    tokens = token_ids(batch_inputs(args)[1])
-    latents = batch_inputs(args)[0][:, :4].clone().requires_grad_()
-    timesteps = torch.full((args.batch_size,), 500)
-    embeddings = text_encoder.get_input_embeddings()
-
-    def step() -> None:
-        if args.unet_only:
-            with torch.no_grad():
-                hidden = text_encoder(tokens).last_hidden_state
-        else:
-            # Gradients reach the first layer's input, as they do in training.
-            handle = embeddings.register_forward_hook(lambda module, given, out: out.requires_grad_())
-            hidden = text_encoder(tokens).last_hidden_state
-            handle.remove()
-        unet(latents, timesteps, hidden).sample.square().mean().backward()
-        latents.grad = None
-
-    return step
+    return floor.make_floor(work_of(unet, text_encoder, args))
 
 
 def make_ours(
@@ -243,39 +227,7 @@ def one_batch(args: argparse.Namespace) -> Batch:
 def make_peft(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
 ) -> Callable[[], object]:
-    import torch
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    from library.diffusion.schedule import stable_diffusion_schedule
-
-    schedule = stable_diffusion_schedule()
-    targets = r".*attentions.*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2)"
-    if args.conv_dim:
-        targets = r"(down_blocks|mid_block|up_blocks).*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2"
-        targets += r"|conv1|conv2|conv|conv_shortcut|time_emb_proj)"
-    LoraModel(unet, LoraConfig(r=args.rank, lora_alpha=1, target_modules=targets), "default")
-    text_targets = r".*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-    if not args.unet_only:
-        LoraModel(text_encoder, LoraConfig(r=args.rank, lora_alpha=1, target_modules=text_targets), "default")
-    if args.checkpointing:
-        unet.enable_gradient_checkpointing()
-    parameters = [p for model in (unet, text_encoder) for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    moments, captions = batch_inputs(args)
-
-    def step() -> None:
-        latents = moments[:, :4] * 0.18215
-        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
-        with torch.set_grad_enabled(not args.unet_only):
-            hidden = text_encoder(token_ids(captions)).last_hidden_state
-        prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, hidden).sample
-        (prediction - noise).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return floor.make_peft(work_of(unet, text_encoder, args))
 
 
 def profile(step: Callable[[], object], path: str) -> None:
