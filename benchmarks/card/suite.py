@@ -291,7 +291,7 @@ class Clock:
 
 def timed_training(setting: Setting, options: Options) -> Timed:
     """Train, and time the steps; the options lack only their number."""
-    from library.training.run.events import Event, Every
+    from library.training.run.events import Event, Every, Needs
 
     windows = windows_of(setting)
     clock = Clock(setting, windows)
@@ -302,7 +302,7 @@ def timed_training(setting: Setting, options: Options) -> Timed:
         if moment.progress.step == windows.total:
             found.append(peaks(setting))
 
-    trace = train(setting, {**options, "max_train_steps": windows.total}, [Event("clock", Every(1), note)])
+    trace = train(setting, {**options, "max_train_steps": windows.total}, [Event("clock", Every(1), note, Needs.NOTHING)])
     return Timed(clock.seconds, found[0], trace)
 
 

@@ -30,7 +30,7 @@ def traced(setting: Setting, family: str) -> Iterator[Row]:
 
 def traced_training(setting: Setting, name: str, family: str, precision: str) -> Row:
     """Train, and trace one step and the waits of another."""
-    from library.training.run.events import Event, Every, Moment
+    from library.training.run.events import Event, Every, Moment, Needs
 
     need_half(setting, precision)
     options = suite.full_training(setting, family, "traced", 1, mixed_precision=precision)
@@ -47,7 +47,7 @@ def traced_training(setting: Setting, name: str, family: str, precision: str) ->
         elif done == steps:
             waits.stop()
 
-    suite.train(setting, {**options, "max_train_steps": steps}, [Event("trace", Every(1), act)])
+    suite.train(setting, {**options, "max_train_steps": steps}, [Event("trace", Every(1), act, Needs.NOTHING)])
     values = tracer.values()
     note = "; ".join(f"{line} ({number})" for line, number in waits.lines.items())
     if not setting.on_card:

@@ -11,19 +11,21 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+UNPINNED = ("cpu", "mps")  # devices whose memory is that of the host
+
 
 def sent(value: T, device: torch.device) -> T:
     """Return a value with its tensors on a device.
 
     The host does not wait: from pinned memory the copy runs after the work that the device already has.
     """
-    if device.type == "cpu":
+    if device.type in UNPINNED:
         return mapped(value, lambda tensor: tensor.to(device))
     return mapped(value, lambda tensor: _pinned(tensor).to(device, non_blocking=True))
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" and torch.cuda.is_available() else tensor
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def mapped(value: T, function: Callable[[Tensor], Any]) -> T:
@@ -61,8 +63,8 @@ class Reading:
     def __init__(self, tensor: Tensor) -> None:
         self._event: Any = None
         self._values = tensor
-        if tensor.device.type != "cpu":
-            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        if tensor.device.type not in UNPINNED:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
             self._event = torch.Event(tensor.device.type)
             self._event.record()
