@@ -34,9 +34,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import fake_device as fake  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import fake_device as fake
+import torch
+from torch import Tensor, nn
 
 VARIANTS = ("floor", "floor-no-autocast", "ours", "dylora", "peft")
 PARTS = ("text", "unet", "backward", "other")
@@ -194,7 +194,7 @@ class Counter:
 # ---- the suite's own step -------------------------------------------------------------------------------------------
 
 
-class Counted(Exception):  # noqa: N818: no error, but the way out of a training
+class Counted(Exception):  # noqa: N818 (no error, but the way out of a training)
     """The step was counted."""
 
 
@@ -305,7 +305,7 @@ def count_plain(case: Case, given: Given, *, has_peft: bool, autocast: bool = Tr
             optimizer.zero_grad()
 
     with counter.counting():
-        for number in range(1, COUNTED + 1):
+        for _ in range(COUNTED):
             counter.begin()
             step()
     return counter.end()

@@ -15,20 +15,25 @@ from torch import Tensor
 HALF = (torch.float16, torch.bfloat16)
 
 # In the type of autocast (the lower_precision_fp list).
-NARROW = frozenset("""
-    _convolution _convolution.deprecated conv1d conv2d conv3d conv_tbc convolution
-    conv_transpose1d conv_transpose2d.input conv_transpose3d.input cudnn_convolution cudnn_convolution_transpose
-    linear matmul mm mv bmm addmm addmv addr addbmm baddbmm chain_matmul linalg_multi_dot linalg_vecdot einsum prelu
-    scaled_dot_product_attention _scaled_dot_product_flash_attention
-    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _thnn_fused_lstm_cell _thnn_fused_gru_cell
-""".split())  # fmt: skip
+NARROW = frozenset(["_convolution", "_convolution.deprecated", "conv1d", "conv2d", "conv3d", "conv_tbc", "convolution", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "cudnn_convolution", "cudnn_convolution_transpose", "linear", "matmul", "mm", "mv", "bmm", "addmm", "addmv", "addr", "addbmm", "baddbmm", "chain_matmul", "linalg_multi_dot", "linalg_vecdot", "einsum", "prelu", "scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"])  # fmt: skip
 # In float32 only if it is the type of an operand (the promote list).
-PROMOTED = frozenset("addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put scatter_add tensordot".split())
+PROMOTED = frozenset(
+    [
+        "addcdiv",
+        "addcmul",
+        "atan2",
+        "bilinear",
+        "cross",
+        "dot",
+        "vdot",
+        "grid_sampler",
+        "index_put",
+        "scatter_add",
+        "tensordot",
+    ]
+)
 # In the operands' type with a sum in float32, unless a type is asked for (fp32_set_opt_dtype).
-SUMMED = frozenset("""
-    sum sum.dim_IntList prod prod.dim_int cumsum cumprod softmax.int log_softmax.int
-    linalg_vector_norm linalg_matrix_norm linalg_matrix_norm.str_ord
-""".split())  # fmt: skip
+SUMMED = frozenset(["sum", "sum.dim_IntList", "prod", "prod.dim_int", "cumsum", "cumprod", "softmax.int", "log_softmax.int", "linalg_vector_norm", "linalg_matrix_norm", "linalg_matrix_norm.str_ord"])  # fmt: skip
 # All others with a rule are done in float32.
 
 Narrowed = dict[int, tuple[Tensor, Tensor]]  # weight by id (kept alive) and its narrow copy
