@@ -194,7 +194,7 @@ class Counter:
 # ---- the suite's own step -------------------------------------------------------------------------------------------
 
 
-class Counted(Exception):  # noqa: N818: no error, but the way out of a training
+class Counted(Exception):  # noqa: N818 (no error, but the way out of a training)
     """The step was counted."""
 
 
@@ -305,7 +305,7 @@ def count_plain(case: Case, given: Given, *, has_peft: bool, autocast: bool = Tr
             optimizer.zero_grad()
 
     with counter.counting():
-        for number in range(1, COUNTED + 1):
+        for _ in range(COUNTED):
             counter.begin()
             step()
     return counter.end()

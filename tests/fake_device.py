@@ -373,6 +373,16 @@ def _check(name: str, value: object) -> None:
         QUEUE.wait("indices from the host")
 
 
+def _wait_for_sizes(name: str, args: Sequence[Any]) -> None:
+    """Note the waits of an operation whose result has a size that the data give."""
+    if name.startswith(INDEXING):
+        for one in args[1]:
+            if one is not None and one.dtype in (torch.bool, torch.uint8):
+                QUEUE.wait("indices by a mask")
+    elif name.removeprefix("aten::").startswith(SIZED_BY_DATA):
+        QUEUE.wait(name.removeprefix("aten::").split(".")[0])
+
+
 def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation of the device."""
     name = op.name()
@@ -396,12 +406,7 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
             return own[id(value)][1] if id(value) in own else COMPUTE.result(value)
         return type(value)(map(outwards, value)) if isinstance(value, list | tuple) else value
 
-    if name.startswith(INDEXING):
-        masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
-        for _ in masks:
-            QUEUE.wait("indices by a mask")
-    elif name.removeprefix("aten::").startswith(SIZED_BY_DATA):
-        QUEUE.wait(op.overloadpacket.__name__)
+    _wait_for_sizes(name, args)
     inner_args, inner_kwargs = [inwards(one) for one in args], {key: inwards(one) for key, one in kwargs.items()}
     # Borrowed memory cannot grow: a result that is still to get its size gets memory of its own.
     unsized = [key for key, one in kwargs.items() if key.startswith("out") and is_fake(one) and not one.numel()]
@@ -593,7 +598,7 @@ def main(words: list[str]) -> None:
         runpy.run_path(script, run_name="__main__")
     finally:
         if reports:
-            print(RECORD)
+            sys.stdout.write(f"{RECORD}\n")
 
 
 if __name__ == "__main__":
