@@ -83,13 +83,13 @@ def test_it_counts_the_processes_of_any_launcher(base, pictures, tmp_path, monke
 
 def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatch):
     fed = []
-    real = LiveConditioner.encode
+    real = LiveConditioner.read
 
     def spying(self, texts, options):
         fed.extend(texts)
         return real(self, texts, options)
 
-    monkeypatch.setattr(LiveConditioner, "encode", spying)
+    monkeypatch.setattr(LiveConditioner, "read", spying)
     more = {"shuffle_caption": True, "caption_dropout_rate": 0.3, "max_train_steps": 4}
     text = dry(base, pictures, tmp_path / "dry", **more)
     train(base, pictures, tmp_path / "run", **more)

@@ -302,7 +302,9 @@ def timed_training(setting: Setting, options: Options) -> Timed:
         if moment.progress.step == windows.total:
             found.append(peaks(setting))
 
-    trace = train(setting, {**options, "max_train_steps": windows.total}, [Event("clock", Every(1), note, Needs.NOTHING)])
+    trace = train(
+        setting, {**options, "max_train_steps": windows.total}, [Event("clock", Every(1), note, Needs.NOTHING)]
+    )
     return Timed(clock.seconds, found[0], trace)
 
 
