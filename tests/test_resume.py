@@ -83,13 +83,13 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     [
         pytest.param(["--optimizer_type", "AdamW8bit", "--network_dim", "64"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "AdaFactor"], marks=pytest.mark.slow),
-        pytest.param(["--optimizer_type", "SGDNesterov"], marks=pytest.mark.slow),
+        ["--optimizer_type", "SGDNesterov"],
         pytest.param(["--optimizer_type", "Prodigy", "--learning_rate", "1.0"], marks=pytest.mark.slow),
         pytest.param(
             ["--optimizer_type", "AdamWScheduleFree", "--lr_warmup_steps", "0", "--lr_scheduler", "constant"],
             marks=pytest.mark.slow,
         ),
-        ["--max_data_loader_n_workers", "2"],
+        pytest.param(["--max_data_loader_n_workers", "2"], marks=pytest.mark.slow),
         pytest.param(["--scale_weight_norms", "0.01", "--noise_offset", "0.1"], marks=pytest.mark.slow),
     ],
     ids=lambda more: more[1],
