@@ -207,7 +207,6 @@ def make_ours(
         types=runtime.types,
         device=runtime.device,
         seed=1,
-        vae_batch_size=1,
     )
     state = TrainState(network, optimizer, None, runtime.scaler, names)
     step = EagerStep(objective, state, runtime, seed=1, max_grad_norm=1.0, zero_in_place=True)

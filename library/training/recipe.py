@@ -19,12 +19,12 @@ from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork, build_network
 from library.optim.flat import flatten_groups
-from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer
+from library.optim.optimizers import CPU, OptimizerChoice, build_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.training.measure.validation import HeldOut, Validation, held_out, validation_seed
 from library.training.prepare.caches import cache_latents
-from library.training.prepare.checks import check_before_loading, options_for
+from library.training.prepare.checks import check_before_loading, check_steps, options_for
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, enable_gradient_checkpointing, open_base
 from library.training.prepare.plan import (
@@ -80,7 +80,11 @@ def train(
         return dry_run(config, datasets, prompts, choice=choice, files=files)
 
     with StopRequest() as stop:
-        runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
+        runtime = start_runtime(
+            config.precision, config.logs, vae_overflows=files.vae_overflows, wait=config.run.ddp_timeout
+        )
+        if runtime.device != CPU:  # on which the optimizer was tried
+            check_steps(config, choice, runtime.device)
         with run_lock(RunFiles(config.saving).lock, runtime):
             prepare_and_run(
                 config, datasets, prompts, choice, files, runtime=runtime, stop=stop, further_events=further_events
@@ -121,9 +125,10 @@ def prepare_and_run(
     network = make_network(config, seed, base, runtime)
 
     # Encode pictures and captions; only then does the U-Net come to the device, beside what stays.
-    encoder = LatentEncoder(base.vae, runtime.types.vae)
+    encoder = LatentEncoder(base.vae, runtime.types.vae, config.precision.vae_batch_size)
     cache = cache_latents(config.precision, datasets, encoder, runtime) if config.precision.cache_latents else None
-    move(base.vae, "cpu" if cache is not None else runtime.device)
+    if cache is None:
+        move(base.vae, runtime.device)
     maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     most = config.validation.max_validation_steps
     measured = held_out(datasets, validation_seed(config.dataset, seed), cache, config.data.prior_loss_weight, most)
@@ -147,7 +152,6 @@ def prepare_and_run(
         types=runtime.types,
         device=runtime.device,
         seed=seed,
-        vae_batch_size=config.precision.vae_batch_size,
     )
     step = EagerStep(
         objective,

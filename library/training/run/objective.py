@@ -47,7 +47,6 @@ class Objective:
     types: Types
     device: torch.device
     seed: int
-    vae_batch_size: int  # pictures in a call of the encoder
 
     def training_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of a batch at timesteps sampled for it (0-D, float32)."""
@@ -108,5 +107,5 @@ class Objective:
             moments = batch.moments.to(self.device)
         else:
             assert batch.pixels is not None  # where there are no moments
-            moments = torch.cat([self.encoder.moments(part) for part in batch.pixels.split(self.vae_batch_size)])
+            moments = self.encoder.moments(batch.pixels)
         return sample_latents(moments, keys) * self.encoder.scaling_factor

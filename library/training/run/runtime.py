@@ -12,7 +12,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +22,7 @@ from torch import nn
 from library.config.saving import LoggingConfig
 from library.config.training import PrecisionConfig
 from library.errors import UserError
-from library.models.precision import Types, supported_precision, types_of
+from library.models.precision import Types, describe, supported_precision, types_of
 from library.processes import Launch, check_launch
 from library.randomness import seed_for
 from library.training.record.tracking import tracker_names
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# While the first process draws previews, measures or downloads a state, the others wait in a message to all, and torch
+# ends a run whose messages take longer than 10 minutes. A process that dies ends the others by itself: its launcher
+# stops them. So the limit is for a process that hangs, which no preview comes near.
+LONGEST_WAIT = 24 * 60  # minutes
 
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,9 +83,15 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
-def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overflows: bool) -> Runtime:
-    """Join the processes of the run and choose device and dtypes; vae_overflows: in fp16."""
+def start_runtime(
+    precision: PrecisionConfig, logs: LoggingConfig, *, vae_overflows: bool, wait: int | None = None
+) -> Runtime:
+    """Join the processes of the run and choose device and dtypes.
+
+    vae_overflows: in fp16. wait: minutes that the processes wait for each other at most; None or 0: `LONGEST_WAIT`.
+    """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     launch = check_launch()
     check_devices(launch)
@@ -89,6 +100,7 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overfl
         # Without a GPU accelerate joins processes only if it is told to use the CPU.
         cpu=launch.size > 1 and not torch.accelerator.is_available(),
         log_with=tracker_names(logs) or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=wait or LONGEST_WAIT))],
         project_dir=None if logs.logging_dir is None else str(log_folder(logs.logging_dir, logs.log_prefix)),
     )
     if accelerator.num_processes != launch.size:
@@ -121,7 +133,7 @@ def types_of_run(precision: PrecisionConfig, device: torch.device | None = None,
     """Return the dtypes of a run on a device; without one, those of a device that supports all of them."""
     asked = precision.mixed_precision
     return types_of(
-        asked if device is None else supported_precision(asked, device),
+        asked if device is None else supported_precision(asked, describe(device)),
         vae_overflows=vae_overflows,
         no_half_vae=precision.no_half_vae,
         half_adapter=precision.full_fp16 or precision.full_bf16,
@@ -147,7 +159,11 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     interruptions and previews.
     """
     key = seed_for(seed, "micro-batch", step, micro_batch, rank)
-    torch.manual_seed(key)
+    # Where there is no GPU, torch.manual_seed would still note the seed for one, with the whole stack of calls.
+    if torch.accelerator.is_available():
+        torch.manual_seed(key)
+    else:
+        torch.default_generator.manual_seed(key)
     random.seed(key)
 
 
