@@ -14,6 +14,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train_killed, train_with
 from safetensors.torch import load_file
@@ -342,3 +343,32 @@ def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
     same(load_file(tmp_path / "ahead" / "x.safetensors"), load_file(tmp_path / "live" / "x.safetensors"))
     expected = load_file(tmp_path / "whole" / "x.safetensors")
     same(load_file(tmp_path / "parts" / "x.safetensors"), expected)
+
+
+# ---- the gradient scaler ------------------------------------------------------------------------------------
+
+
+def state_with(scaler):
+    """Return the state of a run over one layer."""
+    layer = torch.nn.Linear(2, 2)
+    return state.TrainState(layer, torch.optim.SGD(layer.parameters(), lr=0.1), None, scaler, ("unet",))
+
+
+@pytest.mark.parametrize(("was_fp16", "scale"), [(False, 256.0), (True, 2.0)])
+def test_a_run_in_fp16_goes_on_from_a_state_of_any_precision(was_fp16, scale):
+    """A state of a run in bf16 or float32 has no scale: the scaler begins anew."""
+    before = state_with(torch.amp.GradScaler("cpu", init_scale=2.0, enabled=was_fp16))
+    after = state_with(torch.amp.GradScaler("cpu", init_scale=256.0))
+    after.restore(before.tensors())
+    assert after.scaler.get_scale() == scale
+    assert torch.equal(after.network.weight, before.network.weight)
+
+
+def test_a_gpu_that_is_too_small_for_a_state_is_no_wrong_state(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    after = state_with(torch.amp.GradScaler("cpu"))
+    monkeypatch.setattr(after.optimizer, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        after.restore(after.tensors())

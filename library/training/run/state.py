@@ -21,7 +21,7 @@ import torch
 
 from library.config.saving import SavingConfig
 from library.data.batches import RunPlan
-from library.errors import UserError, message_of, shown
+from library.errors import UserError, is_out_of_memory, message_of, shown
 from library.files import new_folder
 from library.optim.optimizers import averaged_weights
 from library.pickles import load_pickle
@@ -78,8 +78,11 @@ class TrainState:
             if self.scheduler is not None:
                 lambdas = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
                 self.scheduler.load_state_dict(tensors["schedule"] | lambdas)
-            self.scaler.load_state_dict(tensors["scaler"])
+            if tensors["scaler"]:  # empty of a run in bf16 or float32, which has no scale to go on with
+                self.scaler.load_state_dict(tensors["scaler"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"--resume: the state does not fit this run ({message_of(error)}); use the options it has"
             ) from None
