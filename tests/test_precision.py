@@ -17,14 +17,19 @@ from safetensors.torch import load_file
 
 import train_network
 from library.config.loss import LossConfig
+from library.config.model import ModelConfig
+from library.config.prompts import Prompt
 from library.diffusion.losses import per_sample_loss
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models import overflow
+from library.models.base import find_base, load_base
+from library.models.conditioning import LiveConditioner
 from library.models.eight_bit import STORAGE, store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
-from library.models.precision import move
+from library.models.precision import move, types_of
 from library.sampling.pipelines import decode_latents, encode_pixels
+from library.sampling.previews import generate_previews
 from library.training.prepare import texts
 from library.training.run import objective
 from library.training.run.runtime import GradientScaler
@@ -58,10 +63,39 @@ def test_eight_bit_weights_compute_as_their_rounded_values_do(model_store, autoc
 
 
 @pytest.mark.parametrize("more", [{"fp8_base": True}, {"fp8_base_unet": True, "network_train_unet_only": True}])
-def test_a_network_trains_over_a_base_in_eight_bits(base, pictures, tmp_path, more):
-    weights = train(base, pictures, tmp_path, mixed_precision="bf16", **more)
+@ALSO_SDXL_SLOW
+def test_a_network_trains_and_draws_over_a_base_in_eight_bits(base, pictures, tmp_path, more):
+    (tmp_path / "p.txt").write_text("a dog --w 64 --h 64 --s 2", encoding="utf-8")
+    previews = {"sample_prompts": tmp_path / "p.txt", "sample_at_first": True}
+    weights = train(base, pictures, tmp_path, mixed_precision="bf16", **more, **previews)
+    drawn = list((tmp_path / "sample").glob("*.png"))
+    assert drawn
+    for path in drawn:
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 5
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert any(bool(tensor.any()) for name, tensor in weights.items() if "lora_up" in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_previews_over_a_base_in_eight_bits_are_those_of_its_rounded_values(model_store, name, dtype):
+    precision = "fp16" if dtype is torch.float16 else "bf16"
+    files = find_base(ModelConfig(pretrained_model_name_or_path=str(model_store(name)[1]["safetensors"])))
+    pictures = []
+    for stores in (False, True):
+        models = load_base(files, types_of(precision, no_half_vae=True))
+        for module in [*models.unet.modules()][1:] if not stores else []:
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module is not models.unet.conv_in:
+                module.weight.data = module.weight.data.to(STORAGE).to(dtype)
+        if stores:
+            store_in_eight_bits(models.unet)
+        prompt = Prompt("a dog", width=64, height=64, steps=2)
+        with torch.autocast("cpu", dtype):
+            (preview,) = generate_previews(models, LiveConditioner(models.texts), [prompt], [5], sampler="ddim")
+        pictures.append(np.asarray(preview.image).astype(int))
+    assert pictures[0].std() > 5
+    assert np.abs(pictures[0] - pictures[1]).mean() < 2
 
 
 def test_base_weights_are_merged_before_the_base_is_rounded(base, pictures, tmp_path):

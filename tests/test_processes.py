@@ -142,7 +142,7 @@ def test_processes_wait_for_each_other_longer_than_torch_lets_them(monkeypatch, 
 
 
 def test_seeds_of_micro_batches_are_those_of_torch_and_leave_nothing_for_a_gpu(monkeypatch):
-    noted = []
+    noted: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", noted.append)
     runtime.seed_micro_batch(7, 3, 1, 0)
     drawn = torch.rand(4)

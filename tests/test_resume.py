@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,7 +351,7 @@ def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
 
 def state_with(scaler):
     """Return the state of a run over one layer."""
-    layer = torch.nn.Linear(2, 2)
+    layer: Any = torch.nn.Linear(2, 2)
     return state.TrainState(layer, torch.optim.SGD(layer.parameters(), lr=0.1), None, scaler, ("unet",))
 
 
