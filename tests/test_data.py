@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +20,7 @@ from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data import images
-from library.data.batches import BatchMaker, RunPlan, make_loader, num_batches, plan_epoch
+from library.data.batches import BatchMaker, RunPlan, load_batches, make_loader, num_batches, plan_epoch
 from library.data.latent_cache import build_cache
 from library.data.records import build_datasets, regularisation_repeats
 from library.data.sources import Listed
@@ -145,6 +151,26 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
         assert (one.samples, one.captions, one.names) == (other.samples, other.captions, other.names)
         assert torch.equal(one.pixels, other.pixels)
     assert len({batch.captions for batch in alone}) > 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals cannot wait on Windows")
+def test_a_stop_leaves_alone_the_workers_that_are_only_starting(folder):
+    datasets = datasets_of(folder)
+    loader = make_loader(BatchMaker(datasets, 5, 4, 1.0, None), RunPlan(datasets, 5, 4, 1), 1)
+    before = set(multiprocessing.active_children())
+    batches = load_batches(loader)
+    sending = threading.Thread(target=send_to_new_workers, args=(before, signal.SIGTERM))
+    sending.start()
+    assert len(list(batches)) == 4
+    sending.join()
+
+
+def send_to_new_workers(before, number):
+    """Send a signal to the first process that begins, as soon as it is there."""
+    while not (new := set(multiprocessing.active_children()) - before):
+        time.sleep(0.001)
+    for process in new:
+        os.kill(process.pid, number)
 
 
 def test_a_run_can_begin_at_any_request(folder):

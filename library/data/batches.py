@@ -6,11 +6,14 @@ a batch depends on, so workers keep no state, exist for the whole run, and a run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import random
 import signal
+import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import torch
@@ -266,16 +269,34 @@ def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.uti
     )
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends them to all processes, and so do job schedulers
+
+
 def _ignore_stops(worker: int) -> None:
     """Ignore the signals of a stop in workers: the main process finishes its step and needs them for it."""
     del worker
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all processes, and so do job schedulers
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _stops_wait() -> Iterator[None]:
+    """Within it the signals of a stop wait; processes that begin in it do not get them while they import torch."""
+    if sys.platform == "win32":  # where signals cannot wait
+        yield
+        return
+    resource_tracker.ensure_running()  # of multiprocessing, which ends the waiting when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load_batches(loader: Iterable[Batch]) -> Generator[Batch]:
     """Yield the batches of a loader; its workers end with this iterator, also when it is closed before the last one."""
-    batches = iter(loader)
+    with _stops_wait():
+        batches = iter(loader)
     try:
         yield from batches
     finally:
