@@ -12,6 +12,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import io
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")  # of pictures that are read
 # Of pictures that are written: suffix -> Pillow's name of the format.
@@ -75,6 +79,14 @@ def _temporary(path: Path, ending: str) -> Path:
 def _wait_for_disk(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def send_to_disk(file: io.FileIO, start: int) -> None:
+    """Let the system begin to write a file from an offset on to the disk, without waiting; for Linux."""
+    if hasattr(os, "posix_fadvise"):
+        # It means that the bytes are not needed again. Linux writes such bytes, and forgets them if they are written.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ torch has other code paths for parameters that are not aligned to 64 bytes, whos
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError, shortened
 from library.file_kinds import AGAIN, SAFETENSORS, weight_format
-from library.files import replacing
+from library.files import replacing, send_to_disk
 
 if TYPE_CHECKING:
     import io
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WRITTEN_AT_ONCE = 2**18  # bytes; Linux takes two to five times as long for a tensor in one piece
+SENT_AT_ONCE = 2**26  # bytes after which the disk is told to begin, so that little is left to wait for at the end
 MAX_HEADER_BYTES = 100_000_000  # the package safetensors reads no file with a longer header
 # What the metadata of a file keep longest if they are too long, and what they lose first: it grows with the captions.
 NEEDED_METADATA = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha")
@@ -151,17 +152,19 @@ def write_stream(
 ) -> None:
     """Write a safetensors file tensor by tensor, to limit the memory.
 
-    infos is name -> (type, shape) of all tensors, in the order in which tensors yields them.
+    infos is name -> (type, shape) of all tensors, in the order in which tensors yields them. Tensors that are computed
+    come from `parallel.in_order`, which makes the next ones while this one is written.
     """
-    header, in_thread = _header_bytes(infos, metadata), concurrent.futures.ThreadPoolExecutor(1)
-    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file, in_thread:
-        written = in_thread.submit(_write, file, header)
+    header = _header_bytes(infos, metadata)
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
+        _write(file, header)
+        on_its_way = 0  # bytes that the system was told to write to the disk
         for (name, (dtype, shape)), (given, tensor) in zip(infos.items(), tensors, strict=True):
             assert (name, dtype, shape) == (given, tensor.dtype, tuple(tensor.shape))
-            data = bytes_of(tensor.contiguous()) if tensor.numel() else b""
-            written.result()  # while this tensor was computed, the one before was written
-            written = in_thread.submit(_write, file, data)
-        written.result()
+            _write(file, bytes_of(tensor.contiguous()) if tensor.numel() else b"")
+            if file.tell() - on_its_way >= SENT_AT_ONCE:
+                send_to_disk(file, on_its_way)
+                on_its_way = file.tell()
 
 
 def _header_bytes(
@@ -223,4 +226,4 @@ def fitting(metadata: Mapping[str, Any], taken: int) -> dict[str, str]:
 def _write(file: io.FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) :]
+        rest = rest[file.write(rest[:WRITTEN_AT_ONCE]) :]

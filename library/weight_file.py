@@ -66,6 +66,12 @@ class WeightFile:
             return self._meant(*next(read_tensors(self.path, self.content, (name,))))
         return self._meant(name, self.content[name].clone())
 
+    def take(self, name: str) -> torch.Tensor:
+        """Return one tensor, in its own memory; a pickle releases it, so it can be read only once."""
+        if isinstance(self.content, Header):
+            return self.tensor(name)
+        return self._meant(name, self.content.pop(name).clone())
+
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for the names that the file has, each in its own memory.
 
@@ -77,7 +83,7 @@ class WeightFile:
                 yield name, self._meant(name, tensor)
             return
         for name in [name for name in self.content if name in wanted]:
-            yield name, self._meant(name, self.content.pop(name).clone())
+            yield name, self.take(name)
 
     def _meant(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         return scaled_weights.product(stored, self.scales[name]) if name in self.scales else stored

@@ -66,7 +66,10 @@ class CheckOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code: 1 for a damaged file."""
     config = parse(CheckOptions, argv, description=__doc__)
-    report = report_of(config.file, with_tensors=config.show_all_keys)
+    from library.parallel import one_thread
+
+    with one_thread():
+        report = report_of(config.file, with_tensors=config.show_all_keys)
     text = json.dumps(report, ensure_ascii=False, indent=2) if config.json else "\n".join(lines_of(report))
     sys.stdout.write(f"{text}\n")
     return FAILURE if report["damage"] else 0

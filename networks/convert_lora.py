@@ -68,6 +68,15 @@ class ConvertConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ConvertConfig, argv, description=__doc__, rules=(check_options,))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: ConvertConfig) -> None:
+    """Read the file, convert it, and write the result."""
     from library.adapters.lora_file import read_lora
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -79,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s: %d modules, %s", config.files.save_to, len(layers), family_title(file))
     logger.info("%s", readers_of(config.files.save_to, tensors, file.family, metadata))
-    return 0
 
 
 def readers_of(

@@ -46,7 +46,15 @@ class SplitOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(SplitOptions, argv, description=__doc__, rules=(check_save_to,))
+    from library.parallel import one_thread
 
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: SplitOptions) -> None:
+    """Read the file, and write those of its ranks."""
     from tqdm import tqdm
 
     from library.adapters.dylora import ranks_of, truncated_to, with_alphas_of_sd_scripts
@@ -64,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = config.save_to.with_stem(f"{config.save_to.stem}-{rank:04d}")  # as sd-scripts names it
         write_weights(path, part, metadata_of(file.metadata, rank, full))
         logger.info("rank %d: %s", rank, path)
-    return 0
 
 
 def check_save_to(config: SplitOptions, problems: Problems) -> None:

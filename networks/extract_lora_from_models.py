@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 
     from library.adapters.energy import EnergyByBlock
     from library.adapters.layers import Layer, Place
-    from library.adapters.low_rank import Change
+    from library.adapters.low_rank import Change, Spectrum
     from library.models.checkpoint import Checkpoint
 
     Pairs = dict[Layer, tuple[Place, Place]]  # place of a layer in the original model, and in the tuned one
 
 logger = logging.getLogger(__name__)
+
+BYTES_PER_NUMBER = 10  # of a layer, while it is compared: in float32 in both models, and as it is stored in one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,15 @@ class ExtractConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ExtractConfig, argv, description=__doc__, rules=(check_options,))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: ExtractConfig) -> None:
+    """Compare the models, and write how they differ."""
     from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict
@@ -140,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors, metadata_of(config, original, tuned, changes))
     logger.info("saved %s: %d modules", config.files.save_to, len(changes))
-    return 0
 
 
 def check_options(config: ExtractConfig, problems: Problems) -> None:
@@ -205,30 +216,42 @@ def extracted(
     options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs, energy: EnergyByBlock
 ) -> dict[str, Change]:
     """Return the change of each module that differs, except in text encoders below --min_diff; add their energy."""
-    import torch
     from tqdm import tqdm
 
     from library.adapters.layers import module_name
     from library.adapters.low_rank import clamped, exact_spectrum, nearest_spectrum
+    from library.parallel import by_module
+    from library.randomness import generator_for
 
-    generator = torch.Generator().manual_seed(options.seed)
-    changes: dict[str, Change] = {}
     omitted = unchanged_encoders(options, original, tuned, pairs)
     pairs = {layer: places for layer, places in pairs.items() if layer.part not in omitted}
-    for layer, places in tqdm(pairs.items(), desc="extracting", unit="module"):
-        difference = difference_of(original, tuned, places)
+
+    def extract(layer: Layer) -> tuple[Change, Spectrum] | None:
+        difference = difference_of(original, tuned, pairs[layer])
         if not bool(difference.any()):
-            continue
+            return None
         matrix = difference.flatten(1).to(options.device)
         is_large_conv = difference.ndim == 4 and difference.shape[2:] != (1, 1)
         rank = options.conv_dim if is_large_conv and options.conv_dim is not None else options.dim
-        spectrum = exact_spectrum(matrix) if options.exact else nearest_spectrum(matrix, rank, generator)
+        # A generator for each layer, so that the order of the work does not change the result.
+        start = generator_for(options.seed, layer.part, layer.path)
+        spectrum = exact_spectrum(matrix) if options.exact else nearest_spectrum(matrix, rank, start)
         # The same alpha for all, whatever their ranks: diffusers takes one alpha for all attention layers.
         change = spectrum.truncated(rank, (rank, *difference.shape[1:])).with_alpha(float(rank))
         if options.clamp_quantile is not None:
             change = clamped(change, options.clamp_quantile)
-        changes[module_name(layer, original.family)] = change.to("cpu")
-        energy.add(layer, spectrum, change.rank)
+        return change.to("cpu"), spectrum
+
+    def needed(layer: Layer) -> int:
+        return BYTES_PER_NUMBER * math.prod(original.shapes[pairs[layer][0].name])
+
+    changes: dict[str, Change] = {}
+    results = by_module(extract, pairs, device=options.device, size=needed)
+    for layer, found in zip(pairs, tqdm(results, desc="extracting", total=len(pairs), unit="module"), strict=True):
+        if found is not None:
+            change, spectrum = found
+            changes[module_name(layer, original.family)] = change
+            energy.add(layer, spectrum, change.rank)
     return changes
 
 
@@ -252,17 +275,27 @@ def left_out(
 
     from library.adapters.layers import layers_of, norms_of, place_of
     from library.models.layout import Layout
+    from library.parallel import by_module
 
     layouts = Layout(original), Layout(tuned)
+    left: dict[tuple[Layer, Literal["weight", "bias"]], tuple[Place, Place]] = {}
     for layer in (*layers_of(original.family), *norms_of(original.family)):
         kinds: tuple[Literal["weight", "bias"], ...] = ("bias",) if layer in pairs else ("weight", "bias")
         for kind in kinds:
             one, other = (place_of(layout, layer, kind) for layout in layouts)
-            if one is None or other is None:
-                continue
-            first, second = one.part_of(original.read(one.name)), other.part_of(tuned.read(other.name))
-            if first.shape == second.shape and not torch.equal(first.float(), second.float()):
-                yield layer, kind
+            if one is not None and other is not None:
+                left[layer, kind] = one, other
+
+    def differ(places: tuple[Place, Place]) -> bool:
+        one, other = places
+        first, second = one.part_of(original.read(one.name)), other.part_of(tuned.read(other.name))
+        return first.shape == second.shape and not torch.equal(first.float(), second.float())
+
+    def needed(places: tuple[Place, Place]) -> int:
+        return BYTES_PER_NUMBER * math.prod(original.shapes[places[0].name])
+
+    results = by_module(differ, left.values(), size=needed)
+    yield from (key for key, is_other in zip(left, results, strict=True) if is_other)
 
 
 def unchanged_encoders(options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs) -> set[str]:
@@ -294,7 +327,7 @@ def difference_of(original: Checkpoint, tuned: Checkpoint, places: tuple[Place, 
         tensor = model.read(place.name).float()
         check_finite(tensor, place.name, model.path)
         weights.append(place.part_of(tensor))
-    return weights[1].reshape(weights[0].shape) - weights[0]
+    return weights[1].reshape(weights[0].shape).sub_(weights[0])
 
 
 def metadata_of(

@@ -84,6 +84,15 @@ class MergeConfig:
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(MergeConfig, argv, description=description, rules=(check_files, check_kind))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: MergeConfig) -> None:
+    """Read the files, merge them, and write the result."""
     from library.adapters.merging import read_weighted
     from library.models.checkpoint import open_checkpoint
 
@@ -97,7 +106,6 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     else:
         merge_into_lora(config, weighted)
     logger.info("saved %s", config.files.save_to)
-    return 0
 
 
 def check_files(config: MergeConfig, problems: Problems) -> None:
@@ -152,13 +160,14 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     from library.adapters.merging import merged_vectors, parts_by_module
     from library.adapters.metadata import architecture, network_metadata
     from library.files import disk_errors
+    from library.parallel import by_module
     from networks.lora import write_weights
 
     merge = config.merge
     parts = parts_by_module(files, allow_unmatched=merge.allow_unmatched)
     check_factors(parts, merge)
-    total = SUMS[merge.concat, merge.reference_scale]
-    changes = {name: total(same) for name, same in tqdm(parts.items(), desc="merging", unit="module")}
+    sums = by_module(SUMS[merge.concat, merge.reference_scale], parts.values())
+    changes = dict(zip(parts, tqdm(sums, desc="merging", total=len(parts), unit="module"), strict=True))
     if merge.shuffle:
         generator = torch.Generator()
         generator.seed() if merge.seed is None else generator.manual_seed(merge.seed)

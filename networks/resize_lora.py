@@ -55,6 +55,15 @@ class ResizeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ResizeConfig, argv, description=__doc__, rules=(check_options,))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: ResizeConfig) -> None:
+    """Read the file, reduce its ranks, and write the result."""
     from library.adapters.lora_file import read_lora, to_state_dict, with_own_text_names
     from library.files import disk_errors
     from networks.lora import write_weights
@@ -67,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with disk_errors(config.files.save_to):
         write_weights(config.files.save_to, tensors, metadata_of(config, file, changes))
     logger.info("saved %s", config.files.save_to)
-    return 0
 
 
 def check_options(config: ResizeConfig, problems: Problems) -> None:
@@ -97,25 +105,32 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.low_rank import rank_to_keep, spectrum_of
+    from library.parallel import by_module
 
     options, energy = config.ranks, EnergyByBlock()
-    changes, norms = {}, []
     largest: dict[bool, int] = {}
     for change in file.changes.values():
         largest[change.is_large_conv] = max(change.rank, largest.get(change.is_large_conv, 0))
-    for name, change in tqdm(file.changes.items(), desc="resizing", unit="module"):
+
+    def smaller(change: Change) -> tuple[Change, Spectrum]:
         unscaled = dataclasses.replace(change, alpha=float(change.rank)).to(config.files.device)
         spectrum = spectrum_of(unscaled)
         most = options.rank_of(is_large_conv=change.is_large_conv)
         rank = rank_to_keep(spectrum.values, most, options.dynamic_method, options.dynamic_param)
-        smaller = spectrum.truncated(rank, change.down_shape).to("cpu")
+        kept = spectrum.truncated(rank, change.down_shape).to("cpu")
         whole = most if options.dynamic_method is not None else min(most, largest[change.is_large_conv])
-        scaled = dataclasses.replace(smaller, alpha=change.scale * smaller.rank)
-        changes[name] = scaled.with_alpha(change.scale * whole)
-        energy.add(file.layer(name), spectrum, smaller.rank, scale=change.scale)
-        norms.append(spectrum.energy(smaller.rank) ** 0.5)
+        scaled = dataclasses.replace(kept, alpha=change.scale * kept.rank)
+        return scaled.with_alpha(change.scale * whole), spectrum
+
+    changes, norms = {}, []
+    results = by_module(smaller, file.changes.values(), device=config.files.device)
+    bar = tqdm(results, desc="resizing", total=len(file.changes), unit="module")
+    for (name, former), (change, spectrum) in zip(file.changes.items(), bar, strict=True):
+        changes[name] = change
+        energy.add(file.layer(name), spectrum, change.rank, scale=former.scale)
+        norms.append(spectrum.energy(change.rank) ** 0.5)
         if config.files.verbose:
-            tqdm.write(f"{name:75} {kept_part(spectrum, change.rank, smaller.rank)}")
+            tqdm.write(f"{name:75} {kept_part(spectrum, former.rank, change.rank)}")
     energy.log()
     if config.files.verbose:
         logger.info(

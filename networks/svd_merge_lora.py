@@ -30,7 +30,7 @@ from library.logs import run_script
 if TYPE_CHECKING:
     from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import LoraFile
-    from library.adapters.low_rank import Change
+    from library.adapters.low_rank import Change, Spectrum
     from library.adapters.merging import Weighted
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,15 @@ class SvdMergeConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(SvdMergeConfig, argv, description=__doc__, rules=(check_files, check_merging))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: SvdMergeConfig) -> None:
+    """Read the files, merge them, and write the result."""
     from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
     from library.adapters.lora_file import to_state_dict, with_own_text_names
@@ -84,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         tensors = with_own_text_names(to_state_dict(changes, dtype) | vectors, [each.file for each in files])
         write_weights(config.files.save_to, tensors, metadata)
     logger.info("saved %s", config.files.save_to)
-    return 0
 
 
 def check_files(config: SvdMergeConfig, problems: Problems) -> None:
@@ -109,9 +117,9 @@ def merged_changes(
     from tqdm import tqdm
 
     from library.adapters.low_rank import clamped, concatenated, rank_to_keep, spectrum_of
+    from library.parallel import by_module
 
-    changes = {}
-    for name, same in tqdm(parts.items(), desc="merging", unit="module"):
+    def merged(same: list[tuple[float, Change]]) -> tuple[Change, Spectrum]:
         whole = concatenated(same).to(config.merge.device)
         spectrum = spectrum_of(whole)
         most = config.ranks.rank_of(is_large_conv=whole.is_large_conv)
@@ -120,7 +128,13 @@ def merged_changes(
         change = spectrum.truncated(rank, whole.down_shape).with_alpha(float(most))
         if config.merge.clamp_quantile is not None:
             change = clamped(change, config.merge.clamp_quantile)
-        changes[name] = change.to("cpu")
+        return change.to("cpu"), spectrum
+
+    changes = {}
+    results = by_module(merged, parts.values(), device=config.merge.device)
+    bar = tqdm(results, desc="merging", total=len(parts), unit="module")
+    for name, (change, spectrum) in zip(parts, bar, strict=True):
+        changes[name] = change
         energy.add(file.layer(name), spectrum, change.rank)
     return changes
 

@@ -12,7 +12,7 @@ from scripts import ROOT
 STANDARD_AND_CONFIG = {"library.config", "library.errors", "library.text_files"}
 FILES = {
     *("library.files", "library.file_kinds", "library.pickles", "library.pickle_names"),
-    *("library.safetensors_io", "library.scaled_weights", "library.weight_file"),
+    *("library.safetensors_io", "library.scaled_weights", "library.weight_file", "library.parallel"),
 }
 
 # Package -> packages of the suite that its modules may import (besides itself).

@@ -13,8 +13,9 @@ import ast
 import dataclasses
 import json
 import logging
+import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -105,6 +106,15 @@ class ConvertConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(ConvertConfig, argv, description=__doc__, rules=(check_files, check_options, check_saving))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: ConvertConfig) -> None:
+    """Read the model, convert it, and write the result."""
     from library.models.checkpoint import open_checkpoint
     from library.models.family import check_flags
 
@@ -116,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         write_folder(config, model)
     logger.info("saved %s", config.files.model_to_save)
-    return 0
 
 
 def warn_of_no_vae(model: Checkpoint, destination: Path) -> None:
@@ -297,15 +306,32 @@ def v_prediction_of(config: ConvertConfig, model: Checkpoint) -> bool:
     return bool(found)
 
 
-def with_warning(
-    tensors: Iterable[tuple[str, torch.Tensor]], path: Path, dtype: torch.dtype | None
+def converted_tensors(
+    model: Checkpoint, content: Content, path: Path, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield names and tensors; at the end log those of a file, written in a type, that are not finite."""
+    """Yield names and tensors of a file; at the end log those, written in a type, that are not finite."""
+    from tqdm import tqdm
+
+    from library.models.checkpoint import TEXT_FILES, UNET_FILES
+    from library.models.layout import planned_tensor
+    from library.parallel import WRITERS, by_module
     from library.weight_file import is_finite
 
+    def converted(name: str) -> tuple[torch.Tensor, bool]:
+        tensor = planned_tensor(content.plan[name], model, content.infos[name][0])
+        return tensor, is_finite(tensor)
+
+    def needed(name: str) -> int:
+        kind, shape = content.infos[name]
+        return 2 * kind.itemsize * math.prod(shape)  # as it is read, too
+
+    part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
+    results = by_module(converted, content.plan, most=WRITERS, size=needed)
     bad = []
-    for name, tensor in tensors:
-        bad += [] if is_finite(tensor) else [name]
+    for name, (tensor, is_good) in zip(
+        content.plan, tqdm(results, desc=part, total=len(content.plan), unit="tensor"), strict=True
+    ):
+        bad += [] if is_good else [name]
         yield name, tensor
         del tensor  # before the next one is made
     if bad:
@@ -318,18 +344,11 @@ def write_file(
     saving: WriteOptions, model: Checkpoint, content: Content, path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write one weight file, tensor by tensor."""
-    from tqdm import tqdm
-
     from library.file_kinds import PICKLE, weight_format
-    from library.models import layout
-    from library.models.checkpoint import TEXT_FILES, UNET_FILES
     from library.pickles import load_pickle, write_pickle
     from library.safetensors_io import write_stream
 
-    made = layout.planned_tensors(content.plan, model, content.infos)
-    part = path.stem if path.stem not in (*UNET_FILES, *TEXT_FILES) else path.parent.name
-    made = with_warning(made, path, written_type(saving))
-    tensors = tqdm(made, total=len(content.plan), desc=part, unit="tensor")
+    tensors = converted_tensors(model, content, path, written_type(saving))
     if path.suffix.lower() == ".safetensors":
         write_stream(path, content.infos, tensors, metadata)
         return

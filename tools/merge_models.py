@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+BYTES_PER_NUMBER = 12  # of a tensor, while it is merged: the sum and a term in float32, and as they are stored
 TOLERANCE = 0.02  # of the sum of ratios: three times 0.33 is meant to be 1
 # Parts that --unet_only takes from the first model.
 NOT_UNET = (keys.VAE_PREFIX, *keys.TEXT_PREFIXES)
@@ -101,7 +103,7 @@ class WeightedCheckpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor; it can be read only once."""
-        return next(self.file.tensors((self.names[name],)))[1]
+        return self.file.take(self.names[name])
 
     def weight(self, name: str) -> torch.Tensor:
         """Return a tensor, as `tensor` does; raises UserError if a number in it is NaN or infinite."""
@@ -115,6 +117,15 @@ class WeightedCheckpoint:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
     config = parse(MergeConfig, argv, description=__doc__, rules=(check_output, check_models))
+    from library.parallel import one_thread
+
+    with one_thread():
+        run(config)
+    return 0
+
+
+def run(config: MergeConfig) -> None:
+    """Read the models, merge them, and write the result."""
     output = output_path(config.files.output)
     from library.safetensors_io import write_stream
 
@@ -127,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     infos = {name: (dtype, models[0].shape(name)) for name, dtype in types.items()}
     write_stream(output, infos, merged_tensors(models, types, config.merge), metadata_of(models, output, config.merge))
     logger.info("saved %s", output)
-    return 0
 
 
 def output_path(output: Path) -> Path:
@@ -281,36 +291,56 @@ def warn_of_eight_bits(first: WeightedCheckpoint, types: Mapping[str, torch.dtyp
 def merged_tensors(
     models: Sequence[WeightedCheckpoint], types: Mapping[str, torch.dtype], merge: MergeOptions
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of the merged model; at most two tensors are in memory at a time.
+    """Yield name and tensor of the merged model; few tensors are in memory at a time.
 
-    At the end what differs in the models and is not summed is logged. Raises UserError for weights with NaN or
-    infinity, and for sums that are too large for their type.
+    At the end what differs in the models and is not summed is logged. Raises UserError as `merged_tensor` does.
     """
     from tqdm import tqdm
 
-    from library.weight_file import is_finite
+    from library.parallel import WRITERS, by_module
 
+    def needed(name: str) -> int:
+        return BYTES_PER_NUMBER * math.prod(models[0].shape(name))
+
+    def merged(name: str) -> tuple[torch.Tensor, list[Path]]:
+        return merged_tensor(models, name, types[name], merge)
+
+    results = by_module(merged, types, device=merge.device, most=WRITERS, size=needed)
     differing: dict[tuple[Path, str], list[str]] = {}
-    for name, dtype in tqdm(types.items(), desc="merging", unit="tensor"):
-        is_constant = constant_kind(name) is not None
-        tensor = models[0].tensor(name) if is_constant else models[0].weight(name)
-        if tensor.is_floating_point() and is_merged(name, merge):
-            tensor = weighted_sum(models, name, tensor, merge.device)
-        elif not merge.unet_only or not any(part in name for part in NOT_UNET):
-            for model in models[1:]:
-                if name in model.names and not is_same(tensor, model.tensor(name)):
-                    kind = constant_kind(name) or "whole numbers"
-                    differing.setdefault((model.file.path, kind), []).append(name)
-        tensor = tensor.to(dtype)
-        if not is_constant and not is_finite(tensor):
-            raise UserError(
-                f"{name} becomes too large for {str(dtype).removeprefix('torch.')}: "
-                "take smaller ratios, or --saving_precision bf16 or float"
-            )
+    for name, (tensor, others) in zip(
+        types, tqdm(results, desc="merging", total=len(types), unit="tensor"), strict=True
+    ):
+        for path in others:
+            differing.setdefault((path, constant_kind(name) or "whole numbers"), []).append(name)
         yield name, tensor
     for (path, kind), names in differing.items():
         shown = f"{names[0]}, ..." if len(names) > 1 else names[0]
         logger.warning("%s: the %s differ (%s); those of the first model are used", path, kind, shown)
+
+
+def merged_tensor(
+    models: Sequence[WeightedCheckpoint], name: str, dtype: torch.dtype, merge: MergeOptions
+) -> tuple[torch.Tensor, list[Path]]:
+    """Return a tensor of the merged model, and the models in which it differs although it is not summed.
+
+    Raises UserError for weights with NaN or infinity, and for sums that are too large for their type.
+    """
+    from library.weight_file import is_finite
+
+    is_constant, others = constant_kind(name) is not None, []
+    tensor = models[0].tensor(name) if is_constant else models[0].weight(name)
+    if tensor.is_floating_point() and is_merged(name, merge):
+        tensor = weighted_sum(models, name, tensor, merge.device)
+    elif not merge.unet_only or not any(part in name for part in NOT_UNET):
+        having = [model for model in models[1:] if name in model.names]
+        others = [model.file.path for model in having if not is_same(tensor, model.tensor(name))]
+    tensor = tensor.to(dtype)
+    if not is_constant and not is_finite(tensor):
+        raise UserError(
+            f"{name} becomes too large for {str(dtype).removeprefix('torch.')}: "
+            "take smaller ratios, or --saving_precision bf16 or float"
+        )
+    return tensor, others
 
 
 def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -323,12 +353,14 @@ def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def weighted_sum(models: Sequence[WeightedCheckpoint], name: str, first: torch.Tensor, device: str) -> torch.Tensor:
-    """Return the sum of ratio * tensor over the models, float32; a model that lacks it has the first one's."""
+    """Return the sum of ratio * tensor over the models, float32; a model that lacks it has the first one's.
+
+    The first tensor may be overwritten.
+    """
     import torch
 
-    base = first.to(device, torch.float32)
     lacking = sum(model.ratio for model in models if name not in model.names)
-    total = base * (models[0].ratio + lacking)
+    total = first.to(device, torch.float32).mul_(models[0].ratio + lacking)
     for model in models[1:]:
         if name in model.names:
             total.add_(model.weight(name).to(device, torch.float32), alpha=model.ratio)

@@ -256,7 +256,8 @@ def exact_spectrum(matrix: Tensor) -> Spectrum:
 
 def _gram(left: Tensor, right: Tensor) -> Tensor:
     """Return L^T R in float64."""
-    return left.double().T @ right.double()
+    wide = left.double()
+    return wide.T @ (wide if right is left else right.double())
 
 
 def _spectrum_by(matrix: Tensor, vectors: Tensor, *, is_wide: bool) -> Spectrum:

@@ -23,6 +23,7 @@ from library.files import new_folder
 from library.models import keys
 from library.models.checkpoint import EXTRAS_FILE, TEXT_FILES, UNET_FILES, WHOLE, Checkpoint, tensor_name
 from library.models.layout import Layout, Place
+from library.parallel import WRITERS, by_module
 from library.safetensors_io import write_stream
 from library.weight_file import WeightFile, is_finite, write_weights
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Beginnings of the names of tensors that networks change; only these are written in another type.
 MERGED_PARTS = (keys.UNET_PREFIX, *keys.TEXT_PREFIXES, "unet/", "text_encoder")
+SUMMED_AT_ONCE = 2**20  # numbers of a tensor
+ROW_GROUP = 16  # matrix products compute so many rows together, or a divisor of it
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,6 +106,11 @@ class Addition:
     ratio: float
     change: Change
     third: int | None
+
+    def term(self, num_rows: int) -> tuple[int, torch.Tensor, torch.Tensor, float]:
+        """Return the first of the rows that change, of so many, U and D in float32, and the factor of U D."""
+        first = 0 if self.third is None else self.third * (num_rows // 3)
+        return first, self.change.up.float(), self.change.down.float(), self.ratio * self.change.scale
 
 
 def additions_by_tensor(
@@ -182,24 +190,28 @@ def check_shape(file: LoraFile, name: str, change: Change, shape: Sequence[int],
         raise UserError(f"{file.path}: {name} is for a layer of {change.layer_shape}, this model has {needed}")
 
 
-def merged_tensor(
-    tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype, scratch: torch.Tensor
-) -> torch.Tensor:
+def merged_tensor(tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype) -> torch.Tensor:
     """Return the sum of a tensor of a model and its additions, computed in float32, in dtype.
 
-    The result is in the tensor's own memory if its type is dtype, the sum in scratch (float32, at least as long): new
-    memory would cost more than the arithmetic.
+    The result is in the tensor's own memory if its type is dtype and it is contiguous. Some rows are summed at a time,
+    which the cache of a core holds: a float32 copy of the whole would cost more than the arithmetic.
     """
     if not additions:
         return tensor.to(dtype)
-    total = scratch[: tensor.numel()].view(tensor.shape).copy_(tensor)
-    rows = total.view(total.shape[0], -1)  # a view of total
-    for addition in additions:
-        size = rows.shape[0] // 3
-        part = rows if addition.third is None else rows[addition.third * size : (addition.third + 1) * size]
-        strength = addition.ratio * addition.change.scale
-        part.addmm_(addition.change.up.float(), addition.change.down.float(), alpha=strength)
-    return tensor.copy_(total) if tensor.dtype == dtype else total.to(dtype, copy=True)
+    tensor = tensor.contiguous()  # those of pickles may lie otherwise in memory
+    result = tensor if tensor.dtype == dtype else torch.empty_like(tensor, dtype=dtype)
+    source, target = (each.view(each.shape[0], -1) for each in (tensor, result))
+    terms = [addition.term(len(source)) for addition in additions]
+    step = max(1, SUMMED_AT_ONCE // source.shape[1] // ROW_GROUP) * ROW_GROUP
+    for start in range(0, len(source), step):
+        total = source[start : start + step].to(torch.float32, copy=True)
+        for first, up, down, strength in terms:
+            low, high = max(start, first), min(start + len(total), first + len(up))
+            if low < high:
+                part = total[low - start : high - start]
+                part.addmm_(up[low - first : high - first], down, alpha=strength)
+        target[start : start + step] = total
+    return result
 
 
 def result_type(name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
@@ -229,30 +241,49 @@ def write_merged(model: Checkpoint, merge: Merge, save_to: Path) -> None:
 
 def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm) -> None:
     """Write one weight file of a model, merged, tensor by tensor."""
-    changed = [shape for name, shape in file.shapes.items() if tensor_name(part, name) in merge.additions]
-    scratch = torch.empty(max(map(math.prod, changed), default=0))
+    sources = {name: (dtype, shape) for name, dtype, shape in file.infos()}
+    infos = {
+        name: (result_type(tensor_name(part, name), dtype, merge.dtype), shape)
+        for name, (dtype, shape) in sources.items()
+    }
+
+    def needed(own_name: str) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in (sources[own_name], infos[own_name]))
+
+    def result_of(own_name: str) -> tuple[torch.Tensor, bool]:
+        added = merge.additions.get(tensor_name(part, own_name), ())
+        return checked_sum(own_name, file.take(own_name), added, infos[own_name][0])
+
+    results = by_module(result_of, sources, most=WRITERS, size=needed)
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
-        for own_name, tensor in file.tensors(file.shapes):
-            name = tensor_name(part, own_name)
-            dtype, added = result_type(name, tensor.dtype, merge.dtype), merge.additions.get(name, ())
-            was_finite = is_finite(tensor)
+        for own_name, (result, was_finite) in zip(sources, results, strict=True):
             if not was_finite:
                 logger.warning("%s: %s holds NaN or infinity, and so does the result", file.path, own_name)
-            result = merged_tensor(tensor, added, dtype, scratch)
-            if was_finite and (added or dtype != tensor.dtype) and not is_finite(result):
-                raise UserError(
-                    f"{own_name} becomes too large for {str(dtype).removeprefix('torch.')}: "
-                    "take smaller ratios, or --save_precision bf16 or float"
-                )
             yield own_name, result
             bar.update()
 
     if path.suffix.lower() != ".safetensors":
         write_weights(path, dict(merged()))
         return
-    infos = {name: (result_type(tensor_name(part, name), own, merge.dtype), shape) for name, own, shape in file.infos()}
     write_stream(path, infos, merged(), dict(file.metadata) | dict(merge.metadata))
+
+
+def checked_sum(
+    name: str, tensor: torch.Tensor, additions: Sequence[Addition], dtype: torch.dtype
+) -> tuple[torch.Tensor, bool]:
+    """Return the merged tensor, and whether the tensor of the model is finite.
+
+    Raises UserError if only the result is not.
+    """
+    own, was_finite = tensor.dtype, is_finite(tensor)
+    result = merged_tensor(tensor, additions, dtype)
+    if was_finite and (additions or dtype != own) and not is_finite(result):
+        raise UserError(
+            f"{name} becomes too large for {str(dtype).removeprefix('torch.')}: "
+            "take smaller ratios, or --save_precision bf16 or float"
+        )
+    return result, was_finite
 
 
 def copy_others(model: Checkpoint, folder: Path, *, shards: bool, dtype: torch.dtype | None = None) -> None:

@@ -289,7 +289,6 @@ def planned_infos(
     return found
 
 
-def planned_tensors(plan: Plan, checkpoint: Checkpoint, infos: Infos) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of a plan, one at a time."""
-    for name, piece in plan.items():
-        yield name, piece.make(*(checkpoint.read(place.name) for place in piece.places)).to(infos[name][0])
+def planned_tensor(piece: Piece, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of a plan in a type."""
+    return piece.make(*(checkpoint.read(place.name) for place in piece.places)).to(dtype)

@@ -9,10 +9,8 @@ import functools
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
@@ -21,14 +19,12 @@ from library.data.buckets import Size
 from library.data.resizing.picture import OutputFormat, Picture, middle_frame, read_picture, reduce
 from library.data.resizing.plan import Copy, Reduced, Task, select
 from library.files import replacing
+from library.parallel import in_order, num_cores
 
 MOST_BYTES = 4 * 2**30  # of all pictures processed at the same time; a larger one is processed alone
 BYTES_PER_PIXEL = 12  # at most, while a picture is processed: decoded, as an array, parts of it in float32
 # After one of these, every further write fails, too.
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +66,7 @@ def carry_out(tasks: Sequence[Task], making: Making, destination: Path, workers:
     try:
         # The longest work first, so that all workers end at about the same time.
         ordered = sorted(tasks, key=lambda task: task.source.stat().st_size if task.reduced else 0, reverse=True)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        results = in_parallel(work, ordered, workers or cores)
+        results = in_order(work, ordered, workers or num_cores())
         return list(tqdm(results, total=len(tasks), desc="resizing", unit="file"))
     except HopelessError as error:
         raise OSError(
@@ -80,21 +75,6 @@ def carry_out(tasks: Sequence[Task], making: Making, destination: Path, workers:
         ) from error
     finally:
         cv2.setNumThreads(threads)
-
-
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield function(item) for all items as they complete; few are queued ahead, so that stopping is quick."""
-    waiting: set[Future[Result]] = set()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for item in items:
-            waiting.add(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        yield from (future.result() for future in as_completed(waiting))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class MemoryGate:
