@@ -33,7 +33,7 @@ FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 
 Entry = dict[str, torch.Tensor]
-PixelsKey = tuple[Path, Placement, str | None, images.Mask | None]
+PixelsKey = tuple[str, Placement, str | None, images.Mask | None]
 Loaded = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3) and mask (H/8, W/8) of a bucket's size
 
 
@@ -91,10 +91,10 @@ class LatentCache:
 
 def pixels_key(record: ImageRecord) -> PixelsKey:
     """Return a key that differs for records with different pixels or masks within a run."""
-    return record.path, record.placement, record.subset.resize_interpolation, record.mask
+    return record.file, record.placement, record.subset.resize_interpolation, record.mask
 
 
-def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -> str:
+def fingerprint(record: ImageRecord, hashes: Mapping[str, str], encoder: str) -> str:
     """Return the hash of everything that an entry depends on; encoder is the identity of one.
 
     hashes holds those of the files of picture and mask.
@@ -102,7 +102,7 @@ def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -
     placement = record.placement
     parts: tuple[object, ...] = (
         FORMAT_VERSION,
-        hashes[record.path],
+        hashes[record.file],
         placement.resized,
         images.centre_frame(placement).corner,
         placement.bucket,
@@ -158,7 +158,7 @@ def fingerprints_of(
     records: Sequence[ImageRecord], encoder: Encoder, index: PictureIndex = DEFAULT_INDEX
 ) -> dict[PixelsKey, str]:
     """Return the fingerprints of all records; reads the files of pictures and masks that the index does not know."""
-    hashes = index.digests({path for record in records for path in record.files})
+    hashes = index.digests({file for record in records for file in record.files})
     identity = encoder.identity()
     return {pixels_key(record): fingerprint(record, hashes, identity) for record in records}
 
