@@ -78,7 +78,7 @@ def merge_texts(argv: Sequence[str] | None, *, description: str | None, key: str
     texts = {
         name: "\n".join(found[picture].lines)
         for name, picture in by_name.items()
-        if picture in found and found[picture].path is not None
+        if picture in found and found[picture].name is not None
     }
     if not texts:
         raise UserError(
@@ -104,7 +104,7 @@ def check_options(config: MergeConfig, problems: Problems) -> None:
 
 def list_all(folder: Path, *, recursive: bool) -> list[Path]:
     """Return the pictures of a folder, of its sub-folders too if asked, sorted by path; raises UserError for none."""
-    from library.data.images import list_pictures
+    from library.data.listing import list_pictures
 
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())] if recursive else [folder]
     pictures = sorted(picture for each in folders for picture in list_pictures(each))
@@ -115,11 +115,11 @@ def list_all(folder: Path, *, recursive: bool) -> list[Path]:
 
 def check_stems(pictures: Sequence[Path], folder: Path) -> None:
     """Raise UserError for pictures that training would not find by their names without extension."""
-    from library.data.sources import find_picture
+    from library.data.sources import Folders, find_picture
 
-    lost = []
+    lost, folders = [], Folders()
     for picture in pictures:
-        found = find_picture(picture.stem, folder)
+        found = find_picture(picture.stem, folder, folders)
         if found is None or not found.samefile(picture):
             lost.append(picture.name if found is None else f"{picture.name} and {found.name}")
     if lost:
@@ -154,21 +154,25 @@ def read_texts(pictures: Sequence[Path], extension: str) -> tuple[dict[Path, Cap
 
 def log_skipped(found: Mapping[Path, CaptionFile], damaged: Sequence[str], extension: str) -> None:
     """Log the pictures without text, with the files beside them that could hold it, and the files not readable."""
-    from library.data.caption_files import names_of, other_files, remedies
+    from library.data.caption_files import other_files, remedies
+    from library.data.listing import files_of
 
-    missing = [picture for picture, file in found.items() if file.path is None]
+    missing = [picture for picture, file in found.items() if file.name is None]
     if missing:
         others: dict[str, list[Path]] = {}
-        for folder in {picture.parent: None for picture in missing}:
-            within = {picture: file for picture, file in found.items() if picture.parent == folder}
-            for ending, pictures in other_files(within, folder, extension).items():
-                others.setdefault(ending, []).extend(pictures)
+        within: dict[Path, dict[str, CaptionFile]] = {picture.parent: {} for picture in missing}
+        for picture, file in found.items():
+            if picture.parent in within:
+                within[picture.parent][picture.name] = file
+        for folder, files in within.items():
+            for ending, names in other_files(files, folder, files_of(folder), extension).items():
+                others.setdefault(ending, []).extend(folder / name for name in names)
         way = f"rename these to {extension}" if any(file.lines for file in found.values()) else "--caption_extension {}"
         logger.warning(
             "%d pictures have no %s file (%s): they are skipped%s",
             len(missing),
             extension,
-            names_of(missing),
+            named([picture.name for picture in missing]),
             remedies(others, missing, way),
         )
     for message in damaged[:MOST_NAMED]:

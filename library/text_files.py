@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +22,20 @@ class UnreadableTextError(UserError):
         self.encoding = encoding  # the one that the file is probably in
 
 
-def read_text(path: Path) -> str:
+def read_text(file: Path | str) -> str:
     """Return the content of a UTF-8 file, without a byte order mark; every line break is one character.
 
     Raises UnreadableTextError.
     """
     try:
-        data = path.read_bytes()
+        with io.FileIO(file) as opened:  # for a small file it takes half the time of Path.read_bytes
+            data = opened.read()
     except FileNotFoundError:
+        path = Path(file)
         text = f"does not exist{quotes_hint(path)}"
         raise UnreadableTextError(path, text, reason="it is not there", kind="do not exist") from None
     except OSError as error:
+        path = Path(file)
         text = f"cannot be read ({error.strerror}); mend its permissions"
         raise UnreadableTextError(
             path, text, reason=str(error.strerror), kind="cannot be read; mend their permissions"
@@ -45,7 +49,7 @@ def read_text(path: Path) -> str:
     encoding = probable_encoding(data)
     reason = f"probably {encoding}" if encoding else reason
     raise UnreadableTextError(
-        path,
+        Path(file),
         f"is not UTF-8 text ({reason}): save it as UTF-8",
         reason=reason,
         kind="are not UTF-8 text; save them as UTF-8",

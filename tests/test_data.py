@@ -223,7 +223,7 @@ def test_prior_loss_weight_goes_to_regularisation_pictures(folder, tmp_path):
     ("num_training", "own", "expected"), [(5, [2, 2, 2], [2, 2, 2]), (10, [1, 1, 1], [4, 3, 3]), (2, [1, 1, 1], [1, 1])]
 )
 def test_regularisation_pictures_are_repeated_until_there_are_enough(num_training, own, expected):
-    found = [Listed(Path("a.png"), SubsetOptions(num_repeats=repeats), ("",), (), None) for repeats in own]
+    found = [Listed("a.png", SubsetOptions(num_repeats=repeats), ("",), (), None) for repeats in own]
     assert [number for _, number in regularisation_repeats(found, num_training)] == expected
 
 

@@ -15,10 +15,9 @@ from runs import NEEDED
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.train import parse_train_config
-from library.data.caption_files import files_of
+from library.data.listing import files_of, folders_in
 from library.data.picture_kinds import changes_colours, losses_of
 from library.data.records import build_datasets, load_datasets
-from library.data.surroundings import folders_in
 from library.errors import Problems, UserError
 
 NOISE = np.random.default_rng(0).integers(0, 255, (400, 400, 4), dtype=np.uint8)
@@ -310,4 +309,5 @@ def test_masks_that_no_picture_has_are_told_over_all_subsets(tmp_path, caplog):
 
 
 def test_folders_that_cannot_be_looked_into_are_passed_over(tmp_path):
-    assert files_of(tmp_path / "absent") == folders_in(tmp_path / "absent") == []
+    assert files_of(tmp_path / "absent") == []
+    assert folders_in(tmp_path / "absent") == []

@@ -62,7 +62,7 @@ def read(path):
 def as_trained(folder, metadata=None, **options):
     """Return picture -> caption, as training reads them."""
     subset = SubsetOptions(image_dir=folder, metadata_file=metadata, **options)
-    return {listed.path.name: "\n".join(listed.caption) for listed in list_subset(subset, Faults(), Notes())}
+    return {Path(listed.file).name: "\n".join(listed.caption) for listed in list_subset(subset, Faults(), Notes())}
 
 
 # ---- merging ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from library.data import buckets, captions, images
 from library.data.buckets import Placement
 from library.data.caption_files import CaptionFile, read_caption
 from library.data.captions import Moment
+from library.data.listing import list_pictures
 from library.data.sources import caption_from
 from library.errors import UserError
 
@@ -42,7 +43,7 @@ def test_every_mode_and_format_gives_the_same_picture(tmp_path):
     for name, picture in cases.items():
         picture.save(tmp_path / name, lossless=True)  # which only WebP reads
         assert np.array_equal(images.load_picture(tmp_path / name), pixels), name
-    assert [path.name for path in images.list_pictures(tmp_path)] == sorted(cases)
+    assert [path.name for path in list_pictures(tmp_path)] == sorted(cases)
 
 
 def test_gray_palette_cmyk_and_16_bit(tmp_path):
@@ -264,7 +265,7 @@ def test_caption_files_and_those_of_face_crops(tmp_path):
     picture = tmp_path / "photo_10_20_30_40.png"
     assert read_caption(picture, ".txt") == CaptionFile(None, ())
     (tmp_path / "photo.txt").write_text("\ufeff a photo \n\nsecond", encoding="utf-8")
-    assert read_caption(picture, ".txt") == CaptionFile(tmp_path / "photo.txt", ("a photo", "second"))
+    assert read_caption(picture, ".txt") == CaptionFile("photo.txt", ("a photo", "second"))
     (tmp_path / "photo_10_20_30_40.txt").write_text(" \n", encoding="utf-8")
     assert read_caption(picture, ".txt").lines == ()
     (tmp_path / "photo_10_20_30_40.txt").write_bytes("日本語".encode("cp932"))

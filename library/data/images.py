@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -20,8 +20,6 @@ from PIL import Image
 from library.config.values import LATENT_SCALE
 from library.data.buckets import Placement, Size
 from library.data.picture_kinds import Loss, losses_of
-from library.errors import UserError
-from library.files import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     import torch
@@ -45,14 +43,6 @@ Image.MAX_IMAGE_PIXELS = None  # these are the user's own pictures, not an attac
 
 class UnreadablePictureError(Exception):
     """A picture that cannot be read; the message is the reason."""
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    """Return the pictures directly in a folder, sorted by path; raises UserError for one that cannot be read."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); mend its permissions") from None
 
 
 class Header(NamedTuple):
@@ -87,22 +77,6 @@ def reading_threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def read_all(paths: Collection[Path], read: Callable[[Path], T], progress: str | None = None) -> dict[Path, T]:
-    """Return path -> read(path), read in threads, sorted by path; progress is the title of a progress bar."""
-    from tqdm import tqdm
-
-    ordered = sorted(paths)
-    with reading_threads() as pool:
-        bar = tqdm(
-            pool.map(read, ordered),
-            total=len(ordered),
-            desc=progress,
-            unit="picture",
-            disable=progress is None,
-        )
-        return dict(zip(ordered, bar, strict=True))
 
 
 def load_picture(path: Path, transparency: Literal["drop", "white"] = "drop") -> np.ndarray:
@@ -180,12 +154,17 @@ def _reason(path: Path, error: Exception) -> str:
     return "not a picture that can be read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Mask:
     """The weights of a picture's loss: its own opacity ("alpha"), or the red channel of another file."""
 
-    path: Path
+    file: str
     channel: Literal["alpha", "red"]
+
+    @property
+    def path(self) -> Path:
+        """The file that the weights are read from."""
+        return Path(self.file)
 
     def load(self) -> np.ndarray:
         """Return the weights, uint8 (H, W); raises UnreadablePictureError."""
@@ -193,11 +172,11 @@ class Mask:
 
     def describe(self) -> str:
         """Return what the weights are, for a report."""
-        return "its transparency" if self.channel == "alpha" else str(self.path)
+        return "its transparency" if self.channel == "alpha" else self.file
 
-    def key(self, hashes: Mapping[Path, str]) -> str:
+    def key(self, hashes: Mapping[str, str]) -> str:
         """Return the part of a cache fingerprint that identifies the mask; hashes are those of files."""
-        return "alpha" if self.channel == "alpha" else hashes[self.path]
+        return "alpha" if self.channel == "alpha" else hashes[self.file]
 
 
 def canny(pixels: np.ndarray, low: int, high: int) -> np.ndarray:

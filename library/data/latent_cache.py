@@ -21,9 +21,9 @@ import torch
 from library.data import images
 from library.data.buckets import Placement
 from library.data.picture_checks import raise_for_unreadable
+from library.data.picture_index import DEFAULT_INDEX, PictureIndex
 from library.data.records import Dataset, ImageRecord, all_records
 from library.errors import UserError
-from library.files import file_sha256
 from library.safetensors_io import read_header, read_tensors
 from library.weight_file import write_weights
 
@@ -33,7 +33,7 @@ FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 
 Entry = dict[str, torch.Tensor]
-PixelsKey = tuple[Path, Placement, str | None, images.Mask | None]
+PixelsKey = tuple[str, Placement, str | None, images.Mask | None]
 Loaded = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3) and mask (H/8, W/8) of a bucket's size
 
 
@@ -91,10 +91,10 @@ class LatentCache:
 
 def pixels_key(record: ImageRecord) -> PixelsKey:
     """Return a key that differs for records with different pixels or masks within a run."""
-    return record.path, record.placement, record.subset.resize_interpolation, record.mask
+    return record.file, record.placement, record.subset.resize_interpolation, record.mask
 
 
-def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -> str:
+def fingerprint(record: ImageRecord, hashes: Mapping[str, str], encoder: str) -> str:
     """Return the hash of everything that an entry depends on; encoder is the identity of one.
 
     hashes holds those of the files of picture and mask.
@@ -102,7 +102,7 @@ def fingerprint(record: ImageRecord, hashes: Mapping[Path, str], encoder: str) -
     placement = record.placement
     parts: tuple[object, ...] = (
         FORMAT_VERSION,
-        hashes[record.path],
+        hashes[record.file],
         placement.resized,
         images.centre_frame(placement).corner,
         placement.bucket,
@@ -121,6 +121,7 @@ def build_cache(
     batch_size: int,
     on_disk: bool,
     share: tuple[int, int] = (0, 1),
+    index: PictureIndex = DEFAULT_INDEX,
 ) -> LatentCache:
     """Return the cache of all records, encoding what is not valid on disk.
 
@@ -130,7 +131,7 @@ def build_cache(
     """
     records = all_records(datasets)
     if on_disk:
-        fingerprints = fingerprints_of(records, encoder)
+        fingerprints = fingerprints_of(records, encoder, index)
     else:  # within a run the path identifies the file, so that no hash is needed
         fingerprints = {key: repr(key) for key in map(pixels_key, records)}
     sources = sources_of(records, fingerprints)
@@ -146,16 +147,18 @@ def build_cache(
     return LatentCache(entries, fingerprints)
 
 
-def count_valid(datasets: Sequence[Dataset], encoder: Encoder) -> tuple[int, int]:
+def count_valid(datasets: Sequence[Dataset], encoder: Encoder, index: PictureIndex = DEFAULT_INDEX) -> tuple[int, int]:
     """Return (entries that are valid on disk, entries that a run uses)."""
     records = all_records(datasets)
-    sources = sources_of(records, fingerprints_of(records, encoder))
+    sources = sources_of(records, fingerprints_of(records, encoder, index))
     return len(read_entries(sources)), len(sources)
 
 
-def fingerprints_of(records: Sequence[ImageRecord], encoder: Encoder) -> dict[PixelsKey, str]:
-    """Return the fingerprints of all records; reads all files of pictures and masks."""
-    hashes = images.read_all({path for record in records for path in record.files}, file_sha256)
+def fingerprints_of(
+    records: Sequence[ImageRecord], encoder: Encoder, index: PictureIndex = DEFAULT_INDEX
+) -> dict[PixelsKey, str]:
+    """Return the fingerprints of all records; reads the files of pictures and masks that the index does not know."""
+    hashes = index.digests({file for record in records for file in record.files})
     identity = encoder.identity()
     return {pixels_key(record): fingerprint(record, hashes, identity) for record in records}
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from library.data.captions import Caption
 from library.data.faults import Faults, Notes
 from library.data.images import Frame, Header, Mask, fit, fit_mask, load_picture
 from library.data.picture_checks import check_mask, check_shape, decode_pictures, note_losses, read_headers
+from library.data.picture_index import DEFAULT_INDEX, PictureIndex
 from library.data.sources import Listed, list_subset
 from library.data.surroundings import check_layout, note_unused
 from library.errors import Problems, UserError
@@ -28,11 +30,14 @@ from library.randomness import random_for
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One picture of a dataset, placed in its bucket."""
+    """One picture of a dataset, placed in its bucket.
 
-    path: Path
+    There can be very many: what several have in common is one object, and the file is text, a third of a Path.
+    """
+
+    file: str
     size: Size
     caption: Caption
     repeats: int
@@ -42,9 +47,14 @@ class ImageRecord:
     mask: Mask | None = None
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def path(self) -> Path:
+        """The file of the picture."""
+        return Path(self.file)
+
+    @property
+    def files(self) -> tuple[str, ...]:
         """The files that the pixels and the mask are read from."""
-        return (self.path,) if self.mask is None else (self.path, self.mask.path)
+        return (self.file,) if self.mask is None else (self.file, self.mask.file)
 
     def read(self, frame: Frame) -> tuple[np.ndarray, np.ndarray | None]:
         """Return pixels of a frame, uint8 (H, W, 3), and its loss mask, float32 (H/8, W/8), or None.
@@ -53,23 +63,6 @@ class ImageRecord:
         """
         pixels = fit(load_picture(self.path), frame, self.subset.resize_interpolation)
         return pixels, None if self.mask is None else fit_mask(self.mask.load(), frame)
-
-    def unvaried(self) -> ImageRecord:
-        """Return the record for validation: one repeat, without augmentation of picture and caption."""
-        subset = dataclasses.replace(
-            self.subset,
-            num_repeats=1,
-            flip_aug=False,
-            color_aug=False,
-            random_crop=False,
-            face_crop_aug_range=None,
-            shuffle_caption=False,
-            caption_dropout_rate=0.0,
-            caption_dropout_every_n_epochs=0,
-            caption_tag_dropout_rate=0.0,
-            token_warmup_step=0.0,
-        )
-        return dataclasses.replace(self, repeats=1, subset=subset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +103,30 @@ def subsets_of(datasets: Sequence[Dataset]) -> list[tuple[DatasetOptions, Subset
     ]
 
 
+def unvaried(records: Iterable[ImageRecord]) -> tuple[ImageRecord, ...]:
+    """Return records for validation: one repeat, without augmentation of pictures and captions."""
+    by_id: dict[int, SubsetOptions] = {}
+    found = []
+    for record in records:
+        subset = record.subset
+        if id(subset) not in by_id:
+            by_id[id(subset)] = dataclasses.replace(
+                subset,
+                num_repeats=1,
+                flip_aug=False,
+                color_aug=False,
+                random_crop=False,
+                face_crop_aug_range=None,
+                shuffle_caption=False,
+                caption_dropout_rate=0.0,
+                caption_dropout_every_n_epochs=0,
+                caption_tag_dropout_rate=0.0,
+                token_warmup_step=0.0,
+            )
+        found.append(dataclasses.replace(record, repeats=1, subset=by_id[id(subset)]))
+    return tuple(found)
+
+
 def load_datasets(config: TrainConfig) -> list[Dataset]:
     """Return the datasets; [] if the options do not say which, which `check` reports."""
     data = config.data
@@ -139,9 +156,15 @@ def find_datasets(data: DataConfig, dataset: DatasetOptions, subset: SubsetOptio
 
 
 def build_datasets(
-    configs: Sequence[DatasetConfig], *, latents_cached: bool, masked_loss: bool = False, seed: int | None = None
+    configs: Sequence[DatasetConfig],
+    *,
+    latents_cached: bool,
+    masked_loss: bool = False,
+    seed: int | None = None,
+    index: PictureIndex = DEFAULT_INDEX,
 ) -> list[Dataset]:
-    """Return the datasets with their records; reads headers and captions, and pixels only if something is wrong.
+    """Return the datasets with their records; reads captions, headers that the index does not know, and pixels only if
+    something is wrong.
 
     seed is for datasets without a validation_seed. Raises UserError that lists all missing folders, options that
     contradict each other, and pictures, masks and captions that cannot be used.
@@ -160,7 +183,7 @@ def build_datasets(
         for config in configs
     ]
     pictures = [listed for of_dataset in found for of_subset in of_dataset for listed in of_subset]
-    headers = check_pictures(configs, found, faults)
+    headers = check_pictures(configs, found, index, faults)
     note_losses(pictures, headers, notes)
     if not faults and not problems:  # else pictures could go unused because of them
         note_unused(subsets, pictures, notes)
@@ -168,9 +191,8 @@ def build_datasets(
     faults.report(problems)
     problems.raise_if_any()
 
-    sizes = {path: header.size for path, header in headers.items()}
     held_out = split_validation(configs, found, seed)
-    built = (build_dataset(config, of, sizes, held_out) for config, of in zip(configs, found, strict=True))
+    built = (build_dataset(config, of, headers, held_out) for config, of in zip(configs, found, strict=True))
     datasets = [dataset for dataset in built if dataset.all_records]
     if not any(dataset.num_images(is_reg=False) for dataset in datasets):
         sources = ", ".join(str(subset.source) for subset in subsets)
@@ -181,22 +203,26 @@ def build_datasets(
 
 
 def check_pictures(
-    configs: Sequence[DatasetConfig], found: Sequence[Sequence[Sequence[Listed]]], faults: Faults
-) -> dict[Path, Header]:
+    configs: Sequence[DatasetConfig],
+    found: Sequence[Sequence[Sequence[Listed]]],
+    index: PictureIndex,
+    faults: Faults,
+) -> dict[str, Header]:
     """Return the headers of all pictures and masks that can be read; what is wrong with the others is added to faults.
 
     Where anything is wrong, pictures are decoded as well, so that those that are cut short are in the same list.
     """
-    files = {path for of_dataset in found for listed in chain.from_iterable(of_dataset) for path in listed.files}
-    headers = read_headers(files, faults)
-    sizes = {path: header.size for path, header in headers.items()}
+    files = {file for of_dataset in found for listed in chain.from_iterable(of_dataset) for file in listed.files}
+    headers = read_headers(files, index, faults)
     for config, of_dataset in zip(configs, found, strict=True):
+        place = placing(config.options)
         for listed in chain.from_iterable(of_dataset):
-            if listed.path in sizes:
-                check_shape(listed, sizes[listed.path], place_picture(sizes[listed.path], config.options), faults)
-                check_mask(listed, sizes, faults)
+            if listed.file in headers:
+                size = headers[listed.file].size
+                check_shape(listed, size, place(size), faults)
+                check_mask(listed, headers, faults)
     if faults:
-        decode_pictures(headers, len(files), faults)
+        decode_pictures(headers, index, len(files), faults)
     return headers
 
 
@@ -230,58 +256,73 @@ def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: b
 
 def split_validation(
     configs: Sequence[DatasetConfig], found: Sequence[Sequence[Sequence[Listed]]], seed: int | None
-) -> set[Path]:
-    """Return the resolved paths of the held-out pictures: a share of each subset, chosen at random.
+) -> set[str]:
+    """Return the real paths of the held-out pictures: a share of each subset, chosen at random.
 
     found holds the pictures by dataset and subset. A picture that one subset holds out is trained on in none.
     Regularisation pictures are never held out.
     """
-    held_out: set[Path] = set()
+    held_out: set[str] = set()
     for config, of_dataset in zip(configs, found, strict=True):
         chosen = config.options.validation_seed if config.options.validation_seed is not None else seed or 0
         for subset, listed in zip(config.subsets, of_dataset, strict=True):
-            if not subset.is_reg:
-                held_out |= share_of({picture.path.resolve() for picture in listed}, subset.validation_split, chosen)
+            if subset.validation_split and not subset.is_reg:
+                held_out |= share_of({real_file(picture.file) for picture in listed}, subset.validation_split, chosen)
     return held_out
 
 
-def share_of(paths: set[Path], share: float, seed: int) -> set[Path]:
-    """Return a share (0 to 1) of the paths, which depends only on the seed; warns if the share rounds to none."""
-    number = round(len(paths) * share)
-    if paths and share and not number:
-        logger.warning("validation_split %g of %d pictures is none: nothing is held out", share, len(paths))
-    shuffled = sorted(paths)
+def real_file(file: str) -> str:
+    """Return the absolute path of a file, without symbolic links."""
+    path = Path(file)
+    return str(path.resolve() if path.is_symlink() else real_folder(path.parent) / path.name)
+
+
+@functools.lru_cache(maxsize=1024)
+def real_folder(folder: Path) -> Path:
+    """Return the absolute path of a folder, without symbolic links."""
+    return folder.resolve()
+
+
+def share_of(files: set[str], share: float, seed: int) -> set[str]:
+    """Return a share (0 to 1) of the files, which depends only on the seed; warns if the share rounds to none."""
+    number = round(len(files) * share)
+    if files and share and not number:
+        logger.warning("validation_split %g of %d pictures is none: nothing is held out", share, len(files))
+    shuffled = sorted(files, key=Path)
     random_for(seed, "validation").shuffle(shuffled)
-    return set(shuffled[len(paths) - number :])
+    return set(shuffled[len(files) - number :])
 
 
-def verify_pictures(datasets: Sequence[Dataset]) -> None:
-    """Decode every picture and mask once, so that one that cannot be read is reported before training starts."""
+def verify_pictures(datasets: Sequence[Dataset], index: PictureIndex = DEFAULT_INDEX) -> None:
+    """Decode every picture and mask that the index does not know as readable, so that one that is damaged is reported
+    before training starts.
+    """
     faults = Faults()
-    files = {path for record in all_records(datasets) for path in record.files}
-    decode_pictures(files, len(files), faults)
+    files = {file for record in all_records(datasets) for file in record.files}
+    decode_pictures(files, index, len(files), faults)
     faults.raise_if_any()
 
 
 def build_dataset(
-    config: DatasetConfig, found: Sequence[Sequence[Listed]], sizes: Mapping[Path, Size], held_out: set[Path]
+    config: DatasetConfig, found: Sequence[Sequence[Listed]], headers: Mapping[str, Header], held_out: set[str]
 ) -> Dataset:
-    """Return the dataset of the pictures in each subset; sizes are (width, height) of pictures and masks."""
+    """Return the dataset of the pictures in each subset; held_out holds real paths."""
     pictures = [listed for listed in chain.from_iterable(found) if not listed.subset.is_reg]
     regularisation = [listed for listed in chain.from_iterable(found) if listed.subset.is_reg]
-    trained = [(listed, listed.subset.num_repeats) for listed in pictures if listed.path.resolve() not in held_out]
+    measured = {listed.file for listed in pictures if real_file(listed.file) in held_out} if held_out else set[str]()
+    trained = [(listed, listed.subset.num_repeats) for listed in pictures if listed.file not in measured]
     trained += regularisation_repeats(regularisation, sum(repeats for _, repeats in trained))
-    split = [listed for listed in pictures if listed.subset.validation_split and listed.path.resolve() in held_out]
-    records = tuple(record_of(listed, repeats, sizes, config.options) for listed, repeats in trained)
-    validation = tuple(record_of(listed, 1, sizes, config.options).unvaried() for listed in split)
+    split = [listed for listed in pictures if listed.subset.validation_split and listed.file in measured]
+    place = placing(config.options)
+
+    def record_of(listed: Listed, repeats: int) -> ImageRecord:
+        file, subset, caption, tags, mask = listed
+        size = headers[file].size
+        return ImageRecord(file, size, caption, repeats, subset, place(size), tags, mask)
+
+    records = tuple(record_of(listed, repeats) for listed, repeats in trained)
+    validation = unvaried(record_of(listed, 1) for listed in split)
     return Dataset(config.options, records, validation, config.place)
-
-
-def record_of(listed: Listed, repeats: int, sizes: Mapping[Path, Size], options: DatasetOptions) -> ImageRecord:
-    """Return the record of a listed picture, placed in its bucket."""
-    path, subset, caption, tags, mask = listed
-    placement = place_picture(sizes[path], options)
-    return ImageRecord(path, sizes[path], caption, repeats, subset, placement, tags, mask)
 
 
 def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[tuple[Listed, int]]:
@@ -303,13 +344,14 @@ def regularisation_repeats(found: Sequence[Listed], num_training: int) -> list[t
     return [(listed, number) for listed, number in zip(found, repeats, strict=True) if number]
 
 
-def place_picture(size: Size, options: DatasetOptions) -> Placement:
-    """Return the placement of a picture of a size with the options of its dataset."""
-    if not options.enable_bucket:
-        return buckets.place(size, [options.size])
-    if options.bucket_no_upscale:
-        return buckets.place_without_upscale(size, options.size, options.bucket_reso_steps)
-    return buckets.place(size, candidates(options))
+def placing(options: DatasetOptions) -> Callable[[Size], Placement]:
+    """Return a function from the size of a picture to its placement in a dataset; equal ones are one object."""
+    if options.enable_bucket and options.bucket_no_upscale:
+        return functools.cache(
+            lambda size: buckets.place_without_upscale(size, options.size, options.bucket_reso_steps)
+        )
+    sizes = candidates(options) if options.enable_bucket else [options.size]
+    return functools.cache(lambda size: buckets.place(size, sizes))
 
 
 def candidates(options: DatasetOptions) -> list[Size]:

@@ -10,30 +10,31 @@ from typing import Any, NamedTuple
 
 from library.config.dataset import BY_TAGS, SubsetOptions
 from library.config.kinds import read_str
-from library.data.caption_files import CaptionFile, names_of, note_captions, read_caption
+from library.data.caption_files import NO_FILE, CaptionFile, note_captions, read_captions
 from library.data.captions import SEPARATORS, Caption, other_separator
 from library.data.faults import Faults, Notes
-from library.data.images import Mask, list_pictures
+from library.data.images import Mask
+from library.data.listing import beginning_of, files_of, names_in, pictures_of, split_name, stem_of
 from library.errors import UserError, named, shown
 from library.files import PICTURE_SUFFIXES
 from library.text_files import UnreadableTextError, read_text
 
-Row = tuple[Path, Caption, tuple[str, ...]]  # picture, caption, texts of tags
+Row = tuple[str, Caption, tuple[str, ...]]  # file of the picture, caption, texts of tags
 
 
 class Listed(NamedTuple):
     """One picture of a subset with its caption; tag statistics count the tags in the texts of tags."""
 
-    path: Path
+    file: str
     subset: SubsetOptions
     caption: Caption
     tags: tuple[str, ...]
     mask: Mask | None
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[str, ...]:
         """The files of picture and mask."""
-        return (self.path,) if self.mask is None else (self.path, self.mask.path)
+        return (self.file,) if self.mask is None else (self.file, self.mask.file)
 
 
 def list_subset(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Listed]:
@@ -42,15 +43,15 @@ def list_subset(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Lis
     Raises UserError for a folder or metadata file that cannot be used at all.
     """
     if subset.metadata_file is not None:
-        captions = sorted(read_metadata(subset.metadata_file, subset, faults, notes), key=lambda row: row[0])
+        captions = sorted(read_metadata(subset.metadata_file, subset, faults, notes), key=lambda row: Path(row[0]))
     else:
         captions = list_folder(subset, faults, notes)
     if not captions and not faults:
         notes.warn(f"{subset.source} has no pictures; it is skipped{without_regularisation(subset)}")
     for line in describe_separators(captions, subset):
         notes.warn(line)
-    masks = find_masks(subset, [path for path, _, _ in captions], faults)
-    return [Listed(path, subset, caption, tags, masks.get(path)) for path, caption, tags in captions]
+    masks = find_masks(subset, [file for file, _, _ in captions], faults)
+    return [Listed(file, subset, caption, tags, masks.get(file)) for file, caption, tags in captions]
 
 
 def without_regularisation(subset: SubsetOptions) -> str:
@@ -60,16 +61,21 @@ def without_regularisation(subset: SubsetOptions) -> str:
 
 def list_folder(subset: SubsetOptions, faults: Faults, notes: Notes) -> list[Row]:
     """Return (picture, caption, tags) for the pictures in a subset's folder."""
-    found: dict[Path, CaptionFile] = {}
-    for picture in list_pictures(subset.folder):
-        try:
-            found[picture] = read_caption(picture, subset.caption_extension)
-        except UnreadableTextError as error:
-            faults.add(f"caption files {error.kind}", error.path, error.reason)
-            found[picture] = CaptionFile(error.path, ("",))  # so that what is wrong with the picture is found, too
-    note_captions(found, subset, notes)
-    captions = {picture: caption_from(file, subset) for picture, file in found.items()}
-    return [(picture, caption, caption) for picture, caption in captions.items()]
+    names, beginning = names_in(subset.folder), beginning_of(subset.folder)
+    pictures = pictures_of(names)
+    found: dict[str, CaptionFile] = {}
+    for picture, file in zip(
+        pictures, read_captions(subset.folder, pictures, names, subset.caption_extension), strict=True
+    ):
+        if isinstance(file, UnreadableTextError):
+            faults.add(f"caption files {file.kind}", file.path, file.reason)
+            found[picture] = CaptionFile(file.path.name, ("",))  # so that what is wrong with the picture is found, too
+        else:
+            found[picture] = file
+    note_captions(found, names, subset, notes)
+    none = caption_from(NO_FILE, subset)  # one object for all pictures
+    captions = ((name, none if file is NO_FILE else caption_from(file, subset)) for name, file in found.items())
+    return [(beginning + name, caption, caption) for name, caption in captions]
 
 
 def caption_from(file: CaptionFile, subset: SubsetOptions) -> Caption:
@@ -77,7 +83,7 @@ def caption_from(file: CaptionFile, subset: SubsetOptions) -> Caption:
 
     Of a file the first line counts, or with wildcards every line that is not blank.
     """
-    if file.path is None:
+    if file.name is None:
         return tuple((subset.class_tokens or "").split("\n"))
     return tuple(file.lines if subset.enable_wildcard else file.lines[:1]) or ("",)
 
@@ -87,19 +93,21 @@ def describe_separators(rows: Sequence[Row], subset: SubsetOptions) -> Iterator[
     rules = [name for name in BY_TAGS if getattr(subset, name)]
     if not rules:
         return
-    texts = {path: tags if any(tags) else caption for path, caption, tags in rows}
+    texts = ((file, tags if any(tags) else caption) for file, caption, tags in rows)
     own = subset.caption_separator
-    by_other: dict[str, list[Path]] = {}
-    for path, caption in texts.items():
+    by_other: dict[str, list[str]] = {}
+    has_own = False
+    for file, caption in texts:
         other = other_separator(caption, subset)
         if other is not None:
-            by_other.setdefault(other, []).append(path)
-    is_mixed = len(by_other) > 1 or any(own in text for caption in texts.values() for text in caption)
+            by_other.setdefault(other, []).append(Path(file).name)
+        has_own = has_own or any(own in text for text in caption)
+    is_mixed = len(by_other) > 1 or has_own
     for other, pictures in by_other.items():
         option = f"--caption_separator {SEPARATORS[other]}, or caption_separator in the dataset file, separates them"
         yield (
             f"{subset.source}: {len(pictures)} of {len(rows)} captions have no {shown(own)} but {shown(other)}, so "
-            f"that each is a single tag for {' and '.join(rules)}: {names_of(pictures)}; "
+            f"that each is a single tag for {' and '.join(rules)}: {named(pictures)}; "
             f"{f'write {shown(own)} in these' if is_mixed else option}"
         )
 
@@ -116,19 +124,21 @@ def read_metadata(file: Path, subset: SubsetOptions, faults: Faults, notes: Note
     "image_path", "caption" and "tags" on each line. A picture is a path, absolute or below image_dir; its
     extension may be missing. Missing pictures are added to faults. Raises UserError for a damaged file.
     """
-    found: dict[Path, Row] = {}
+    found: dict[str, Row] = {}
     again: list[str] = []
     longer: list[str] = []
     entries = read_entries(file, faults, again)
     missing = f"of {len(entries)} pictures of {file} are not there; they are looked for in {subset.folder}"
+    folders = Folders()
     for name, values in entries:
-        path = find_picture(name, subset.folder)
+        path = find_picture(name, subset.folder, folders)
         if path is None:
             faults.add(missing, name)
             continue
-        if path in found:
+        picture = str(path)
+        if picture in found:
             again.append(name)
-        found[path] = (path, joined_caption(values, subset), tuple(values["tags"].split("\n")))
+        found[picture] = (picture, joined_caption(values, subset), tuple(values["tags"].split("\n")))
         if not subset.enable_wildcard and len(values["caption"].strip().splitlines()) > 1:
             longer.append(path.name)
     for line in describe_entries(list(found.values()), subset, again=again, longer=longer):
@@ -147,7 +157,7 @@ def describe_entries(
             f"{len(longer)} captions have several lines, of which only the first is used: {named(longer)}; "
             "--enable_wildcard takes one at random"
         )
-    empty = [path for path, caption, _ in found if not any(caption)]
+    empty = [Path(picture) for picture, caption, _ in found if not any(caption)]
     if empty:
         ends = {subset.caption_extension, ".caption", ".txt"}
         files = [path for path in empty if any(path.with_name(f"{path.stem}{end}").is_file() for end in ends)]
@@ -156,8 +166,8 @@ def describe_entries(
             "finetune/merge_captions_to_metadata.py takes it into the metadata file"
         )
         yield (
-            f"{len(empty)} of {len(found)} pictures have neither caption nor tags: {names_of(empty)}"
-            f"{beside if files else ''}"
+            f"{len(empty)} of {len(found)} pictures have neither caption nor tags: "
+            f"{named([path.name for path in empty])}{beside if files else ''}"
         )
 
 
@@ -218,13 +228,31 @@ def _by_line(path: Path, text: str, faults: Faults, again: list[str]) -> dict[st
     return table
 
 
-def find_picture(name: str, folder: Path) -> Path | None:
+ENDINGS = ("", *(ending for extension in PICTURE_SUFFIXES for ending in (extension, extension.upper())))
+
+
+class Folders:
+    """Remembers which files are in the folders of pictures, so that each is listed once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, frozenset[str]] = {}
+
+    def names(self, folder: Path) -> frozenset[str]:
+        """Return the names of the files in a folder; none of one that cannot be read."""
+        if folder not in self._files:
+            self._files[folder] = frozenset(files_of(folder))
+        return self._files[folder]
+
+
+def find_picture(name: str, folder: Path, folders: Folders) -> Path | None:
     """Return the file of a picture's name, with or without extension, or None; folder is that of relative names."""
     path = folder / name
-    endings = [ending for extension in PICTURE_SUFFIXES for ending in (extension, extension.upper())]
-    candidates = (Path(f"{path}{ending}") for ending in ("", *endings))
-    try:
-        return next((candidate for candidate in candidates if candidate.is_file()), None)
+    names = folders.names(path.parent)
+    for ending in ENDINGS:
+        if f"{path.name}{ending}" in names:
+            return path.with_name(f"{path.name}{ending}")
+    try:  # a drive can take upper and lower case for the same
+        return next((file for ending in ENDINGS if (file := Path(f"{path}{ending}")).is_file()), None)
     except OSError:  # a name that is too long
         return None
 
@@ -244,22 +272,24 @@ def joined_caption(values: Mapping[str, str], subset: SubsetOptions) -> Caption:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def find_masks(subset: SubsetOptions, pictures: Sequence[Path], faults: Faults) -> dict[Path, Mask]:
-    """Return picture -> its loss mask: its own opacity, or the picture of its name in the masks' folder.
+def find_masks(subset: SubsetOptions, pictures: Sequence[str], faults: Faults) -> dict[str, Mask]:
+    """Return file of a picture -> its loss mask: its own opacity, or the picture of its name in the masks' folder.
 
     Pictures without a mask are added to faults.
     """
     folder = subset.conditioning_data_dir
     if folder is None or not pictures:
-        return {path: Mask(path, "alpha") for path in pictures} if subset.alpha_mask else {}
+        return {picture: Mask(picture, "alpha") for picture in pictures} if subset.alpha_mask else {}
     by_stem = masks_by_stem(folder)
     missing = f"of {len(pictures)} pictures have no mask of their name in conditioning_data_dir {folder}"
-    for path in pictures:
-        if path.stem not in by_stem:
-            faults.add(missing, path)
-    return {path: Mask(by_stem[path.stem], "red") for path in pictures if path.stem in by_stem}
+    stems = {picture: stem_of(picture) for picture in pictures}
+    for picture, stem in stems.items():
+        if stem not in by_stem:
+            faults.add(missing, picture)
+    beginning = beginning_of(folder)
+    return {picture: Mask(beginning + by_stem[stem], "red") for picture, stem in stems.items() if stem in by_stem}
 
 
-def masks_by_stem(folder: Path) -> dict[str, Path]:
-    """Return the masks in a folder by their names without extension; the last of several with one name."""
-    return {path.stem: path for path in list_pictures(folder)}
+def masks_by_stem(folder: Path) -> dict[str, str]:
+    """Return the names of the masks in a folder by those without extension; the last of several with one name."""
+    return {split_name(name)[0]: name for name in pictures_of(names_in(folder))}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from library.config.dataset import DataConfig, SubsetOptions
 from library.config.dataset_file import is_numbered
-from library.data.caption_files import files_of
 from library.data.faults import Notes
-from library.data.sources import Listed, masks_by_stem
+from library.data.listing import files_of, folders_in, pictures_of, split_name, stem_of
+from library.data.sources import Listed
 from library.errors import Problems, named
 from library.files import PICTURE_SUFFIXES
 
@@ -21,26 +20,10 @@ OTHER_FORMATS = (
     *(".ppm", ".pgm", ".exr", ".hdr", ".dds", ".ico"),
 )
 
-Used = Collection[tuple[Path, str]]  # the places of files
 
-
-def pictures_in(folder: Path, suffixes: Collection[str] = PICTURE_SUFFIXES) -> list[Path]:
-    """Return the files directly in a folder whose extension is one of several, sorted; none if it cannot be read."""
-    return [path for path in files_of(folder) if path.suffix.lower() in suffixes]
-
-
-def folders_in(folder: Path) -> list[Path]:
-    """Return the sub-folders of a folder, sorted; none of one that cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(folder / entry.name for entry in entries if entry.is_dir())
-    except OSError:
-        return []
-
-
-def names_below(folder: Path, paths: Sequence[Path]) -> str:
-    """Return the first of some paths, relative to a folder."""
-    return named([path.relative_to(folder).as_posix() for path in paths])
+def pictures_in(folder: Path) -> list[str]:
+    """Return the names of the pictures directly in a folder, in order; none if it cannot be read."""
+    return pictures_of(files_of(folder))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -58,7 +41,7 @@ def check_layout(data: DataConfig, problems: Problems, notes: Notes) -> None:
             if loose:
                 notes.warn(
                     f"--{option} {parent}: {len(loose)} pictures directly in it are not used: "
-                    f"{names_below(parent, loose)}; move them to a sub-folder named like 10_name"
+                    f"{named(loose)}; move them to a sub-folder named like 10_name"
                 )
             continue
         text = f"--{option} {parent} has no sub-folder named like 10_name{what_to_do(option, parent, loose)}"
@@ -68,14 +51,12 @@ def check_layout(data: DataConfig, problems: Problems, notes: Notes) -> None:
             notes.warn(f"{text}; the training goes on without regularisation")
 
 
-def what_to_do(option: str, parent: Path, loose: Sequence[Path]) -> str:
+def what_to_do(option: str, parent: Path, loose: Sequence[str]) -> str:
     """Return what is probably meant by a folder without sub-folders N_name: ": ..." with the way out."""
     if loose and is_numbered(parent.resolve()):
         return f": name the folder above it, --{option} {parent.resolve().parent}"
     if loose:
-        return (
-            f", but {len(loose)} pictures directly in it ({names_below(parent, loose)}): move them to such a sub-folder"
-        )
+        return f", but {len(loose)} pictures directly in it ({named(loose)}): move them to such a sub-folder"
     for folder in folders_in(parent):
         if any(is_numbered(inner) for inner in folders_in(folder)):
             return f", but {folder} has: --{option} {folder}"
@@ -89,62 +70,77 @@ def what_to_do(option: str, parent: Path, loose: Sequence[Path]) -> str:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def place_of(path: Path) -> tuple[Path, str]:
-    """Return what identifies a file, however its folder is written."""
-    return real_folder(path.parent), path.name
+class Used:
+    """Which pictures a run uses, however their folders are written."""
 
+    def __init__(self, subsets: Sequence[SubsetOptions], pictures: Sequence[Listed]) -> None:
+        self._whole = {subset.folder.resolve() for subset in subsets if subset.metadata_file is None}
+        masks = [subset.conditioning_data_dir for subset in subsets]
+        self._masked = {folder.resolve() for folder in masks if folder is not None}
+        self._names: dict[Path, set[str]] = {}  # of pictures that metadata files list, by folder
+        by_folder: dict[str, list[str]] = {}
+        for listed in pictures:
+            if listed.subset.metadata_file is not None:
+                parent, name = os.path.split(listed.file)
+                by_folder.setdefault(parent, []).append(name)
+        self.folders = {subset.folder: None for subset in subsets} | {Path(parent): None for parent in by_folder}
+        for parent, names in by_folder.items():
+            self._names.setdefault(Path(parent).resolve(), set()).update(names)
 
-@functools.lru_cache(maxsize=1024)
-def real_folder(folder: Path) -> Path:
-    """Return the absolute path of a folder, without symbolic links."""
-    return folder.resolve()
+    def others(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """Return those of the names of pictures in a folder that are not used; none of a folder of masks."""
+        real = folder.resolve()
+        if real in self._whole or real in self._masked:
+            return []
+        used = self._names.get(real, ())
+        return [name for name in names if name not in used]
 
 
 def note_unused(subsets: Sequence[SubsetOptions], pictures: Sequence[Listed], notes: Notes) -> None:
     """Warn of pictures and masks in the folders of a run that no subset uses, with the first names."""
-    used = {place_of(path) for listed in pictures for path in listed.files}
-    masked = {folder.resolve() for subset in subsets if (folder := subset.conditioning_data_dir) is not None}
-    folders = {subset.folder: None for subset in subsets} | {listed.path.parent: None for listed in pictures}
-    for folder in folders:
-        for line in unused_beside(folder, used, masked):
+    used = Used(subsets, pictures)
+    for folder in used.folders:
+        for line in unused_beside(folder, used):
             notes.warn(line)
     for folder in {subset.folder: None for subset in subsets if subset.metadata_file is None}:
-        for line in unused_below(folder, used, masked):
+        for line in unused_below(folder, used):
             notes.warn(line)
-    for folder in {subset.conditioning_data_dir: None for subset in subsets}:
-        stems = {listed.path.stem for listed in pictures if listed.subset.conditioning_data_dir == folder}
-        if folder is not None and folder.is_dir() and stems:
-            masks = pictures_in(folder)
-            lonely = [path.name for path in masks if path.stem not in stems]
-            if lonely:
-                notes.warn(f"{folder}: {len(lonely)} masks are of no picture of the run: {named(lonely)}")
-            last = set(masks_by_stem(folder).values())
-            double = [path.name for path in masks if path not in last]
-            if double:
-                notes.warn(f"{folder}: {len(double)} masks go unused, for another has the same name: {named(double)}")
+    for masks in {subset.conditioning_data_dir: None for subset in subsets}:
+        if masks is not None and masks.is_dir():
+            stems = {stem_of(listed.file) for listed in pictures if listed.subset.conditioning_data_dir == masks}
+            for line in unused_masks(masks, stems):
+                notes.warn(line)
 
 
-def unused_beside(folder: Path, used: Used, masked: Collection[Path]) -> Iterator[str]:
+def unused_masks(folder: Path, stems: Collection[str]) -> Iterator[str]:
+    """Yield warnings about masks in a folder that no picture uses, if there are pictures; stems are their names."""
+    masks = pictures_in(folder) if stems else []
+    lonely = [name for name in masks if split_name(name)[0] not in stems]
+    if lonely:
+        yield f"{folder}: {len(lonely)} masks are of no picture of the run: {named(lonely)}"
+    last = {split_name(name)[0]: name for name in masks}
+    double = [name for name in masks if last[split_name(name)[0]] != name]
+    if double:
+        yield f"{folder}: {len(double)} masks go unused, for another has the same name: {named(double)}"
+
+
+def unused_beside(folder: Path, used: Used) -> Iterator[str]:
     """Yield warnings about pictures in a folder of which some are used."""
-    others = [path.name for path in pictures_in(folder, OTHER_FORMATS)]
+    names = files_of(folder)
+    others = pictures_of(names, OTHER_FORMATS)
     if others:
         kinds = ", ".join(PICTURE_SUFFIXES)
         yield f"{folder}: {len(others)} pictures are of formats that are not read ({kinds} are): {named(others)}"
-    if folder.resolve() not in masked:
-        unlisted = [path.name for path in pictures_in(folder) if place_of(path) not in used]
-        if unlisted:
-            yield f"{folder}: {len(unlisted)} pictures are in no metadata file and are not used: {named(unlisted)}"
+    unlisted = used.others(folder, pictures_of(names))
+    if unlisted:
+        yield f"{folder}: {len(unlisted)} pictures are in no metadata file and are not used: {named(unlisted)}"
 
 
-def unused_below(folder: Path, used: Used, masked: Collection[Path]) -> Iterator[str]:
+def unused_below(folder: Path, used: Used) -> Iterator[str]:
     """Yield a warning about pictures in the sub-folders of a folder, which are not searched."""
-    deeper = [
-        path
-        for inner in folders_in(folder)
-        if inner.resolve() not in masked
-        for path in pictures_in(inner)
-        if place_of(path) not in used
-    ]
+    deeper = [f"{inner.name}/{name}" for inner in folders_in(folder) for name in used.others(inner, pictures_in(inner))]
     if deeper:
-        names = names_below(folder, deeper)
-        yield f"{folder}: {len(deeper)} pictures in its sub-folders are not used, for these are not searched: {names}"
+        yield (
+            f"{folder}: {len(deeper)} pictures in its sub-folders are not used, for these are not searched: "
+            f"{named(deeper)}"
+        )

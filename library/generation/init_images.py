@@ -10,6 +10,7 @@ from PIL import Image
 
 from library.config.values import latent_side
 from library.data import images
+from library.data.listing import list_pictures
 from library.errors import UserError
 from library.files import PICTURE_SUFFIXES
 
@@ -28,7 +29,7 @@ class ImageList:
 def list_images(option: str, path: Path) -> ImageList:
     """Return the files that an option names: one, or those of a folder in order of their names."""
     if path.is_dir():
-        files = tuple(images.list_pictures(path))
+        files = tuple(list_pictures(path))
         if not files:
             raise UserError(f"{option}: {path} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
         return ImageList(files)

@@ -19,7 +19,7 @@ import torch
 from library.config.loss import LossConfig
 from library.config.train import TrainConfig
 from library.data.latent_cache import LatentCache
-from library.data.records import Dataset
+from library.data.records import Dataset, unvaried
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
 from library.models.base import BaseFiles, BaseModel
@@ -114,7 +114,7 @@ def to_measure(datasets: list[Dataset]) -> list[Dataset]:
     if any(dataset.held_out for dataset in datasets):
         return [Dataset(dataset.options, (), dataset.held_out) for dataset in datasets]
     return [
-        Dataset(dataset.options, (), tuple(record.unvaried() for record in dataset.records if not record.subset.is_reg))
+        Dataset(dataset.options, (), unvaried(record for record in dataset.records if not record.subset.is_reg))
         for dataset in datasets
     ]
 

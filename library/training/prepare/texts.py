@@ -21,6 +21,7 @@ from library.config.prompts import Prompt
 from library.config.training import PrecisionConfig
 from library.data.batches import BatchMaker, RunPlan
 from library.data.captions import possible_captions
+from library.data.listing import parents_of
 from library.data.records import Dataset, all_records
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import Conditioner, Conditioning, LiveConditioner, TextOptions
@@ -246,7 +247,7 @@ def tell_of_files(precision: PrecisionConfig, datasets: Sequence[Dataset]) -> No
         return
     if precision.cache_text_encoder_outputs_to_disk:
         logger.info("--cache_text_encoder_outputs_to_disk: nothing is written; captions are encoded to memory")
-    folders = {record.path.parent for record in all_records(datasets)}
+    folders = parents_of(record.file for record in all_records(datasets))
     found = sum(1 for folder in folders for _ in folder.glob(FOREIGN_CACHES))
     if found:
         logger.info("%d files %s beside the pictures are those of sd-scripts, and are not used", found, FOREIGN_CACHES)
