@@ -194,7 +194,7 @@ class Counter:
 # ---- the suite's own step -------------------------------------------------------------------------------------------
 
 
-class Counted(Exception):  # noqa: N818 (no error, but the way out of a training)
+class Counted(Exception):
     """The step was counted."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import shutil
@@ -98,7 +99,8 @@ def make_rest(world: World) -> World:
     (folder / "masked.toml").write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n"
         f"image_dir = {json.dumps(str(folder / 'pictures' / '1_dog'))}\ncaption_extension = '.txt'\n"
-        f"conditioning_data_dir = {json.dumps(str(folder / 'masks'))}\n",
+        f"conditioning_data_dir = {json.dumps(str(folder / 'masks'))}\n"
+        "custom_attributes.diff_output_preservation = true\n",
         encoding="utf-8",
     )
     return world
@@ -183,6 +185,8 @@ def train(world: World, out: Path, **more: object) -> list[Path]:
 
     def act(progress: Progress) -> None:
         totals.append(collections.Counter(fake_device.RECORD.waits))
+        if progress.step == STEPS - 1:
+            PLACES.update(where_models_are())
 
     train_with(training(world, out, **more), act, after=None)
     if len(totals) == STEPS:
@@ -191,6 +195,7 @@ def train(world: World, out: Path, **more: object) -> list[Path]:
 
 
 WAITS: dict[Any, float] = {}  # of a step of the training that a case made last
+PLACES: dict[str, str] = {}  # of its models
 
 
 def resumed(world: World, out: Path) -> list[Path]:
@@ -269,6 +274,31 @@ def tool(name: str, *words: str) -> Callable[[World, Path], list[Path]]:
     return case
 
 
+def report(world: World, out: Path) -> list[Path]:
+    """Train a DyLoRA, and compare its ranks with pictures of each."""
+    from scripts import call
+
+    from tools import dylora_report
+
+    train(world, out, **DYLORA, network_args=["unit=4"], validation_split=0.5, validate_every_n_steps=3)
+    told = out / "told"
+    words = ["--model", out / "x.safetensors", "--pretrained_model_name_or_path", world.sd1, "--save_to", told]
+    words += ["--train_data_dir", world.pictures, "--caption_extension", ".txt", "--resolution", 64]
+    call(dylora_report, *words, "--timesteps", 2, "--sample_prompts", world.prompts, "--mixed_precision", "bf16")
+    return sorted(out.glob("told*.png"))
+
+
+def cached(world: World, out: Path) -> list[Path]:
+    """Cache the latents, and train with them."""
+    from scripts import call
+
+    from tools import cache_latents
+
+    words = training(world, out, mixed_precision="fp16", cache_latents_to_disk=True, flip_aug=True)
+    call(cache_latents, *words)
+    return train(world, out, mixed_precision="fp16", cache_latents_to_disk=True, flip_aug=True)
+
+
 TOOLS: dict[str, Callable[[World, Path], list[Path]]] = {
     "resize": tool("networks.resize_lora", "--model", "@lora", "--save_to", "@OUT", "--new_rank", "2"),
     "svd-merge": tool(
@@ -283,6 +313,8 @@ TOOLS: dict[str, Callable[[World, Path], list[Path]]] = {
         *("networks.extract_lora_from_models", "--model_org", "@original", "--model_tuned", "@tuned"),
         *("--save_to", "@OUT", "--dim", "2", "--exact", "--clamp_quantile", "0.99"),
     ),
+    "report": report,
+    "cached": cached,
     "merge-models": tool("tools.merge_models", "--models", "@original", "@tuned", "--output", "@OUT"),
 }
 
@@ -323,25 +355,40 @@ class Outcome:
     error: str | None  # the traceback
     digest: str
     waits: dict[str, float]  # of a step of a training, by reason, file and function
+    places: dict[str, str]  # kind of model -> device that it is on in the third step of a training
+    operations: int  # of the device
     seconds: float  # of the processor
 
 
 def run_case(name: str, world: World) -> Outcome:
     """Run a case on the device."""
+    import fake_device
+
     WAITS.clear()
+    PLACES.clear()
+    fake_device.RECORD.clear()
     shutil.rmtree(world.out(name), ignore_errors=True)
-    start = time.process_time()
+    for path in world.folder.rglob("*.latents.safetensors"):  # as if no other case had run
+        path.unlink()
+    start, error, result = time.process_time(), None, ""
     try:
         files = CASES[name](world, world.out(name))
-        if not files:
-            raise AssertionError("nothing was written")
+        assert files, "nothing was written"
         result = digest(files)
     except (Exception, SystemExit):  # noqa: BLE001 (told to whoever asked)
-        return Outcome(traceback.format_exc(), "", {}, time.process_time() - start)
-    places: collections.Counter[str] = collections.Counter()
+        error = traceback.format_exc()
+    waits: collections.Counter[str] = collections.Counter()
     for one, number in WAITS.items():
-        places[f"{one.why}: {one.file} {one.function}"] += number
-    return Outcome(None, result, dict(places), time.process_time() - start)
+        waits[f"{one.why}: {one.file} {one.function}"] += number
+    operations = fake_device.RECORD.operations.total()
+    return Outcome(error, result, dict(waits), dict(PLACES), operations, time.process_time() - start)
+
+
+def where_models_are() -> dict[str, str]:
+    """Return kind -> device of the base models that this process holds."""
+    kinds = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection")
+    modules = [one for one in gc.get_objects() if type(one).__name__ in kinds]
+    return {type(one).__name__: next(one.parameters()).device.type for one in modules}
 
 
 def main(folder: str, *names: str) -> None:
