@@ -13,7 +13,7 @@ import json
 import logging
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +76,14 @@ class TrainState:
         """Load the content of `state.pt`; raises UserError if it does not fit."""
         try:
             made_by, own = tensors.get("optimizer_class"), type(self.optimizer).__qualname__
+            own_groups = self.optimizer.param_groups
             if made_by not in (None, own):  # torch would load values of another meaning
                 raise ValueError(f"its optimizer is {made_by}, this one {own}")
             self.network.load_state_dict(tensors["network"])
             self.weights.restore(tensors.get("masters"))  # states of older versions have none
+            saved, here = (_num_parameters(groups) for groups in (tensors["optimizer"]["param_groups"], own_groups))
+            if saved != here:  # those of 8-bit optimizers were apart in older versions
+                raise ValueError(f"its optimizer has {saved} tensors, this one {here}: another network or version")
             self.optimizer.load_state_dict(tensors["optimizer"])
             if self.scheduler is not None:
                 lambdas = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
@@ -92,6 +96,10 @@ class TrainState:
             raise UserError(
                 f"--resume: the state does not fit this run ({message_of(error)}); use the options it has"
             ) from None
+
+
+def _num_parameters(groups: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(group["params"]) for group in groups)
 
 
 def begin(plan: RunPlan, resumed: Path | None) -> Progress:
