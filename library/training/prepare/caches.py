@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.config.training import PrecisionConfig
 from library.data.latent_cache import LatentCache, build_cache
+from library.data.picture_index import PictureIndex
 from library.data.records import Dataset
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
@@ -11,14 +12,16 @@ from library.training.run.runtime import Runtime
 
 
 def cache_latents(
-    precision: PrecisionConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime
+    precision: PrecisionConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime, index: PictureIndex
 ) -> LatentCache:
     """Return the cache of all pictures; the processes share the encoding of entries on disk."""
     on_disk = precision.cache_latents_to_disk
     move(encoder.vae, runtime.device)
 
     def build(share: tuple[int, int]) -> LatentCache:
-        return build_cache(datasets, encoder, batch_size=precision.vae_batch_size, on_disk=on_disk, share=share)
+        return build_cache(
+            datasets, encoder, batch_size=precision.vae_batch_size, on_disk=on_disk, share=share, index=index
+        )
 
     if on_disk and runtime.num_processes > 1:
         build((runtime.rank, runtime.num_processes))
