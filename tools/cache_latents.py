@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems.raise_if_any()
 
     # Importing torch takes seconds; mistakes were reported before.
+    from library.data.picture_index import index_for
     from library.models.base import find_base, load_vae
     from library.models.latent_encoder import LatentEncoder
     from library.training.prepare.caches import cache_latents
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems.raise_if_any()
     runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
-    cache_latents(config.precision, datasets, encoder, runtime)
+    cache_latents(config.precision, datasets, encoder, runtime, index_for(config.data))
     return 0
 
 

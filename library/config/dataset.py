@@ -38,6 +38,12 @@ class DataConfig:
     in_json: Path | None = option(
         None, "metadata file (.json or .jsonl) with the captions of the pictures in --train_data_dir itself"
     )
+    skip_cache_check: bool = option(
+        False, "take what is remembered of the pictures without looking whether they have changed since"
+    )
+    check_pictures: bool = option(
+        False, "read every picture whole, whatever is remembered of it", wins_over=("skip_cache_check",)
+    )
     prior_loss_weight: float = option(
         1.0, "weight of the loss of regularisation pictures", only_with=("reg_data_dir", "is_reg")
     )

@@ -35,7 +35,6 @@ NOT_FUSED = "it saves memory for the gradients of whole models; those of an adap
 _HARMLESS_SWITCHES = {
     "lowram": "models always load straight into place, tensor by tensor",
     "highvram": "the device cache is never flushed during caching",
-    "skip_cache_check": "checking a cache entry is quick, and stale latents are never used",
     "cache_info": "picture sizes are read from the headers, in parallel",
     "console_log_simple": "log lines are always plain",
     "disable_mmap_load_safetensors": "files are never memory-mapped",

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from library.config.dataset import DataConfig
 from library.data.images import Header, UnreadablePictureError, load_picture, read_header, reading_threads
 from library.data.picture_kinds import LOSSES
 from library.files import file_sha256
@@ -130,6 +131,11 @@ class PictureIndex:
 DEFAULT_INDEX = PictureIndex()
 
 
+def index_for(data: DataConfig) -> PictureIndex:
+    """Return the index of a run, which believes what the options say."""
+    return PictureIndex("all" if data.check_pictures else "none" if data.skip_cache_check else "changed")
+
+
 def read_facts(
     kind: Kind[T], missing: Mapping[str, Mapping[str, str]], failures: dict[str, str], progress: str | None
 ) -> Iterator[tuple[tuple[str, str], T | UnreadablePictureError]]:
@@ -142,6 +148,7 @@ def read_facts(
         except UnreadablePictureError as error:
             return error
 
+    shared: dict[str, T] = {}  # equal facts are one object
     total = sum(map(len, missing.values()))
     with reading_threads() as pool, tqdm(total=total, desc=progress, unit="picture", disable=progress is None) as bar:
         for folder, stamps in missing.items():
@@ -150,9 +157,12 @@ def read_facts(
                 part = names[start : start + WRITTEN_AT_ONCE]
                 fresh = []
                 for name, fact in zip(part, pool.map(read, [Path(folder, name) for name in part]), strict=True):
-                    yield (folder, name), fact
-                    if stamps[name] and not isinstance(fact, UnreadablePictureError):
-                        fresh.append((name, stamps[name], kind.to_text(fact)))
+                    if isinstance(fact, UnreadablePictureError):
+                        yield (folder, name), fact
+                    else:
+                        text = kind.to_text(fact)
+                        yield (folder, name), shared.setdefault(text, fact)
+                        fresh += [(name, stamps[name], text)] if stamps[name] else []
                     bar.update()
                 remember(folder, kind.name, fresh, failures)
 

@@ -20,7 +20,7 @@ from library.data.captions import Caption
 from library.data.faults import Faults, Notes
 from library.data.images import Frame, Header, Mask, fit, fit_mask, load_picture
 from library.data.picture_checks import check_mask, check_shape, decode_pictures, note_losses, read_headers
-from library.data.picture_index import DEFAULT_INDEX, PictureIndex
+from library.data.picture_index import DEFAULT_INDEX, PictureIndex, index_for
 from library.data.sources import Listed, list_subset
 from library.data.surroundings import check_layout, note_unused
 from library.errors import Problems, UserError
@@ -142,6 +142,7 @@ def load_datasets(config: TrainConfig) -> list[Dataset]:
         latents_cached=config.precision.cache_latents,
         masked_loss=config.loss.masked_loss,
         seed=config.run.seed,
+        index=index_for(data),
     )
 
 

@@ -13,6 +13,7 @@ from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
 from library.data.batches import BatchMaker, RunPlan, make_loader
+from library.data.picture_index import index_for
 from library.data.records import Dataset, subsets_of, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.models.base import BaseFiles, BaseModel
@@ -76,8 +77,8 @@ def train(
     config = options_for(config, files.checkpoint.family)
     report.describe_data(datasets)
     tell_of_files(config.precision, datasets)
-    if config.run.dry_run or not config.precision.cache_latents:
-        verify_pictures(datasets)
+    if config.run.dry_run or config.data.check_pictures or not config.precision.cache_latents:
+        verify_pictures(datasets, index_for(config.data))
     if config.run.dry_run:
         return dry_run(config, datasets, prompts, choice=choice, files=files)
 
@@ -129,8 +130,10 @@ def prepare_and_run(
 
     # Encode pictures and captions; only then does the U-Net come to the device, beside what stays.
     encoder = LatentEncoder(base.vae, runtime.types.vae, config.precision.vae_batch_size)
-    cache = cache_latents(config.precision, datasets, encoder, runtime) if config.precision.cache_latents else None
-    if cache is None:
+    cache = None
+    if config.precision.cache_latents:
+        cache = cache_latents(config.precision, datasets, encoder, runtime, index_for(config.data))
+    else:
         move(base.vae, runtime.device)
     maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     most = config.validation.max_validation_steps

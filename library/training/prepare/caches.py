@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from library.config.training import PrecisionConfig
 from library.data.latent_cache import LatentCache, build_cache
+from library.data.picture_index import PictureIndex
 from library.data.records import Dataset
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
@@ -14,7 +15,7 @@ ENCODED_AT_ONCE = 1  # pictures, where --vae_batch_size is not given
 
 
 def cache_latents(
-    precision: PrecisionConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime
+    precision: PrecisionConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime, index: PictureIndex
 ) -> LatentCache:
     """Return the cache of all pictures; the processes share the encoding of entries on disk.
 
@@ -25,7 +26,12 @@ def cache_latents(
 
     def build(share: tuple[int, int]) -> LatentCache:
         return build_cache(
-            datasets, encoder, batch_size=precision.vae_batch_size or ENCODED_AT_ONCE, on_disk=on_disk, share=share
+            datasets,
+            encoder,
+            batch_size=precision.vae_batch_size or ENCODED_AT_ONCE,
+            on_disk=on_disk,
+            share=share,
+            index=index,
         )
 
     if on_disk and runtime.num_processes > 1:

@@ -18,6 +18,7 @@ from library.config.training import RunConfig
 from library.data import images
 from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
 from library.data.latent_cache import count_valid
+from library.data.picture_index import index_for
 from library.data.records import Dataset, ImageRecord, all_records, subsets_of
 from library.files import replacing
 from library.models.base import BaseFiles, BaseModel, TextEncoder, load_base
@@ -98,7 +99,7 @@ def dry_run(
     report_captions(report, plan, base.texts[0], text)
     tell_long_prompts(prompts, base.texts[0], text, config.text.clip_skip)
     if on_disk:
-        valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae))
+        valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae), index_for(config.data))
         report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
     network = report_network(report, config, base, types)
     if (note := note_on_alphas(network.file_alphas())) is not None:
