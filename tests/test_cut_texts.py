@@ -19,7 +19,7 @@ from library.models.base import TextEncoder
 from library.models.conditioning import TextOptions, tokenize
 from library.models.family import SD1
 from library.models.tokenizer import load_clip_tokenizer
-from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
+from library.training.prepare.cut_texts import Lengths, cut_captions, tell_long_prompts, warn_of_cut_captions
 
 NO_MODEL: Any = torch.nn.Identity()  # only the tokenizer is used
 ENCODER = TextEncoder(SD1.text_models[0], load_clip_tokenizer(), NO_MODEL)
@@ -57,6 +57,14 @@ def test_no_sample_is_longer_than_the_longest_one_told(lines, rules):
     for key in range(20):
         moment = Moment(1 + key // 10, key // 2, steps)
         assert length(sample_caption(caption, subset, moment, random.Random(key))) <= longest
+
+
+@given(st.one_of(st.text(max_size=40), st.lists(st.one_of(WORDS, st.text(max_size=9)), max_size=8).map(" ".join)))
+@example("It's 12 o'clock\u3000, a\xa0b\n c\x1cd \u0130 \u0344x e \u0301")
+@settings(max_examples=150, deadline=None)
+def test_the_length_of_a_text_is_the_sum_of_those_of_its_words(text):
+    for options in (PLAIN, WEIGHTED):
+        assert Lengths(ENCODER, options).of(text) == length(text, options)
 
 
 @pytest.mark.parametrize("rules", [{}, {"caption_dropout_rate": 0.9}, {"shuffle_caption": True, "keep_tokens": 1}])
