@@ -1,21 +1,30 @@
-"""Time and memory of the LoRA tools on full-size models, against their floors.
+"""Time and memory of the LoRA tools on full-size models, against their floors, alone and beside another program.
 
-python benchmarks/lora_tools.py --folder FOLDER [--model sd15|sd21|sdxl] [--rank 32] [--naive]
+python benchmarks/lora_tools.py --folder FOLDER [--model sd15|sd21|sdxl] [--rank 32] [--load] [--naive]
+python benchmarks/lora_tools.py --folder FOLDER --load --only "merge*" --repository ../other_checkout
 
 Writes a random checkpoint (fp16), a tuned one and two LoRA files into the folder, if they are not there, and runs
 each tool in a process of its own. The floor of what writes a checkpoint is loading and saving one with safetensors,
 that of the others the same with their LoRA file; --naive also decomposes the full matrices, as sd-scripts does.
+
+In each round every job runs once, and its floor right before it; quoted are medians, also of the ratios of both. With
+--load each runs again while another program keeps every core busy. CPU seconds do not depend on other programs, as
+times do. --repository runs the tools of another checkout, too, in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fnmatch
+import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -45,8 +54,25 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     assert not end.code, end.code
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 """
+BUSY = "while True: pass"
+
+
+class Used(NamedTuple):
+    """What a run of a script took."""
+
+    seconds: float
+    cpu: float  # seconds, of all threads
+    peak: int  # bytes
+
+
+class Job(NamedTuple):
+    """A command, and the name of the job that is its floor."""
+
+    argv: list[str]
+    floor: str
 
 
 def main() -> None:
@@ -56,6 +82,9 @@ def main() -> None:
     parser.add_argument("--model", choices=FAMILIES, default="sd15")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--load", action="store_true", help="run each job again beside a program on every core")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="jobs whose names match, such as 'merge*'")
+    parser.add_argument("--repository", type=Path, help="another checkout whose tools are run, too")
     parser.add_argument("--naive", action="store_true", help="also decompose the full matrices: minutes")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,26 +97,63 @@ def main() -> None:
     subprocess.run([sys.executable, *sys.argv, "--make"], check=True)
     for name, text in (("floor", FLOOR), ("naive", NAIVE)):
         (args.folder / f"{name}.py").write_text(text, encoding="utf-8")
-    jobs = jobs_of(files, args)
-    times: dict[str, list[tuple[float, int]]] = {name: [] for name in jobs}
-    for number in range(args.rounds):
-        for name, (argv, _) in jobs.items():
-            if number == 0 or not name.startswith("naive"):
-                times[name].append(run(argv))
+    jobs = jobs_of(files, args, ROOT)
+    if args.repository is not None:
+        others = jobs_of(files, args, args.repository.resolve())
+        jobs |= {f"{name}, other": job for name, job in others.items() if job.floor != name}
+    chosen = {name: job for name, job in jobs.items() if fnmatch.fnmatch(name, args.only)}
     size = files["base"].stat().st_size / 1e9
-    print(f"{args.model}, fp16, {size:.2f} GB; rank {args.rank}; shortest of {args.rounds} rounds, greatest memory")
-    for name, found in times.items():
-        seconds, peak = min(found)[0], max(memory for _, memory in found)
-        floor = min(times[jobs[name][1]])[0]
-        print(f"{name:34} {seconds:7.2f} s {seconds / floor:6.2f} x {jobs[name][1]:20} peak {peak / 1e9:5.2f} GB")
+    print(f"{args.model}, fp16, {size:.2f} GB; rank {args.rank}; {args.rounds} rounds, {os.cpu_count()} cores; medians")
+    for is_busy in (False, True) if args.load else (False,):
+        print("beside a program on every core" if is_busy else "alone")
+        with busy_cores(os.cpu_count() or 1 if is_busy else 0):
+            for line in lines_of(jobs, measured(jobs, chosen, args.rounds)):
+                print(line, flush=True)
 
 
-def jobs_of(files: dict[str, Path], args: argparse.Namespace) -> dict[str, tuple[list[str], str]]:
-    """Return job -> its command, and the job that is its floor."""
+@contextlib.contextmanager
+def busy_cores(number: int) -> Iterator[None]:
+    """Keep some cores busy with processes of Python."""
+    programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def measured(jobs: dict[str, Job], chosen: Sequence[str], rounds: int) -> dict[str, list[tuple[Used, Used]]]:
+    """Return job -> what it took in each round, and what its floor took right before."""
+    found: dict[str, list[tuple[Used, Used]]] = {name: [] for name in chosen}
+    for number in range(rounds):
+        for name in chosen:
+            if number == 0 or not name.startswith("naive"):
+                floor = run(jobs[jobs[name].floor].argv)
+                found[name].append((floor if jobs[name].floor == name else run(jobs[name].argv), floor))
+    return found
+
+
+def lines_of(jobs: dict[str, Job], found: dict[str, list[tuple[Used, Used]]]) -> Iterator[str]:
+    """Yield a line for each job: seconds, ratio to its floor, CPU seconds, peak of the memory."""
+    for name, rounds in found.items():
+        seconds = statistics.median(used.seconds for used, _ in rounds)
+        ratio = statistics.median(used.seconds / floor.seconds for used, floor in rounds)
+        cpu = statistics.median(used.cpu for used, _ in rounds)
+        cpu_ratio = statistics.median(used.cpu / floor.cpu for used, floor in rounds)
+        peak = max(used.peak for used, _ in rounds) / 1e9
+        yield (
+            f"{name:38} {seconds:7.2f} s {ratio:6.2f} x {jobs[name].floor:20} "
+            f"CPU {cpu:6.2f} s {cpu_ratio:6.2f} x  peak {peak:5.2f} GB"
+        )
+
+
+def jobs_of(files: dict[str, Path], args: argparse.Namespace, root: Path) -> dict[str, Job]:
+    """Return job -> its command and its floor, for the tools of a checkout."""
     out, lora_out = str(args.folder / "out.safetensors"), str(args.folder / "lora-out.safetensors")
     base, tuned, one, two = (str(files[name]) for name in ("base", "tuned", "one", "two"))
     floor, naive = str(args.folder / "floor.py"), str(args.folder / "naive.py")
-    networks = ROOT / "networks"
+    networks, tools = root / "networks", root / "tools"
     merge, svd = str(networks / "merge_lora.py"), str(networks / "svd_merge_lora.py")
     half, both = ["--save_precision", "fp16"], ["--models", one, two, "--ratios", "0.8", "0.5"]
     checkpoint, lora = "load, save checkpoint", "load, save LoRA"
@@ -103,9 +169,10 @@ def jobs_of(files: dict[str, Path], args: argparse.Namespace) -> dict[str, tuple
         "extract": ([*extract, "--save_to", lora_out, "--dim", str(args.rank), *half], checkpoint),
         "extract --exact": ([*extract, "--save_to", lora_out, "--dim", str(args.rank), *half, "--exact"], checkpoint),
         "convert to the same layout": (
-            [str(ROOT / "tools" / "convert_diffusers20_original_sd.py"), base, out],
+            [str(tools / "convert_diffusers20_original_sd.py"), base, out],
             checkpoint,
         ),
+        "models": ([str(tools / "merge_models.py"), "--models", base, tuned, "--output", out], checkpoint),
         lora: ([floor, one, lora_out], lora),
         "merge two, --concat": ([merge, "--save_to", lora_out, *both, "--concat"], lora),
         "merge two, --concat --shuffle": ([merge, "--save_to", lora_out, *both, "--concat", "--shuffle"], lora),
@@ -123,16 +190,17 @@ def jobs_of(files: dict[str, Path], args: argparse.Namespace) -> dict[str, tuple
         name = "naive full matrices of two"
         jobs |= {name: ([naive, one, two], lora)}
         jobs["svd_merge two"] = (jobs["svd_merge two"][0], name)
-    return jobs
+    return {name: Job(*job) for name, job in jobs.items()}
 
 
-def run(argv: list[str]) -> tuple[float, int]:
-    """Return (seconds, peak bytes) of a script in a process of its own."""
+def run(argv: list[str]) -> Used:
+    """Return what a script takes in a process of its own."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", MEASURED, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return time.perf_counter() - start, int(done.stdout.split()[-1])
+    cpu, peak = done.stdout.split()[-2:]
+    return Used(time.perf_counter() - start, float(cpu), int(peak))
 
 
 # --------------------------------------------------------------------------------------------------------------
