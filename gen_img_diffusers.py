@@ -17,8 +17,12 @@ from library.config.generation import GenerateConfig
 from library.config.options import build
 from library.config.retired import GENERATION
 from library.config.saving import ConsoleConfig
-from library.errors import Problems, UserError
+from library.errors import LessMemory, Problems, UserError
 from library.logs import choose_log_lines, run_script
+
+LESS_MEMORY = LessMemory(
+    "add --fp16, --vae_tiling or --offload, or lower --batch_size, --W or --H", "lower --batch_size, --W or --H"
+)
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
@@ -54,4 +58,4 @@ def choose_logs(console: ConsoleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

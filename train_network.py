@@ -15,11 +15,17 @@ from collections.abc import Sequence
 from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check, parse_train_config, warn_of_idle_options, write_config_file
-from library.errors import Problems
+from library.errors import LessMemory, Problems
 from library.logs import choose_log_lines, run_script
 from library.processes import check_launch
 
 logger = logging.getLogger(__name__)
+
+LESS_MEMORY = LessMemory(
+    "add --gradient_checkpointing and --cache_latents, use --mixed_precision fp16, or lower --train_batch_size or "
+    "--resolution",
+    "lower --network_dim, --resolution or --train_batch_size",
+)
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = __doc__) -> int:
@@ -57,4 +63,4 @@ def load_prompts(preview: PreviewConfig) -> list[Prompt]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

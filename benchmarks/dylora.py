@@ -34,9 +34,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 if TYPE_CHECKING:
     from library.training.measure.picture_losses import Losses, Measurement
-    from networks.dylora import DyLoRAModule
 
 UPDATES = ("all", "unit")
+# Name, kind of the DyLoRA, update; no kind is the plain LoRA. Masks keep the shapes of all ranks, slices do not.
+VARIANTS = (
+    ("plain LoRA", "", ""),
+    *((f"DyLoRA, {update}", "slices", update) for update in UPDATES),
+    *((f"with masks, {update}", "masks", update) for update in UPDATES),
+)
 
 
 def main() -> None:
@@ -85,18 +90,15 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 def measure_steps(args: argparse.Namespace) -> None:
     """Print the time of a step for each variant, and its ratio to the plain step of the same round."""
     from benchmarks.train_step import base_models, make_ours, share
-    from networks import dylora
 
     unet, text_encoder = base_models(args.size)
     steps: dict[str, Callable[[], object]] = {}
-    mask, slices = dylora.DyLoRANetwork.module_class, sliced_module()
-    for name, module, update in variants(mask, slices):
+    for name, kind, update in VARIANTS:
         own = copy.copy(args)
-        own.network_module = "networks.dylora" if module else "networks.lora"
-        own.network_args = [f"unit={args.unit}", f"dylora_update={update}"] if module else []
-        dylora.DyLoRANetwork.module_class = module or mask
+        own.network_module = "networks.dylora" if kind else "networks.lora"
+        own.network_args = [f"unit={args.unit}", f"dylora_update={update}"] if kind else []
+        own.keep_shapes = kind == "masks"
         steps[name] = make_ours(share(unet), share(text_encoder), own)
-    dylora.DyLoRANetwork.module_class = mask
     for _ in range(args.warmup):
         for step in steps.values():
             step()
@@ -119,44 +121,6 @@ def measure_steps(args: argparse.Namespace) -> None:
             f"median {statistics.median(ratios):.3f} (middle half {quarters[0]:.3f} to {quarters[2]:.3f}), "
             f"of the fastest {min(values) / min(seconds['plain LoRA']):.3f}"
         )
-
-
-def variants(mask: type[DyLoRAModule], slices: type[DyLoRAModule]) -> list[tuple[str, type[DyLoRAModule] | None, str]]:
-    """Return (name, module class, update) of each variant; no class for the plain LoRA."""
-    return [
-        ("plain LoRA", None, ""),
-        *((f"DyLoRA, {update}", mask, update) for update in UPDATES),
-        *((f"with slices, {update}", slices, update) for update in UPDATES),
-    ]
-
-
-def sliced_module() -> type[DyLoRAModule]:
-    """Return a DyLoRA module that cuts its matrices to the rank of the step; for training only."""
-    import torch
-
-    from networks.dylora import DyLoRAModule
-    from networks.lora import LoRAModule
-
-    class SlicedModule(DyLoRAModule):
-        """The same product from smaller matrices, whose shapes change from step to step."""
-
-        def _down(self, x: torch.Tensor) -> torch.Tensor:
-            return LoRAModule._down(self, x)
-
-        def _add(self, base: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
-            network = self.network_ref[0]
-            return super()._add(base, hidden, scale * network.rank / network.sampled_rank)
-
-        def _held(self, weight: torch.Tensor, axis: int) -> torch.Tensor:
-            network = self.network_ref[0]
-            cut = weight.narrow(axis, 0, network.sampled_rank)
-            if not network.holds_older:
-                return cut
-            older = network.sampled_rank - network.unit
-            parts = (cut.narrow(axis, 0, older).detach(), cut.narrow(axis, older, network.unit))
-            return torch.cat(parts, axis) if older else cut
-
-    return SlicedModule
 
 
 # --------------------------------------------------------------------------------------------------------------

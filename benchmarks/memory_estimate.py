@@ -89,7 +89,7 @@ def counted(args: argparse.Namespace) -> int:
 
     base, network, types = parts(args, "meta")
     pictures = memory.Pictures((args.resolution, args.resolution), args.batch_size)
-    with memory.fake_weights([base.unet, *base.text_modules], network) as peak_of:
+    with memory.fake_weights([base.unet, *base.text_modules], network, types.unet) as peak_of:
         return peak_of(lambda: memory.make_step(base, network, types, pictures))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -64,6 +63,8 @@ def main() -> None:
 
 def load(model: Path, options: list[str]) -> None:
     """Load a model in a process of its own, and print how long that takes and the memory at its peak."""
+    import resource  # not on Windows
+
     command = [sys.executable, __file__, "--part", "libraries", "--model", str(model), "--options", *options]
     subprocess.run(command, check=True)
     bare = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -112,6 +113,8 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 
 def run(model: Path, pictures: Path, out: Path, args: argparse.Namespace) -> None:
+    import resource  # not on Windows
+
     argv = [
         f"--pretrained_model_name_or_path={model}",
         f"--train_data_dir={pictures}",

@@ -1,8 +1,7 @@
 """Time a training step against its floor and against peft, interleaved in one process.
 
-floor: the same frozen text encoder and U-Net, forward and backward to their inputs, no adapter, no optimizer.
-ours:  the recipe's own step: noise, text encoder, U-Net with networks.lora, loss, backward, clipping, AdamW.
-peft:  the same step with peft's adapters on the same layers, and AdamW as torch has it by default.
+floor, peft: see benchmarks/card/floor.py
+ours:        the recipe's own step: noise, text encoder, U-Net with networks.lora, loss, backward, clipping, AdamW
 
     python benchmarks/train_step.py                 # small model, 64 px, rank 4, one thread
     python benchmarks/train_step.py --size full --resolution 128 --rank 32 --threads 2 --rounds 5
@@ -22,15 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
     from transformers import CLIPTextModel
+
+    from library.data.batches import Batch
 
 Model = TypeVar("Model", bound="nn.Module")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from benchmarks.card import floor
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--conv_dim", type=int, default=0, help="LoRA-C3Lier; peft then adapts the same layers")
     parser.add_argument("--network_module", default="networks.lora")
     parser.add_argument("--network_args", nargs="*", default=[])
+    parser.add_argument("--keep_shapes", action="store_true", help="as with --torch_compile and --cuda_graphs")
     parser.add_argument("--unet_only", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--without", nargs="*", default=[], help="variants to leave out")
@@ -117,50 +120,31 @@ def batch_inputs(args: argparse.Namespace) -> tuple:
     return moments, ["a photo of a cat"] * args.batch_size
 
 
-def token_ids(captions: list[str]) -> torch.Tensor:
-    """Return the padded token ids (B, 77) of captions."""
-    from library.models.tokenizer import WINDOW, load_clip_tokenizer
-
-    tokens = load_clip_tokenizer()(captions, padding="max_length", max_length=WINDOW, return_tensors="pt")
-    return tokens.input_ids
+def work_of(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace) -> floor.Work:
+    return floor.Work(
+        unet,
+        text_encoder,
+        batch=args.batch_size,
+        side=args.resolution // 8,
+        rank=args.rank,
+        conv_dim=args.conv_dim,
+        trains_text=not args.unet_only,
+        checkpointing=args.checkpointing,
+    )
 
 
 def make_floor(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
 ) -> Callable[[], object]:
-    import torch
-
-    if args.checkpointing:
-        unet.enable_gradient_checkpointing()
-    tokens = token_ids(batch_inputs(args)[1])
-    latents = batch_inputs(args)[0][:, :4].clone().requires_grad_()
-    timesteps = torch.full((args.batch_size,), 500)
-    embeddings = text_encoder.get_input_embeddings()
-
-    def step() -> None:
-        if args.unet_only:
-            with torch.no_grad():
-                hidden = text_encoder(tokens).last_hidden_state
-        else:
-            # Gradients reach the first layer's input, as they do in training.
-            handle = embeddings.register_forward_hook(lambda module, given, out: out.requires_grad_())
-            hidden = text_encoder(tokens).last_hidden_state
-            handle.remove()
-        unet(latents, timesteps, hidden).sample.square().mean().backward()
-        latents.grad = None
-
-    return step
+    return floor.make_floor(work_of(unet, text_encoder, args))
 
 
 def make_ours(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
 ) -> Callable[[], object]:
-    import torch
-
     from library.config.options import build
     from library.config.train import TrainConfig
     from library.config.values import parse_pairs
-    from library.data.batches import Batch, Sample
     from library.diffusion.schedule import stable_diffusion_schedule
     from library.models import building
     from library.models.base import BaseModel, TextEncoder
@@ -169,13 +153,13 @@ def make_ours(
     from library.models.latent_encoder import LatentEncoder
     from library.models.tokenizer import load_clip_tokenizer
     from library.networks.trainable import build_network
-    from library.optim.flat import flatten_groups
+    from library.optim.flat import TrainedWeights
     from library.optim.optimizers import build_optimizer, choose_optimizer
     from library.training.prepare.placing import enable_gradient_checkpointing
     from library.training.run.objective import Objective
     from library.training.run.runtime import start_runtime
     from library.training.run.state import TrainState
-    from library.training.run.step import EagerStep
+    from library.training.run.step import EagerPass, OptimizerStep
 
     given = {
         "pretrained_model_name_or_path": "built below",
@@ -195,7 +179,11 @@ def make_ours(
     if args.checkpointing:
         enable_gradient_checkpointing(base, network)
     groups, names = network.groups(config.optimizer)
-    optimizer = build_optimizer(choose_optimizer(config.optimizer), flatten_groups(groups), 1e-4)
+    weights = TrainedWeights(groups, runtime.types.unet)
+    network.compute_with(weights.copies)
+    if args.keep_shapes:
+        network.keep_shapes()
+    optimizer = build_optimizer(choose_optimizer(config.optimizer), weights.groups(together=True), 1e-4)
     objective = Objective(
         base=base,
         network=network,
@@ -207,66 +195,39 @@ def make_ours(
         types=runtime.types,
         device=runtime.device,
         seed=1,
-        vae_batch_size=1,
     )
-    state = TrainState(network, optimizer, None, runtime.scaler, names)
-    step = EagerStep(objective, state, runtime, seed=1, max_grad_norm=1.0, zero_in_place=True)
-    moments, captions = batch_inputs(args)
-    samples = tuple(Sample(0, index, 0) for index in range(args.batch_size))
-    keep = torch.zeros(args.batch_size, dtype=torch.bool)
-    batch = Batch(
-        1,
-        samples,
-        ("x",) * args.batch_size,
-        tuple(captions),
-        torch.ones(args.batch_size),
-        keep,
-        moments,
-        None,
-        None,
-        torch.zeros(args.batch_size, 6, dtype=torch.int64),
-    )
+    state = TrainState(network, weights, optimizer, None, runtime.scaler, names)
+    step = OptimizerStep(objective, EagerPass(objective), state, runtime, seed=1, max_grad_norm=1.0)
     network.on_epoch_start()
-    numbers = itertools.count()
-    return lambda: step(next(numbers), [batch])
+    numbers, batch = itertools.count(), one_batch(args)
+    return lambda: step(next(numbers), [batch]).result()
+
+
+def one_batch(args: argparse.Namespace) -> Batch:
+    """Return a batch of random latents with captions."""
+    import torch
+
+    from library.data.batches import Batch, Sample
+
+    moments, captions = batch_inputs(args)
+    return Batch(
+        epoch=1,
+        samples=tuple(Sample(0, index, 0) for index in range(args.batch_size)),
+        names=("x",) * args.batch_size,
+        captions=tuple(captions),
+        loss_weights=torch.ones(args.batch_size),
+        preserved=torch.zeros(args.batch_size, dtype=torch.bool),
+        moments=moments,
+        pixels=None,
+        masks=None,
+        sizes=torch.zeros(args.batch_size, 6, dtype=torch.int64),
+    )
 
 
 def make_peft(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, args: argparse.Namespace
 ) -> Callable[[], object]:
-    import torch
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    from library.diffusion.schedule import stable_diffusion_schedule
-
-    schedule = stable_diffusion_schedule()
-    targets = r".*attentions.*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2)"
-    if args.conv_dim:
-        targets = r"(down_blocks|mid_block|up_blocks).*(to_[qkv]|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2"
-        targets += r"|conv1|conv2|conv|conv_shortcut|time_emb_proj)"
-    LoraModel(unet, LoraConfig(r=args.rank, lora_alpha=1, target_modules=targets), "default")
-    text_targets = r".*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-    if not args.unet_only:
-        LoraModel(text_encoder, LoraConfig(r=args.rank, lora_alpha=1, target_modules=text_targets), "default")
-    if args.checkpointing:
-        unet.enable_gradient_checkpointing()
-    parameters = [p for model in (unet, text_encoder) for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    moments, captions = batch_inputs(args)
-
-    def step() -> None:
-        latents = moments[:, :4] * 0.18215
-        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (len(latents),))
-        with torch.set_grad_enabled(not args.unet_only):
-            hidden = text_encoder(token_ids(captions)).last_hidden_state
-        prediction = unet(schedule.add_noise(latents, noise, timesteps), timesteps, hidden).sample
-        (prediction - noise).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return floor.make_peft(work_of(unet, text_encoder, args))
 
 
 def profile(step: Callable[[], object], path: str) -> None:

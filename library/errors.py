@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -60,6 +60,29 @@ def message_of(error: Exception) -> str:
     """Return the message of an exception in one line, with its type if the message is only a key, or empty."""
     text = " ".join(str(error).split())
     return shortened(text if text and not isinstance(error, LookupError) else f"{type(error).__name__}: {text}")
+
+
+# What torch and the libraries of a GPU say when memory is short: torch has a class for its own allocations, but
+# kernels, cuBLAS and cuDNN allocate by themselves.
+SAY_TOO_LITTLE = (
+    "out of memory",  # CUDA's own error, and torch's
+    "ALLOC_FAILED",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED and those of its sublibraries
+    "can't allocate memory",  # torch on the CPU
+    "not enough memory",  # the same on Windows
+)
+
+
+class LessMemory(NamedTuple):
+    """What makes a script need less memory, for the message that it has too little."""
+
+    on_gpu: str
+    elsewhere: str = "close other programs"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a machine or its GPU has too little memory."""
+    says_so = isinstance(error, RuntimeError) and any(text in str(error) for text in SAY_TOO_LITTLE)
+    return isinstance(error, MemoryError) or says_so
 
 
 class Problems:

@@ -9,18 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from library.errors import UserError, in_one_line
+from library.errors import LessMemory, UserError, in_one_line, is_out_of_memory, message_of
 from library.processes import is_first_process
 
 # Loggers whose lines below the level of warnings are shown.
 SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network", "gen_img_diffusers")
 USER_ERROR = 2  # exit code, as of argparse
 FAILURE = 1  # of the machine: disk, permissions, memory
-OUT_OF_MEMORY = (
-    "the GPU has too little memory: add --gradient_checkpointing and --cache_latents, use --mixed_precision fp16, "
-    "or lower --train_batch_size or --resolution"
-)
 INTERRUPTED = 130  # exit code of shells for Ctrl-C; of a script, also for SIGTERM
+
+
+NO_GPU = LessMemory("close other programs that use it")  # of a script that has no option for less memory
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
@@ -72,7 +71,7 @@ class _MarkedFormatter(logging.Formatter):
         return f"{record.levelname.lower()}: {in_one_line(text) if is_ours else text}"
 
 
-def run_script(main: Callable[[Sequence[str]], int]) -> None:
+def run_script(main: Callable[[Sequence[str]], int], less_memory: LessMemory = NO_GPU) -> None:
     """Run an entry script's main with the command line and end the process with its exit code."""
     set_up_logging()
     try:
@@ -84,7 +83,7 @@ def run_script(main: Callable[[Sequence[str]], int]) -> None:
     except OSError as error:
         code, message = FAILURE, f"error: {error}"
     except (RuntimeError, MemoryError) as error:
-        advice = memory_advice(error)
+        advice = memory_advice(error, less_memory)
         if advice is None:
             raise
         code, message = FAILURE, f"error: {advice}"
@@ -94,10 +93,10 @@ def run_script(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(code)
 
 
-def memory_advice(error: Exception) -> str | None:
+def memory_advice(error: Exception, less: LessMemory) -> str | None:
     """Return advice for an error that reports too little memory, or None for any other."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # message of torch on the CPU
-        return f"this machine has too little memory ({error}): lower --network_dim, --resolution or --train_batch_size"
-    return None
+    if not is_out_of_memory(error):
+        return None
+    if isinstance(error, MemoryError) or "CPUAllocator" in str(error):  # numpy's and Python's; torch's on the CPU
+        return f"this machine has too little memory ({message_of(error)}): {less.elsewhere}"
+    return f"the GPU has too little memory ({message_of(error)}): {less.on_gpu}"

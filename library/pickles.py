@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
+from library.errors import UserError, is_out_of_memory
 from library.file_kinds import AGAIN, PICKLE, weight_format
 from library.files import replacing
 from library.pickle_names import InertArray, is_of_weights, names_in, stand_in_for, stand_ins
@@ -36,9 +36,9 @@ def load_pickle(path: Path, *, needs_all: bool = False) -> Any:
         with warnings.catch_warnings(), path.open("rb") as file, torch.serialization.safe_globals(inert):
             warnings.simplefilter("ignore")  # about old formats, which are refused below
             return torch.load(file, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # damaged pickles raise any exception
+        if is_out_of_memory(error):
+            raise
         strange = sorted(name for name in names if not is_of_weights(name) and not (inert and stand_in_for(name)))
         raise UserError(f"{path} {refusal(strange)}") from error
 

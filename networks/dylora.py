@@ -56,25 +56,29 @@ class DyLoraArgs(LoraArgs):
 
 
 class DyLoRAModule(LoRAModule):
-    """A LoRA module that uses only the rows and columns of the network's current rank."""
+    """A LoRA module that uses the ranks of its network's current rank.
+
+    Usually it cuts its matrices to them, so that a step is no slower than that of a small LoRA. Where shapes have to
+    stay (`DyLoRANetwork.keep_shapes`), it multiplies the others by 0.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.network_ref: list[DyLoRANetwork] = []  # in a list, so that torch does not register it as a child
 
-    def _down(self, x: Tensor) -> Tensor:
-        hidden = super()._down(x)
-        share = self.network_ref[0].rank_share
-        # In float32: half precision would round R / b.
-        return (hidden * (share.view(-1, 1, 1) if self.is_conv else share)).to(hidden.dtype)
+    def _can_fuse(self, x: Tensor) -> bool:
+        return not self.network_ref[0].keeps_shapes and super()._can_fuse(x)
 
-    def _down_weight(self) -> Tensor:
-        return self._held(self.lora_down.weight, axis=0)
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        network = self.network_ref[0]
+        if not network.keeps_shapes:
+            return super()._factors(dtype)
+        down, up = self._computed or (self.lora_down.weight, self.lora_up.weight)
+        down, up = self._without_held(down, axis=0), self._without_held(up, axis=1)
+        share = network.rank_share.view(-1, 1, 1) if up.ndim == 4 else network.rank_share
+        return down.to(dtype), (up * share).to(dtype)
 
-    def _up_weight(self) -> Tensor:
-        return self._held(self.lora_up.weight, axis=1)
-
-    def _held(self, weight: Tensor, axis: int) -> Tensor:
+    def _without_held(self, weight: Tensor, axis: int) -> Tensor:
         """Return the weight; with `unit` only its last unit gets a gradient."""
         network = self.network_ref[0]
         if not (self.training and network.holds_older):
@@ -98,7 +102,8 @@ class DyLoRANetwork(LoRANetwork):
         rank = max((module.lora_dim for module in self.modules_in_order()), default=args.unit)
         self.rank, self.unit, self.holds_older = rank, args.unit, args.dylora_update == "unit"
         self.sampled_rank = self.fixed_rank = rank
-        # Changed in place, so that a compiled graph and other processes keep the same tensors.
+        self.keeps_shapes = False
+        # Changed in place, so that a compiled graph keeps the same tensors.
         # R / b for the first b ranks and 0 for the rest: times alpha / R this is the scale alpha / b.
         self.register_buffer("rank_share", torch.ones(rank), persistent=False)
         self.register_buffer("is_newest", torch.ones(rank, dtype=torch.bool), persistent=False)
@@ -134,6 +139,11 @@ class DyLoRANetwork(LoRANetwork):
         if self.training:
             self._use(self.sampled_rank)
 
+    def keep_shapes(self) -> None:
+        """Compute with matrices of the same shapes at every rank, for compiled or recorded steps."""
+        self.keeps_shapes = True
+        self._use(self.sampled_rank if self.training else self.fixed_rank)
+
     def set_rank(self, rank: int) -> None:
         """Set the rank for evaluation."""
         if not 0 < rank <= self.rank:
@@ -149,9 +159,13 @@ class DyLoRANetwork(LoRANetwork):
         return self
 
     def _use(self, rank: int) -> None:
-        order = torch.arange(self.rank, device=self.rank_share.device)
-        self.rank_share.copy_((order < rank).to(self.rank_share.dtype) * (self.rank / rank))
-        self.is_newest.copy_((order < rank) & (order >= rank - self.unit))
+        held = rank - self.unit if self.training and self.holds_older else 0
+        for module in self.modules_in_order():
+            module.use_ranks(*((self.rank, 0) if self.keeps_shapes else (rank, held)))
+        if self.keeps_shapes:
+            order = torch.arange(self.rank, device=self.rank_share.device)
+            self.rank_share.copy_((order < rank).to(self.rank_share.dtype) * (self.rank / rank))
+            self.is_newest.copy_((order < rank) & (order >= rank - self.unit))
 
 
 def check_rank(rank: int, args: DyLoraArgs) -> None:

@@ -333,4 +333,4 @@ def metadata_of(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tool_files.LESS_MEMORY)

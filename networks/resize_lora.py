@@ -173,4 +173,4 @@ def conv_arguments(metadata: Mapping[str, str], convolutions: Sequence[Change]) 
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tool_files.LESS_MEMORY)

@@ -151,4 +151,4 @@ def metadata_of(config: SvdMergeConfig, files: Sequence[Weighted], changes: Mapp
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tool_files.LESS_MEMORY)

@@ -11,6 +11,7 @@ from library.models.family import ModelFamily
 from library.models.text_cache import ENCODED_AT_ONCE
 from library.models.tokenizer import load_clip_tokenizer
 from library.optim.optimizers import choose_optimizer
+from library.training.prepare import caches
 from library.training.prepare.placing import store_models
 from library.training.rehearse.dry_run import Report, report_network, take_types
 from library.training.rehearse.memory import Pictures, Stage, Work, count_stages, state_bytes_per_parameter
@@ -46,7 +47,7 @@ def count(family: ModelFamily, side: int, batch: int = 1, **options: object) -> 
     size = (side, side)
     work = Work(
         training=Pictures(size, batch),
-        encoding=Pictures(size, config.precision.vae_batch_size),
+        encoding=Pictures(size, config.precision.vae_batch_size or caches.ENCODED_AT_ONCE),
         is_cached=config.precision.cache_latents,
         texts=None if network.trains_text_encoder else ENCODED_AT_ONCE,
         previews=Pictures(size, 1),

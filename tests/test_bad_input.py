@@ -5,6 +5,7 @@ Each case is a row of a table; what holds for all of them is in `refusals.Refuse
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -14,7 +15,15 @@ from refusals import Payload, pickled, rows, write
 from runs import options
 from scripts import ROOT, python
 
+import gen_img_diffusers
+import train_network
 from library import logs
+from library.config import tool_files
+from library.config.generation import GenerateConfig
+from library.config.options import root_options
+from library.config.train import TrainConfig
+from library.errors import is_out_of_memory
+from tools import cache_latents, dylora_report, merge_models
 
 # ---- the command line ---------------------------------------------------------------------------------------
 
@@ -235,6 +244,59 @@ def test_a_process_ends_with_code_2_and_lines_without_a_traceback(base, pictures
         assert done.stdout == ""
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
+
+
+GPU_IS_FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+]
+ADVICE = {
+    train_network: "--gradient_checkpointing",
+    gen_img_diffusers: "--offload",
+    merge_models: "leave out --device",
+    cache_latents: "--vae_batch_size",
+    dylora_report: "--mixed_precision",
+}
+
+
+@pytest.mark.parametrize("error", GPU_IS_FULL, ids=lambda error: type(error).__name__)
+def test_a_full_gpu_is_told_with_what_helps_in_the_script(monkeypatch, capsys, error):
+    monkeypatch.setattr(logs, "set_up_logging", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+
+    def greedy(_):
+        raise error
+
+    for script, advice in ADVICE.items():
+        less = getattr(script, "LESS_MEMORY", tool_files.LESS_MEMORY)
+        with pytest.raises(SystemExit) as ended:
+            logs.run_script(greedy, less)
+        assert ended.value.code == logs.FAILURE
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("x.py: error: the GPU has too little memory (")
+        assert advice in line
+
+
+def test_the_advice_names_options_of_the_script():
+    for script, root in ((train_network, TrainConfig), (gen_img_diffusers, GenerateConfig)):
+        named = re.findall(r"--(\w+)", " ".join(script.LESS_MEMORY))
+        assert len(named) > 4
+        assert set(named) <= set(root_options(root))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),  # on Windows
+        (RuntimeError("size mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_other_errors_are_no_lack_of_memory(error, is_one):
+    assert is_out_of_memory(error) is is_one
 
 
 def test_too_little_memory_is_told(monkeypatch, capsys):

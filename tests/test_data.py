@@ -127,8 +127,8 @@ def batches_of(datasets, workers, seed=5, cache=None):
     return list(make_loader(maker, plan, workers))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes:UserWarning")  # of few cores
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")  # of few cores
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_number_of_workers_changes_nothing(folder, workers):
     datasets = datasets_of(
         folder,

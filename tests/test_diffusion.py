@@ -11,18 +11,19 @@ import torch
 
 from library.config.loss import LossConfig
 from library.config.optimizer import OptimizerConfig, ScheduleConfig
-from library.diffusion.losses import huber_threshold, per_sample_loss, target_for, timestep_weights
+from library.diffusion.losses import huber_threshold, loss_tables, per_sample_loss, target_for, timestep_weights
 from library.diffusion.noise import (
+    latents_of,
     multires_noise,
     offset_noise,
-    perturbed_noise,
-    sample_latents,
+    perturbation,
+    posterior_noise,
     sample_noise,
     sample_timesteps,
 )
 from library.diffusion.schedule import stable_diffusion_schedule, with_zero_terminal_snr
 from library.errors import UserError
-from library.optim.flat import flatten_groups
+from library.optim.flat import TrainedWeights
 from library.optim.optimizers import build_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler, curve_for, factor
 
@@ -73,7 +74,8 @@ def test_losses_are_their_formulae(kind, schedule):
     d, c = (prediction.double() - target.double()).numpy(), c[:, None, None, None]
     root = np.sqrt(d**2 + c**2) - c
     expected = {"l1": np.abs(d), "l2": d**2, "huber": 2 * c * root, "smooth_l1": 2 * root}[kind].mean((1, 2, 3))
-    got = per_sample_loss(prediction, target, STEPS, SCHEDULE, config)
+    tables = loss_tables(SCHEDULE, config, predicts_v=False)
+    got = per_sample_loss(prediction, target, kind, None if tables.thresholds is None else tables.thresholds[STEPS])
     np.testing.assert_allclose(got.double().numpy(), expected, rtol=1e-4)
 
 
@@ -87,34 +89,37 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_its_batch():
         ip_noise_gamma_random_strength=True,
     )
     x = torch.randn(6, 4, 8, 8)
-    noise = sample_noise(x, SAMPLES, every)
-    perturbed = perturbed_noise(noise, SAMPLES, every)
+    shape = (4, 8, 8)
+    noise = sample_noise(shape, SAMPLES, every, x)
+    perturbed = perturbation(shape, SAMPLES, every)
+    assert perturbed is not None
     steps = sample_timesteps(SAMPLES)
-    moments = torch.randn(6, 8, 8, 8)
-    latents = sample_latents(moments, SAMPLES)
+    units = posterior_noise(shape, SAMPLES)
     for index, key in enumerate(SAMPLES):
         row = x[index : index + 1]
-        assert torch.equal(sample_noise(row, [key], every)[0], noise[index])
-        assert torch.equal(perturbed_noise(noise[index : index + 1], [key], every)[0], perturbed[index])
+        assert torch.equal(sample_noise(shape, [key], every, row)[0], noise[index])
+        own = perturbation(shape, [key], every)
+        assert own is not None
+        assert torch.equal(own[0], perturbed[index])
         assert sample_timesteps([key])[0] == steps[index]
-        assert torch.equal(sample_latents(moments[index : index + 1], [key])[0], latents[index])
+        assert torch.equal(posterior_noise(shape, [key])[0], units[index])
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(sample_noise(x, [(8, *key[1:]) for key in SAMPLES], every), noise)
+    assert not torch.equal(sample_noise(shape, [(8, *key[1:]) for key in SAMPLES], every, x), noise)
 
 
 def test_draws_have_the_distributions_they_should():
     keys = [(3, 1, 0, index, 0) for index in range(3000)]
-    noise = sample_noise(torch.zeros(3000, 4, 4, 4), keys, LossConfig())
+    noise = sample_noise((4, 4, 4), keys, LossConfig(), None)
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
-    channel_means = sample_noise(torch.zeros(3000, 4, 8, 8), keys, LossConfig(noise_offset=0.5)).mean(dim=(2, 3))
+    channel_means = sample_noise((4, 8, 8), keys, LossConfig(noise_offset=0.5), None).mean(dim=(2, 3))
     assert abs(channel_means.std() - math.sqrt(0.25 + 1 / 64)) < 0.02
     steps = sample_timesteps(keys)
     assert 0 <= steps.min() < 10
     assert 990 <= steps.max() < 1000
     assert abs(steps.float().mean() - 499.5) < 20
     moments = torch.cat([torch.full((3000, 4, 2, 2), 2.0), torch.full((3000, 4, 2, 2), 2 * math.log(0.5))], dim=1)
-    latents = sample_latents(moments, keys)
+    latents = latents_of(moments, posterior_noise((4, 2, 2), keys))
     assert abs(latents.mean() - 2) < 0.02
     assert abs(latents.std() - 0.5) < 0.01
 
@@ -123,19 +128,20 @@ def test_the_strength_of_offset_noise_is_its_formula():
     keys = [(3, 1, 0, index, 0) for index in range(4000)]
     x = torch.zeros(4000, 2, 4, 4)
     x[:, 1] = -2.0
-    stds = offset_noise(x, keys, 0.1, LossConfig(adaptive_noise_scale=0.3)).std(dim=0).flatten()
+    stds = offset_noise(2, keys, 0.1, LossConfig(adaptive_noise_scale=0.3), x).std(dim=0).flatten()
     torch.testing.assert_close(stds, torch.tensor([0.1, 0.1 + 0.3 * 2]), rtol=0.05, atol=0)
-    shrunk = offset_noise(x, keys, 0.1, LossConfig(adaptive_noise_scale=-1.0))
+    shrunk = offset_noise(2, keys, 0.1, LossConfig(adaptive_noise_scale=-1.0), x)
     assert not shrunk[:, 1].any()
-    varied = offset_noise(x, keys, 0.6, LossConfig(noise_offset_random_strength=True)).std(dim=0).flatten()
+    varied = offset_noise(2, keys, 0.6, LossConfig(noise_offset_random_strength=True), None).std(dim=0).flatten()
     torch.testing.assert_close(varied, torch.full((2,), 0.6 / 3**0.5), rtol=0.05, atol=0)  # E[u^2] = 1/3
 
 
 def test_input_perturbation_adds_its_variance_to_the_input_only():
     keys = [(3, 1, 0, index, 0) for index in range(500)]
-    noise = torch.zeros(500, 4, 8, 8)
-    assert abs(perturbed_noise(noise, keys, LossConfig(ip_noise_gamma=0.2)).std() - 0.2) < 0.005
-    assert perturbed_noise(noise, keys, LossConfig()) is noise
+    further = perturbation((4, 8, 8), keys, LossConfig(ip_noise_gamma=0.2))
+    assert further is not None
+    assert abs(further.std() - 0.2) < 0.005
+    assert perturbation((4, 8, 8), keys, LossConfig()) is None
 
 
 def test_multires_noise_is_smooth_and_of_unit_deviation():
@@ -288,7 +294,7 @@ def test_flat_parameters_train_like_separate_ones():
     for flat in (False, True):
         parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
         groups = [{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.01}]
-        optimizer = torch.optim.AdamW(flatten_groups(groups) if flat else groups, lr=1.0)
+        optimizer = torch.optim.AdamW(TrainedWeights(groups, None).groups(together=True) if flat else groups, lr=1.0)
         for step in range(4):
             used = parameters if step != 2 else parameters[1:]
             for parameter in parameters:

@@ -10,6 +10,7 @@ import pytest
 from scripts import ROOT, python
 
 import gen_img_diffusers
+from benchmarks import gpu
 from library.config import command_line, toml_text, train
 from library.config.config_file import read_config_file
 from library.config.dataset import DatasetOptions, SubsetOptions
@@ -189,6 +190,7 @@ def test_commands_use_options_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_named_in_the_text_exist(page):
     known = known_flags() | set(RETIRED) | FOREIGN | PROMPT_OPTIONS | {"learning", "X"}  # an abbreviation, a stand-in
+    known |= set(FLAG.findall(gpu.build_parser().format_usage()))
     named = {
         flag
         for code in re.findall(r"`([^`\n]+)`", without_blocks(page))

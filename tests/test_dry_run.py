@@ -24,6 +24,7 @@ from library.models.conditioning import LiveConditioner
 from library.models.precision import types_of
 from library.models.tokenizer import load_clip_tokenizer
 from library.networks.trainable import build_network
+from library.optim.flat import TrainedWeights
 from library.training.rehearse import memory
 from library.training.rehearse.dry_run import take_types
 
@@ -82,13 +83,13 @@ def test_it_counts_the_processes_of_any_launcher(base, pictures, tmp_path, monke
 
 def test_it_tells_the_captions_that_are_fed(base, pictures, tmp_path, monkeypatch):
     fed = []
-    real = LiveConditioner.encode
+    real = LiveConditioner.read
 
     def spying(self, texts, options):
         fed.extend(texts)
         return real(self, texts, options)
 
-    monkeypatch.setattr(LiveConditioner, "encode", spying)
+    monkeypatch.setattr(LiveConditioner, "read", spying)
     more = {"shuffle_caption": True, "caption_dropout_rate": 0.3, "max_train_steps": 4}
     text = dry(base, pictures, tmp_path / "dry", **more)
     train(base, pictures, tmp_path / "run", **more)
@@ -219,7 +220,7 @@ def loaded(name, made):
 
 def counted(models, network, types, pictures):
     """Return the peak of a step, counted on shapes, besides weights and gradients."""
-    with memory.fake_weights([models.unet, *models.text_modules], network) as peak_of:
+    with memory.fake_weights([models.unet, *models.text_modules], network, types.unet) as peak_of:
         return peak_of(lambda: memory.make_step(models, network, types, pictures))
 
 
@@ -243,11 +244,12 @@ def test_the_memory_told_is_what_a_step_with_real_tensors_holds(name, checkpoint
 
     real = loaded(name, {part: model.to(types.unet) for part, model in tiny.make_models(name).items()})
     network = network_over(real, checkpointing=checkpointing, device="cpu")
-    for parameter in network.all_parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    copies = TrainedWeights([{"params": network.parameters()}], types.unet).copies
+    network.compute_with(copies)
     with peaks.PeakMemory() as peak:
         parts = (real.unet, *real.text_modules)
         peak.ignore(peaks.weights_of([*(module for part in parts for module in part.modules()), *network.modules()]))
+        peak.ignore(tensor for copy in copies.values() for tensor in (copy, copy.grad))
         memory.make_step(real, network, types, pictures)
     assert told == pytest.approx(peak.peak, rel=0.1)
 
@@ -344,6 +346,7 @@ def test_the_state_of_an_optimizer_is_measured():
 
     assert per_parameter("AdamW") == pytest.approx(8, rel=0.01)
     assert per_parameter("AdamW", torch.bfloat16) == pytest.approx(4, rel=0.01)
+    assert per_parameter("AdamW", torch.float16) == pytest.approx(8, rel=0.01)  # in float32
     assert per_parameter("SGD") == 0
     assert 2 <= per_parameter("AdamW8bit") < 2.2
 

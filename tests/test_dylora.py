@@ -207,6 +207,7 @@ def test_in_half_precision_the_scale_of_a_rank_is_not_rounded():
 
 def test_a_compiled_module_is_compiled_once_for_all_ranks():
     toy, network = toy_network()
+    network.keep_shapes()
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -347,3 +348,22 @@ def test_a_unit_that_does_not_fit_ends_the_run_before_the_model_is_loaded(base, 
     monkeypatch.setattr(recipe, "start_runtime", lambda *args, **more: pytest.fail("the runtime was started"))
     with pytest.raises(UserError, match="unit 3 does not divide network_dim 8"):
         train_network.main(options(base, pictures, tmp_path, **(LIERLA | {"network_args": ["unit=3"]})))
+
+
+@pytest.mark.parametrize("update", ["all", "unit"])
+def test_shapes_that_stay_give_the_same_outputs_and_gradients(update):
+    results = []
+    for keeps in (False, True):
+        torch.manual_seed(0)
+        toy, network = toy_network(dylora_update=update)
+        for module in network.modules_in_order():
+            torch.nn.init.normal_(module.lora_up.weight)
+        if keeps:
+            network.keep_shapes()
+        network.train()
+        network.on_optimizer_step(3)
+        output = toy(torch.linspace(-1, 1, 256).view(1, 4, 8, 8).double())
+        output.square().sum().backward()
+        results.append([output.detach(), *(parameter.grad for parameter in network.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

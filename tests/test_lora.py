@@ -244,3 +244,88 @@ def test_max_norm_scales_what_is_too_large_and_only_that(fresh_models):
     assert count == int((before > limit * (1 + 1e-6)).sum())
     assert mean == pytest.approx(float(expected.mean()), rel=1e-4)
     assert largest == pytest.approx(limit, rel=1e-4)
+
+
+# ---- layer and change as one operation ----------------------------------------------------------------------
+
+
+def fused_pair(kind, dtype, *, held=0, used=6):
+    """Return (layer, module over it, input) with copies for the gradients; of rank 6."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(5, 7) if kind == "linear" else torch.nn.Conv2d(5, 7, 1, bias=kind != "no bias")
+    module = LoRAModule("x", layer, Shape(6, 3.0))
+    for parameter in [*layer.parameters(), *module.parameters()]:
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    layer.requires_grad_(False)
+    x = torch.randn((2, 3, 5) if kind == "linear" else (2, 5, 3, 4), generator=generator, dtype=torch.float64).to(dtype)
+    if kind == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    module.use_ranks(used, held)
+    module.apply_to()
+    return layer, module, x.requires_grad_()
+
+
+def outcome(layer, module, x):
+    """Return output, and gradients of input and factors, for a fixed gradient of the output."""
+    output = layer(x)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape).to(output.dtype)
+    output.backward(weight)
+    return [output.detach(), x.grad, module.lora_down.weight.grad, module.lora_up.weight.grad]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("ranks", [(0, 6), (0, 4), (2, 4)])
+@pytest.mark.parametrize("kind", ["linear", "1x1", "no bias", "channels last"])
+def test_the_fused_layer_is_the_plain_formula_and_its_gradients_those_of_autograd(kind, ranks, in_place):
+    results = []
+    for fused in (True, False):
+        layer, module, x = fused_pair(kind, torch.float64, held=ranks[0], used=ranks[1])
+        if not fused:
+            module._can_fuse = lambda x: False
+        if in_place:
+            for parameter in module.parameters():
+                parameter.grad = torch.ones_like(parameter)  # gradients are added
+            module.compute_with(module.lora_down.weight, module.lora_up.weight)
+        results.append(outcome(layer, module, x))
+        assert module._can_fuse(x) is fused
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    of_down = results[0][2].flatten(1)[:, 0] - float(in_place)
+    assert of_down.ne(0).tolist() == [ranks[0] <= rank < ranks[1] for rank in range(6)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "1x1"])
+def test_gradients_of_the_fused_layer_are_those_of_float64(kind, dtype):
+    layer, module, x = fused_pair(kind, dtype)
+    wide, wide_module, wide_x = fused_pair(kind, torch.float64)
+    for own, other in zip(
+        [*layer.parameters(), *module.parameters(), x],
+        [*wide.parameters(), *wide_module.parameters(), wide_x],
+        strict=True,
+    ):
+        other.data = own.data.double()
+    bound = 1e-5 if dtype is torch.float32 else 0.03
+    for got, expected in zip(outcome(layer, module, x), outcome(wide, wide_module, wide_x), strict=True):
+        assert (got.double() - expected).norm() <= bound * expected.norm()
+
+
+def test_weights_of_another_type_are_cast_to_that_of_the_layer():
+    layer, module, x = fused_pair("linear", torch.bfloat16)
+    exact = layer(x).detach()
+    module.float()
+    assert torch.equal(layer(x), exact)
+    exact.sum()
+    layer(x).sum().backward()
+    assert module.lora_up.weight.grad.dtype is torch.float32
+
+
+def test_a_layer_whose_input_needs_no_gradient_still_trains_its_factors():
+    for in_place in (False, True):
+        layer, module, x = fused_pair("linear", torch.float64)
+        if in_place:
+            for parameter in module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            module.compute_with(module.lora_down.weight, module.lora_up.weight)
+        layer(x.detach()).sum().backward()
+        assert all(bool(parameter.grad.any()) for parameter in module.parameters())

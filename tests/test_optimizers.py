@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
+from runs import NEEDED
 
+from library.config.command_line import parse
 from library.config.optimizer import OptimizerConfig
+from library.config.train import TrainConfig
 from library.config.values import parse_pairs
 from library.errors import UserError
 from library.optim import optimizers
-from library.optim.flat import flatten_groups
+from library.optim.flat import TrainedWeights
 from library.optim.optimizers import (
     ROWS,
     adapted_rates,
@@ -22,6 +26,7 @@ from library.optim.optimizers import (
     choose_optimizer,
     warn_of_rates,
 )
+from library.training.prepare.checks import check_steps, check_steps_early
 
 SUBSTITUTED = [row.name for row in ROWS if row.substitute is not None]
 needs_extra = pytest.mark.skipif(
@@ -40,7 +45,7 @@ def train(choice, *, flat, steps=6, rate=1.0):
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(4, 3, generator=generator)) for _ in range(2)]
     groups = [{"params": parameters, "lr": rate}]
-    optimizer = build_optimizer(choice, flatten_groups(groups) if flat else groups, rate)
+    optimizer = build_optimizer(choice, TrainedWeights(groups, None).groups(together=True) if flat else groups, rate)
     losses = []
     for _ in range(steps):
         loss = torch.stack([(parameter - 1).square().sum() for parameter in parameters]).sum()
@@ -81,6 +86,7 @@ def test_a_missing_package_is_told_with_the_extra_that_serves(monkeypatch):
         chosen("Prodigy")
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", [row.name for row in ROWS if row.elementwise])
 def test_laid_out_flat_gives_the_same_weights(name):
     try:
@@ -139,3 +145,63 @@ def test_the_rate_that_is_found_is_reported():
     (rate,) = adapted_rates(optimizer)
     assert rate > 1e-6  # where it began
     assert adapted_rates(train(chosen("AdamW"), flat=True)[0]) == []
+
+
+# ---- before a process has its GPU ---------------------------------------------------------------------------
+
+
+class ForGpus(torch.optim.SGD):
+    """An optimizer without kernels for the CPU."""
+
+    def step(self, closure=None):
+        if any(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"]):
+            raise RuntimeError("no kernel for the CPU")
+        return super().step(closure)
+
+
+GPU = torch.device("meta")  # another device than the CPU
+
+
+@pytest.fixture
+def for_gpus(monkeypatch):
+    """Return a configuration with an optimizer that works on another device than the CPU only."""
+    monkeypatch.setattr(optimizers, "ForGpus", ForGpus, raising=False)
+    argv = [*NEEDED, "--learning_rate", "1", "--optimizer_type", "library.optim.optimizers.ForGpus"]
+    config = parse(TrainConfig, argv)
+    return config, choose_optimizer(config.optimizer)
+
+
+def test_an_optimizer_for_gpus_is_tried_once_there_is_one(for_gpus, monkeypatch):
+    """In a process that has none yet, the first GPU would be touched, which is another process's."""
+    config, choice = for_gpus
+    with pytest.raises(UserError, match="does not work here: no kernel for the CPU$"):
+        check_steps_early(config, choice)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_steps_early(config, choice)
+    check_steps(config, choice, GPU)
+    dry = dataclasses.replace(config, run=dataclasses.replace(config.run, dry_run=True))
+    with pytest.raises(UserError, match="no kernel for the CPU; a dry run uses no GPU, so leave out --dry_run"):
+        check_steps_early(dry, choice)
+
+
+def test_wrong_arguments_are_told_before_there_is_a_gpu(for_gpus, monkeypatch):
+    config, _ = for_gpus
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name, arguments in (("library.optim.optimizers.ForGpus", ["momentum=-1.0"]), ("AdamW", ["eps=-1.0"])):
+        with pytest.raises(UserError, match="refuses them"):
+            check_steps_early(config, chosen(name, *arguments))
+
+
+def test_too_little_memory_is_no_mistake_of_the_user(monkeypatch):
+    def full(*given, **more):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED") as caught:
+        check_optimizer(chosen("AdamW"), 1.0)
+    assert not isinstance(caught.value, UserError)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", full)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED") as caught:
+        check_optimizer(chosen("AdamW"), 1.0)
+    assert not isinstance(caught.value, UserError)

@@ -138,7 +138,6 @@ def test_mistakes_on_the_command_line_are_told(argv, message):
 def test_options_that_change_nothing_are_ignored_with_a_warning(caplog):
     given = [
         "--lowram",
-        "--ddp_timeout=30",
         "--fused_backward_pass",
         "--fused_optimizer_groups=7",
         "--diffusers_xformers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,15 +17,17 @@ from safetensors.torch import load_file
 
 import train_network
 from library.config.loss import LossConfig
-from library.diffusion.losses import per_sample_loss
+from library.diffusion.losses import huber_threshold, per_sample_loss
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
+from library.models import overflow
 from library.models.eight_bit import STORAGE, store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
+from library.optim.flat import TrainedWeights
+from library.sampling.pipelines import decode_latents, encode_pixels
 from library.training.prepare import texts
 from library.training.run import objective
-from library.training.run.runtime import GradientScaler
 
 # ---- 8 bits -------------------------------------------------------------------------------------------------
 
@@ -84,22 +87,45 @@ def test_full_precision_options_need_their_arithmetic(base, pictures, tmp_path):
         train_network.main(options(base, pictures, tmp_path, full_fp16=True))
 
 
-def test_gradients_in_fp16_can_be_unscaled():
-    """As torch's own does for float32 (Micikevicius et al. 2018): the step is that of the true gradient."""
-    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
-    scaler = GradientScaler("cpu", init_scale=1024.0)
-    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)).sum()).backward()
-    scaler.unscale_(optimizer)
-    assert parameter.grad is not None
-    assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
-    scaler.step(optimizer)
-    assert parameter.tolist() == [0.5, 0.0, -0.5]
-    parameter.grad.fill_(float("inf"))
-    scaler.update()
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    assert parameter.tolist() == [0.5, 0.0, -0.5]  # left out
+def test_adapters_in_half_precision_are_changed_in_float32():
+    """AdamW of torch keeps its state in the type of the parameters, and (1 - b2) g^2 is 0 in fp16 for |g| < 5e-3."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(40, generator=generator), torch.randn(30, 40, generator=generator) * 1e-3
+    weights, moved = {}, {}
+    for dtype in (torch.float64, torch.float16):
+        parameter = torch.nn.Parameter(start.half().to(dtype))
+        trained = TrainedWeights([{"params": [parameter]}], dtype)
+        optimizer = torch.optim.AdamW(trained.groups(together=True), lr=1e-3)
+        for gradient in gradients:
+            trained.clear()
+            assert parameter.grad is not None  # it stays
+            parameter.grad.add_(gradient)
+            trained.collect()
+            optimizer.step()
+            trained.publish()
+        weights[dtype], moved[dtype] = parameter.detach(), trained.flats[0].master.detach()
+    assert weights[torch.float16].dtype is torch.float16
+    torch.testing.assert_close(moved[torch.float16].double(), moved[torch.float64], rtol=0, atol=2e-4)
+    assert torch.equal(weights[torch.float16], moved[torch.float16].half())  # what is saved is what was computed with
+
+
+def test_hidden_masters_are_part_of_a_state():
+    parameter = torch.nn.Parameter(torch.ones(4).half())
+    trained = TrainedWeights([{"params": [parameter]}], None)
+    with torch.no_grad():
+        trained.flats[0].master.add_(1e-4)  # too little for fp16
+    trained.publish()
+    (saved,) = [master.clone() for master in trained.hidden_masters()]
+    trained.restore(None)
+    assert trained.flats[0].master.tolist() == [1.0] * 4
+    trained.restore([saved])
+    assert torch.equal(trained.flats[0].master, saved)
+    with trained.unhidden():
+        parameter.data.mul_(2)
+    assert torch.equal(trained.flats[0].master, saved * 2)
+    assert parameter.tolist() == [2.0] * 4
+    with pytest.raises(ValueError, match="are others"):
+        trained.restore([torch.ones(3)])
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------------------
@@ -111,11 +137,14 @@ def poisoned(monkeypatch):
 
     def poison(kind):
         calls = []
-        real = objective.Objective.training_loss
+        draw, real = objective.Objective.draw_step, objective.Objective.training_loss
 
-        def spoiled(self, batch):
+        def noted(self, batch):
             calls.append(batch.names)
-            loss = real(self, batch)
+            return draw(self, batch)
+
+        def spoiled(self, inputs):
+            loss = real(self, inputs)
             if len(calls) != 2:
                 return loss
             if kind == "gradient":
@@ -123,6 +152,7 @@ def poisoned(monkeypatch):
                 return loss
             return loss * float("nan")
 
+        monkeypatch.setattr(objective.Objective, "draw_step", noted)
         monkeypatch.setattr(objective.Objective, "training_loss", spoiled)
         return calls
 
@@ -160,10 +190,17 @@ def test_a_run_that_never_comes_back_gives_up(base, pictures, tmp_path, monkeypa
         train_network.main(options(base, pictures, tmp_path, on_nan="skip", max_train_steps=30))
 
 
+@pytest.fixture
+def untold():
+    """Forget what was told of a VAE that overflows, which is told once in a run."""
+    overflow.tell.cache_clear()
+
+
 class OverflowingVae(AutoencoderKL):
-    """A VAE that gives infinities in half precision for bright pictures."""
+    """A VAE that gives infinities in half precision for bright pictures; calls holds the pictures of each call."""
 
     def encode(self, pixels):
+        vars(self).setdefault("calls", []).append((len(pixels), pixels.dtype))
         moments = torch.nn.functional.avg_pool2d(pixels.float(), 8).repeat(1, 3, 1, 1)[:, :8]
         if pixels.dtype != torch.float32:
             bright = pixels.float().mean(dim=(1, 2, 3)) > 0
@@ -171,15 +208,83 @@ class OverflowingVae(AutoencoderKL):
         return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments.to(pixels.dtype)))
 
 
-def test_pictures_that_overflow_in_half_precision_are_encoded_in_float32(caplog):
+def three_pictures():
+    """Return pictures of which the second is bright."""
+    return torch.cat([torch.full((1, 3, 16, 16), value) for value in (-0.5, 0.5, -0.25)])
+
+
+@pytest.mark.parametrize(("at_once", "calls"), [(None, [3]), (2, [2, 1])])
+def test_pictures_that_overflow_in_fp16_are_encoded_in_float32(caplog, untold, at_once, calls):
+    vae = OverflowingVae()
+    move(vae, torch.float16)
+    encoder = LatentEncoder(vae, torch.float16, at_once)
+    for _ in range(2):
+        moments = encoder.moments(three_pictures())
+        assert moments.dtype == torch.float16
+        assert moments[:, 0, 0, 0].tolist() == [-0.5, 0.5, -0.25]
+        assert vae.dtype == torch.float16
+    once = [(number, torch.float16) for number in calls] + [(1, torch.float32)]
+    assert vars(vae)["calls"] == once * 2
+    assert sum("--no_half_vae" in record.message for record in caplog.records) == 1
+
+
+def test_bf16_has_the_range_of_float32_and_is_not_checked():
+    """The check is a wait for the device, and what overflows there overflows in float32, too."""
     vae = OverflowingVae()
     move(vae, torch.bfloat16)
-    pixels = torch.cat([torch.full((1, 3, 16, 16), value) for value in (-0.5, 0.5, -0.25)])
-    moments = LatentEncoder(vae, torch.bfloat16).moments(pixels)
-    assert moments.dtype == torch.bfloat16
-    assert moments[:, 0, 0, 0].tolist() == [-0.5, 0.5, -0.25]
-    assert vae.dtype == torch.bfloat16
-    assert any("--no_half_vae" in record.message for record in caplog.records)
+    moments = LatentEncoder(vae, torch.bfloat16).moments(three_pictures())
+    assert vars(vae)["calls"] == [(3, torch.bfloat16)]
+    assert torch.isinf(moments[1]).all()
+
+
+def test_a_whole_batch_is_encoded_in_a_step_and_no_more_than_asked_for(base, pictures, tmp_path, monkeypatch):
+    real, calls = AutoencoderKL.encode, []
+
+    def counting(self, pixels, *given, **more):
+        calls.append(len(pixels))
+        return real(self, pixels, *given, **more)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", counting)
+    for asked, expected in ((None, {2}), (1, {1})):
+        calls.clear()
+        train(base, pictures, tmp_path / str(asked), train_batch_size=2, vae_batch_size=asked, max_train_steps=2)
+        assert set(calls) == expected
+
+
+def overflowing(model_store):
+    """Return a tiny VAE in fp16 whose first layers overflow, and the same in float32."""
+    half = copy.deepcopy(model_store("sd1")[0]["vae"])
+    half.encoder.conv_in.weight.data *= 5e4
+    half.decoder.conv_in.weight.data *= 2e4
+    move(half, torch.float16)
+    whole = copy.deepcopy(half)
+    move(whole, torch.float32)
+    return half, whole
+
+
+def test_pictures_are_decoded_in_float32_where_the_vae_overflows(model_store, caplog, untold):
+    half, whole = overflowing(model_store)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert not torch.isfinite(half.decode(latents / 0.18215).sample).all()
+    found = decode_latents(Mock(vae=half), latents)
+    assert half.dtype is torch.float16
+    assert sum("--no_half_vae" in record.message for record in caplog.records) == 1
+    for one, other in zip(found, decode_latents(Mock(vae=whole), latents.float()), strict=True):
+        difference = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
+        assert np.asarray(one).std() > 5  # not black
+        assert difference.max() <= 1
+
+
+def test_pictures_to_begin_with_are_encoded_in_float32_where_the_vae_overflows(model_store, untold):
+    half, whole = overflowing(model_store)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        one, other = (
+            encode_pixels(vae, pixels, [torch.Generator().manual_seed(seed) for seed in range(2)])
+            for vae in (half, whole)
+        )
+    assert one.dtype is torch.float16
+    torch.testing.assert_close(one.float(), other, rtol=2e-2, atol=2e-2)
 
 
 # ---- masks --------------------------------------------------------------------------------------------------
@@ -192,8 +297,8 @@ def test_a_mask_multiplies_the_distance_of_each_element(kind):
     masks = torch.rand(3, 1, 6, 8, generator=generator)
     config = LossConfig(loss_type=kind, huber_schedule="constant", huber_c=0.3)
     timesteps = torch.tensor([1, 500, 900])
-    schedule = stable_diffusion_schedule()
-    found = per_sample_loss(prediction, target, timesteps, schedule, config, masks=masks)
+    thresholds = huber_threshold(timesteps, stable_diffusion_schedule(), config)
+    found = per_sample_loss(prediction, target, kind, thresholds, masks=masks)
     d = (prediction.double() - target.double()).numpy()
     c = 0.3
     root = np.sqrt(d**2 + c**2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import accelerate
 import pytest
 import torch
 from runs import options, train, train_with
@@ -121,6 +123,34 @@ def test_processes_that_the_machine_cannot_join_are_refused(monkeypatch):
     monkeypatch.setattr(runtime, "check_devices", lambda launch: None)
     with pytest.raises(UserError, match="2 processes were started, but they cannot work together on cpu"):
         runtime.start_runtime(PrecisionConfig(), LoggingConfig(), vae_overflows=False)
+
+
+@pytest.mark.parametrize(("given", "minutes"), [(None, 24 * 60), (0, 24 * 60), (90, 90)])
+def test_processes_wait_for_each_other_longer_than_torch_lets_them(monkeypatch, given, minutes):
+    """Previews on the first process take longer than the 10 minutes after which torch would end the others."""
+    seen = []
+
+    class Recorded(accelerate.Accelerator):
+        def __init__(self, **more):
+            seen.extend(more["kwargs_handlers"])
+            super().__init__(**more)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Recorded)
+    runtime.start_runtime(PrecisionConfig(), LoggingConfig(), vae_overflows=False, wait=given)
+    (handler,) = seen
+    assert handler.to_kwargs() == {"timeout": datetime.timedelta(minutes=minutes)}
+
+
+def test_seeds_of_micro_batches_are_those_of_torch_and_leave_nothing_for_a_gpu(monkeypatch):
+    noted = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", noted.append)
+    runtime.seed_micro_batch(7, 3, 1, 0)
+    drawn = torch.rand(4)
+    assert noted == []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    runtime.seed_micro_batch(7, 3, 1, 0)
+    assert torch.equal(torch.rand(4), drawn)
+    assert len(noted) == 1
 
 
 # ---- the lock of an output name -----------------------------------------------------------------------------

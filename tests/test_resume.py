@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train_killed, train_with
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from scripts import ROOT, two_processes
 import train_network
 from library.config.saving import SavingConfig
 from library.errors import UserError
+from library.optim.flat import TrainedWeights
 from library.training.run import state
 
 
@@ -83,13 +86,13 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     [
         pytest.param(["--optimizer_type", "AdamW8bit", "--network_dim", "64"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "AdaFactor"], marks=pytest.mark.slow),
-        pytest.param(["--optimizer_type", "SGDNesterov"], marks=pytest.mark.slow),
+        ["--optimizer_type", "SGDNesterov"],
         pytest.param(["--optimizer_type", "Prodigy", "--learning_rate", "1.0"], marks=pytest.mark.slow),
         pytest.param(
             ["--optimizer_type", "AdamWScheduleFree", "--lr_warmup_steps", "0", "--lr_scheduler", "constant"],
             marks=pytest.mark.slow,
         ),
-        ["--max_data_loader_n_workers", "2"],
+        pytest.param(["--max_data_loader_n_workers", "2"], marks=pytest.mark.slow),
         pytest.param(["--scale_weight_norms", "0.01", "--noise_offset", "0.1"], marks=pytest.mark.slow),
     ],
     ids=lambda more: more[1],
@@ -342,3 +345,34 @@ def test_two_processes_go_on_to_the_same_bytes(base, data, tmp_path):
     same(load_file(tmp_path / "ahead" / "x.safetensors"), load_file(tmp_path / "live" / "x.safetensors"))
     expected = load_file(tmp_path / "whole" / "x.safetensors")
     same(load_file(tmp_path / "parts" / "x.safetensors"), expected)
+
+
+# ---- the gradient scaler ------------------------------------------------------------------------------------
+
+
+def state_with(scaler):
+    """Return the state of a run over one layer."""
+    layer: Any = torch.nn.Linear(2, 2)  # in place of a network
+    weights = TrainedWeights([{"params": list(layer.parameters())}], None)
+    optimizer = torch.optim.SGD(weights.groups(together=True), lr=0.1)
+    return state.TrainState(layer, weights, optimizer, None, scaler, ("unet",))
+
+
+@pytest.mark.parametrize(("was_fp16", "scale"), [(False, 256.0), (True, 2.0)])
+def test_a_run_in_fp16_goes_on_from_a_state_of_any_precision(was_fp16, scale):
+    """A state of a run in bf16 or float32 has no scale: the scaler begins anew."""
+    before = state_with(torch.amp.GradScaler("cpu", init_scale=2.0, enabled=was_fp16))
+    after = state_with(torch.amp.GradScaler("cpu", init_scale=256.0))
+    after.restore(before.tensors())
+    assert after.scaler.get_scale() == scale
+    assert torch.equal(after.network.weight, before.network.weight)
+
+
+def test_a_gpu_that_is_too_small_for_a_state_is_no_wrong_state(monkeypatch):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    after = state_with(torch.amp.GradScaler("cpu"))
+    monkeypatch.setattr(after.optimizer, "load_state_dict", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        after.restore(after.tensors())

@@ -19,12 +19,13 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.train import check, parse_train_config
-from library.errors import Problems
+from library.errors import LessMemory, Problems
 from library.logs import run_script
 from library.processes import check_launch
 
 logger = logging.getLogger(__name__)
 
+LESS_MEMORY = LessMemory("lower --vae_batch_size or --resolution, or use --mixed_precision fp16 or bf16")
 CACHING = {
     "cache_latents": True,
     "cache_latents_to_disk": True,
@@ -62,4 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

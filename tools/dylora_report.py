@@ -31,7 +31,7 @@ from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import Dataset, build_datasets, find_datasets
-from library.errors import Problems, UserError, shortened
+from library.errors import LessMemory, Problems, UserError, shortened
 from library.logs import run_script
 from library.weight_file import WeightFile, open_weights
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LESS_MEMORY = LessMemory("use --mixed_precision fp16 or bf16, or lower --train_batch_size or --resolution")
 FEW_PICTURES = 8
 
 
@@ -78,7 +79,7 @@ class ArithmeticConfig:
 
     mixed_precision: Literal["no", "fp16", "bf16"] = repeated(PrecisionConfig, "mixed_precision")
     no_half_vae: bool = repeated(PrecisionConfig, "no_half_vae")
-    vae_batch_size: int = repeated(PrecisionConfig, "vae_batch_size")
+    vae_batch_size: int | None = repeated(PrecisionConfig, "vae_batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,4 +289,4 @@ def report(job: Job, files: BaseFiles) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

@@ -354,4 +354,4 @@ def metadata_of(models: Sequence[WeightedCheckpoint], output: Path, merge: Merge
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, tool_files.LESS_MEMORY)

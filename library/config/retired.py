@@ -30,8 +30,6 @@ def _rows(reasons: Mapping[str, str], **same: Any) -> dict[str, Retired]:
 
 ADAPTER_FITS = "an adapter over a frozen base needs no sharding; several GPUs run through accelerate (DDP)"
 
-NOT_COMPILED = "the run is not compiled; the result is the same"
-
 NOT_FUSED = "it saves memory for the gradients of whole models; those of an adapter are small"
 
 _HARMLESS_SWITCHES = {
@@ -40,13 +38,9 @@ _HARMLESS_SWITCHES = {
     "skip_cache_check": "checking a cache entry is quick, and stale latents are never used",
     "cache_info": "picture sizes are read from the headers, in parallel",
     "console_log_simple": "log lines are always plain",
-    "torch_compile": NOT_COMPILED,
     "disable_mmap_load_safetensors": "files are never memory-mapped",
     "fused_backward_pass": NOT_FUSED,
     "ddp_gradient_as_bucket_view ddp_static_graph": "gradients travel in one flat buffer already",
-}
-_HARMLESS_VALUES = {
-    "ddp_timeout": "torch's own is kept",
 }
 _REFUSED_SWITCHES = {
     "cpu_offload_checkpointing": "U-Nets have no such mode; --gradient_checkpointing is the option that saves memory",
@@ -72,7 +66,6 @@ _ELSEWHERE_REFUSED_VALUES = {
 }
 RETIRED: dict[str, Retired] = (
     _rows(_HARMLESS_SWITCHES, harmless=True, takes_value=False)
-    | _rows(_HARMLESS_VALUES, harmless=True)
     | _rows(_REFUSED_SWITCHES, takes_value=False)
     | _rows(_REFUSED_VALUES)
     | _rows(_ELSEWHERE_HARMLESS_SWITCHES, harmless=True, takes_value=False, elsewhere=True)
@@ -80,7 +73,6 @@ RETIRED: dict[str, Retired] = (
     | _rows(_ELSEWHERE_REFUSED_VALUES, elsewhere=True, neutral=("",))  # a rate of 0 is not "off": it trains nothing
     # GUIs of sd-scripts write its defaults into their configuration files.
     | {"zero_stage": Retired("zero_stage", ADAPTER_FITS, neutral=(2, "", 0))}
-    | {"dynamo_backend": Retired("dynamo_backend", NOT_COMPILED, harmless=True, neutral=("no", "NO", "", 0))}
 )
 
 # Keys that GUIs write into their files and that sd-scripts' trainings do not read, most of them of kohya_ss' GUI

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from library.config.options import REQUIRED, option
-from library.errors import Problems, UserError
+from library.errors import LessMemory, Problems, UserError
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["float", "fp16", "bf16"]
+LESS_MEMORY = LessMemory("leave out --device, so that the CPU and main memory are used")  # of scripts with --device
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

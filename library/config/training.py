@@ -8,6 +8,17 @@ from typing import Literal
 from library.config.options import option
 
 HELD_OUT = ("validation_split",)
+BACKENDS = ("inductor", "cudagraphs", "aot_eager", "eager")
+
+
+def read_backend(value: object) -> str | None:
+    """Return the name of a compiler; "no", which GUIs of sd-scripts write into their files, is as if it were unset."""
+    text = str(value).lower()
+    if text in ("no", ""):
+        return None
+    if text not in BACKENDS:
+        raise ValueError
+    return text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +39,9 @@ class RunConfig:
     seed: int | None = option(None, "seed of everything random; unset: random, and recorded in the file", minimum=0)
     max_data_loader_n_workers: int = option(
         8, "most processes that load pictures; limited to the CPU's threads minus 1", minimum=0
+    )
+    ddp_timeout: int | None = option(
+        None, "minutes that several processes wait for each other; unset or 0: 1440, a day", minimum=0
     )
     persistent_data_loader_workers: bool = option(False, "accepted; workers always persist for the whole run")
 
@@ -66,6 +80,12 @@ class PrecisionConfig:
         False, "keep only the weights of the U-Net in 8 bits", not_with=("fp8_base",), excludes=("fp8_base",)
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    cuda_graphs: bool = option(
+        False,
+        "record forward and backward passes as CUDA graphs, one for each size of pictures: faster at small batches",
+        only_with=("cache_latents", "cache_latents_to_disk"),
+        excludes=("gradient_checkpointing", "torch_compile"),
+    )
     xformers: bool = option(False, "attention of xformers (CUDA); the default, torch's own, is as good")
     sdpa: bool = option(
         False, "attention of torch; the default", not_with=("xformers",), excludes=("xformers", "mem_eff_attn")
@@ -84,7 +104,28 @@ class PrecisionConfig:
         False, "encode all captions before training and keep the text encoders off the device; they cannot be trained"
     )
     cache_text_encoder_outputs_to_disk: bool = option(False, "implies --cache_text_encoder_outputs")
-    vae_batch_size: int = option(1, "pictures that the VAE encodes at the same time", minimum=1)
+    vae_batch_size: int | None = option(
+        None,
+        "most pictures that the VAE encodes at the same time; unset: 1 before training, and a whole batch in a step",
+        minimum=1,
+    )
+    opt_channels_last: bool = option(False, "channels-last memory format for U-Net and VAE")
+    allow_tf32: bool = option(
+        False, "float32 products with TF32, on GPUs that have it: faster, less exact", aliases=("cuda_allow_tf32",)
+    )
+    cudnn_benchmark: bool = option(
+        False,
+        "cuDNN tries its kernels for each new size and takes the fastest (CUDA)",
+        aliases=("cuda_cudnn_benchmark",),
+    )
+    torch_compile: bool = option(False, "compile the U-Net: slow first steps, then faster ones")
+    dynamo_backend: Literal["inductor", "cudagraphs", "aot_eager", "eager"] | None = option(
+        None,
+        "compiler of --torch_compile; unset: inductor",
+        parse=read_backend,
+        form=f"one of {', '.join(BACKENDS)}, or no",
+        only_with=("torch_compile",),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -250,12 +250,17 @@ def stack_masks(masks: list[Tensor | None], sizes: list[Size]) -> Tensor | None:
 
 
 def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.utils.data.DataLoader:
-    """Return a loader over the whole run; its workers start once."""
+    """Return a loader over the whole run; its workers start once.
+
+    They start as fresh processes on every platform. A fork, the default of Linux before Python 3.14, would copy a
+    process that uses a GPU and has threads, of which only one goes on: a lock that another holds is never released.
+    """
     return torch.utils.data.DataLoader(
         maker,
         batch_size=None,
         sampler=plan,
         num_workers=num_workers,
+        multiprocessing_context="spawn" if num_workers else None,
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_ignore_stops,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+USE_THRESHOLDS = ("huber", "smooth_l1")
+
+
 def huber_threshold(timesteps: Tensor, schedule: NoiseSchedule, config: LossConfig) -> Tensor:
     """Return the threshold c of the Huber losses at timesteps, (B,).
 
@@ -49,21 +53,16 @@ def huber_threshold(timesteps: Tensor, schedule: NoiseSchedule, config: LossConf
 
 
 def per_sample_loss(
-    prediction: Tensor,
-    target: Tensor,
-    timesteps: Tensor,
-    schedule: NoiseSchedule,
-    config: LossConfig,
-    *,
-    masks: Tensor | None = None,
+    prediction: Tensor, target: Tensor, loss_type: str, thresholds: Tensor | None = None, *, masks: Tensor | None = None
 ) -> Tensor:
     """Return the mean distance of each sample, (B,), float32; masks (B, 1, H, W) weight its elements.
 
-    The mean is over all elements, as in sd-scripts: masked elements have a distance of 0.
+    thresholds (B,) are those of USE_THRESHOLDS. The mean is over all elements, as in sd-scripts: masked elements have a
+    distance of 0.
     """
-    threshold = huber_threshold(timesteps, schedule, config)[:, None, None, None]
     difference = prediction.float() - target.float()
-    distances = DISTANCES[config.loss_type](difference, threshold)
+    threshold = difference if thresholds is None else thresholds[:, None, None, None]
+    distances = DISTANCES[loss_type](difference, threshold)
     return (distances if masks is None else distances * masks).mean(dim=(1, 2, 3))
 
 
@@ -118,3 +117,20 @@ def timestep_weights(timesteps: Tensor, schedule: NoiseSchedule, config: LossCon
         if value:
             weights = weights * weighting(snr, value, predicts_v)
     return weights
+
+
+class LossTables(NamedTuple):
+    """What a loss reads of each timestep, made once in a run: looked up, it costs one operation and no wait."""
+
+    weights: Tensor | None  # (T,); None: all are 1
+    thresholds: Tensor | None  # (T,), of the losses that have one
+
+
+def loss_tables(schedule: NoiseSchedule, config: LossConfig, *, predicts_v: bool) -> LossTables:
+    """Return the tables of a schedule, on its device."""
+    every = torch.arange(NUM_TIMESTEPS, device=schedule.alphas_cumprod.device)
+    is_weighted = any(getattr(config, option) for option in WEIGHTINGS)
+    return LossTables(
+        timestep_weights(every, schedule, config, predicts_v=predicts_v) if is_weighted else None,
+        huber_threshold(every, schedule, config) if config.loss_type in USE_THRESHOLDS else None,
+    )

@@ -18,18 +18,28 @@ from library.randomness import generator_for, randn_per_sample
 Key = tuple[int | str, ...]
 
 
-def sample_latents(moments: Tensor, keys: Sequence[Key]) -> Tensor:
-    """Return samples (B, 4, H/8, W/8) of the VAE's posterior with moments (B, 8, H/8, W/8), unscaled."""
+def latents_of(moments: Tensor, unit: Tensor) -> Tensor:
+    """Return latents (B, 4, H/8, W/8), unscaled: samples of the VAE's posterior with moments (B, 8, H/8, W/8).
+
+    unit is standard normal noise in the shape of the result.
+    """
     mean, log_variance = moments.float().chunk(2, dim=1)
-    unit = randn_per_sample(mean.shape[1:], [(*key, "latents") for key in keys]).to(mean.device)
     return mean + (log_variance.clamp(-30.0, 20.0) / 2).exp() * unit  # the bounds are diffusers'
 
 
-def sample_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
-    """Return the noise for scaled latents (B, C, H, W), on their device, float32."""
-    noise = randn_per_sample(latents.shape[1:], [(*key, "noise") for key in keys])
+def posterior_noise(shape: tuple[int, ...], keys: Sequence[Key]) -> Tensor:
+    """Return the unit noise of `latents_of` for latents (C, H, W) of each sample, (B, C, H, W)."""
+    return randn_per_sample(shape, [(*key, "latents") for key in keys])
+
+
+def sample_noise(shape: tuple[int, ...], keys: Sequence[Key], config: LossConfig, latents: Tensor | None) -> Tensor:
+    """Return the noise for scaled latents (C, H, W) of each sample, (B, C, H, W), float32.
+
+    The latents themselves, on the CPU, are read only with --adaptive_noise_scale.
+    """
+    noise = randn_per_sample(shape, [(*key, "noise") for key in keys])
     if config.noise_offset is not None:
-        noise += offset_noise(latents.cpu(), keys, config.noise_offset, config)
+        noise += offset_noise(shape[0], keys, config.noise_offset, config, latents)
     if config.multires_noise_iterations:
         noise = torch.stack(
             [
@@ -37,23 +47,31 @@ def sample_noise(latents: Tensor, keys: Sequence[Key], config: LossConfig) -> Te
                 for row, key in zip(noise, keys, strict=True)
             ]
         )
-    return noise.to(latents.device)
+    return noise
 
 
-def offset_noise(latents: Tensor, keys: Sequence[Key], offset: float, config: LossConfig) -> Tensor:
+def reads_latents(config: LossConfig) -> bool:
+    """Return whether the noise depends on the latents."""
+    return config.noise_offset is not None and config.adaptive_noise_scale is not None
+
+
+def offset_noise(
+    channels: int, keys: Sequence[Key], offset: float, config: LossConfig, latents: Tensor | None
+) -> Tensor:
     """Return one normal number for each channel of each sample, times its strength, (B, C, 1, 1).
 
     The strength is the offset, or a uniform share of it for each sample, plus --adaptive_noise_scale
-    times the absolute mean of the channel, never below 0
+    times the absolute mean of the channel in latents (B, C, H, W), never below 0
     (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
     strength = torch.full((len(keys), 1, 1, 1), offset)
     if config.noise_offset_random_strength:
         strength = strength * uniform_per_sample(keys, "offset strength")
     if config.adaptive_noise_scale is not None:
+        assert latents is not None  # see reads_latents
         means = latents.float().mean(dim=(2, 3), keepdim=True).abs()
         strength = (strength + config.adaptive_noise_scale * means).clamp_min(0)
-    return strength * randn_per_sample((latents.shape[1], 1, 1), [(*key, "offset") for key in keys])
+    return strength * randn_per_sample((channels, 1, 1), [(*key, "offset") for key in keys])
 
 
 def multires_noise(noise: Tensor, key: Key, iterations: int, discount: float) -> Tensor:
@@ -75,18 +93,17 @@ def multires_noise(noise: Tensor, key: Key, iterations: int, discount: float) ->
     return noise / noise.std()
 
 
-def perturbed_noise(noise: Tensor, keys: Sequence[Key], config: LossConfig) -> Tensor:
-    """Return the noise of the U-Net's input, (B, C, H, W), which is more than that of the target.
+def perturbation(shape: tuple[int, ...], keys: Sequence[Key], config: LossConfig) -> Tensor | None:
+    """Return what the U-Net's input has more of noise than the target, (B, C, H, W) for latents (C, H, W).
 
-    Input perturbation (Ning et al. 2023, arXiv 2301.11706); the unchanged noise if --ip_noise_gamma is unset.
+    Input perturbation (Ning et al. 2023, arXiv 2301.11706); None if --ip_noise_gamma is unset.
     """
     if not config.ip_noise_gamma:
-        return noise
+        return None
     strength = torch.full((len(keys), 1, 1, 1), config.ip_noise_gamma)
     if config.ip_noise_gamma_random_strength:
         strength = strength * uniform_per_sample(keys, "perturbation strength")
-    further = randn_per_sample(noise.shape[1:], [(*key, "perturbation") for key in keys])
-    return noise + (strength * further).to(noise.device)
+    return strength * randn_per_sample(shape, [(*key, "perturbation") for key in keys])
 
 
 def uniform_per_sample(keys: Sequence[Key], use: str) -> Tensor:

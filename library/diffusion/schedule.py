@@ -7,6 +7,7 @@ Letters: B samples, T = 1000 timesteps, abar the product of 1 - beta up to a tim
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
 
+    @functools.cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) of each timestep."""
+        return self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+
     def snr(self, timesteps: Tensor) -> Tensor:
         """Return the signal-to-noise ratio abar / (1 - abar) at timesteps (B,), shape (B,)."""
         abar = self.alphas_cumprod[timesteps]
@@ -33,8 +39,8 @@ class NoiseSchedule:
 
     def scales(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return (sqrt(abar), sqrt(1 - abar)) at timesteps (B,), each (B, 1, 1, 1)."""
-        abar = self.alphas_cumprod[timesteps][:, None, None, None]
-        return abar.sqrt(), (1 - abar).sqrt()
+        signal, noise_level = self._roots
+        return signal[timesteps][:, None, None, None], noise_level[timesteps][:, None, None, None]
 
     def to(self, device: torch.device) -> NoiseSchedule:
         """Return the schedule on a device."""

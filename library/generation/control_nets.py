@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from library.errors import UserError, message_of
+from library.errors import UserError, is_out_of_memory, message_of
 from library.file_kinds import weight_format
 from library.models.base import BaseModel
 from library.models.keys import CONTROL_NET_PREFIX, control_net_rule
@@ -54,6 +54,8 @@ def load_control_net(path: Path, base: BaseModel) -> ControlNetModel:
     except UserError:
         raise
     except Exception as error:  # each library has its own
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--control_net_models: {path} cannot be read as a ControlNet: {message_of(error)}") from error
 
 

@@ -34,7 +34,8 @@ from library.generation.requests import Request, Seeds, all_requests, read_line,
 from library.models.attention import use_xformers
 from library.models.base import BaseModel, find_base, load_base
 from library.models.family import check_flags
-from library.models.precision import types_of
+from library.models.memory_format import use_channels_last
+from library.models.precision import check_bf16, describe, types_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
     check_files(config.networks, config.control.textual_inversion_embeddings or ())
     base = open_base(config, device)
     networks = load_networks(config, base, device)
+    control_nets = load_control_nets(config.control.control_net_models or (), base, device)
+    if config.speed.opt_channels_last:
+        use_channels_last(*control_nets)
     generator = ImageGenerator(
         config.images,
         config.control,
@@ -55,7 +59,7 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
         base,
         networks,
         device,
-        load_control_nets(config.control.control_net_models or (), base, device),
+        control_nets,
     )
     maker = JobMaker(
         config.prompts, config.drawing, config.images, image_lists(config), networks, base.family, base.texts[0]
@@ -94,11 +98,12 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
     check_flags(files.checkpoint.family, checkpoint.ckpt, v1=checkpoint.v1, sdxl=checkpoint.sdxl)
     if files.zero_snr and not files.predicts_v:
         raise UserError("--zero_terminal_snr is for models that predict v: give --v_parameterization, too, if it does")
+    if speed.bf16:
+        check_bf16("--bf16", "--fp16", describe(device))
     precision = "fp16" if speed.fp16 else "bf16" if speed.bf16 else "no"
     base = load_base(files, types_of(precision, vae_overflows=files.vae_overflows, no_half_vae=speed.no_half_vae))
     if speed.opt_channels_last:
-        for module in (base.unet, base.vae):
-            torch.nn.utils.convert_conv2d_weight_memory_format(module, torch.channels_last)
+        use_channels_last(base.unet, base.vae)
     if speed.xformers:
         use_xformers(device, base.unet, base.vae)
     if speed.vae_tiling or speed.vae_slices:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from library.errors import UserError, message_of
+from library.errors import UserError, is_out_of_memory, message_of
 from library.models import keys
 from library.models.checkpoint import UNET, VAE, WHOLE, Checkpoint, read_config, stored_configuration
 from library.models.family import TEXT_HEAD_WIDTH, ModelFamily, Shapes, TextModel
@@ -253,6 +253,8 @@ def refused(source: Path, part: str, prefix: str = "") -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{source} has an incomplete {part}: {prefix}{error.args[0]} is missing") from None
     except Exception as error:  # of diffusers and transformers
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{source} describes no {part} that can be built: {message_of(error)}") from error
 
 

@@ -97,8 +97,18 @@ class Tokens(NamedTuple):
         return max(1, -(-len(self.ids) // PER_WINDOW))
 
 
+class TokenWindows(NamedTuple):
+    """Texts as the tensors that text encoders take."""
+
+    ids: tuple[Tensor, ...]  # (B, K, 77) for each encoder
+    weights: tuple[Tensor, ...]  # (B, N) of the positions of the conditioning, for each encoder; empty: none have any
+
+
 class Conditioner(Protocol):
-    """Computes or looks up the conditioning of texts."""
+    """Computes or looks up the conditioning of texts: reads them as tensors, on the CPU, then turns these into it."""
+
+    def read(self, texts: Sequence[str], options: TextOptions) -> TokenWindows | Conditioning:
+        """Return texts as tensors on the CPU: what they are encoded from, or what is known of them already."""
 
     def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
         """Return the conditioning of texts."""
@@ -110,27 +120,38 @@ class LiveConditioner:
 
     encoders: tuple[TextEncoder, ...]
 
+    def read(self, texts: Sequence[str], options: TextOptions) -> TokenWindows:
+        """Return the tokens of texts for each encoder."""
+        ids, weights = [], []
+        for encoder in self.encoders:
+            tokens = tokenize(encoder, texts, options)
+            pairs = [windows_of(encoder.tokenizer, one, options.windows) for one in tokens]
+            ids.append(torch.stack([of_text for of_text, _ in pairs]))
+            if options.weights is not None:
+                by_position = torch.stack([of_text for _, of_text in pairs])
+                weights.append(joined(by_position, keeps_ends=options.keeps_ends))
+        return TokenWindows(tuple(ids), tuple(weights))
+
     def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
         """Return the conditioning of texts; differentiable if gradients are on."""
-        parts = [encode_with(encoder, texts, options) for encoder in self.encoders]
-        hidden = [hidden for hidden, _ in parts]
-        pooled = next((pooled for _, pooled in parts if pooled is not None), None)
-        return Conditioning(hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1), pooled)
+        return encode_windows(self.encoders, self.read(texts, options), options)
 
 
-def encode_with(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> tuple[Tensor, Tensor | None]:
-    """Return hidden states (B, N, D) and pooled output (B, P) of texts from one text encoder.
+def encode_windows(encoders: Sequence[TextEncoder], tokens: TokenWindows, options: TextOptions) -> Conditioning:
+    """Return the conditioning of texts that were read with the same options; differentiable if gradients are on.
 
     The pooled output is that of the first window.
     """
-    pairs = [windows_of(encoder.tokenizer, tokens, options.windows) for tokens in tokenize(encoder, texts, options)]
-    ids = torch.stack([ids for ids, _ in pairs])  # (B, K, 77)
-    hidden, pooled = encoder.encode(ids.flatten(0, 1), options.clip_skip)
-    hidden = joined(hidden.unflatten(0, ids.shape[:2]), keeps_ends=options.keeps_ends)
-    if options.weights is not None:
-        weights = joined(torch.stack([weights for _, weights in pairs]), keeps_ends=options.keeps_ends)
-        hidden = weighted(hidden, weights.to(hidden.device), options.weights)
-    return hidden, None if pooled is None else pooled.unflatten(0, ids.shape[:2])[:, 0]
+    states, pooled = [], None
+    for number, (encoder, ids) in enumerate(zip(encoders, tokens.ids, strict=True)):
+        hidden, of_encoder = encoder.encode(ids.flatten(0, 1), options.clip_skip)
+        hidden = joined(hidden.unflatten(0, ids.shape[:2]), keeps_ends=options.keeps_ends)
+        if options.weights is not None:
+            hidden = weighted(hidden, tokens.weights[number].to(hidden.device), options.weights)
+        states.append(hidden)
+        if of_encoder is not None and pooled is None:
+            pooled = of_encoder.unflatten(0, ids.shape[:2])[:, 0]
+    return Conditioning(states[0] if len(states) == 1 else torch.cat(states, dim=-1), pooled)
 
 
 def tokenize(encoder: TextEncoder, texts: Sequence[str], options: TextOptions) -> list[Tokens]:

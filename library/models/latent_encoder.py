@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from library.models.precision import move
+from library.models.overflow import within_range
 from library.weight_file import tensors_sha256
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +21,7 @@ class LatentEncoder:
 
     vae: AutoencoderKL
     dtype: torch.dtype  # of the VAE's weights
+    at_once: int | None = None  # most pictures in a call of the VAE; None: all that are given
 
     @property
     def scaling_factor(self) -> float:
@@ -38,20 +36,10 @@ class LatentEncoder:
     def moments(self, pixels: Tensor) -> Tensor:
         """Return mean and log-variance of the posterior, (B, 8, H/8, W/8), for pixels (B, 3, H, W) in [-1, 1].
 
-        A picture for which the VAE overflows in half precision is encoded in float32; if it overflows there too, the
-        result is not finite.
+        A picture for which the VAE overflows in fp16 is encoded in float32; if it overflows there too, the result is
+        not finite.
         """
-        pixels = pixels.to(self.vae.device)
-        moments = self.vae.encode(pixels.to(self.dtype)).latent_dist.parameters
-        overflowed = ~torch.isfinite(moments).flatten(1).all(dim=1)
-        if self.dtype is not torch.float32 and bool(overflowed.any()):
-            logger.warning(
-                "the VAE overflows in half precision and is run in float32: --no_half_vae does so from the start"
-            )
-            move(self.vae, torch.float32)
-            try:
-                again = self.vae.encode(pixels[overflowed].float()).latent_dist.parameters
-            finally:
-                move(self.vae, self.dtype)  # lossless, since the weights had this type before
-            moments[overflowed] = again.to(moments.dtype)
-        return moments
+        return within_range(self.vae, self._encode, pixels.to(self.vae.device), at_once=self.at_once)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels).latent_dist.parameters

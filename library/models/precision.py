@@ -20,11 +20,16 @@ class Types(NamedTuple):
 
     unet: torch.dtype
     vae: torch.dtype
-    adapter: torch.dtype  # of the network's weights and their gradients
+    adapter: torch.dtype  # of the network's weights, as they are saved
+    casts: bool = False  # whether a network needs autocast in half precision; the models do not
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Return the autocast context of a forward pass on a device, enabled for half precision."""
-        return torch.autocast(device.type, self.unet, enabled=self.unet is not torch.float32)
+        """Return the autocast context of a forward pass on a device: enabled in half precision, for those that need it.
+
+        The models compute in the type of their weights. On CUDA autocast would let their norms compute in float32, and
+        each layer cast its input again: a third more operations, and a quarter more memory for the backward pass.
+        """
+        return torch.autocast(device.type, self.unet, enabled=self.casts and self.unet is not torch.float32)
 
 
 def move(module: nn.Module, to: torch.device | torch.dtype | str) -> None:
@@ -44,14 +49,42 @@ def types_of(
     return Types(dtype, torch.float32 if whole_vae else dtype, dtype if half_adapter else torch.float32)
 
 
-def supported_precision(mixed_precision: str, device: torch.device) -> str:
+class Device(NamedTuple):
+    """What decides which types are fast on a device."""
+
+    kind: str  # as torch names it, such as cuda
+    name: str  # of the product
+    has_bf16: bool  # by itself: torch emulates it where it is missing, several times slower than fp16
+    has_tf32: bool  # whether float32 products can be computed with factors of 10 bits
+
+
+def describe(device: torch.device) -> Device:
+    """Return what a device can do."""
+    if device.type != "cuda":
+        return Device(device.type, device.type, has_bf16=True, has_tf32=False)
+    with torch.cuda.device(device):  # torch answers for the current one
+        return Device(
+            device.type,
+            torch.cuda.get_device_name(device),
+            has_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            has_tf32=torch.cuda.is_tf32_supported(),
+        )
+
+
+def supported_precision(mixed_precision: str, device: Device) -> str:
     """Return the mixed precision that a device supports; warns if it is not the requested one.
 
     Raises UserError for bf16 on a GPU without it.
     """
-    if mixed_precision == "fp16" and device.type == "cpu":
+    if mixed_precision == "fp16" and device.kind == "cpu":
         logger.warning("--mixed_precision fp16 needs a GPU; this machine has none, so the run is in float32")
         return "no"
-    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("--mixed_precision bf16: this GPU has no bfloat16; use fp16")
+    if mixed_precision == "bf16":
+        check_bf16("--mixed_precision bf16", "--mixed_precision fp16", device)
     return mixed_precision
+
+
+def check_bf16(option: str, instead: str, device: Device) -> None:
+    """Raise UserError for bf16, asked for by an option, on a device that only emulates it."""
+    if not device.has_bf16:
+        raise UserError(f"{option}: this GPU ({device.name}) has no bfloat16 and is slow with it: use {instead}")

@@ -32,6 +32,10 @@ class RememberedConditioner:
 
     rows: dict[tuple[str, TextOptions], Conditioning]
 
+    def read(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
+        """Return the conditioning of texts."""
+        return self.encode(texts, options)
+
     def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
         """Return the conditioning of texts."""
         return Conditioning.stacked([self.rows[text, options] for text in texts])

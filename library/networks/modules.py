@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.config.network import NetworkConfig
 from library.config.values import written
-from library.errors import UserError, shortened
+from library.errors import UserError, is_out_of_memory, shortened
 from library.models.base import BaseModel
 from library.models.family import ModelFamily, detect_family
 from library.networks.protocol import ChecksArguments, Network, NetworkModule, ReadsFiles
@@ -169,9 +168,11 @@ def module_errors(config: NetworkConfig, doing: str, file: Path | None = None) -
     """
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if is_foreign(config):
             raise UserError(failure(config, doing, error)) from error
         if isinstance(error, ValueError):

@@ -90,6 +90,15 @@ class OptionalMethods(Protocol):
     ) -> Groups | NamedGroups:
         """Return parameter groups with a learning rate for each text encoder."""
 
+    def compute_with(self, copies: Mapping[Tensor, Tensor], /) -> object:
+        """Compute with copies of the trained parameters, in the type of the models, and add gradients to theirs.
+
+        A network that offers this needs no autocast.
+        """
+
+    def keep_shapes(self) -> object:
+        """Compute with tensors of the same shapes in every step, for compiled or recorded ones."""
+
     def on_optimizer_step(self, key: int, /) -> object:
         """Prepare for an optimizer step; key depends on seed and step alone."""
 

@@ -69,6 +69,21 @@ class TrainableNetwork:
         """Whether the U-Net is trained."""
         return self.trained.unet
 
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether the network computes in the type of the models by itself; others need autocast for it."""
+        return optional_method(self.network, "compute_with") is not None
+
+    def compute_with(self, copies: Mapping[Tensor, Tensor]) -> None:
+        """Compute with copies of the parameters, where the network offers it."""
+        if compute_with := optional_method(self.network, "compute_with"):
+            compute_with(copies)
+
+    def keep_shapes(self) -> None:
+        """Compute with the same shapes in every step."""
+        if keep_shapes := optional_method(self.network, "keep_shapes"):
+            keep_shapes()
+
     def parameters(self) -> list[nn.Parameter]:
         """Return the trainable parameters."""
         return [parameter for parameter in self.network.get_trainable_params() if parameter.requires_grad]
@@ -94,6 +109,9 @@ class TrainableNetwork:
             names = [f"group{index}" for index in range(len(groups))]
         trained = [[parameter for parameter in group["params"] if parameter.requires_grad] for group in groups]
         kept = [index for index, parameters in enumerate(trained) if parameters]
+        used = {id(parameter) for index in kept for parameter in trained[index]}
+        for parameter in self.parameters():  # of parts with a learning rate of 0
+            parameter.requires_grad_(id(parameter) in used)
         if not kept:
             raise UserError("nothing is trained: the learning rate of every part is 0")
         return [groups[index] | {"params": trained[index]} for index in kept], [names[index] for index in kept]

@@ -16,9 +16,16 @@ import torch
 
 from library.config.optimizer import OptimizerConfig
 from library.config.options import nearest
-from library.errors import Problems, UserError, message_of, shown
+from library.errors import Problems, UserError, is_out_of_memory, message_of, shown
 
 logger = logging.getLogger(__name__)
+
+
+CPU = torch.device("cpu")
+
+
+class StepError(UserError):
+    """The step of an optimizer fails on a device; it may be made for another one."""
 
 
 @runtime_checkable
@@ -83,14 +90,16 @@ ADAM_NAMES = {"decouple": "weight_decouple", "use_bias_correction": "bias_correc
 
 ROWS = (
     OptimizerRow("AdamW", "torch.optim.AdamW", implementation={"fused": True}, elementwise=True),
-    OptimizerRow("AdamW8bit", "bitsandbytes.optim.AdamW8bit"),
-    OptimizerRow("PagedAdamW", "bitsandbytes.optim.PagedAdamW"),
-    OptimizerRow("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"),
-    OptimizerRow("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit"),
-    OptimizerRow("Lion8bit", "bitsandbytes.optim.Lion8bit"),
-    OptimizerRow("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit"),
+    OptimizerRow("AdamW8bit", "bitsandbytes.optim.AdamW8bit", elementwise=True),
+    OptimizerRow("PagedAdamW", "bitsandbytes.optim.PagedAdamW", elementwise=True),
+    OptimizerRow("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit", elementwise=True),
+    OptimizerRow("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit", elementwise=True),
+    OptimizerRow("Lion8bit", "bitsandbytes.optim.Lion8bit", elementwise=True),
+    OptimizerRow("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit", elementwise=True),
     OptimizerRow("SGDNesterov", "torch.optim.SGD", {"nesterov": True, "momentum": 0.9}, elementwise=True),
-    OptimizerRow("SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", {"nesterov": True, "momentum": 0.9}),
+    OptimizerRow(
+        "SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", {"nesterov": True, "momentum": 0.9}, elementwise=True
+    ),
     OptimizerRow(
         "Lion",
         "lion_pytorch.Lion",
@@ -268,9 +277,9 @@ def build_optimizer(
     rate = None if choice.sets_own_rate else learning_rate
     try:
         optimizer = choice.kind(groups, lr=rate, **choice.arguments)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # also of other packages' classes
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--optimizer_args: {choice.kind.__name__} refuses them: {message_of(error)}") from error
     if isinstance(optimizer, AveragesWeights):
         optimizer.train()
@@ -321,34 +330,38 @@ def adapted_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group["d"] * group["lr"]) for group in optimizer.param_groups if group.get("d") is not None]
 
 
-def check_optimizer(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer over one small matrix after a step; raises UserError if the step fails."""
+def check_optimizer(choice: OptimizerChoice, learning_rate: float, device: torch.device = CPU) -> torch.optim.Optimizer:
+    """Return the optimizer over one small matrix on a device after a step; raises UserError if the step fails.
+
+    It is a StepError if no argument is to blame.
+    """
     try:
-        return _stepped(choice, learning_rate)
+        return _stepped(choice, learning_rate, device)
     except UserError as error:
         for key, value in reversed(choice.recorded.items()):  # those of the user come last
             rest = {name: other for name, other in choice.recorded.items() if name != key}
-            if _works(dataclasses.replace(choice, recorded=rest), learning_rate):
+            if _works(dataclasses.replace(choice, recorded=rest), learning_rate, device):
                 raise UserError(f"--optimizer_args {key}={value!r} is refused: {message_of(error)}") from error
         raise
 
 
-def _works(choice: OptimizerChoice, learning_rate: float) -> bool:
+def _works(choice: OptimizerChoice, learning_rate: float, device: torch.device) -> bool:
     try:
-        return _stepped(choice, learning_rate) is not None
+        return _stepped(choice, learning_rate, device) is not None
     except UserError:
         return False
 
 
-def _stepped(choice: OptimizerChoice, learning_rate: float) -> torch.optim.Optimizer:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _stepped(choice: OptimizerChoice, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
     probe = torch.nn.Parameter(torch.ones(2, 2, device=device))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
     probe.grad = torch.ones_like(probe)
     try:
         optimizer.step()
     except Exception as error:
-        raise UserError(f"--optimizer_type {choice.kind.__name__} does not work here: {message_of(error)}") from error
+        if is_out_of_memory(error):
+            raise
+        raise StepError(f"--optimizer_type {choice.kind.__name__} does not work here: {message_of(error)}") from error
     return optimizer
 
 

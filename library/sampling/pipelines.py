@@ -22,6 +22,7 @@ from library.config.values import given
 from library.models.base import BaseModel
 from library.models.conditioning import Conditioning
 from library.models.family import ModelFamily
+from library.models.overflow import within_range
 from library.sampling.samplers import build_sampler
 
 if TYPE_CHECKING:
@@ -245,9 +246,11 @@ def encode_images(base: BaseModel, images: Sequence[Image], generators: Sequence
 
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Return the scaled latents (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1], in the type of the VAE."""
-    pixels = pixels.to(vae.dtype)
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    moments = within_range(vae, lambda part: vae.encode(part).latent_dist.parameters, pixels, at_once=1)
     samples = [
-        vae.encode(pixels[index : index + 1]).latent_dist.sample(generator)
+        DiagonalGaussianDistribution(moments[index : index + 1]).sample(generator)
         for index, generator in enumerate(generators)
     ]
     return torch.cat(samples) * vae.config["scaling_factor"]
@@ -255,13 +258,17 @@ def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch
 
 @torch.no_grad()
 def decode_latents(base: BaseModel, latents: Tensor, at_once: int | None = None) -> list[Image]:
-    """Return the images of scaled latents (B, 4, H/8, W/8), at_once of them in a call of the VAE."""
+    """Return the images of scaled latents (B, 4, H/8, W/8), at_once of them in a call of the VAE.
+
+    An image for which the VAE overflows in fp16 is decoded in float32.
+    """
     from PIL import Image
 
     vae, images = base.vae, []
     for part in latents.split(at_once or len(latents)):
+        scaled = (part / vae.config["scaling_factor"]).to(vae.device)
         with torch.autocast(latents.device.type, enabled=False):
-            pixels = vae.decode((part / vae.config["scaling_factor"]).to(vae.device, vae.dtype)).sample
+            pixels = within_range(vae, lambda rows: vae.decode(rows).sample, scaled)
         values = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         images += [Image.fromarray(value) for value in values]
     return images

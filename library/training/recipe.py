@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from library.models.base import BaseFiles, BaseModel
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork, build_network
-from library.optim.flat import flatten_groups
-from library.optim.optimizers import OptimizerChoice, build_optimizer, choose_optimizer
+from library.optim.flat import TrainedWeights
+from library.optim.optimizers import CPU, OptimizerChoice, build_optimizer, choose_optimizer
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.training.measure.validation import HeldOut, Validation, held_out, validation_seed
 from library.training.prepare.caches import cache_latents
-from library.training.prepare.checks import check_before_loading, options_for
+from library.training.prepare.checks import check_before_loading, check_steps, options_for
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import caption_options, enable_gradient_checkpointing, open_base
 from library.training.prepare.plan import (
@@ -50,13 +51,14 @@ from library.training.record.run_files import RunFiles, epoch_interval
 from library.training.record.run_lock import run_lock
 from library.training.record.upload import Uploads, make_repository
 from library.training.rehearse.dry_run import dry_run
-from library.training.run.events import At, Event, Every
+from library.training.run.events import At, Event, Every, Needs
+from library.training.run.graphs import choose_passes
 from library.training.run.interruption import StopRequest
 from library.training.run.loop import run
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, broadcast_parameters, shared, start_runtime
 from library.training.run.state import TrainState, begin, read_tensors
-from library.training.run.step import EagerStep
+from library.training.run.step import OptimizerStep
 
 
 def train(
@@ -80,7 +82,11 @@ def train(
         return dry_run(config, datasets, prompts, choice=choice, files=files)
 
     with StopRequest() as stop:
-        runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
+        runtime = start_runtime(
+            config.precision, config.logs, vae_overflows=files.vae_overflows, wait=config.run.ddp_timeout
+        )
+        if runtime.device != CPU:  # on which the optimizer was tried
+            check_steps(config, choice, runtime.device)
         with run_lock(RunFiles(config.saving).lock, runtime):
             prepare_and_run(
                 config, datasets, prompts, choice, files, runtime=runtime, stop=stop, further_events=further_events
@@ -119,11 +125,13 @@ def prepare_and_run(
 
     # Build the network over the models; first, because a network module may refuse.
     network = make_network(config, seed, base, runtime)
+    runtime = dataclasses.replace(runtime, types=runtime.types._replace(casts=not network.computes_in_half))
 
     # Encode pictures and captions; only then does the U-Net come to the device, beside what stays.
-    encoder = LatentEncoder(base.vae, runtime.types.vae)
+    encoder = LatentEncoder(base.vae, runtime.types.vae, config.precision.vae_batch_size)
     cache = cache_latents(config.precision, datasets, encoder, runtime) if config.precision.cache_latents else None
-    move(base.vae, "cpu" if cache is not None else runtime.device)
+    if cache is None:
+        move(base.vae, runtime.device)
     maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     most = config.validation.max_validation_steps
     measured = held_out(datasets, validation_seed(config.dataset, seed), cache, config.data.prior_loss_weight, most)
@@ -135,7 +143,7 @@ def prepare_and_run(
     move(base.unet, runtime.device)
 
     # Put together what a step needs.
-    state = make_state(config, network, choice, plan, runtime.scaler)
+    state = make_state(config, network, choice, plan, runtime)
     objective = Objective(
         base=base,
         network=network,
@@ -147,17 +155,16 @@ def prepare_and_run(
         types=runtime.types,
         device=runtime.device,
         seed=seed,
-        vae_batch_size=config.precision.vae_batch_size,
     )
-    step = EagerStep(
+    step = OptimizerStep(
         objective,
+        choose_passes(config.precision, objective, state, runtime.device),
         state,
         runtime,
         seed=seed,
         max_grad_norm=config.optimizer.max_grad_norm,
         scale_weight_norms=config.network.scale_weight_norms,
         on_nan=config.run.on_nan,
-        zero_in_place=choice.elementwise,
     )
     progress = begin(plan, resumed)
     if resumed is not None:
@@ -188,6 +195,8 @@ def make_network(config: TrainConfig, seed: int, base: BaseModel, runtime: Runti
     broadcast_parameters(network.all_parameters(), runtime.num_processes)
     if checkpointing:
         enable_gradient_checkpointing(base, network)
+    if config.precision.torch_compile or config.precision.cuda_graphs:
+        network.keep_shapes()
     return network
 
 
@@ -196,17 +205,17 @@ def make_state(
     network: TrainableNetwork,
     choice: OptimizerChoice,
     plan: RunPlan,
-    scaler: torch.amp.GradScaler,
+    runtime: Runtime,
 ) -> TrainState:
     """Return what the steps change: the network with its optimizer and schedule; tell in numbers what is trained."""
     groups, names = network.groups(config.optimizer)
-    if choice.elementwise:
-        groups = flatten_groups(groups)
+    weights = TrainedWeights(groups, runtime.types.unet if network.computes_in_half else None)
+    network.compute_with(weights.copies)
     rate = config.optimizer.learning_rate
-    optimizer = build_optimizer(choice, groups, rate)
+    optimizer = build_optimizer(choice, weights.groups(together=choice.elementwise), rate)
     report.describe_run(plan, network, names, RunFiles(config.saving).network)
     scheduler = build_scheduler(config.schedule, optimizer, plan.num_steps, rate)
-    return TrainState(network, optimizer, scheduler, scaler, tuple(names))
+    return TrainState(network, weights, optimizer, scheduler, runtime.scaler, tuple(names))
 
 
 def make_checkpoints(
@@ -284,7 +293,7 @@ def make_events(
     states = checkpoints.due if config.state.save_state else Every(once=(At.STOP, *final))
     return [
         Event("options", Every(once=(At.START,)), checkpoints.write_options),
-        Event("metrics", Every(1, 1, (At.START,)), metrics.log),
+        Event("metrics", Every(1, 1, (At.START,)), metrics.log, Needs.RESULTS),
         *validation,  # before the network's file, which holds the lowest loss so far
         Event("network", checkpoints.due, checkpoints.write_network),
         Event("preview", preview_times(given, is_resumed=plan.start_step > 0), preview.generate),

@@ -65,7 +65,6 @@ class Measurement:
             types=self.runtime.types,
             device=self.runtime.device,
             seed=self.pictures.seed,
-            vae_batch_size=1,  # the pictures are encoded already
         )
         found: dict[str, list[list[float]]] = {}
         parts = list(itertools.product(self.pictures.requests, range(self.draws)))
@@ -88,7 +87,6 @@ def load_measurement(
     runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
     cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
-    move(base.vae, "cpu")
     for module in (base.unet, *base.text_modules):
         move(module, runtime.device)
     return Measurement(

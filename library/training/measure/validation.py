@@ -46,9 +46,10 @@ class HeldOut:
         further = (draw,) if draw else ()
         keys = [(self.seed, "validation", *sample, *further) for sample in request.samples]
         batch = self.maker[request]
-        prepared = objective.prepare(batch, keys)
+        inputs = objective.draw(batch, keys)
+        prepared = objective.prepare(inputs)
         same = [torch.full((len(keys),), timestep, device=prepared.latents.device) for timestep in timesteps]
-        return batch, [objective.losses(prepared, keys, timestep) for timestep in same]
+        return batch, [objective.losses(inputs, prepared, timestep) for timestep in same]
 
 
 def held_out(

@@ -8,9 +8,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from library.config.dataset_file import check_bucket_steps
 from library.config.loss import LossConfig
 from library.config.model import ModelConfig
+from library.config.network import NetworkConfig
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
 from library.config.saving import SavingConfig
@@ -20,9 +23,9 @@ from library.data.records import Dataset
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
 from library.models.family import ModelFamily
-from library.networks.modules import check_arguments, check_network
+from library.networks.modules import check_arguments, check_network, is_foreign
 from library.networks.parts import trained_parts
-from library.optim.optimizers import OptimizerChoice, check_optimizer, warn_of_rates
+from library.optim.optimizers import CPU, OptimizerChoice, StepError, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
 from library.sampling.samplers import check_sampler
 from library.training.record.metadata import thumbnail
@@ -38,12 +41,13 @@ def check_before_loading(
     """Return the files of the base model; raises UserError for all mistakes that can be found without loading it."""
     problems = Problems()
     problems.run(check_network, config.network)
-    problems.run(check_steps, config, choice)
+    problems.run(check_steps_early, config, choice)
     warn_of_rates(choice, config.optimizer)
     if choice.is_schedule_free and (config.schedule.lr_scheduler != "constant" or config.schedule.lr_scheduler_type):
         logger.warning("%s needs no schedule; --lr_scheduler goes unused", choice.kind.__name__)
     if choice.sets_own_rate:
         logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
+    problems.run(check_graphs, config.precision, config.network)
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
     files = check_base(
@@ -64,6 +68,28 @@ def check_before_loading(
     return files
 
 
+def check_graphs(precision: PrecisionConfig, network: NetworkConfig) -> None:
+    """Raise UserError for networks whose passes cannot be recorded: they decide on the host what the device does."""
+    if not precision.cuda_graphs:
+        return
+    for name, reason in (
+        ("gradient_checkpointing", "which asks the device for the state of its random numbers"),
+        ("torch_compile", "which records graphs of its own"),
+    ):
+        if getattr(precision, name):
+            raise UserError(f"--cuda_graphs does not go with --{name}, {reason}; leave one of them out")
+    if is_foreign(network):
+        raise UserError(
+            f"--cuda_graphs does not go with --network_module {network.network_module}: only the suite's own networks "
+            "keep their tensors in place; leave one of them out"
+        )
+    if float((network.network_args or {}).get("module_dropout") or 0):
+        raise UserError(
+            "--cuda_graphs does not go with module_dropout of --network_args, which is drawn on the host for each "
+            "call; leave one of them out"
+        )
+
+
 def check_text_cache(precision: PrecisionConfig, *, trains_text_encoder: bool) -> None:
     """Raise UserError for stored outputs of text encoders that are trained, which change with every step."""
     if precision.cache_text_encoder_outputs and trains_text_encoder:
@@ -73,9 +99,24 @@ def check_text_cache(precision: PrecisionConfig, *, trains_text_encoder: bool) -
         )
 
 
-def check_steps(config: TrainConfig, choice: OptimizerChoice) -> None:
-    """Raise UserError for an optimizer or a schedule that does not accept its arguments."""
-    probe = check_optimizer(choice, config.optimizer.learning_rate)
+def check_steps_early(config: TrainConfig, choice: OptimizerChoice) -> None:
+    """Raise UserError for an optimizer or a schedule that the CPU shows not to accept its arguments.
+
+    Nothing touches a GPU before the runtime has given this process its own: each of several processes would take memory
+    of the first one. An optimizer that works on GPUs only is tried when the run has its GPU.
+    """
+    try:
+        check_steps(config, choice, CPU)
+    except StepError as error:
+        if not torch.accelerator.is_available():
+            raise
+        if config.run.dry_run:
+            raise UserError(f"{error}; a dry run uses no GPU, so leave out --dry_run to try it there") from error
+
+
+def check_steps(config: TrainConfig, choice: OptimizerChoice, device: torch.device) -> None:
+    """Raise UserError for an optimizer or a schedule that refuses its arguments, or does not work on a device."""
+    probe = check_optimizer(choice, config.optimizer.learning_rate, device)
     # The number of steps in an epoch is not known yet.
     num_steps = config.run.max_train_steps if config.run.max_train_epochs is None else 1
     check_scheduler(config.schedule, probe, config.optimizer.learning_rate, num_steps)

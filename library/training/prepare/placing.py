@@ -16,9 +16,11 @@ from library.models.attention import use_xformers
 from library.models.base import BaseFiles, BaseModel, load_base, text_body
 from library.models.conditioning import PER_WINDOW, TextOptions
 from library.models.eight_bit import store_in_eight_bits
+from library.models.memory_format import use_channels_last
 from library.models.precision import move
 from library.networks.merging import merge_base_weights
 from library.networks.trainable import TrainableNetwork
+from library.training.prepare.speed import compile_unet, find_compiler, set_kernels
 from library.training.run.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -28,12 +30,18 @@ def open_base(
     files: BaseFiles, network: NetworkConfig, precision: PrecisionConfig, clip_skip: int | None, runtime: Runtime
 ) -> BaseModel:
     """Return the base model of a run with networks merged in, on the CPU: each part is moved when its work begins."""
+    set_kernels(precision, runtime.device)
+    compiler = find_compiler(precision, runtime.device)
     base = load_base(files, runtime.types)
     check_clip_skip(clip_skip, base)
     merge_base_weights(network, base)
     if precision.xformers:
         use_xformers(runtime.device, base.unet, base.vae)
+    if precision.opt_channels_last:
+        use_channels_last(base.unet, base.vae)
     store_models(precision, base)
+    if compiler is not None:
+        compile_unet(base.unet, compiler)
     return base
 
 

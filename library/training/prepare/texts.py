@@ -30,7 +30,7 @@ from library.networks.trainable import TrainableNetwork
 from library.sampling.previews import text_options
 from library.training.measure.validation import HeldOut
 from library.training.prepare.placing import free_cache, unet_away
-from library.training.run.events import Event, Every, Moment
+from library.training.run.events import Event, Every, Moment, Needs
 from library.training.run.interruption import StopRequest
 from library.training.run.runtime import Runtime
 
@@ -119,7 +119,7 @@ def build_conditioner(
     if when is When.AHEAD:
         ahead = CaptionsAhead(texts, base, network, runtime=runtime, stop=stop)
         ahead.encode_first()
-        return ahead, [Event("captions", Every(1), ahead.encode_next)]
+        return ahead, [Event("captions", Every(1), ahead.encode_next, Needs.NOTHING)]
     for module in base.text_modules:
         move(module, runtime.device)
     live = LiveConditioner(base.texts)
@@ -156,6 +156,10 @@ class CaptionsAhead:
         """Return the conditioning of texts that are encoded together; raises KeyError for those of other steps."""
         call = Call(tuple(texts), options)
         return (self._throughout if call in self._throughout else self._part)[call]
+
+    def read(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
+        """Return the conditioning of texts that are encoded together; raises KeyError for those of other steps."""
+        return self.encode(texts, options)
 
     def encode_first(self) -> None:
         """Encode what the whole run needs, and the captions of the first steps."""

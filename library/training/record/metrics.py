@@ -57,7 +57,7 @@ class Metrics:
             values = {"loss/current": result.losses[-1], "loss/average": progress.average_loss}
         values |= {f"lr/{name}": rate for name, rate in result.rates.items()}
         values |= {f"lr/d*lr/{name}": rate for name, rate in result.adapted_rates.items()}
-        self.write(progress.step, values | result.norms)
+        self.write(result.step, values | result.norms)
 
 
 def cut_metrics(path: Path, num_steps: int) -> None:

@@ -26,6 +26,7 @@ from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.previews import PreviewImage, generate_previews, size_of
 from library.training.prepare.placing import free_cache, unet_away
+from library.training.prepare.speed import uncompiled
 from library.training.record.run_files import RunFiles
 from library.training.record.tracking import log_pictures
 from library.training.run.events import At, Moment
@@ -64,7 +65,7 @@ class Preview:
         if self.runtime.is_main:
             label, paths = self.label_of(moment), list[Path]()
             device, types = self.runtime.device, self.runtime.types
-            with self.state.evaluation(), types.autocast(device):
+            with self.state.evaluation(), types.autocast(device), uncompiled(self.objective.base.unet):
                 is_complete = self.stop.cut_short(lambda: self._draw(moment, label, paths))
             if not is_complete:
                 logger.warning("previews (%s): %d of %d, because of the stop", label, len(paths), len(self.prompts))

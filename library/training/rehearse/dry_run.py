@@ -32,6 +32,7 @@ from library.processes import find_launch
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.previews import size_of, text_options
 from library.training.charts.block_chart import count_blocks, plot_blocks
+from library.training.prepare import caches
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import (
     caption_options,
@@ -231,11 +232,12 @@ def estimate_memory(
     precision, options = config.precision, caption_options(config.text)
     when = when_encoded(precision, datasets, base, options, types.unet, trains_text_encoder=network.trains_text_encoder)
     training = dataclasses.replace(largest_batch(datasets), windows=options.windows)
-    in_steps = dataclasses.replace(training, number=min(training.number, precision.vae_batch_size))
+    most = precision.vae_batch_size  # pictures that the VAE encodes at a time
+    in_steps = dataclasses.replace(training, number=min(training.number, most or training.number))
     at_once = {When.IN_STEPS: None, When.ONCE: ENCODED_AT_ONCE, When.AHEAD: training.number}
     work = Work(
         training=training,
-        encoding=largest_encoded(datasets, precision.vae_batch_size) if precision.cache_latents else in_steps,
+        encoding=largest_encoded(datasets, most or caches.ENCODED_AT_ONCE) if precision.cache_latents else in_steps,
         is_cached=precision.cache_latents,
         texts=at_once[when],
         previews=largest_preview(prompts, base),

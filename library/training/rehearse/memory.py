@@ -23,6 +23,7 @@ from library.models.memory import PeakMemory, decode, empty_latents, weight_byte
 from library.models.precision import Types
 from library.models.tokenizer import WINDOW
 from library.networks.trainable import TrainableNetwork
+from library.optim.flat import type_of_masters
 from library.optim.optimizers import OptimizerChoice, build_optimizer
 
 PROBE_SIDE = 128  # of the matrix to measure an optimizer's state; 8-bit ones keep smaller matrices in 32 bits
@@ -69,9 +70,9 @@ class Work:
     previews: Pictures | None
 
 
-def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float, dtype: torch.dtype) -> float:
+def state_bytes_per_parameter(choice: OptimizerChoice, learning_rate: float, adapter: torch.dtype) -> float:
     """Return the bytes of an optimizer's state for each trained parameter of a type."""
-    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=dtype))
+    probe = nn.Parameter(torch.zeros(PROBE_SIDE, PROBE_SIDE, dtype=type_of_masters(adapter)))
     optimizer = build_optimizer(choice, [{"params": [probe], "lr": learning_rate}], learning_rate)
     probe.grad = torch.ones_like(probe)
     optimizer.step()
@@ -93,13 +94,17 @@ def count_stages(
     that the models are unusable afterwards.
     """
     trained = [parameter for parameter in network.all_parameters() if parameter.requires_grad]
+    types = types._replace(casts=not network.computes_in_half)
+    # `optim.flat`: in the type of the optimizer, and where the computations have another one, in that, too.
+    number, masters = sum(parameter.numel() for parameter in trained), type_of_masters(types.adapter)
+    learned_bytes = number * sum({dtype: dtype.itemsize for dtype in (masters, types.unet)}.values())
     sizes = {
         "U-Net": weight_bytes(base.unet),
         "text encoders": weight_bytes(*base.text_modules),
         "VAE": weight_bytes(base.vae),
-        "network": sum(parameter.nbytes for parameter in network.all_parameters()),
-        "gradients": sum(parameter.nbytes for parameter in trained),
-        "optimizer": round(state_bytes * sum(parameter.numel() for parameter in trained)),
+        "network": learned_bytes + sum(p.nbytes for p in network.all_parameters() if not p.requires_grad),
+        "gradients": learned_bytes,
+        "optimizer": round(state_bytes * number),
     }
     learned = ["network", "gradients", "optimizer"]
     stays = ([] if work.is_cached else ["VAE"]) + ([] if work.texts is not None else ["text encoders"])
@@ -107,7 +112,7 @@ def count_stages(
     def stage(title: str, names: Iterable[str], activations: int) -> Stage:
         return Stage(title, {name: sizes[name] for name in names} | {"activations": activations})
 
-    with fake_weights([base.unet, *base.text_modules, base.vae], network) as peak_of:
+    with fake_weights([base.unet, *base.text_modules, base.vae], network, types.unet) as peak_of:
         encoding = peak_of(lambda: encode_pictures(base, work.encoding))
         step = peak_of(lambda: make_step(base, network, types, work.training))
         stages = []
@@ -130,21 +135,31 @@ def count_stages(
 
 @contextlib.contextmanager
 def fake_weights(
-    models: Iterable[nn.Module], network: TrainableNetwork
+    models: Iterable[nn.Module], network: TrainableNetwork, computed: torch.dtype
 ) -> Iterator[Callable[[Callable[[], object]], int]]:
-    """Replace weights on the meta device by fake ones; yields what measures the peak of a function, in bytes."""
+    """Replace weights on the meta device by fake ones; yields what measures the peak of a function, in bytes.
+
+    computed is the type of the computations.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     modules = [*(module for model in models for module in model.modules()), *network.modules()]
+    copies: dict[Tensor, Tensor] = {}
+    gradients: list[Tensor] = []
 
     def peak_of(function: Callable[[], object]) -> int:
         with PeakMemory() as memory:
-            memory.ignore(weights_of(modules))
+            memory.ignore([*weights_of(modules), *copies.values(), *gradients])
             function()
         return memory.peak
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(modules)
+        copies.update({parameter: _empty(parameter, computed) for parameter in network.parameters()})
+        for copy in copies.values():
+            gradients.append(_empty(copy, computed))
+            copy.requires_grad_().grad = gradients[-1]
+        network.compute_with(copies)
         yield peak_of
 
 
@@ -209,7 +224,7 @@ def _predict(base: BaseModel, types: Types, size: Size, text: Conditioning) -> T
 @contextlib.contextmanager
 def _norms_of_cuda(base: BaseModel, types: Types) -> Iterator[None]:
     """Let norms compute in float32, as autocast does on CUDA; here the rules of the CPU apply, where it does not."""
-    models = [base.unet, *base.text_modules] if types.unet is not torch.float32 else []
+    models = [base.unet, *base.text_modules] if types.casts and types.unet is not torch.float32 else []
     norms = [
         module for model in models for module in model.modules() if isinstance(module, nn.GroupNorm | nn.LayerNorm)
     ]
@@ -228,6 +243,10 @@ def _in_float32(norm: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
         if isinstance(norm, nn.GroupNorm):
             return nn.functional.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
         return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _empty(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tensor.shape, dtype=dtype)
 
 
 def _make_fake(modules: Iterable[nn.Module]) -> None:

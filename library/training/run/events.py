@@ -63,16 +63,34 @@ class Every:
         return at in self.once
 
 
+class Needs(enum.Enum):
+    """What an event after a step waits for: a step is under way for a while after the host has begun it."""
+
+    NOTHING = "the step has begun"
+    RESULTS = "the results of the step are known, perhaps when the next one has begun"
+    ALL = "the step is complete, with its results known, and no other one has begun"
+
+
 class Event(NamedTuple):
     """A row of the table, which is the same on all processes; actions of the first process check that themselves."""
 
     name: str
     due: Every
     act: Callable[[Moment], None]
+    needs: Needs = Needs.ALL
 
 
 def happen(events: Iterable[Event], moment: Moment) -> None:
     """Run the actions of all due events, in the order of the table."""
-    for event in events:
-        if event.due.is_due(moment):
-            event.act(moment)
+    for event in due(events, moment):
+        event.act(moment)
+
+
+def due(events: Iterable[Event], moment: Moment) -> list[Event]:
+    """Return the events that are due at a moment."""
+    return [event for event in events if event.due.is_due(moment)]
+
+
+def needing(events: Iterable[Event], needs: Needs) -> list[Event]:
+    """Return the events with a need."""
+    return [event for event in events if event.needs is needs]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from library.models.sending import Reading
 from library.training.run.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class StopRequest:
         self._finishes_steps = False
         self._asked = False
         self._cuts = False
+        self._told: Reading | None = None  # of several processes: how many were asked
         self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopRequest:
@@ -67,12 +69,16 @@ class StopRequest:
             self._finishes_steps = False
 
     def asked(self, runtime: Runtime) -> bool:
-        """Return whether any process was asked to stop; all processes must call this."""
+        """Return whether any process was asked to stop; all processes must call this after each step.
+
+        With several, what they told at the call before is returned: an answer of now would have to be waited for.
+        """
         if runtime.num_processes == 1:
             return self._asked
-        flag = torch.tensor(float(self._asked), device=runtime.device)
+        told, flag = self._told, torch.full((1,), float(self._asked), device=runtime.device)
         torch.distributed.all_reduce(flag)
-        return bool(flag.item())
+        self._told = Reading(flag)
+        return told is not None and told.numbers()[0] > 0
 
     def cut_short(self, act: Callable[[], object]) -> bool:
         """Do what a stop need not wait for, and leave it where a signal comes; return whether it was done completely.

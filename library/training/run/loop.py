@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
 from library.data.batches import Batch, RunPlan, load_batches
 from library.networks.trainable import TrainableNetwork
-from library.training.run.events import At, Event, Moment, happen
+from library.training.run.events import At, Event, Moment, Needs, due, happen, needing
 from library.training.run.interruption import StopRequest
 from library.training.run.progress import Progress
 from library.training.run.runtime import Runtime
-from library.training.run.step import Step
+from library.training.run.step import Pending, Step
 
 
 def run(
@@ -30,29 +31,42 @@ def run(
 ) -> None:
     """Train from the step of progress to the last step of the plan.
 
-    Raises KeyboardInterrupt after the events of a step if a signal asked the run to stop, and at once before the first.
+    While a device works on a step, the host reads the results of the one before and prepares the next one. Raises
+    KeyboardInterrupt after the events of a step if a signal asked the run to stop, and at once before the first.
     """
     network.on_epoch_start()
     happen(events, Moment(At.START, progress))
     bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
+    under_way: deque[Pending] = deque()
+
+    def settle(left: int) -> None:
+        """Wait for the results of all steps but the last ones."""
+        while len(under_way) > left:
+            result = under_way.popleft().result()
+            progress.losses.extend(result.losses)
+            bar.update()
+            bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
+            happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result))
+
+    def stop_if_asked() -> None:
+        if stop.asked(runtime) and progress.step < plan.num_steps:  # after the last step the run ends as usual
+            settle(0)
+            happen(events, Moment(At.STOP, progress))
+            raise KeyboardInterrupt
+
     with bar, stop.finishing_steps(), contextlib.closing(load_batches(loader)) as batches:
-
-        def stop_if_asked() -> None:
-            if stop.asked(runtime) and progress.step < plan.num_steps:  # after the last step the run ends as usual
-                happen(events, Moment(At.STOP, progress))
-                raise KeyboardInterrupt
-
         pairs = zip(plan, batches, strict=True)
         for epoch, in_epoch in itertools.groupby(pairs, key=lambda pair: pair[0].epoch):
             progress.epoch = epoch
             network.on_epoch_start()
             for number, micro_batches in itertools.groupby(in_epoch, key=lambda pair: pair[0].step):
-                result = step(number, [batch for _, batch in micro_batches])
-                progress.advance(number, result.losses)
-                bar.update()
-                bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
+                under_way.append(step(number, [batch for _, batch in micro_batches]))
+                progress.step = number + 1
                 points = points_after(progress.step, plan)
-                happen(events, Moment(At.STEP, progress, result, points))
+                moment = Moment(At.STEP, progress, None, points)
+                waiting = due(needing(events, Needs.ALL), moment)
+                settle(0 if waiting or At.EPOCH in points else 1)
+                happen([event for event in events if event in waiting or event.needs is Needs.NOTHING], moment)
                 if At.EPOCH not in points:
                     stop_if_asked()
             happen(events, Moment(At.EPOCH, progress, None, points_after(progress.step, plan)))

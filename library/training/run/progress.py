@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -16,7 +16,7 @@ class Progress:
     step: int  # optimizer steps made
     epoch: int  # of the last of these steps, from 1
     seed: int
-    losses: deque[float] = dataclasses.field(default_factory=deque)  # of the micro-batches of the last steps
+    losses: deque[float] = dataclasses.field(default_factory=deque)  # of the micro-batches of the last known steps
     best: tuple[float, int] | None = None  # lowest validation loss, and its step
     columns: list[tuple[str, list[Path]]] = dataclasses.field(default_factory=list)  # of the contact sheet
 
@@ -24,11 +24,6 @@ class Progress:
     def average_loss(self) -> float:
         """Mean training loss over about an epoch, NaN before the first step."""
         return mean(self.losses)
-
-    def advance(self, step: int, losses: Sequence[float]) -> None:
-        """Record a step (from 0) with the losses of its micro-batches."""
-        self.step = step + 1
-        self.losses.extend(losses)
 
 
 def mean(values: Collection[float]) -> float:

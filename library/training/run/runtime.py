@@ -12,7 +12,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +22,7 @@ from torch import nn
 from library.config.saving import LoggingConfig
 from library.config.training import PrecisionConfig
 from library.errors import UserError
-from library.models.precision import Types, supported_precision, types_of
+from library.models.precision import Types, describe, supported_precision, types_of
 from library.processes import Launch, check_launch
 from library.randomness import seed_for
 from library.training.record.tracking import tracker_names
@@ -34,17 +34,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# While the first process draws previews, measures or downloads a state, the others wait in a message to all, and torch
+# ends a run whose messages take longer than 10 minutes. A process that dies ends the others by itself: its launcher
+# stops them. So the limit is for a process that hangs, which no preview comes near.
+LONGEST_WAIT = 24 * 60  # minutes
+
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class GradientScaler(torch.amp.GradScaler):
-    """Torch's scaler, which also accepts gradients in fp16 (torch raises an error for them)."""
-
-    def _unscale_grads_(
-        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
-    ) -> dict[torch.device, torch.Tensor]:
-        del allow_fp16
-        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +73,15 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
-def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overflows: bool) -> Runtime:
-    """Join the processes of the run and choose device and dtypes; vae_overflows: in fp16."""
+def start_runtime(
+    precision: PrecisionConfig, logs: LoggingConfig, *, vae_overflows: bool, wait: int | None = None
+) -> Runtime:
+    """Join the processes of the run and choose device and dtypes.
+
+    vae_overflows: in fp16. wait: minutes that the processes wait for each other at most; None or 0: `LONGEST_WAIT`.
+    """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     launch = check_launch()
     check_devices(launch)
@@ -89,6 +90,7 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overfl
         # Without a GPU accelerate joins processes only if it is told to use the CPU.
         cpu=launch.size > 1 and not torch.accelerator.is_available(),
         log_with=tracker_names(logs) or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=wait or LONGEST_WAIT))],
         project_dir=None if logs.logging_dir is None else str(log_folder(logs.logging_dir, logs.log_prefix)),
     )
     if accelerator.num_processes != launch.size:
@@ -102,7 +104,7 @@ def start_runtime(precision: PrecisionConfig, logs: LoggingConfig, *, vae_overfl
     logger.info("runs on %s, %s (%s)", accelerator.device, processes, dtype)
     if types.vae is not types.unet and not precision.no_half_vae:
         logger.info("the VAE runs in float32: it overflows in fp16")
-    scaler = GradientScaler(accelerator.device.type, enabled=types.unet is torch.float16)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=types.unet is torch.float16)
     return Runtime(accelerator, types, scaler)
 
 
@@ -121,7 +123,7 @@ def types_of_run(precision: PrecisionConfig, device: torch.device | None = None,
     """Return the dtypes of a run on a device; without one, those of a device that supports all of them."""
     asked = precision.mixed_precision
     return types_of(
-        asked if device is None else supported_precision(asked, device),
+        asked if device is None else supported_precision(asked, describe(device)),
         vae_overflows=vae_overflows,
         no_half_vae=precision.no_half_vae,
         half_adapter=precision.full_fp16 or precision.full_bf16,
@@ -147,7 +149,11 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     interruptions and previews.
     """
     key = seed_for(seed, "micro-batch", step, micro_batch, rank)
-    torch.manual_seed(key)
+    # Where there is no GPU, torch.manual_seed would still note the seed for one, with the whole stack of calls.
+    if torch.accelerator.is_available():
+        torch.manual_seed(key)
+    else:
+        torch.default_generator.manual_seed(key)
     random.seed(key)
 
 
@@ -158,20 +164,16 @@ def broadcast_parameters(parameters: Iterable[nn.Parameter], num_processes: int)
             torch.distributed.broadcast(parameter.data, 0)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], num_processes: int) -> None:
-    """Replace each gradient by its mean over the processes, in one message for each dtype."""
-    if num_processes == 1:
-        return
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        # A process whose batches did not use a module must still send its part, or the others wait.
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        flat /= num_processes
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, parts, strict=True):
-            gradient.copy_(mean.view_as(gradient))
+def average_gradients(gradients: Iterable[torch.Tensor], num_processes: int) -> None:
+    """Replace gradients by their means over the processes, in one message for each."""
+    if num_processes > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+            gradient.div_(num_processes)
+
+
+def anywhere(flag: torch.Tensor, num_processes: int) -> torch.Tensor:
+    """Return the largest of a flag over the processes."""
+    if num_processes > 1:
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return flag

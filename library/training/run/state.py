@@ -21,8 +21,9 @@ import torch
 
 from library.config.saving import SavingConfig
 from library.data.batches import RunPlan
-from library.errors import UserError, message_of, shown
+from library.errors import UserError, is_out_of_memory, message_of, shown
 from library.files import new_folder
+from library.optim.flat import TrainedWeights
 from library.optim.optimizers import averaged_weights
 from library.pickles import load_pickle
 from library.training.run.progress import Progress
@@ -41,6 +42,7 @@ class TrainState:
     """The objects that the steps of a run change; a state stores all of them."""
 
     network: TrainableNetwork
+    weights: TrainedWeights
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     scaler: torch.amp.GradScaler
@@ -52,8 +54,10 @@ class TrainState:
         try:
             self.network.eval()
             with averaged_weights(self.optimizer):
+                self.weights.publish()
                 yield
         finally:
+            self.weights.publish()
             self.network.train()
 
     def tensors(self) -> dict[str, Any]:
@@ -61,6 +65,7 @@ class TrainState:
         schedule = {} if self.scheduler is None else self.scheduler.state_dict()
         return {
             "network": self.network.state_dict(),
+            "masters": self.weights.hidden_masters(),
             "optimizer": self.optimizer.state_dict(),
             "optimizer_class": type(self.optimizer).__qualname__,
             "schedule": {name: value for name, value in schedule.items() if name != "lr_lambdas"},
@@ -74,12 +79,16 @@ class TrainState:
             if made_by not in (None, own):  # torch would load values of another meaning
                 raise ValueError(f"its optimizer is {made_by}, this one {own}")
             self.network.load_state_dict(tensors["network"])
+            self.weights.restore(tensors.get("masters"))  # states of older versions have none
             self.optimizer.load_state_dict(tensors["optimizer"])
             if self.scheduler is not None:
                 lambdas = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
                 self.scheduler.load_state_dict(tensors["schedule"] | lambdas)
-            self.scaler.load_state_dict(tensors["scaler"])
+            if tensors["scaler"]:  # empty of a run in bf16 or float32, which has no scale to go on with
+                self.scaler.load_state_dict(tensors["scaler"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"--resume: the state does not fit this run ({message_of(error)}); use the options it has"
             ) from None
