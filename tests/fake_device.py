@@ -142,6 +142,8 @@ _content_of.restype, _content_of.argtypes = ctypes.c_void_p, [ctypes.py_object, 
 
 def _seen_from(kind: int, tensor: Tensor) -> Tensor:
     """Return a tensor of another device over the memory of this one, with its strides."""
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:  # which DLPack has only in newer torch
+        return _seen_from(kind, tensor.view(torch.uint8)).view(tensor.dtype)
     capsule = torch._C._to_dlpack(tensor)
     field = ctypes.cast(_content_of(capsule, b"dltensor"), ctypes.POINTER(_DeviceField)).contents
     field.type, field.index = kind, 0

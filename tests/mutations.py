@@ -3,7 +3,8 @@
     python tests/mutations.py                                  # all of the suite; takes an hour
     python tests/mutations.py library/training/run networks    # some files and folders
 
-The places are found in the syntax trees: `.to(device)`, `.cpu()`, `move(module, device)`, `torch.zeros(..., device=...)`.
+The places are found in the syntax trees: `.to(device)`, `.cpu()`, `move(module, device)`, `torch.zeros(..., device=...)`,
+and what lets the host go on meanwhile: pinned memory, `non_blocking`, events.
 First each case of `device_cases.py` runs as it is, and it is noted which lines it reaches. Then a process is forked for
 each place, in which the function has the place left out, and the cases that reach it run until one fails or gives
 another result. What is left over changes nothing that a run could see, or is not reached: EQUIVALENT says why.
@@ -72,8 +73,15 @@ def left_out(call: ast.Call) -> ast.expr | None:
     """Return a call without its device, or None for a call that has none."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     shorter = copy.deepcopy(call)
-    if name == "cpu" and not call.args:
+    if isinstance(call.func, ast.Attribute) and not call.args and not call.keywords and name in ("cpu", "pin_memory"):
         return call.func.value
+    if isinstance(call.func, ast.Attribute) and name in ("record", "synchronize") and "event" in ast.unparse(call.func):
+        return ast.Constant(None)
+    if name == "sent":
+        return call.args[0]
+    if any(one.arg == "non_blocking" for one in call.keywords):
+        shorter.keywords = [one for one in shorter.keywords if one.arg != "non_blocking"]
+        return shorter
     if name == "move" and len(call.args) > 1 and not isinstance(call.func, ast.Attribute):
         is_type = ast.unparse(call.args[1]).startswith(("torch.float", "self.dtype"))
         return None if is_type else ast.Constant(None)
