@@ -13,6 +13,7 @@ from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
 from library.data.batches import BatchMaker, RunPlan, make_loader
+from library.data.latent_cache import LatentCache
 from library.data.picture_index import index_for
 from library.data.records import Dataset, subsets_of, verify_pictures
 from library.diffusion.schedule import stable_diffusion_schedule
@@ -130,11 +131,7 @@ def prepare_and_run(
 
     # Encode pictures and captions; only then does the U-Net come to the device, beside what stays.
     encoder = LatentEncoder(base.vae, runtime.types.vae, config.precision.vae_batch_size)
-    cache = None
-    if config.precision.cache_latents:
-        cache = cache_latents(config.precision, datasets, encoder, runtime, index_for(config.data))
-    else:
-        move(base.vae, runtime.device)
+    cache = encode_or_place(config, datasets, encoder, runtime)
     maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
     most = config.validation.max_validation_steps
     measured = held_out(datasets, validation_seed(config.dataset, seed), cache, config.data.prior_loss_weight, most)
@@ -186,6 +183,16 @@ def prepare_and_run(
         # The captions of the next steps, which a stop leaves out, come after the files of the last one.
         events = [*events, *text_events, *further_events]
         run(step, network, loader, plan=plan, progress=progress, events=events, runtime=runtime, stop=stop)
+
+
+def encode_or_place(
+    config: TrainConfig, datasets: list[Dataset], encoder: LatentEncoder, runtime: Runtime
+) -> LatentCache | None:
+    """Return the encoded pictures if the options ask for them; else None, with the VAE on the device for the steps."""
+    if config.precision.cache_latents:
+        return cache_latents(config.precision, datasets, encoder, runtime, index_for(config.data))
+    move(encoder.vae, runtime.device)
+    return None
 
 
 def make_network(config: TrainConfig, seed: int, base: BaseModel, runtime: Runtime) -> TrainableNetwork:
