@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(fake_device.missing() is not None, reason=str(fa
 
 # Where the host may wait in a step of a training, and how often: reason, file and function. A wait costs more than the
 # kernels of a small layer: whoever adds one justifies it here.
-RESULTS = {"event: library/models/sending.py numbers": 1}  # of the step before, while the next one is under way
+RESULTS: dict[str, float] = {
+    "event: library/models/sending.py numbers": 1
+}  # of the step before, while the next one is under way
 ALLOWED: dict[str, dict[str, float]] = {"float32": RESULTS, "fp16": RESULTS, "bf16": RESULTS}
 
 # Where models are while steps are made: what the next steps do not need is off the device.
