@@ -206,7 +206,7 @@ def count_ours(module: str, case: Case, given: Given) -> Count:
 
     counter, counts = Counter(), []
 
-    def load(files: Any, types: Any) -> Any:
+    def load(files: Any, types: Any, *, filled: Any = None) -> Any:
         base = full_base(case.family, types, "cpu")
         counter.watch(base)
         return base

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import gc
 import hashlib
 import json
@@ -106,6 +105,8 @@ def make_rest(world: World) -> World:
     return world
 
 
+Case = Callable[[World, Path], list[Path]]  # writes into a folder, and returns what it wrote
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 FP16: dict[str, object] = {"mixed_precision": "fp16", "cache_latents": True}
@@ -168,7 +169,7 @@ def training(world: World, out: Path, **more: object) -> list[str]:
     """Return the command line of a training in the world."""
     from runs import options
 
-    values = {"max_train_steps": STEPS, "learning_rate": "1e-3"} | more
+    values: dict[str, Any] = {"max_train_steps": STEPS, "learning_rate": "1e-3"} | more
     if "sample_at_first" in more:
         values["sample_prompts"] = world.prompts
     values |= {name: getattr(world, str(values[name])) for name in PATHS if name in more}
@@ -192,6 +193,11 @@ def train(world: World, out: Path, **more: object) -> list[Path]:
     if len(totals) == STEPS:
         WAITS.update({one: number / 2 for one, number in (totals[2] - totals[0]).items()})
     return [*out.glob("x.safetensors"), *sorted(out.glob("sample/*.png"))]
+
+
+def _training(options: dict[str, Any]) -> Case:
+    """Return a case that trains with some options."""
+    return lambda world, out: train(world, out, **options)
 
 
 WAITS: dict[Any, float] = {}  # of a step of the training that a case made last
@@ -226,7 +232,7 @@ def draw(world: World, out: Path, *words: object, model: str = "sd1") -> list[Pa
     return sorted(out.rglob("*.png"))
 
 
-def _drawing(*words: str, model: str = "sd1") -> Callable[[World, Path], list[Path]]:
+def _drawing(*words: str, model: str = "sd1") -> Case:
     """Return a case; a word @NAME stands for a file of the world."""
 
     def case(world: World, out: Path) -> list[Path]:
@@ -236,7 +242,7 @@ def _drawing(*words: str, model: str = "sd1") -> Callable[[World, Path], list[Pa
 
 
 NETWORK = ("--network_module", "networks.lora", "--network_weights", "@lora")
-DRAWINGS: dict[str, Callable[[World, Path], list[Path]]] = {
+DRAWINGS: dict[str, Case] = {
     "draw": _drawing("--fp16", "--sampler", "euler_a", *NETWORK),
     "draw-offload": _drawing("--fp16", "--offload", "--image_path", "@source", "--strength", "0.6", *NETWORK),
     "draw-inpaint": _drawing("--bf16", "--image_path", "@source", "--mask_path", "@half"),
@@ -257,7 +263,7 @@ DRAWINGS: dict[str, Callable[[World, Path], list[Path]]] = {
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 
-def tool(name: str, *words: str) -> Callable[[World, Path], list[Path]]:
+def tool(name: str, *words: str) -> Case:
     """Return a case that runs a tool with --device; @NAME stands for a file of the world, @OUT for the one written."""
 
     def case(world: World, out: Path) -> list[Path]:
@@ -299,7 +305,7 @@ def cached(world: World, out: Path) -> list[Path]:
     return train(world, out, mixed_precision="fp16", cache_latents_to_disk=True, flip_aug=True)
 
 
-TOOLS: dict[str, Callable[[World, Path], list[Path]]] = {
+TOOLS: dict[str, Case] = {
     "resize": tool("networks.resize_lora", "--model", "@lora", "--save_to", "@OUT", "--new_rank", "2"),
     "svd-merge": tool(
         *("networks.svd_merge_lora", "--models", "@lora", "@lora", "--ratios", "0.5", "0.4"),
@@ -320,8 +326,8 @@ TOOLS: dict[str, Callable[[World, Path], list[Path]]] = {
 
 # ---- all cases ------------------------------------------------------------------------------------------------------
 
-CASES: dict[str, Callable[[World, Path], list[Path]]] = {
-    **{name: functools.partial(train, **options) for name, options in TRAININGS.items()},
+CASES: dict[str, Case] = {
+    **{name: _training(options) for name, options in TRAININGS.items()},
     "unbroken": unbroken,
     "resumed": resumed,
     **DRAWINGS,
@@ -377,11 +383,12 @@ def run_case(name: str, world: World) -> Outcome:
         result = digest(files)
     except (Exception, SystemExit):  # noqa: BLE001 (told to whoever asked)
         error = traceback.format_exc()
-    waits: collections.Counter[str] = collections.Counter()
+    waits: dict[str, float] = {}
     for one, number in WAITS.items():
-        waits[f"{one.why}: {one.file} {one.function}"] += number
+        place = f"{one.why}: {one.file} {one.function}"
+        waits[place] = waits.get(place, 0) + number
     operations = fake_device.RECORD.operations.total()
-    return Outcome(error, result, dict(waits), dict(PLACES), operations, time.process_time() - start)
+    return Outcome(error, result, waits, dict(PLACES), operations, time.process_time() - start)
 
 
 def where_models_are() -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEY = "AutocastPrivateUse1"
 HALF = (torch.float16, torch.bfloat16)
 
 # In the type of autocast (the lower_precision_fp list).
@@ -54,7 +55,7 @@ def autocast_kernels(operations: Iterable[tuple[str, Any]]) -> Iterator[tuple[st
 
 
 def _kernel(name: str, op: Any, narrowed: Narrowed) -> Callable[..., Any]:
-    below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(below):

@@ -471,7 +471,8 @@ def attention(
 ) -> Tensor:
     """Return attention, fused where the CPU has it fused: torch asks each device which kinds it has."""
     inner = [None if one is None else COMPUTE.operand(one) for one in (q, k, v, attn_mask)]
-    if COMPUTE.has_values and torch._fused_sdp_choice(*inner, dropout_p, is_causal, **more) != FLASH:
+    choose: Any = torch._fused_sdp_choice
+    if COMPUTE.has_values and choose(*inner, dropout_p, is_causal, **more) != FLASH:
         return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, **more)[0]
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
@@ -573,9 +574,10 @@ def install(*, shapes_only: bool = False) -> torch.device:
     for name, kernel in autocast_kernels([(name, _operation(name)) for name in names
                                           if has_kernel(f"aten::{name}", "AutocastCUDA")]):  # fmt: skip
         library.impl(name, kernel, f"Autocast{KEY}")
+    for name, value in {"Event": Event}.items():
+        setattr(torch, name, value)
     for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "randn", "rand"):
         setattr(torch, name, _pinning(getattr(torch, name)))
-    torch.Event = Event
     torch.accelerator.synchronize = MODULE.synchronize
     return torch.device(NAME, 0)
 
