@@ -19,6 +19,7 @@ import torch
 from library.config.loss import LossConfig
 from library.config.train import TrainConfig
 from library.data.latent_cache import LatentCache
+from library.data.picture_index import index_for
 from library.data.records import Dataset, unvaried
 from library.diffusion.schedule import stable_diffusion_schedule
 from library.errors import UserError
@@ -87,7 +88,8 @@ def load_measurement(
     config = options_for(config, files.checkpoint.family)
     runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     base = open_base(files, config.network, config.precision, config.text.clip_skip, runtime)
-    cache = cache_latents(config.precision, datasets, LatentEncoder(base.vae, runtime.types.vae), runtime)
+    encoder = LatentEncoder(base.vae, runtime.types.vae)
+    cache = cache_latents(config.precision, datasets, encoder, runtime, index_for(config.data))
     move(base.vae, "cpu")
     for module in (base.unet, *base.text_modules):
         move(module, runtime.device)
