@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 import train_network
 from library import logs
+from library.data.picture_index import INDEX_FILE
 
 LARGE = 2**20  # bytes of a file whose content is not compared
 
@@ -52,9 +53,11 @@ class Payload:
 
 
 def contents(folder: Path) -> dict[Path, object]:
-    """Return what is below a folder: the bytes of each file, of a large one its size and time."""
+    """Return what is below a folder, without indices of pictures: bytes of each file, of a large one size and time."""
     found: dict[Path, object] = {}
     for path in folder.rglob("*"):
+        if path.name.startswith(INDEX_FILE):  # pictures of more than two seconds have one
+            continue
         if path.is_file():
             stat = path.stat()
             found[path] = path.read_bytes() if stat.st_size < LARGE else (stat.st_size, stat.st_mtime_ns)

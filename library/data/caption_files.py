@@ -59,9 +59,8 @@ def read_captions(
 ) -> Iterator[CaptionFile | UnreadableTextError]:
     """Yield the caption file of each picture of a folder, or why it cannot be read; names are those of all files."""
     beginning = beginning_of(folder)
-    captions = {
-        os.path.normcase(name): name for name in names if os.path.normcase(name).endswith(os.path.normcase(extension))
-    }
+    ending = os.path.normcase(extension)
+    captions = {key: name for name in names if (key := os.path.normcase(name)).endswith(ending)}
 
     def read(part: Sequence[str]) -> list[CaptionFile | UnreadableTextError]:
         return [read_one(picture) for picture in part]

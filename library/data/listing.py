@@ -26,7 +26,8 @@ def names_in(folder: Path) -> list[str]:
 
 def pictures_of(names: Collection[str], suffixes: Collection[str] = PICTURE_SUFFIXES) -> list[str]:
     """Return those of some file names whose extension is one of several."""
-    return [name for name in names if split_name(name)[1].lower() in suffixes]
+    endings = tuple(suffixes)
+    return [name for name in names if name.lower().endswith(endings) and split_name(name)[1]]
 
 
 def list_pictures(folder: Path) -> list[Path]:

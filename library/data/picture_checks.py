@@ -19,19 +19,16 @@ MOST_TIMES_BUCKET = 32  # a resized picture's area, in areas of its bucket
 SAME_RATIO = 0.01  # by which the aspect ratios of a picture and its mask may differ
 
 
-def read_headers(files: Collection[str], index: PictureIndex, faults: Faults) -> dict[str, Header]:
+def read_headers(files: Iterable[str], index: PictureIndex, faults: Faults) -> dict[str, Header]:
     """Return the headers of pictures and masks; those that cannot be read are added to faults."""
-    results = index.headers(files)
-    bad = {file: result for file, result in results.items() if isinstance(result, UnreadablePictureError)}
-    add_unreadable(sorted(bad.items()), len(files), faults)
-    return {file: header for file, header in results.items() if isinstance(header, Header)}
+    headers, bad = index.headers(files)
+    add_unreadable(sorted(bad.items()), len(headers) + len(bad), faults)
+    return headers
 
 
 def decode_pictures(files: Collection[str], index: PictureIndex, total: int, faults: Faults) -> None:
     """Decode pictures and masks, and add those that are damaged to faults; total is the number of all of the run."""
-    results = index.decoded(files, "checking pictures")
-    bad = {file: result for file, result in results.items() if result is not None}
-    add_unreadable(sorted(bad.items()), total, faults)
+    add_unreadable(sorted(index.damaged(files, "checking pictures").items()), total, faults)
 
 
 def add_unreadable(results: Iterable[tuple[Path | str, object]], total: int, faults: Faults) -> None:

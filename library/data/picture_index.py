@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import time
@@ -84,48 +85,51 @@ class PictureIndex:
 
     checks: Checks = "changed"
 
-    def headers(self, files: Iterable[K]) -> dict[K, Header | UnreadablePictureError]:
-        """Return the header of each file, or why it cannot be read."""
+    def headers(self, files: Iterable[K]) -> tuple[dict[K, Header], dict[K, UnreadablePictureError]]:
+        """Return the headers of files, and why others cannot be read."""
         return self._facts(HEADER, files)
 
     def digests(self, files: Iterable[K]) -> dict[K, str]:
         """Return the SHA-256 of each file, 64 hex digits; raises OSError for a file that cannot be read."""
-        return {file: digest for file, digest in self._facts(DIGEST, files).items() if isinstance(digest, str)}
+        return self._facts(DIGEST, files)[0]
 
-    def decoded(self, files: Iterable[K], progress: str | None = None) -> dict[K, UnreadablePictureError | None]:
-        """Return None for each file that can be decoded as a picture, or why it cannot.
+    def damaged(self, files: Iterable[K], progress: str | None = None) -> dict[K, UnreadablePictureError]:
+        """Return why some of the files cannot be decoded as pictures.
 
         progress is the title of a progress bar over those that are read.
         """
-        return self._facts(DECODED, files, progress)
+        return self._facts(DECODED, files, progress)[1]
 
     def _facts(
         self, kind: Kind[T], files: Iterable[K], progress: str | None = None
-    ) -> dict[K, T | UnreadablePictureError]:
+    ) -> tuple[dict[K, T], dict[K, UnreadablePictureError]]:
         folders: dict[str, dict[str, K]] = {}
         for file in files:
             folder, name = os.path.split(file)
             folders.setdefault(folder, {})[name] = file
-        found: dict[K, T | UnreadablePictureError] = {}
-        missing: dict[str, dict[str, str]] = {}  # folder -> name -> stamp
+        found: dict[K, T] = {}
+        bad: dict[K, UnreadablePictureError] = {}
+        missing: dict[str, dict[str, bytes]] = {}  # folder -> name -> stamp
         failures: dict[str, str] = {}
         for folder, names in folders.items():
             stamps = None if self.checks == "none" else stamps_of(folder, names)
-            texts = {} if self.checks == "all" else recall(folder, kind.name, names, stamps, failures)
-            facts = {text: kind.from_text(text) for text in set(texts.values())}  # equal facts are one object
-            found.update((names[name], facts[text]) for name, text in texts.items())
-            others = [name for name in names if name not in texts]
+            known = [] if self.checks == "all" else recall(folder, kind, names, stamps, failures)
+            found.update((names[name], fact) for name, fact in known)
+            others = [name for name, file in names.items() if file not in found]
             if others:
                 missing[folder] = (
                     stamps_of(folder, others) if stamps is None else {name: stamps[name] for name in others}
                 )
         for (folder, name), fact in read_facts(kind, missing, failures, progress):
-            found[folders[folder][name]] = fact
+            if isinstance(fact, UnreadablePictureError):
+                bad[folders[folder][name]] = fact
+            else:
+                found[folders[folder][name]] = fact
         if failures:
             folder, reason = next(iter(failures.items()))
             further = f" and {len(failures) - 1} more folders" if len(failures) > 1 else ""
             logger.info("nothing is remembered of the pictures in %s%s: %s", folder, further, reason)
-        return found
+        return found, bad
 
 
 DEFAULT_INDEX = PictureIndex()
@@ -137,7 +141,7 @@ def index_for(data: DataConfig) -> PictureIndex:
 
 
 def read_facts(
-    kind: Kind[T], missing: Mapping[str, Mapping[str, str]], failures: dict[str, str], progress: str | None
+    kind: Kind[T], missing: Mapping[str, Mapping[str, bytes]], failures: dict[str, str], progress: str | None
 ) -> Iterator[tuple[tuple[str, str], T | UnreadablePictureError]]:
     """Read facts about files (folder -> name -> stamp) and remember them; yield ((folder, name), fact) of each."""
     from tqdm import tqdm
@@ -172,10 +176,10 @@ def read_facts(
 # --------------------------------------------------------------------------------------------------------------
 
 
-def stamps_of(folder: str, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> stamp of files in a folder, "" for one that has just been changed or is not there."""
+def stamps_of(folder: str, names: Iterable[str]) -> dict[str, bytes]:
+    """Return name -> stamp of files in a folder, b"" for one that has just been changed or is not there."""
     now = time.time_ns()
-    found = dict.fromkeys(names, "")
+    found = dict.fromkeys(names, b"")
     with contextlib.suppress(OSError), os.scandir(folder or os.curdir) as entries:  # on Windows it has the stamps
         for entry in entries:
             if entry.name in found:
@@ -184,15 +188,15 @@ def stamps_of(folder: str, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def stamp_of(status: os.stat_result, now: int) -> str:
-    """Return the stamp of a file, "" if it was changed so recently that a later change could have the same one.
+def stamp_of(status: os.stat_result, now: int) -> bytes:
+    """Return the stamp of a file, b"" if it was changed so recently that a later change could have the same one.
 
     now is the time in nanoseconds.
     """
-    changed = status.st_mtime_ns, status.st_ctime_ns
-    if any(abs(now - moment) < SETTLED for moment in changed):
-        return ""
-    return f"{status.st_size} {changed[0]} {changed[1]}"
+    mtime, ctime = status.st_mtime_ns, status.st_ctime_ns
+    if abs(now - mtime) < SETTLED or abs(now - ctime) < SETTLED:
+        return b""
+    return hashlib.blake2b(b"%d %d %d" % (status.st_size, mtime, ctime), digest_size=8).digest()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -201,7 +205,7 @@ def stamp_of(status: os.stat_result, now: int) -> str:
 
 TABLE = """
     CREATE TABLE IF NOT EXISTS facts (
-        kind TEXT, name BLOB, stamp TEXT, text TEXT, checksum INTEGER, PRIMARY KEY (kind, name)
+        kind TEXT, name BLOB, stamp BLOB, text TEXT, checksum INTEGER, PRIMARY KEY (kind, name)
     ) WITHOUT ROWID
 """
 
@@ -211,31 +215,37 @@ class UnusableIndexError(Exception):
 
 
 def recall(
-    folder: str, kind: str, names: Collection[str], stamps: Mapping[str, str] | None, failures: dict[str, str]
-) -> dict[str, str]:
-    """Return name -> text of the facts of a kind that are remembered of files in a folder.
+    folder: str,
+    kind: Kind[T],
+    names: Collection[str],
+    stamps: Mapping[str, bytes] | None,
+    failures: dict[str, str],
+) -> list[tuple[str, T]]:
+    """Return (name, fact) of the facts of a kind that are remembered of files in a folder; equal ones are one object.
 
     They are those of files with the given stamps, or without stamps all. Why there is no index is added to failures.
     """
 
-    def read(index: sqlite3.Connection) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def read(index: sqlite3.Connection) -> list[tuple[str, T]]:
+        found: list[tuple[str, T]] = []
         if identity_of(index) != (APPLICATION, VERSION):
             return found
-        shared: dict[str, str] = {}
+        facts: dict[str, T] = {}
         for encoded, stamp, text, checksum in index.execute(
-            "SELECT name, stamp, text, checksum FROM facts WHERE kind = ?", (kind,)
+            "SELECT name, stamp, text, checksum FROM facts WHERE kind = ?", (kind.name,)
         ):
             name = os.fsdecode(encoded)
             is_known = name in names and (stamps is None or stamps[name] == stamp)
-            if is_known and checksum == checksum_of(kind, encoded, stamp, text):
-                found[name] = shared.setdefault(text, text)
+            if is_known and checksum == checksum_of(kind.name, encoded, stamp, text):
+                if text not in facts:
+                    facts[text] = kind.from_text(text)
+                found.append((name, facts[text]))
         return found
 
-    return use_index(folder, read, failures) or {} if Path(folder, INDEX_FILE).is_file() else {}
+    return use_index(folder, read, failures) or [] if Path(folder, INDEX_FILE).is_file() else []
 
 
-def remember(folder: str, kind: str, facts: Sequence[tuple[str, str, str]], failures: dict[str, str]) -> None:
+def remember(folder: str, kind: str, facts: Sequence[tuple[str, bytes, str]], failures: dict[str, str]) -> None:
     """Store facts (name, stamp, text) of a kind about files in a folder, all of them or none.
 
     If that fails, the reason is added to failures; a folder that is in them is left out.
@@ -292,6 +302,6 @@ def identity_of(index: sqlite3.Connection) -> tuple[int, int]:
     return owner, version
 
 
-def checksum_of(kind: str, name: bytes, stamp: str, text: str) -> int:
+def checksum_of(kind: str, name: bytes, stamp: bytes, text: str) -> int:
     """Return the checksum of a row."""
-    return zlib.crc32(b"\0".join((kind.encode(), name, stamp.encode(), text.encode())))
+    return zlib.crc32(b"%b\0%b\0%b\0%b" % (kind.encode(), name, stamp, text.encode()))

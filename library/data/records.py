@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -213,8 +213,13 @@ def check_pictures(
 
     Where anything is wrong, pictures are decoded as well, so that those that are cut short are in the same list.
     """
-    files = {file for of_dataset in found for listed in chain.from_iterable(of_dataset) for file in listed.files}
-    headers = read_headers(files, index, faults)
+
+    def files() -> Iterator[str]:
+        for of_dataset in found:
+            for listed in chain.from_iterable(of_dataset):
+                yield from listed.files
+
+    headers = read_headers(files(), index, faults)
     for config, of_dataset in zip(configs, found, strict=True):
         place = placing(config.options)
         for listed in chain.from_iterable(of_dataset):
@@ -223,7 +228,7 @@ def check_pictures(
                 check_shape(listed, size, place(size), faults)
                 check_mask(listed, headers, faults)
     if faults:
-        decode_pictures(headers, index, len(files), faults)
+        decode_pictures(headers, index, len(set(files())), faults)
     return headers
 
 

@@ -105,16 +105,18 @@ def note_unused(subsets: Sequence[SubsetOptions], pictures: Sequence[Listed], no
     for folder in {subset.folder: None for subset in subsets if subset.metadata_file is None}:
         for line in unused_below(folder, used):
             notes.warn(line)
-    for masks in {subset.conditioning_data_dir: None for subset in subsets}:
-        if masks is not None and masks.is_dir():
-            stems = {stem_of(listed.file) for listed in pictures if listed.subset.conditioning_data_dir == masks}
-            for line in unused_masks(masks, stems):
-                notes.warn(line)
+    stems: dict[Path, set[str]] = {}  # of the pictures whose masks are in a folder
+    for listed in pictures:
+        if (masks := listed.subset.conditioning_data_dir) is not None:
+            stems.setdefault(masks, set()).add(stem_of(listed.file))
+    for masks, of_pictures in stems.items():
+        for line in unused_masks(masks, of_pictures):
+            notes.warn(line)
 
 
 def unused_masks(folder: Path, stems: Collection[str]) -> Iterator[str]:
-    """Yield warnings about masks in a folder that no picture uses, if there are pictures; stems are their names."""
-    masks = pictures_in(folder) if stems else []
+    """Yield warnings about masks in a folder that none of the pictures with some names uses."""
+    masks = pictures_in(folder)
     lonely = [name for name in masks if split_name(name)[0] not in stems]
     if lonely:
         yield f"{folder}: {len(lonely)} masks are of no picture of the run: {named(lonely)}"

@@ -13,7 +13,7 @@ import mimetypes
 import random
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,9 @@ def describe_datasets(datasets: list[Dataset]) -> dict[str, Any]:
 
 
 def _describe_dataset(dataset: Dataset, index: int) -> dict[str, Any]:
-    sources: list[Path] = list(dict.fromkeys(record.subset.source for record in dataset.records))
+    by_source: dict[Path, list[ImageRecord]] = {}
+    for record in dataset.records:
+        by_source.setdefault(record.subset.source, []).append(record)
     options = dataset.options
     return {
         "is_dreambooth": not any(record.subset.metadata_file for record in dataset.records),
@@ -163,12 +165,11 @@ def _describe_dataset(dataset: Dataset, index: int) -> dict[str, Any]:
         "tag_frequency": tag_frequency(dataset.records),
         "bucket_info": bucket_info(dataset, index),
         "resize_interpolation": None,
-        "subsets": [_describe_subset(dataset, source) for source in sources],
+        "subsets": [_describe_subset(records) for records in by_source.values()],
     }
 
 
-def _describe_subset(dataset: Dataset, source: Path) -> dict[str, Any]:
-    records = [record for record in dataset.records if record.subset.source == source]
+def _describe_subset(records: Sequence[ImageRecord]) -> dict[str, Any]:
     subset = records[0].subset
     kind = {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
     if subset.metadata_file is not None:
