@@ -8,6 +8,7 @@ FOLDER was made by `make_world`. A case is a function of it that runs scripts an
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -16,7 +17,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from library.training.run.progress import Progress
 
 NAME = "fakegpu"
+LATENTS = "LatentCache"
+MODELS = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection")
 STEPS = 4  # of a training; the waits of the second and third are told
 
 
@@ -154,7 +158,13 @@ TRAININGS: dict[str, dict[str, object]] = {
     "long": BF16 | {"max_token_length": 150, "clip_skip": 2, "weighted_captions": True},
     "noise": NOISE | {"min_snr_gamma": 5, "loss_type": "huber", "huber_schedule": "snr"},
     "multires": BF16 | {"multires_noise_iterations": 3, "v_parameterization": True, "zero_terminal_snr": True},
-    "debiased": FP16 | {"debiased_estimation_loss": True, "scale_weight_norms": 0.01},
+    "debiased": FP16
+    | {
+        "debiased_estimation_loss": True,
+        "scale_weight_norms": 0.01,
+        "loss_type": "smooth_l1",
+        "huber_schedule": "constant",
+    },
     "masked": FP16 | BY_FILE | {"dataset_config": "masked", "masked_loss": True},
     "regular": FP16 | {"reg_data_dir": "regular", "prior_loss_weight": 0.5},
     "dropouts": FP16 | {"network_dropout": 0.2, "network_args": ["rank_dropout=0.2", "module_dropout=0.2"]},
@@ -220,6 +230,28 @@ def unbroken(world: World, out: Path) -> list[Path]:
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def noting_places() -> Iterator[None]:
+    """Note where the parts that ran before are when the U-Net runs."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    seen: dict[str, weakref.ref[Any]] = {}
+
+    def note(module: Any, given: Any) -> None:
+        name = type(module).__name__
+        if name in (*MODELS, "Encoder", "Decoder"):  # the last two of a VAE
+            seen[name] = weakref.ref(module)
+        if name == MODELS[0]:
+            parts = {kind: part for kind, ref in seen.items() if (part := ref()) is not None}
+            PLACES.update({kind: next(part.parameters()).device.type for kind, part in parts.items()})
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def draw(world: World, out: Path, *words: object, model: str = "sd1") -> list[Path]:
     """Run gen_img_diffusers.py."""
     from scripts import call
@@ -228,7 +260,8 @@ def draw(world: World, out: Path, *words: object, model: str = "sd1") -> list[Pa
 
     given = ["--ckpt", getattr(world, model), "--outdir", out, "--W", 64, "--H", 64, "--steps", 3, "--seed", 5]
     prompt = [] if "--prompt" in words or "--from_file" in words else ["--prompt", "a cat --n dog"]
-    call(gen_img_diffusers, *given, "--device", NAME, "--sequential_file_name", *prompt, *words)
+    with noting_places():
+        call(gen_img_diffusers, *given, "--device", NAME, "--sequential_file_name", *prompt, *words)
     return sorted(out.rglob("*.png"))
 
 
@@ -305,6 +338,20 @@ def cached(world: World, out: Path) -> list[Path]:
     return train(world, out, mixed_precision="fp16", cache_latents_to_disk=True, flip_aug=True)
 
 
+def decomposed(world: World, out: Path) -> list[Path]:
+    """Decompose a matrix that is large enough for the iteration, as extractions do with layers of full size."""
+    import torch
+    from safetensors.torch import save_file
+
+    from library.adapters.low_rank import nearest_spectrum
+
+    matrix = torch.randn(200, 160, generator=torch.Generator().manual_seed(0)).to(NAME)
+    found = nearest_spectrum(matrix, 2, torch.Generator().manual_seed(1))
+    out.mkdir(parents=True)
+    save_file({"values": found.values.cpu()}, out / "x.safetensors")
+    return [out / "x.safetensors"]
+
+
 TOOLS: dict[str, Case] = {
     "resize": tool("networks.resize_lora", "--model", "@lora", "--save_to", "@OUT", "--new_rank", "2"),
     "svd-merge": tool(
@@ -319,6 +366,7 @@ TOOLS: dict[str, Case] = {
         *("networks.extract_lora_from_models", "--model_org", "@original", "--model_tuned", "@tuned"),
         *("--save_to", "@OUT", "--dim", "2", "--exact", "--clamp_quantile", "0.99"),
     ),
+    "decomposed": decomposed,
     "report": report,
     "cached": cached,
     "merge-models": tool("tools.merge_models", "--models", "@original", "@tuned", "--output", "@OUT"),
@@ -392,10 +440,27 @@ def run_case(name: str, world: World) -> Outcome:
 
 
 def where_models_are() -> dict[str, str]:
-    """Return kind -> device of the base models that this process holds."""
-    kinds = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection")
-    modules = [one for one in gc.get_objects() if type(one).__name__ in kinds]
-    return {type(one).__name__: next(one.parameters()).device.type for one in modules}
+    """Return kind -> device of the base models and of the cached latents that this process holds."""
+    modules = [one for one in gc.get_objects() if type(one).__name__ in MODELS]
+    found = {type(one).__name__: next(one.parameters()).device.type for one in modules}
+    caches = [one for one in gc.get_objects() if type(one).__name__ == LATENTS]
+    for one in caches:
+        found[LATENTS] = ", ".join(sorted(devices_below(one)))
+    return found
+
+
+def devices_below(value: object) -> set[str]:
+    """Return the devices of the tensors that an object holds."""
+    seen, left, found = {id(value)}, [vars(value)], set()
+    while left:
+        one = left.pop()
+        if type(one).__name__ == "Tensor":
+            found.add(one.device.type)
+        elif isinstance(one, dict | list | tuple):
+            inner = [part for part in gc.get_referents(one) if id(part) not in seen]
+            seen.update(map(id, inner))
+            left += inner
+    return found
 
 
 def main(folder: str, *names: str) -> None:

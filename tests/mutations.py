@@ -43,7 +43,28 @@ FOLDERS = ("library", "networks", "tools")
 SECONDS = 300  # of a case, before it counts as noticed
 
 # Places that no run notices, and why nothing is lost: (file, function, text) -> reason.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+INDICES = "made once in a run; CUDA takes indices from the host, too"
+PROBE = "asks whether there is such a device, which tests of refusals hold"
+ONLY_CUDA = "for CUDA only"
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "library/diffusion/losses.py",
+        "timestep_weights",
+        "torch.arange(NUM_TIMESTEPS, device=timesteps.device)",
+    ): INDICES,
+    (
+        "library/diffusion/losses.py",
+        "loss_tables",
+        "torch.arange(NUM_TIMESTEPS, device=schedule.alphas_cumprod.device)",
+    ): INDICES,
+    ("library/config/tool_files.py", "check_device", "torch.zeros(1, device=device)"): PROBE,
+    ("library/generation/recipe.py", "device_of", "torch.empty(0, device=device)"): PROBE,
+    (
+        "library/models/attention.py",
+        "xformers_problem",
+        "torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)",
+    ): ONLY_CUDA,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The device refuses what CUDA refuses, so that a run that ends well has every ten
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import device_cases
@@ -25,12 +26,24 @@ RESULTS: dict[str, float] = {
 }  # of the step before, while the next one is under way
 ALLOWED: dict[str, dict[str, float]] = {"float32": RESULTS, "fp16": RESULTS, "bf16": RESULTS}
 
-# Where models are while steps are made: what the next steps do not need is off the device.
+# Where models and cached latents are while steps are made: what the next steps do not need is off the device.
 PLACES = {
-    "float32": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "fakegpu", "AutoencoderKL": "cpu"},
+    "float32": {
+        "UNet2DConditionModel": "fakegpu",
+        "CLIPTextModel": "fakegpu",
+        "AutoencoderKL": "cpu",
+        "LatentCache": "cpu",
+    },
     "bf16": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "fakegpu", "AutoencoderKL": "fakegpu"},
-    "fp16": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "fakegpu", "AutoencoderKL": "cpu"},
-    "texts": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "meta", "AutoencoderKL": "cpu"},
+    "fp16": {
+        "UNet2DConditionModel": "fakegpu",
+        "CLIPTextModel": "fakegpu",
+        "AutoencoderKL": "cpu",
+        "LatentCache": "cpu",
+    },
+    # The first picture is encoded in the same call of the pipeline.
+    "draw-offload": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "cpu", "Encoder": "fakegpu"},
+    "texts": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "meta", "AutoencoderKL": "cpu", "LatentCache": "cpu"},
 }
 
 TELLING = ("float32", "fp16", "bf16", "draw-offload", "resize")
@@ -94,6 +107,16 @@ def test_every_other_run_works_on_the_device(whole_world, group):
     check(found)
     if group == "trainings":
         assert found["unbroken"].digest == found["resumed"].digest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a place is left out in a fork")
+def test_a_placement_that_is_left_out_is_noticed():
+    """`mutations.py` does it for all places, which takes an hour; these are the ones of a step and of a tool."""
+    paths = ["library/training/run/objective.py", "library/models/sending.py", "networks/resize_lora.py"]
+    done = python(ROOT / "tests" / "mutations.py", *paths, "--cases", "float32", "fp16", "bf16", "resize")
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["places"] > 5
 
 
 # ---- the device itself ----------------------------------------------------------------------------------------------
