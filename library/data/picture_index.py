@@ -154,7 +154,10 @@ def read_facts(
 
     shared: dict[str, T] = {}  # equal facts are one object
     total = sum(map(len, missing.values()))
-    with reading_threads() as pool, tqdm(total=total, desc=progress, unit="picture", disable=progress is None) as bar:
+    with (
+        reading_threads() as pool,
+        tqdm(total=total, desc=progress, unit="picture", disable=progress is None or not total) as bar,
+    ):
         for folder, stamps in missing.items():
             names = list(stamps)
             for start in range(0, len(names), WRITTEN_AT_ONCE):
