@@ -21,6 +21,14 @@ from library.models.precision import Device, describe
 logger = logging.getLogger(__name__)
 
 
+# Warnings of the compiler that are not about the user's code: of the gradients of the U-Net's inputs, and of what
+# diffusers keeps of the version of torch.
+HARMLESS = (
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
+    "Dynamo detected a call to a `functools.lru_cache`-wrapped function",
+)
+
+
 class Kernels(NamedTuple):
     """What torch's kernels may do on a GPU."""
 
@@ -82,8 +90,8 @@ def find_compiler(precision: PrecisionConfig, device: torch.device) -> str | Non
 
 def compile_unet(unet: nn.Module, compiler: str) -> None:
     """Have the U-Net compiled when it is first called, with the network that is in it by then."""
-    # The compiler looks at the gradients of the U-Net's inputs, and torch warns of those of the trained text encoder.
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor")
+    for beginning in HARMLESS:
+        warnings.filterwarnings("ignore", beginning)
     unet.compile(backend=compiler)
     logger.info("--torch_compile: the first steps, and the first with a new size, are slow: they compile the U-Net")
 
