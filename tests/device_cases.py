@@ -451,7 +451,8 @@ def where_models_are() -> dict[str, str]:
 
 def devices_below(value: object) -> set[str]:
     """Return the devices of the tensors that an object holds."""
-    seen, left, found = {id(value)}, [vars(value)], set()
+    left: list[Any] = [vars(value)]
+    seen, found = {id(value)}, set()
     while left:
         one = left.pop()
         if type(one).__name__ == "Tensor":

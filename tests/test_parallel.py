@@ -158,7 +158,7 @@ def test_the_number_of_workers_changes_no_byte(files, tmp_path, monkeypatch):
     found = []
     for workers in (1, 3):
         monkeypatch.setattr(parallel, "num_workers", lambda workers=workers: workers)
-        written = {}
+        written: dict[str, object] = {}
         for name, (script, argv) in jobs.items():
             out = tmp_path / (name if name == "folder" else f"{name}.safetensors")
             call(script, *argv, out)
