@@ -152,14 +152,15 @@ class LoRAModule(nn.Module):
         self.lora_up: Layer
         # What the change is computed with in place of the parameters (`LoRANetwork.compute_with`).
         self._computed: tuple[Tensor, Tensor] | None = None
-        self._by_ranks: dict[tuple[int, int], Factors] = {}  # of these copies
+        self._factors_made: tuple[tuple[int, int], Factors] | None = None  # of these copies, for (held, used) ranks
         self._num_held, self._num_used = 0, shape.rank
         if isinstance(layer, nn.Conv2d):
             geometry: dict[str, Any] = {
                 key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation")
             }
             self.is_conv = True
-            self.is_pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+            is_plain = layer.padding == (0, 0) and layer.groups == 1
+            self.is_pointwise = is_plain and layer.kernel_size == layer.stride == (1, 1)
             self.lora_down = nn.Conv2d(layer.in_channels, shape.rank, **geometry, bias=False)
             self.lora_up = nn.Conv2d(shape.rank, layer.out_channels, 1, bias=False)
         else:
@@ -192,7 +193,7 @@ class LoRAModule(nn.Module):
     def compute_with(self, down: Tensor, up: Tensor) -> None:
         """Compute with copies of the two weights, leaves whose gradients are added to the `grad` that they have."""
         self._computed = down, up
-        self._by_ranks.clear()
+        self._factors_made = None
 
     # ---- attach, detach -------------------------------------------------------------------------------------
 
@@ -268,12 +269,12 @@ class LoRAModule(nn.Module):
         """Return the factors whose gradients are added in place, where there are any."""
         if self._computed is None:
             return None
-        found = self._by_ranks.get(ranks)
-        if found is None:  # views are made once, because making them takes as long as a small product
+        made = self._factors_made
+        if made is None or made[0] != ranks:  # views are kept, because making them takes as long as a small product
             down, up = self._computed
             assert down.grad is not None and up.grad is not None  # see compute_with
-            found = self._by_ranks[ranks] = factors_of(down, up, down.grad, up.grad, ranks)
-        return found
+            made = self._factors_made = ranks, factors_of(down, up, down.grad, up.grad, ranks)
+        return made[1]
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return D (R, ...) and U (out, R, ...) of the ranks in use, in a type; held ranks are constants."""
@@ -392,11 +393,17 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         context.given = down, up, layer, factors, ranks, scale
         used = factors or _detached(down, up, ranks)
-        rows = x.reshape(-1, x.shape[-1])
+        rows, weight = x.reshape(-1, x.shape[-1]), _matrix(layer)
         hidden = torch.mm(rows, used.down.t())
-        output = F.linear(rows, _matrix(layer), layer.bias).addmm_(hidden, used.up.t(), alpha=scale)
+        output = x.new_empty(*x.shape[:-1], len(weight))  # no view, which could not be changed in place later
+        product = output.view(-1, len(weight))
+        if layer.bias is None:
+            torch.mm(rows, weight.t(), out=product)
+        else:
+            torch.addmm(layer.bias, rows, weight.t(), out=product)
+        product.addmm_(hidden, used.up.t(), alpha=scale)
         context.save_for_backward(x, hidden)
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def test_recorded_passes_train_like_eager_ones(base, pictures, tmp_path, more, m
 
                 def choose(precision, objective, state, device):
                     models = [objective.base.unet, *objective.base.text_modules]
-                    return GraphPass(EagerPass(objective), made, state.weights.pass_gradients, models)
+                    return GraphPass(EagerPass(objective), lambda: made, state.weights.pass_gradients, models)
 
                 patch.setattr(recipe, "choose_passes", choose)
             results.append(train(base, pictures, tmp_path / str(records), **given))
@@ -80,7 +80,7 @@ def test_weights_that_moved_are_recorded_anew():
     def eager(inputs, scale):
         return layer(inputs.timesteps).sum().detach() * scale
 
-    passes, given = GraphPass(eager, made, [], [layer]), StepInputs(cast("Inputs", None), torch.ones(1, 2))
+    passes, given = GraphPass(eager, lambda: made, [], [layer]), StepInputs(cast("Inputs", None), torch.ones(1, 2))
     for _ in range(2):
         assert passes(given, 1.0) == eager(given, 1.0)
     assert (made.number, made.repetitions) == (1, 2)

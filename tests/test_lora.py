@@ -315,7 +315,6 @@ def test_weights_of_another_type_are_cast_to_that_of_the_layer():
     exact = layer(x).detach()
     module.float()
     assert torch.equal(layer(x), exact)
-    exact.sum()
     layer(x).sum().backward()
     assert module.lora_up.weight.grad.dtype is torch.float32
 
@@ -329,3 +328,17 @@ def test_a_layer_whose_input_needs_no_gradient_still_trains_its_factors():
             module.compute_with(module.lora_down.weight, module.lora_up.weight)
         layer(x.detach()).sum().backward()
         assert all(bool(parameter.grad.any()) for parameter in module.parameters())
+
+
+def test_the_output_of_a_fused_layer_can_be_changed_in_place():
+    for kind in ("linear", "1x1"):
+        results = []
+        for changed in (True, False):
+            layer, module, x = fused_pair(kind, torch.float64)
+            assert module._can_fuse(x)
+            output = layer(x)
+            output = output.add_(1) if changed else output + 1
+            output.square().sum().backward()
+            results.append([x.grad, *(parameter.grad for parameter in module.parameters())])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)

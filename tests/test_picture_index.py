@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -331,3 +332,24 @@ def test_records_of_pictures_have_what_they_have_in_common_once(tmp_path):
             assert getattr(record, name) is getattr(first, name)
     assert not hasattr(first, "__dict__")
     assert isinstance(first, ImageRecord)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE facts SET text = CAST(text AS BLOB)",
+        "UPDATE facts SET name = CAST(name AS TEXT)",
+        "DROP TABLE facts",
+        "ALTER TABLE facts DROP COLUMN checksum",
+    ],
+)
+def test_an_index_of_another_shape_is_made_anew(pictures, damage, caplog):
+    expected = DEFAULT_INDEX.digests(pictures)
+    index = Path(pictures[0]).with_name(INDEX_FILE)
+    with contextlib.closing(sqlite3.connect(index)) as opened, opened:
+        opened.execute(damage)
+    assert DEFAULT_INDEX.digests(pictures) == expected
+    assert "it is made anew" in caplog.text
+    caplog.clear()
+    assert DEFAULT_INDEX.digests(pictures) == expected
+    assert "it is made anew" not in caplog.text

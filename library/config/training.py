@@ -84,7 +84,6 @@ class PrecisionConfig:
         False,
         "record forward and backward passes as CUDA graphs, one for each size of pictures: faster at small batches",
         only_with=("cache_latents", "cache_latents_to_disk"),
-        excludes=("gradient_checkpointing", "torch_compile"),
     )
     xformers: bool = option(False, "attention of xformers (CUDA); the default, torch's own, is as good")
     sdpa: bool = option(

@@ -213,6 +213,10 @@ TABLE = """
 """
 
 
+WRONG_VALUES = (AttributeError, TypeError, ValueError)  # of reading a row whose values are of other kinds
+OTHER_TABLE = ("no such", "table facts has")  # beginnings of SQLite's messages
+
+
 class UnusableIndexError(Exception):
     """An index that is not ours; the message is the reason."""
 
@@ -285,9 +289,12 @@ def use_index(folder: str, work: Callable[[sqlite3.Connection], T], failures: di
         with contextlib.closing(sqlite3.connect(path, timeout=WAITED, isolation_level=None)) as index:
             index.execute("PRAGMA synchronous = OFF")  # a power cut may damage the file, which the checksums tell
             return work(index)
-    except (sqlite3.OperationalError, UnusableIndexError) as error:  # such as a lock, a full disk, no permission
-        failures[folder] = str(error)
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.Error, UnusableIndexError, *WRONG_VALUES) as error:
+        # A lock, a full disk, no permission; but not a table that is missing or another.
+        is_refused = isinstance(error, sqlite3.OperationalError) and not str(error).startswith(OTHER_TABLE)
+        if is_refused or isinstance(error, UnusableIndexError):
+            failures[folder] = str(error)
+            return None
         logger.warning("%s is damaged (%s); it is made anew", path, error)
         try:
             path.unlink(missing_ok=True)

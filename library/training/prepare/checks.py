@@ -83,7 +83,8 @@ def check_graphs(precision: PrecisionConfig, network: NetworkConfig) -> None:
             f"--cuda_graphs does not go with --network_module {network.network_module}: only the suite's own networks "
             "keep their tensors in place; leave one of them out"
         )
-    if float((network.network_args or {}).get("module_dropout") or 0):
+    given = str((network.network_args or {}).get("module_dropout", 0))
+    if given.strip("0.") != "":
         raise UserError(
             "--cuda_graphs does not go with module_dropout of --network_args, which is drawn on the host for each "
             "call; leave one of them out"

@@ -29,7 +29,7 @@ class Moment(NamedTuple):
 
     at: At
     progress: Progress
-    result: StepResult | None = None  # of the step, at STEP
+    result: StepResult | None = None  # of a step, for events that need its results
     same_step: tuple[At, ...] = ()  # all points at this number of steps, in their order; empty: this one alone
 
     @property

@@ -72,26 +72,35 @@ def choose_passes(precision: PrecisionConfig, objective: Objective, state: Train
     if device.type != "cuda":
         logger.warning("--cuda_graphs: this run has no CUDA GPU (%s); nothing is recorded", device.type)
         return eager
-    models = [objective.base.unet, *objective.base.text_modules]
-    return GraphPass(eager, CudaRecorder(), state.weights.pass_gradients, models)
+    # Text encoders that are not trained may be released during the run.
+    texts = objective.base.text_modules if objective.network.trains_text_encoder else []
+    return GraphPass(eager, CudaRecorder, state.weights.pass_gradients, [objective.base.unet, *texts])
 
 
 class GraphPass:
     """Makes passes by repeating recorded ones; a `Pass`."""
 
-    def __init__(self, eager: Pass, record: Recorder, gradients: Sequence[Tensor], models: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        eager: Pass,
+        recorder: Callable[[], Recorder],
+        gradients: Sequence[Tensor],
+        models: Sequence[nn.Module],
+    ) -> None:
         """gradients are the tensors that a backward pass adds to, models those whose weights it reads."""
-        self._eager, self._record, self._gradients = eager, record, gradients
+        self._eager, self._recorder, self._gradients = eager, recorder, gradients
         self._weights = [parameter for model in models for parameter in model.parameters()]
-        self._places: list[int] = []
+        self._addresses: list[int] = []
+        self._record = recorder()
         self._recorded: dict[Hashable, Recorded] = {}
 
     def __call__(self, inputs: StepInputs, scale: Tensor | float) -> Tensor:
         """Make the passes of one micro-batch."""
-        places = [weight.data_ptr() for weight in self._weights]
-        if places != self._places:  # the weights were away from the device, as while previews are decoded
+        addresses = [weight.data_ptr() for weight in self._weights]
+        if addresses != self._addresses:  # the weights were away from the device, as while previews are decoded
             self._recorded.clear()
-            self._places = places
+            self._record = self._recorder()  # the memory of graphs that are gone cannot be recorded into again
+            self._addresses = addresses
         key = repr(mapped(inputs, _signature))
         recorded = self._recorded.get(key)
         if recorded is None:

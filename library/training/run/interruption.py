@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from library.models.sending import Reading
 from library.training.run.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,6 @@ class StopRequest:
         self._finishes_steps = False
         self._asked = False
         self._cuts = False
-        self._told: Reading | None = None  # of several processes: how many were asked
         self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopRequest:
@@ -69,16 +67,15 @@ class StopRequest:
             self._finishes_steps = False
 
     def asked(self, runtime: Runtime) -> bool:
-        """Return whether any process was asked to stop; all processes must call this after each step.
+        """Return whether any process was asked to stop; all processes must call this.
 
-        With several, what they told at the call before is returned: an answer of now would have to be waited for.
+        Several wait here for each other's answers: one that was asked has left out, or cut short, what the others did.
         """
         if runtime.num_processes == 1:
             return self._asked
-        told, flag = self._told, torch.full((1,), float(self._asked), device=runtime.device)
+        flag = torch.full((), float(self._asked), device=runtime.device)
         torch.distributed.all_reduce(flag)
-        self._told = Reading(flag)
-        return told is not None and told.numbers()[0] > 0
+        return bool(flag.item())
 
     def cut_short(self, act: Callable[[], object]) -> bool:
         """Do what a stop need not wait for, and leave it where a signal comes; return whether it was done completely.

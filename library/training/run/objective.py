@@ -127,8 +127,10 @@ class Objective:
         if noise is not None:
             return sent_inputs
         # The only one that waits for the device: the offset of the noise follows latents that are encoded there.
-        latents = self._latents(sent_inputs).cpu()
-        return sent_inputs._replace(noise=sent(sample_noise(shape, keys, self.loss, latents), self.device))
+        moments = self._moments(sent_inputs.pictures)
+        latents = self._scaled(moments, sent_inputs.unit).cpu()
+        noise = sent(sample_noise(shape, keys, self.loss, latents), self.device)
+        return sent_inputs._replace(noise=noise, pictures=Pictures(moments, None))
 
     # ---- on the device --------------------------------------------------------------------------------------
 
@@ -138,7 +140,7 @@ class Objective:
 
     def prepare(self, inputs: Inputs) -> Prepared:
         """Return latents, noise and text conditioning, once for all timesteps at which losses are measured."""
-        latents = self._latents(inputs)
+        latents = self._scaled(self._moments(inputs.pictures), inputs.unit)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.network.trains_text_encoder):
             text = self._encode(inputs.text)
         noise = inputs.noise
@@ -179,15 +181,15 @@ class Objective:
             text = self._encode(inputs.text) if self.network.trains_text_encoder else prepared.text
             return self._predict(noisy, timesteps, text, inputs.sizes).float()
 
-    def _latents(self, inputs: Inputs) -> Tensor:
-        """Return scaled latents (B, 4, H/8, W/8), float32: from the cache, or encoded now."""
-        moments, pixels = inputs.pictures
-        if moments is None:
-            assert pixels is not None  # where there are no moments
-            moments = self.encoder.moments(pixels)
-        return self._scaled(moments, inputs.unit)
+    def _moments(self, pictures: Pictures) -> Tensor:
+        """Return mean and log-variance of the latents, (B, 8, H/8, W/8): from the cache, or encoded now."""
+        if pictures.moments is not None:
+            return pictures.moments
+        assert pictures.pixels is not None  # where there are no moments
+        return self.encoder.moments(pictures.pixels)
 
     def _scaled(self, moments: Tensor, unit: Tensor) -> Tensor:
+        """Return scaled latents (B, 4, H/8, W/8), float32."""
         return latents_of(moments, unit) * self.encoder.scaling_factor
 
 

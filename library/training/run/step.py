@@ -125,7 +125,7 @@ class OptimizerStep:
             self._state.scheduler.step()
         norms = self._scale_norms()
         weights.publish()
-        return _Under(step + 1, batches, Reading(values), rates, adapted, norms, self._verdict)
+        return _UnderWay(step + 1, batches, Reading(values), rates, adapted, norms, self._verdict)
 
     def _clip(self) -> Tensor:
         """Clip the gradients to --max_grad_norm; return their norm before (0-D)."""
@@ -193,7 +193,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Under:
+class _UnderWay:
     """A step under way; `Pending`."""
 
     step: int  # steps made with it
