@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps")
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder of the report")
-    parser.add_argument("--minutes", type=float, help="most minutes for all parts; unset: 120, with --quick 10")
+    parser.add_argument("--minutes", type=positive, help="most minutes for all parts; unset: 120, with --quick 10")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], metavar="PART", help=names())
     parser.add_argument("--work", type=Path, help="folder of the models, which are kept; unset: a temporary one")
     parser.add_argument("--part", choices=list(BY_NAME), help=argparse.SUPPRESS)
@@ -68,6 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
 def names() -> str:
     """Return the help of --only."""
     return "only these parts, of " + ", ".join(part.name for part in PARTS)
+
+
+def positive(text: str) -> float:
+    """Return a number above 0; raises ValueError for others."""
+    number = float(text)
+    if not number > 0:
+        raise ValueError(text)
+    return number
 
 
 def make(setting: Setting, output: Path, only: Sequence[str] | None, minutes: float, words: Sequence[str]) -> int:

@@ -230,6 +230,15 @@ def untold():
     overflow.tell.cache_clear()
 
 
+def test_a_network_that_is_not_finite_is_not_saved(base, pictures, tmp_path):
+    argv = options(base, pictures, tmp_path, on_nan="skip", learning_rate="3e38", max_train_steps=4)
+    with pytest.raises(
+        UserError, match="the network has weights that are not finite, and x.safetensors is not written"
+    ):
+        train_network.main(argv)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 class OverflowingVae(AutoencoderKL):
     """A VAE that gives infinities in half precision for bright pictures; calls holds the pictures of each call."""
 

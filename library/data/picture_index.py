@@ -1,10 +1,10 @@
 """What is remembered of pictures between runs, so that a run opens no picture that has not changed.
 
 Each folder of pictures has one hidden file with facts about the files in it: what their headers say, their digests, and
-that they could be decoded. A fact counts as long as the stamp of the file is the same: its size, the time of its last
-change (mtime) and that of the last change of anything about it (ctime; on Windows the time when it was created). No
-program can set ctime, so that a file which another one of the same size and mtime replaces is seen, and a copy of a
-folder, whose files all have new ones, is read once more. Names are relative to the folder.
+that they could be decoded. A fact counts as long as the stamp of the file is the same: its size, its number in the file
+system (inode), the time of its last change (mtime) and that of the last change of anything about it (ctime; on Windows
+the time when it was created, which some programs set). So a file which another one of the same size and mtime replaces
+is seen, and a copy of a folder, whose files all have new ones, is read once more. Names are relative to the folder.
 
 The file is a database of SQLite with a rollback journal, because the write-ahead log of SQLite works neither on network
 drives nor in folders that are read-only. Each row has a checksum, so that no accident makes a wrong fact. It is only a
@@ -199,7 +199,7 @@ def stamp_of(status: os.stat_result, now: int) -> bytes:
     mtime, ctime = status.st_mtime_ns, status.st_ctime_ns
     if abs(now - mtime) < SETTLED or abs(now - ctime) < SETTLED:
         return b""
-    return hashlib.blake2b(b"%d %d %d" % (status.st_size, mtime, ctime), digest_size=8).digest()
+    return hashlib.blake2b(b"%d %d %d %d" % (status.st_size, mtime, ctime, status.st_ino), digest_size=8).digest()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -214,7 +214,8 @@ TABLE = """
 
 
 WRONG_VALUES = (AttributeError, TypeError, ValueError)  # of reading a row whose values are of other kinds
-OTHER_TABLE = ("no such", "table facts has")  # beginnings of SQLite's messages
+# Beginnings of SQLite's messages about a file that it can read, and that is not as it was written.
+OTHER_TABLE = ("no such", "table facts has", "Could not decode", "unsupported file format")
 
 
 class UnusableIndexError(Exception):

@@ -77,7 +77,7 @@ def supported_precision(mixed_precision: str, device: Device) -> str:
     Raises UserError for bf16 on a GPU without it.
     """
     if mixed_precision == "fp16" and device.kind == "cpu":
-        logger.warning("--mixed_precision fp16 needs a GPU; this machine has none, so the run is in float32")
+        logger.warning("--mixed_precision fp16 needs a GPU; this machine has none: the run and its file are in float32")
         return "no"
     if mixed_precision == "bf16":
         check_bf16("--mixed_precision bf16", "--mixed_precision fp16", device)

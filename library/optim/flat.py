@@ -172,6 +172,10 @@ class TrainedWeights:
                 stack.enter_context(flat.unhidden())
             yield
 
+    def are_finite(self) -> bool:
+        """Return whether all weights are finite; waits for the device."""
+        return all(bool(torch.isfinite(flat.master.detach()).all()) for flat in self.flats)
+
     def hidden_masters(self) -> list[Tensor]:
         """Return the masters that a network's own parameters do not tell, because they are rounded."""
         return [flat.master.detach() for flat in self.flats if flat.hides_masters]

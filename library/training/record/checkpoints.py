@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from library.config.saving import StateConfig
+from library.errors import UserError
 from library.files import replacing
 from library.training.record.metadata import FileMetadata
 from library.training.record.run_files import RunFiles, state_folder
@@ -49,6 +50,11 @@ class Checkpoints:
             return
         progress, saving = moment.progress, self.files.saving
         path = self.path_at(moment)
+        if not self.state.weights.are_finite():
+            raise UserError(
+                f"after step {progress.step} the network has weights that are not finite, and {path.name} is not "
+                "written; try a lower learning rate"
+            )
         # Only complete epochs count; the run may end within its last one.
         num_epochs = progress.epoch if moment.at is At.END else progress.step // self.steps_per_epoch
         with self.state.evaluation():
