@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from scripts import ROOT, python
 from tensors import metadata
 
 import train_network
-from library.data import batches, latent_cache
+from library.data import batches, latent_cache, picture_index
 from library.data.records import ImageRecord
 from library.models.conditioning import LiveConditioner
 from library.training import recipe
@@ -87,7 +88,8 @@ def test_it_does_not_wait_for_pictures_that_are_not_begun(base, pictures, tmp_pa
 
 def test_hashing_and_reading_of_a_disk_cache_do_not_wait_either(base, pictures, tmp_path, monkeypatch):
     train(base, pictures, tmp_path / "a", cache_latents_to_disk=True)
-    for name in ("read_entry", "file_sha256"):
+    digest = picture_index.DIGEST
+    for name in ("read_entry", "DIGEST"):
         seen: list[object] = []
 
         def slow(source, *more, seen=seen):
@@ -96,7 +98,11 @@ def test_hashing_and_reading_of_a_disk_cache_do_not_wait_either(base, pictures, 
             time.sleep(0.02)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(latent_cache, name, slow)
+            if name == "DIGEST":
+                (pictures / "1_sks dog" / picture_index.INDEX_FILE).unlink(missing_ok=True)
+                patched.setattr(picture_index, name, dataclasses.replace(digest, read=slow))
+            else:
+                patched.setattr(latent_cache, name, slow)
             patched.setattr(latent_cache.images, "NUM_THREADS", 1)
             train_network.main(options(base, pictures, tmp_path / "b", cache_latents_to_disk=True))
         assert len(seen) < 4, name

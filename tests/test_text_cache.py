@@ -191,7 +191,7 @@ def test_files_of_other_programs_are_not_read_and_none_is_written(tmp_path, capl
     caplog.set_level(logging.INFO, "library")
     for name in ("a_te_outputs.npz", "b_te_outputs.npz", "c.npz"):
         (tmp_path / name).write_bytes(b"")
-    datasets = [Mock(all_records=[Mock(path=tmp_path / name) for name in ("a.png", "b.png")])]
+    datasets = [Mock(all_records=[Mock(file=str(tmp_path / name)) for name in ("a.png", "b.png")])]
     texts.tell_of_files(PrecisionConfig(), datasets)
     assert not caplog.text
     texts.tell_of_files(PrecisionConfig(cache_text_encoder_outputs=True), datasets)
