@@ -237,11 +237,16 @@ def test_a_compiler_that_lacks_memory_is_no_missing_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "value"), [("inductor", "inductor"), ("EAGER", "eager"), ("no", None), ("NO", None), ("", None)]
+    ("given", "value"), [("inductor", "inductor"), ("EAGER", "eager"), ("no", ""), ("NO", ""), ("", None)]
 )
 def test_compilers_are_named_as_sd_scripts_and_guis_do(given, value):
     config = parse(TrainConfig, [*NEEDED, "--torch_compile", "--dynamo_backend", given])
     assert config.precision.dynamo_backend == value
+
+
+def test_no_compiler_compiles_nothing_and_that_is_told(caplog):
+    assert speed.find_compiler(PrecisionConfig(torch_compile=True, dynamo_backend=""), CPU) is None
+    assert "the run is not compiled, because --dynamo_backend is no" in caplog.text
 
 
 def test_an_unknown_compiler_is_refused():

@@ -12,9 +12,11 @@ BACKENDS = ("inductor", "cudagraphs", "aot_eager", "eager")
 
 
 def read_backend(value: object) -> str | None:
-    """Return the name of a compiler; "no", which GUIs of sd-scripts write into their files, is as if it were unset."""
+    """Return the name of a compiler: "" for "no", which GUIs of sd-scripts write into their files; None if unset."""
     text = str(value).lower()
-    if text in ("no", ""):
+    if text == "no":
+        return ""
+    if text == "":
         return None
     if text not in BACKENDS:
         raise ValueError
@@ -118,9 +120,9 @@ class PrecisionConfig:
         aliases=("cuda_cudnn_benchmark",),
     )
     torch_compile: bool = option(False, "compile the U-Net: slow first steps, then faster ones")
-    dynamo_backend: Literal["inductor", "cudagraphs", "aot_eager", "eager"] | None = option(
+    dynamo_backend: str | None = option(
         None,
-        "compiler of --torch_compile; unset: inductor",
+        "compiler of --torch_compile; unset: inductor; no: none",
         parse=read_backend,
         form=f"one of {', '.join(BACKENDS)}, or no",
         only_with=("torch_compile",),

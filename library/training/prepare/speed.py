@@ -80,6 +80,9 @@ def find_compiler(precision: PrecisionConfig, device: torch.device) -> str | Non
     """
     if not precision.torch_compile:
         return None
+    if precision.dynamo_backend == "":
+        logger.warning("--torch_compile: the run is not compiled, because --dynamo_backend is no")
+        return None
     backend = precision.dynamo_backend or "inductor"
     reason = compiler_problem(backend, device)
     if reason is not None:
