@@ -159,7 +159,7 @@ def make_ours(
     from library.training.run.objective import Objective
     from library.training.run.runtime import start_runtime
     from library.training.run.state import TrainState
-    from library.training.run.step import EagerPass, OptimizerStep
+    from library.training.run.step import EagerPass, OptimizerStep, Verdict
 
     given = {
         "pretrained_model_name_or_path": "built below",
@@ -197,7 +197,15 @@ def make_ours(
         seed=1,
     )
     state = TrainState(network, weights, optimizer, None, runtime.scaler, names)
-    step = OptimizerStep(objective, EagerPass(objective), state, runtime, seed=1, max_grad_norm=1.0)
+    step = OptimizerStep(
+        objective,
+        EagerPass(objective),
+        state,
+        runtime,
+        verdict=Verdict("stop", runtime.scaler),
+        seed=1,
+        max_grad_norm=1.0,
+    )
     network.on_epoch_start()
     numbers, batch = itertools.count(), one_batch(args)
     return lambda: step(next(numbers), [batch]).result()

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL, AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from runs import ALSO_SDXL_SLOW, options, same, train
+from runs import ALSO_SDXL_SLOW, options, same, train, train_killed
 from safetensors.torch import load_file
 
 import train_network
@@ -228,6 +228,15 @@ def test_a_run_that_never_comes_back_gives_up(base, pictures, tmp_path, monkeypa
 def untold():
     """Forget what was told of a VAE that overflows, which is told once in a run."""
     overflow.tell.cache_clear()
+
+
+def test_a_run_that_goes_on_counts_the_steps_that_were_left_out_before(base, pictures, tmp_path, monkeypatch):
+    real = objective.Objective.training_loss
+    monkeypatch.setattr(objective.Objective, "training_loss", lambda self, step: real(self, step) * float("nan"))
+    more = {"on_nan": "skip", "max_train_steps": 30}
+    train_killed(options(base, pictures, tmp_path, save_state=True, save_every_n_steps=6, **more), after=6)
+    with pytest.raises(UserError, match="in step 10 .*as in the 9 steps before"):
+        train_network.main(options(base, pictures, tmp_path, resume="auto", **more))
 
 
 def test_a_network_that_is_not_finite_is_not_saved(base, pictures, tmp_path):

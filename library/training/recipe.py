@@ -38,6 +38,7 @@ from library.training.prepare.plan import (
     resume_plan,
     warn_of_split,
 )
+from library.training.prepare.speed import is_compiled
 from library.training.prepare.texts import RunTexts, build_conditioner, tell_of_files, when_encoded
 from library.training.record import report
 from library.training.record.checkpoints import Checkpoints
@@ -60,7 +61,7 @@ from library.training.run.loop import run
 from library.training.run.objective import Objective
 from library.training.run.runtime import Runtime, broadcast_parameters, shared, start_runtime
 from library.training.run.state import TrainState, begin, read_tensors
-from library.training.run.step import OptimizerStep
+from library.training.run.step import OptimizerStep, Verdict
 
 
 def train(
@@ -156,17 +157,17 @@ def prepare_and_run(
         device=runtime.device,
         seed=seed,
     )
+    progress = begin(plan, resumed)
     step = OptimizerStep(
         objective,
         choose_passes(config.precision, objective, state, runtime.device),
         state,
         runtime,
+        verdict=Verdict(config.run.on_nan, runtime.scaler, num_skipped=progress.num_skipped),
         seed=seed,
         max_grad_norm=config.optimizer.max_grad_norm,
         scale_weight_norms=config.network.scale_weight_norms,
-        on_nan=config.run.on_nan,
     )
-    progress = begin(plan, resumed)
     if resumed is not None:
         state.restore(read_tensors(resumed))
 
@@ -205,7 +206,7 @@ def make_network(config: TrainConfig, seed: int, base: BaseModel, runtime: Runti
     broadcast_parameters(network.all_parameters(), runtime.num_processes)
     if checkpointing:
         enable_gradient_checkpointing(base, network)
-    if config.precision.torch_compile or config.precision.cuda_graphs:
+    if is_compiled(base.unet):
         network.keep_shapes()
     return network
 

@@ -83,8 +83,11 @@ def check_graphs(precision: PrecisionConfig, network: NetworkConfig) -> None:
             f"--cuda_graphs does not go with --network_module {network.network_module}: only the suite's own networks "
             "keep their tensors in place; leave one of them out"
         )
-    given = str((network.network_args or {}).get("module_dropout", 0))
-    if given.strip("0.") != "":
+    try:
+        dropout = float((network.network_args or {}).get("module_dropout", 0))
+    except ValueError:  # no number, which `check_arguments` tells
+        return
+    if dropout:
         raise UserError(
             "--cuda_graphs does not go with module_dropout of --network_args, which is drawn on the host for each "
             "call; leave one of them out"

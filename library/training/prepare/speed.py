@@ -118,10 +118,15 @@ def compiler_problem(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def is_compiled(unet: nn.Module) -> bool:
+    """Return whether a U-Net is compiled when it is called."""
+    return unet._compiled_call_impl is not None
+
+
 @contextlib.contextmanager
 def uncompiled(unet: nn.Module) -> Iterator[None]:
     """Within it a compiled U-Net runs as it is: compiling it for the few calls of a preview would take longer."""
-    if unet._compiled_call_impl is None:
+    if not is_compiled(unet):
         yield
         return
     with torch.compiler.set_stance("force_eager"):

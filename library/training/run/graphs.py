@@ -72,6 +72,7 @@ def choose_passes(precision: PrecisionConfig, objective: Objective, state: Train
     if device.type != "cuda":
         logger.warning("--cuda_graphs: this run has no CUDA GPU (%s); nothing is recorded", device.type)
         return eager
+    objective.network.keep_shapes()
     # Text encoders that are not trained may be released during the run.
     texts = objective.base.text_modules if objective.network.trains_text_encoder else []
     return GraphPass(eager, CudaRecorder, state.weights.pass_gradients, [objective.base.unet, *texts])

@@ -15,11 +15,11 @@ from library.training.run.events import At, Event, Moment, Needs, due, happen, n
 from library.training.run.interruption import StopRequest
 from library.training.run.progress import Progress
 from library.training.run.runtime import Runtime
-from library.training.run.step import Pending, Step
+from library.training.run.step import OptimizerStep, PendingStep
 
 
 def run(
-    step: Step,
+    step: OptimizerStep,
     network: TrainableNetwork,
     loader: Iterable[Batch],
     *,
@@ -37,13 +37,14 @@ def run(
     network.on_epoch_start()
     happen(events, Moment(At.START, progress))
     bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
-    under_way: deque[Pending] = deque()
+    under_way: deque[PendingStep] = deque()
 
     def settle(left: int) -> None:
         """Wait for the results of all steps but the last ones."""
         while len(under_way) > left:
             result = under_way.popleft().result()
             progress.losses.extend(result.losses)
+            progress.num_skipped = result.num_skipped
             bar.update()
             bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
             happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result))

@@ -17,6 +17,7 @@ class Progress:
     epoch: int  # of the last of these steps, from 1
     seed: int
     losses: deque[float] = dataclasses.field(default_factory=deque)  # of the micro-batches of the last known steps
+    num_skipped: int = 0  # of the last known steps, those left out in a row because they were not finite
     best: tuple[float, int] | None = None  # lowest validation loss, and its step
     columns: list[tuple[str, list[Path]]] = dataclasses.field(default_factory=list)  # of the contact sheet
 

@@ -110,6 +110,7 @@ def begin(plan: RunPlan, resumed: Path | None) -> Progress:
         epoch=-(-plan.start_step // plan.steps_per_epoch),
         seed=plan.seed,
         losses=deque(before.losses, maxlen=plan.batches_per_epoch),
+        num_skipped=before.num_skipped,
         best=before.best,
         columns=[(label, files) for label, files in before.columns if all(file.is_file() for file in files)],
     )
@@ -131,6 +132,7 @@ def _record(progress: Progress) -> dict[str, Any]:
         "seed": progress.seed,
         "losses": list(progress.losses),
         "columns": [(label, [str(file) for file in files]) for label, files in progress.columns],
+        "num_skipped": progress.num_skipped,
         "best": progress.best,
     }
 
@@ -186,6 +188,7 @@ def read_progress(folder: Path) -> Progress:
             epoch=_count(record, "current_epoch"),
             seed=_count(record, "seed"),
             losses=deque(float(loss) for loss in record["losses"]),
+            num_skipped=_count(record, "num_skipped") if "num_skipped" in record else 0,  # not in older states
             best=_best(*record["best"]) if record.get("best") else None,
             columns=[(str(label), [Path(str(file)) for file in files]) for label, files in record["columns"]],
         )

@@ -35,27 +35,10 @@ class StepResult:
 
     step: int  # steps made with it
     losses: list[float]  # of its micro-batches, without those that are not finite
-    gradient_norm: float  # before clipping
     rates: dict[str, float]  # learning rate by name of the parameter group
     adapted_rates: dict[str, float]  # the same times the step size that the optimizer found; empty for most optimizers
     norms: dict[str, float]  # of the network's weights, by name in the log
-    was_skipped: bool  # the weights are as they were, because something was not finite
-
-
-class Pending(Protocol):
-    """A step that is under way."""
-
-    def result(self) -> StepResult:
-        """Wait for the step and return its results; raises UserError to end the run."""
-        ...
-
-
-class Step(Protocol):
-    """Makes optimizer steps."""
-
-    def __call__(self, step: int, batches: Sequence[Batch]) -> Pending:
-        """Begin a step (from 0) from the mean gradient of some micro-batches."""
-        ...
+    num_skipped: int  # steps in a row that were left out because they were not finite, up to this one
 
 
 class Pass(Protocol):
@@ -79,6 +62,71 @@ class EagerPass:
         return loss.detach()
 
 
+class Verdict:
+    """Judges steps whose numbers are not finite, in their order: they are left out, or end the run."""
+
+    def __init__(self, on_nan: Literal["stop", "skip"], scaler: torch.amp.GradScaler, *, num_skipped: int = 0) -> None:
+        """num_skipped is the number of the last steps before that were left out, all in a row."""
+        # A gradient that overflows is the scaler's business, which lowers the scale.
+        self._on_nan, self._scales_losses = on_nan, scaler.is_enabled()
+        self._num_skipped = num_skipped
+
+    def judge(self, step: int, losses: list[float], norm: float, batches: Sequence[Batch]) -> int:
+        """Return how many steps in a row are left out, up to this one (from 1), with a warning if it is.
+
+        Raises UserError where that ends the run.
+        """
+        problem = self._not_finite(step, losses, norm, batches)
+        if problem is None:
+            self._num_skipped = 0
+            return 0
+        if self._on_nan == "stop":
+            raise UserError(
+                f"{problem}: nothing was overwritten; try a lower learning rate, --no_half_vae, bf16 in place of "
+                "fp16, or --on_nan skip"
+            )
+        self._num_skipped += 1
+        if self._num_skipped >= MOST_SKIPPED:
+            raise UserError(f"{problem}, as in the {MOST_SKIPPED - 1} steps before: the run does not come back from it")
+        logger.warning("%s; the step is left out", problem)
+        return self._num_skipped
+
+    def _not_finite(self, step: int, losses: list[float], norm: float, batches: Sequence[Batch]) -> str | None:
+        bad = [(loss, batch) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
+        if bad:
+            return f"the loss became {bad[0][0]} in step {step} with {_pictures(bad[0][1])}"
+        if not math.isfinite(norm) and not self._scales_losses:
+            pictures = "; ".join(_pictures(batch) for batch in batches)
+            return f"the gradient became {norm} in step {step} with {pictures}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingStep:
+    """A step that is under way."""
+
+    step: int  # steps made with it
+    batches: Sequence[Batch]
+    reading: Reading  # losses of the micro-batches, norm of the gradient
+    rates: dict[str, float]
+    adapted_rates: dict[str, float]
+    norms: dict[str, float]
+    verdict: Verdict
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its results; raises UserError to end the run."""
+        *losses, norm = self.reading.numbers()
+        num_skipped = self.verdict.judge(self.step, losses, norm, self.batches)
+        return StepResult(
+            step=self.step,
+            losses=[loss for loss in losses if math.isfinite(loss)],
+            rates=self.rates,
+            adapted_rates=self.adapted_rates,
+            norms=self.norms,
+            num_skipped=num_skipped,
+        )
+
+
 class OptimizerStep:
     """Makes steps: passes over the micro-batches, then clipping, optimizer and schedule."""
 
@@ -89,19 +137,19 @@ class OptimizerStep:
         state: TrainState,
         runtime: Runtime,
         *,
+        verdict: Verdict,
         seed: int,
         max_grad_norm: float | None = None,
         scale_weight_norms: float | None = None,
-        on_nan: Literal["stop", "skip"] = "stop",
     ) -> None:
         self._draw, self._passes, self._runtime = objective.draw_step, passes, runtime
         self._state, self._network, self._optimizer = state, state.network, state.optimizer
         self._seed, self._max_grad_norm, self._scale_weight_norms = seed, max_grad_norm, scale_weight_norms
-        self._verdict = Verdict(on_nan, scales_losses=state.scaler.is_enabled())
+        self._verdict = verdict
         # Fused optimizers of torch read on the device whether a step is left out.
         self._skips_on_device = bool(getattr(state.optimizer, "_step_supports_amp_scaling", False))
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> Pending:
+    def __call__(self, step: int, batches: Sequence[Batch]) -> PendingStep:
         """Begin a step (from 0) from the mean gradient of some micro-batches."""
         weights, scaler = self._state.weights, self._state.scaler
         self._network.on_optimizer_step(seed_for(self._seed, "step", step))
@@ -125,7 +173,7 @@ class OptimizerStep:
             self._state.scheduler.step()
         norms = self._scale_norms()
         weights.publish()
-        return _UnderWay(step + 1, batches, Reading(values), rates, adapted, norms, self._verdict)
+        return PendingStep(step + 1, batches, Reading(values), rates, adapted, norms, self._verdict)
 
     def _clip(self) -> Tensor:
         """Clip the gradients to --max_grad_norm; return their norm before (0-D)."""
@@ -133,7 +181,9 @@ class OptimizerStep:
         self._state.scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self._max_grad_norm:
-            torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp_max(1.0))
+            ratio = (self._max_grad_norm / (norm + 1e-6)).clamp_max(1.0)  # as torch's clip_grads_with_norm_
+            for gradient in gradients:
+                gradient.mul_(ratio)
         self._network.after_clipping()
         return norm.float()
 
@@ -156,67 +206,6 @@ class OptimizerStep:
             result = self._network.scale_norms(self._scale_weight_norms, self._runtime.device)
         names = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm")
         return {} if result is None else dict(zip(names, result, strict=True))
-
-
-class Verdict:
-    """Judges steps whose numbers are not finite, in their order: they are left out, or end the run."""
-
-    def __init__(self, on_nan: Literal["stop", "skip"], *, scales_losses: bool) -> None:
-        """scales_losses: a gradient that overflows is the scaler's business, which lowers the scale."""
-        self._on_nan, self._scales_losses = on_nan, scales_losses
-        self._num_skipped = 0  # in a row
-
-    def judge(self, step: int, losses: list[float], norm: float, batches: Sequence[Batch]) -> None:
-        """Warn, or raise UserError, if the numbers of a step (from 1) are not finite."""
-        problem = self._not_finite(step, losses, norm, batches)
-        if problem is None:
-            self._num_skipped = 0
-            return
-        if self._on_nan == "stop":
-            raise UserError(
-                f"{problem}: nothing was overwritten; try a lower learning rate, --no_half_vae, bf16 in place of "
-                "fp16, or --on_nan skip"
-            )
-        self._num_skipped += 1
-        if self._num_skipped >= MOST_SKIPPED:
-            raise UserError(f"{problem}, as in the {MOST_SKIPPED - 1} steps before: the run does not come back from it")
-        logger.warning("%s; the step is left out", problem)
-
-    def _not_finite(self, step: int, losses: list[float], norm: float, batches: Sequence[Batch]) -> str | None:
-        bad = [(loss, batch) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
-        if bad:
-            return f"the loss became {bad[0][0]} in step {step} with {_pictures(bad[0][1])}"
-        if not math.isfinite(norm) and not self._scales_losses:
-            pictures = "; ".join(_pictures(batch) for batch in batches)
-            return f"the gradient became {norm} in step {step} with {pictures}"
-        return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _UnderWay:
-    """A step under way; `Pending`."""
-
-    step: int  # steps made with it
-    batches: Sequence[Batch]
-    reading: Reading  # losses of the micro-batches, norm of the gradient
-    rates: dict[str, float]
-    adapted_rates: dict[str, float]
-    norms: dict[str, float]
-    verdict: Verdict
-
-    def result(self) -> StepResult:
-        """Wait for the step and return its results; raises UserError to end the run."""
-        *losses, norm = self.reading.numbers()
-        self.verdict.judge(self.step, losses, norm, self.batches)
-        return StepResult(
-            step=self.step,
-            losses=[loss for loss in losses if math.isfinite(loss)],
-            gradient_norm=norm,
-            rates=self.rates,
-            adapted_rates=self.adapted_rates,
-            norms=self.norms,
-            was_skipped=not all(map(math.isfinite, (*losses, norm))),
-        )
 
 
 def _pictures(batch: Batch) -> str:
