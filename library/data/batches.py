@@ -1,18 +1,23 @@
 """Batches: the order of an epoch, and the content of a batch. Both are pure functions of seed and position.
 
-The plan of an epoch is a list of batches, each a tuple of samples of one bucket. A `BatchRequest` has everything that
-a batch depends on, so workers keep no state, exist for the whole run, and a run can start at any position.
+The plan of an epoch is a sequence of batches, each a tuple of samples of one bucket. A `BatchRequest` has everything
+that a batch depends on, so workers keep no state, exist for the whole run, and a run can start at any position.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import signal
 import sys
+from array import array
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import NamedTuple
 
@@ -23,9 +28,12 @@ from library.config.values import LATENT_SCALE
 from library.data import images
 from library.data.buckets import Size
 from library.data.captions import Moment, sample_caption
-from library.data.latent_cache import LatentCache
+from library.data.latent_cache import DiskCache, LatentCache
 from library.data.records import Dataset, ImageRecord
 from library.randomness import random_for
+
+READING_THREADS = 4  # of cached latents
+MADE_AHEAD = 8  # batches
 
 
 class Sample(NamedTuple):
@@ -73,33 +81,73 @@ class Content(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def plan_epoch(datasets: Sequence[Dataset], seed: int, epoch: int) -> list[tuple[Sample, ...]]:
+@dataclasses.dataclass(frozen=True)
+class EpochOrder:
+    """The batches of an epoch in order, as numbers: there can be millions, and samples are made when they are wanted.
+
+    A draw is one number, of which repeat and record are the digits, in a base that is the dataset's own.
+    """
+
+    draws: array[int]  # of all batches, one after the other, in the order of datasets and buckets
+    starts: array[int]  # of each batch in draws, and their end
+    order: array[int]  # of the batches
+    firsts: tuple[int, ...]  # the number of the first batch of each dataset
+    bases: tuple[int, ...]  # the most repeats in each dataset
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> tuple[Sample, ...]:
+        """Return the batch at a position; raises IndexError after the last one."""
+        number = self.order[position]
+        dataset = bisect.bisect_right(self.firsts, number) - 1
+        drawn = self.draws[self.starts[number] : self.starts[number + 1]]
+        return tuple(Sample(dataset, *divmod(draw, self.bases[dataset])) for draw in drawn)
+
+    def __iter__(self) -> Iterator[tuple[Sample, ...]]:
+        return (self[position] for position in range(len(self)))
+
+
+def plan_epoch(datasets: Sequence[Dataset], seed: int, epoch: int) -> EpochOrder:
     """Return the batches of an epoch (from 1) in order; no batch mixes buckets or datasets."""
-    batches = []
+    draws, starts = array("Q"), array("Q")
+    firsts, bases = [], []
     for index, dataset in enumerate(datasets):
-        for bucket, samples in sorted(samples_by_bucket(dataset, index).items()):
-            random_for(seed, "bucket", epoch, index, *bucket).shuffle(samples)
-            size = dataset.options.batch_size
-            batches += [tuple(samples[start : start + size]) for start in range(0, len(samples), size)]
-    random_for(seed, "batches", epoch).shuffle(batches)
-    return batches
+        firsts.append(len(starts))
+        bases.append(max((record.repeats for record in dataset.records), default=1))
+        for bucket, drawn in sorted(_draws(dataset, bases[-1]).items()):
+            random_for(seed, "bucket", epoch, index, *bucket).shuffle(drawn)
+            starts.extend(range(len(draws), len(draws) + len(drawn), dataset.options.batch_size))
+            draws.extend(drawn)
+    order = array("Q", range(len(starts)))
+    starts.append(len(draws))
+    random_for(seed, "batches", epoch).shuffle(order)
+    return EpochOrder(draws, starts, order, tuple(firsts), tuple(bases))
 
 
-def samples_by_bucket(dataset: Dataset, index: int) -> dict[tuple[int, int], list[Sample]]:
-    """Return bucket resolution -> all samples of an epoch in it."""
-    grouped: dict[tuple[int, int], list[Sample]] = {}
+def _draws(dataset: Dataset, base: int) -> dict[Size, array[int]]:
+    """Return bucket resolution -> all draws of an epoch in it."""
+    grouped: dict[Size, array[int]] = {}
     for number, record in enumerate(dataset.records):
-        samples = [Sample(index, number, repeat) for repeat in range(record.repeats)]
-        grouped.setdefault(record.placement.bucket, []).extend(samples)
+        drawn = grouped.setdefault(record.placement.bucket, array("Q"))
+        drawn.extend(range(number * base, number * base + record.repeats))
     return grouped
+
+
+def count_draws(dataset: Dataset) -> dict[Size, int]:
+    """Return bucket resolution -> number of draws from it in an epoch, sorted."""
+    numbers: Counter[Size] = Counter()
+    for record in dataset.records:
+        numbers[record.placement.bucket] += record.repeats
+    return dict(sorted(numbers.items()))
 
 
 def num_batches(datasets: Sequence[Dataset]) -> int:
     """Return the number of batches in an epoch, over all processes."""
     return sum(
-        math.ceil(len(samples) / dataset.options.batch_size)
-        for index, dataset in enumerate(datasets)
-        for samples in samples_by_bucket(dataset, index).values()
+        math.ceil(number / dataset.options.batch_size)
+        for dataset in datasets
+        for number in count_draws(dataset).values()
     )
 
 
@@ -119,7 +167,7 @@ class RunPlan:
     num_processes: int = 1
     start_step: int = 0  # steps that were made before
 
-    @property
+    @functools.cached_property
     def batches_per_epoch(self) -> int:
         """Micro-batches that each process sees in an epoch."""
         return math.ceil(num_batches(self.datasets) / self.num_processes)
@@ -134,17 +182,16 @@ class RunPlan:
         """Epochs that the run begins."""
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
-    def requests(self, epoch: int) -> list[BatchRequest]:
-        """Return this process's requests of an epoch (from 1), cut where the run begins and ends."""
+    def requests(self, epoch: int) -> Iterator[BatchRequest]:
+        """Yield this process's requests of an epoch (from 1), cut where the run begins and ends."""
         batches = plan_epoch(self.datasets, self.seed, epoch)
         first_step = (epoch - 1) * self.steps_per_epoch
-        wanted = self.batches_per_epoch * self.num_processes
-        filled = [batches[index % len(batches)] for index in range(wanted)]
-        mine = filled[self.rank :: self.num_processes]
-        requests = [
-            BatchRequest(epoch, first_step + index // self.accumulation, mine[index]) for index in range(len(mine))
-        ]
-        return [request for request in requests if self.start_step <= request.step < self.num_steps]
+        steps = range(max(self.start_step, first_step), min(self.num_steps, first_step + self.steps_per_epoch))
+        for step in steps:
+            first = (step - first_step) * self.accumulation
+            for index in range(first, min(first + self.accumulation, self.batches_per_epoch)):
+                position = index * self.num_processes + self.rank
+                yield BatchRequest(epoch, step, batches[position % len(batches)])
 
     def __iter__(self) -> Iterator[BatchRequest]:
         for epoch in range(self.start_step // self.steps_per_epoch + 1, self.num_epochs + 1):
@@ -206,8 +253,7 @@ class BatchMaker(torch.utils.data.Dataset):
             values, mask = sample_picture(record, frame, mirrored, rng)
         else:
             frame = images.centre_frame(record.placement)
-            values = self.cache.moments(record, mirrored=mirrored)
-            mask = None if record.mask is None else self.cache.mask(record, mirrored=mirrored)
+            values, mask = self.cache.read(record, mirrored=mirrored)
         return Content(values, mask, images.size_conditioning(record.size, frame, mirrored=mirrored))
 
 
@@ -252,12 +298,14 @@ def stack_masks(masks: list[Tensor | None], sizes: list[Size]) -> Tensor | None:
     return torch.stack([one if mask is None else mask for mask, one in zip(masks, whole, strict=True)])[:, None]
 
 
-def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.utils.data.DataLoader:
-    """Return a loader over the whole run; its workers start once.
+def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> Iterable[Batch]:
+    """Return a loader over the whole run: threads for cached latents on disk, else processes, which start once.
 
     They start as fresh processes on every platform. A fork, the default of Linux before Python 3.14, would copy a
     process that uses a GPU and has threads, of which only one goes on: a lock that another holds is never released.
     """
+    if isinstance(maker.cache, DiskCache):
+        return ReadAhead(maker, plan)
     return torch.utils.data.DataLoader(
         maker,
         batch_size=None,
@@ -267,6 +315,31 @@ def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> torch.uti
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_ignore_stops,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadAhead:
+    """A loader whose batches are made ahead in threads, where making one is mostly waiting for the disk.
+
+    Its threads end with the iterator; what making a batch raises, the iterator raises when it comes to it.
+    """
+
+    maker: BatchMaker
+    plan: Iterable[BatchRequest]
+
+    def __iter__(self) -> Generator[Batch]:
+        requests = iter(self.plan)
+        under_way: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="batches")
+        try:
+            for request in requests:
+                under_way.append(pool.submit(self.maker.__getitem__, request))
+                if len(under_way) == MADE_AHEAD:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends them to all processes, and so do job schedulers

@@ -16,7 +16,7 @@ from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
-from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
+from library.data.batches import BatchMaker, RunPlan, count_draws, num_batches
 from library.data.latent_cache import count_valid
 from library.data.picture_index import index_for
 from library.data.records import Dataset, ImageRecord, all_records, subsets_of
@@ -142,11 +142,11 @@ def report_pictures(report: Report, datasets: list[Dataset]) -> None:
     for index, dataset in enumerate(datasets):
         width, height = dataset.options.size
         report.say(f"dataset {index + 1}, {width}x{height}, batches of {dataset.options.batch_size}:")
-        for bucket, samples in sorted(samples_by_bucket(dataset, index).items()):
-            batches = -(-len(samples) // dataset.options.batch_size)
+        for bucket, draws in count_draws(dataset).items():
+            batches = -(-draws // dataset.options.batch_size)
             records = [record for record in dataset.records if record.placement.bucket == bucket]
             name = "x".join(map(str, bucket))
-            report.say(f"  {name}: {len(records)} pictures, {len(samples)} draws, {batches} batches")
+            report.say(f"  {name}: {len(records)} pictures, {draws} draws, {batches} batches")
             report.say_some([f"    {describe_picture(record)}" for record in records], MOST_PICTURES)
         regularisation = [record for record in dataset.records if record.subset.is_reg]
         if regularisation:
@@ -258,9 +258,9 @@ def take_types(base: BaseModel, types: Types) -> None:
 def largest_batch(datasets: list[Dataset]) -> Pictures:
     """Return the batch of a step with the most pixels."""
     found = [
-        Pictures(bucket, min(len(samples), dataset.options.batch_size))
-        for index, dataset in enumerate(datasets)
-        for bucket, samples in samples_by_bucket(dataset, index).items()
+        Pictures(bucket, min(draws, dataset.options.batch_size))
+        for dataset in datasets
+        for bucket, draws in count_draws(dataset).items()
     ]
     return max(found, key=Pictures.pixels)
 
