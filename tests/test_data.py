@@ -397,7 +397,7 @@ def test_entries_are_read_when_a_batch_needs_them(folder, monkeypatch):
     datasets = datasets_of(folder, flip_aug=True, latents_cached=True)
     in_memory = batches_of(datasets, 0, cache=make_cache(datasets, on_disk=False))
     cache = make_cache(datasets)
-    monkeypatch.setattr(batches_module, "MADE_AHEAD", 2)
+    monkeypatch.setattr(batches_module, "READING_THREADS", 2)
     found = batches_of(datasets, 0, cache=cache)
     for one, other in zip(in_memory, found, strict=True):
         assert (one.samples, one.names, one.captions) == (other.samples, other.names, other.captions)
@@ -407,7 +407,7 @@ def test_entries_are_read_when_a_batch_needs_them(folder, monkeypatch):
     threads = threading.active_count()
     loaded = load_batches(ReadAhead(BatchMaker(datasets, 5, 100, 1.0, cache), requests))
     assert torch.equal(next(loaded).moments, in_memory[0].moments)
-    assert len(taken) == 2
+    assert len(taken) <= 5
     loaded.close()
     assert threading.active_count() == threads
 

@@ -15,9 +15,8 @@ import random
 import signal
 import sys
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import NamedTuple
 
@@ -30,10 +29,10 @@ from library.data.buckets import Size
 from library.data.captions import Moment, sample_caption
 from library.data.latent_cache import DiskCache, LatentCache
 from library.data.records import Dataset, ImageRecord
+from library.parallel import in_order
 from library.randomness import random_for
 
-READING_THREADS = 4  # of cached latents
-MADE_AHEAD = 8  # batches
+READING_THREADS = 4  # of cached latents; twice as many batches are ahead
 
 
 class Sample(NamedTuple):
@@ -327,19 +326,8 @@ class ReadAhead:
     maker: BatchMaker
     plan: Iterable[BatchRequest]
 
-    def __iter__(self) -> Generator[Batch]:
-        requests = iter(self.plan)
-        under_way: deque[Future[Batch]] = deque()
-        pool = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="batches")
-        try:
-            for request in requests:
-                under_way.append(pool.submit(self.maker.__getitem__, request))
-                if len(under_way) == MADE_AHEAD:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def __iter__(self) -> Iterator[Batch]:
+        return in_order(self.maker.__getitem__, self.plan, READING_THREADS)
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)  # a terminal sends them to all processes, and so do job schedulers
