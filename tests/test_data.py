@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -217,6 +218,18 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
         assert (one.samples, one.captions, one.names) == (other.samples, other.captions, other.names)
         assert torch.equal(one.pixels, other.pixels)
     assert len({batch.captions for batch in alone}) > 3
+
+
+def test_what_travels_to_a_worker_does_not_grow_with_the_pictures(folder):
+    (dataset,) = datasets_of(folder, shuffle_caption=True)
+    sizes = []
+    for times in (1, 1000):
+        many = [dataclasses.replace(dataset, records=dataset.records * times)]
+        loader = make_loader(BatchMaker(many, 5, 100, 1.0, None), RunPlan(many, 5, 2, 1), 0)
+        sizes.append([len(pickle.dumps(part)) for part in (loader.dataset, *loader.sampler)])
+    for few, more in zip(*sizes, strict=True):
+        assert more - few < 100
+    assert max(map(max, sizes)) < 4000
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals cannot wait on Windows")

@@ -1,7 +1,8 @@
 """Batches: the order of an epoch, and the content of a batch. Both are pure functions of seed and position.
 
 The plan of an epoch is a sequence of batches, each a tuple of samples of one bucket. A `BatchRequest` has everything
-that a batch depends on, so workers keep no state, exist for the whole run, and a run can start at any position.
+that a batch depends on, so workers keep no state, exist for the whole run, and a run can start at any position. The
+records of its samples travel to a worker with it, not those of all pictures at the start.
 """
 
 from __future__ import annotations
@@ -202,25 +203,37 @@ class RunPlan:
 # --------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchMaker(torch.utils.data.Dataset):
-    """Creates the batch of a request; requests are its indices, so that torch's loader can use it."""
+class Task(NamedTuple):
+    """A request with what the datasets say of its samples."""
 
-    datasets: list[Dataset]
+    request: BatchRequest
+    records: tuple[ImageRecord, ...]
+    is_bucketed: bool  # all samples of a batch are of one dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMaker(torch.utils.data.Dataset):
+    """Creates the batch of a task; tasks are its indices, so that torch's loader can use it.
+
+    Each worker process gets a copy, so nothing in it grows with the number of pictures; workers have no cache.
+    """
+
     seed: int
     num_steps: int
     prior_loss_weight: float
     cache: LatentCache | None
 
-    def __getitem__(self, request: BatchRequest) -> Batch:
-        records = self._records(request)
-        contents = [self._content(sample, request.epoch) for sample in request.samples]
+    def __getitem__(self, task: Task) -> Batch:
+        request, records, _ = task
+        contents = [
+            self._content(sample, record, task) for sample, record in zip(request.samples, records, strict=True)
+        ]
         values = torch.stack([content.values for content in contents])
         return Batch(
             epoch=request.epoch,
             samples=request.samples,
             names=tuple(str(record.path) for record in records),
-            captions=self.captions(request),
+            captions=self.captions(task),
             loss_weights=torch.tensor([self.prior_loss_weight if record.subset.is_reg else 1.0 for record in records]),
             preserved=torch.tensor([record.subset.preserves_output for record in records]),
             moments=values if self.cache is not None else None,
@@ -229,31 +242,54 @@ class BatchMaker(torch.utils.data.Dataset):
             sizes=torch.tensor([content.sizes for content in contents]),
         )
 
-    def captions(self, request: BatchRequest) -> tuple[str, ...]:
+    def captions(self, task: Task) -> tuple[str, ...]:
         """Return the captions of a batch as they are fed to the text encoder."""
-        moment = Moment(request.epoch, request.step, self.num_steps)
+        epoch, step, samples = task.request
+        moment = Moment(epoch, step, self.num_steps)
         return tuple(
-            sample_caption(
-                record.caption, record.subset, moment, random_for(self.seed, "caption", request.epoch, *sample)
-            )
-            for record, sample in zip(self._records(request), request.samples, strict=True)
+            sample_caption(record.caption, record.subset, moment, random_for(self.seed, "caption", epoch, *sample))
+            for record, sample in zip(task.records, samples, strict=True)
         )
 
-    def _records(self, request: BatchRequest) -> list[ImageRecord]:
-        return [self.datasets[sample.dataset].records[sample.record] for sample in request.samples]
-
-    def _content(self, sample: Sample, epoch: int) -> Content:
-        dataset = self.datasets[sample.dataset]
-        record = dataset.records[sample.record]
-        rng = random_for(self.seed, "picture", epoch, *sample)
+    def _content(self, sample: Sample, record: ImageRecord, task: Task) -> Content:
+        rng = random_for(self.seed, "picture", task.request.epoch, *sample)
         mirrored = record.subset.flip_aug and rng.random() < 0.5
         if self.cache is None:
-            frame = sample_frame(record, dataset.options.enable_bucket, rng)
+            frame = sample_frame(record, task.is_bucketed, rng)
             values, mask = sample_picture(record, frame, mirrored, rng)
         else:
             frame = images.centre_frame(record.placement)
             values, mask = self.cache.read(record, mirrored=mirrored)
         return Content(values, mask, images.size_conditioning(record.size, frame, mirrored=mirrored))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchMaker:
+    """Creates the batch of a request from the records of datasets."""
+
+    datasets: list[Dataset]
+    seed: int
+    num_steps: int
+    prior_loss_weight: float
+    cache: LatentCache | None
+
+    def __getitem__(self, request: BatchRequest) -> Batch:
+        return self.of_tasks[self.task(request)]
+
+    def captions(self, request: BatchRequest) -> tuple[str, ...]:
+        """Return the captions of a batch as they are fed to the text encoder."""
+        return self.of_tasks.captions(self.task(request))
+
+    def task(self, request: BatchRequest) -> Task:
+        """Return a request with what the datasets say of its samples."""
+        dataset = self.datasets[request.samples[0].dataset]
+        records = tuple(dataset.records[sample.record] for sample in request.samples)
+        return Task(request, records, dataset.options.enable_bucket)
+
+    @property
+    def of_tasks(self) -> TaskMaker:
+        """What makes the batches, without the datasets."""
+        return TaskMaker(self.seed, self.num_steps, self.prior_loss_weight, self.cache)
 
 
 def sample_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
@@ -306,14 +342,25 @@ def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> Iterable[
     if isinstance(maker.cache, DiskCache):
         return ReadAhead(maker, plan)
     return torch.utils.data.DataLoader(
-        maker,
+        maker.of_tasks,
         batch_size=None,
-        sampler=plan,
+        sampler=Tasks(maker, plan),
         num_workers=num_workers,
         multiprocessing_context="spawn" if num_workers else None,
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=_ignore_stops,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """The tasks of a plan, one after the other."""
+
+    maker: BatchMaker
+    plan: Iterable[BatchRequest]
+
+    def __iter__(self) -> Iterator[Task]:
+        return map(self.maker.task, self.plan)
 
 
 @dataclasses.dataclass(frozen=True)
