@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,6 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from library.config.values import LATENT_SCALE
 from library.data import images
 from library.data.buckets import Placement
 from library.data.picture_checks import raise_for_unreadable
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
+NUM_MOMENTS, MASK_BYTES = 8, 4  # for each latent pixel
 SUFFIX = ".latents.safetensors"
 VARIANT_DIGITS = 8
 MOST_ATTEMPTS = 5  # to read an entry that another run replaces
@@ -238,11 +241,35 @@ def build_cache(
     return cache
 
 
-def count_valid(datasets: Sequence[Dataset], encoder: Encoder, index: PictureIndex = DEFAULT_INDEX) -> tuple[int, int]:
-    """Return (entries that are valid on disk, entries that a run uses)."""
-    cache = open_cache(datasets, encoder, index)
-    sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
-    return len(sources) - len(cache.missing(sources)), len(sources)
+class Extent(NamedTuple):
+    """How many entries a run uses, how many of them are to be encoded, and the bytes of all."""
+
+    entries: int
+    missing: int
+    size: int
+
+
+def extent(
+    datasets: Sequence[Dataset],
+    dtype: torch.dtype,
+    encoder: Encoder | None = None,
+    index: PictureIndex = DEFAULT_INDEX,
+) -> Extent:
+    """Return what a cache with moments of a type will take: in memory, or with an encoder on disk."""
+    if encoder is None:
+        sources = sources_of(datasets, pixels_key)
+        missing = len(sources)
+    else:
+        cache = open_cache(datasets, encoder, index)
+        sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
+        missing = len(cache.missing(sources))
+    return Extent(len(sources), missing, sum(bytes_of_entry(source, dtype) for source in sources))
+
+
+def bytes_of_entry(source: Source, dtype: torch.dtype) -> int:
+    """Return the size of the tensors of an entry with moments of a type."""
+    numbers = {PLAIN: NUM_MOMENTS * dtype.itemsize, MIRRORED: NUM_MOMENTS * dtype.itemsize, MASK: MASK_BYTES}
+    return math.prod(source.record.placement.bucket) // LATENT_SCALE**2 * sum(numbers[name] for name in source.names)
 
 
 def open_cache(datasets: Sequence[Dataset], encoder: Encoder, index: PictureIndex) -> DiskCache:
