@@ -227,8 +227,7 @@ def test_what_travels_to_a_worker_does_not_grow_with_the_pictures(folder):
         many = [dataclasses.replace(dataset, records=dataset.records * times)]
         loader = make_loader(BatchMaker(many, 5, 100, 1.0, None), RunPlan(many, 5, 2, 1), 0)
         sizes.append([len(pickle.dumps(part)) for part in (loader.dataset, *loader.sampler)])
-    for few, more in zip(*sizes, strict=True):
-        assert more - few < 100
+    assert sizes[0][0] == sizes[1][0]
     assert max(map(max, sizes)) < 4000
 
 
