@@ -226,6 +226,7 @@ def test_what_travels_to_a_worker_does_not_grow_with_the_pictures(folder):
     for times in (1, 1000):
         many = [dataclasses.replace(dataset, records=dataset.records * times)]
         loader = make_loader(BatchMaker(many, 5, 100, 1.0, None), RunPlan(many, 5, 2, 1), 0)
+        assert isinstance(loader, torch.utils.data.DataLoader)
         sizes.append([len(pickle.dumps(part)) for part in (loader.dataset, *loader.sampler)])
     assert sizes[0][0] == sizes[1][0]
     assert max(map(max, sizes)) < 4000
@@ -415,10 +416,16 @@ def test_entries_are_read_when_a_batch_needs_them(folder, monkeypatch):
         assert (one.samples, one.names, one.captions) == (other.samples, other.names, other.captions)
         assert torch.equal(one.moments, other.moments)
     taken: list[BatchRequest] = []
-    requests = (taken.append(request) or request for request in RunPlan(datasets, 5, 12, 2))
+
+    def requests():
+        for request in RunPlan(datasets, 5, 12, 2):
+            taken.append(request)
+            yield request
+
     threads = threading.active_count()
-    loaded = load_batches(ReadAhead(BatchMaker(datasets, 5, 100, 1.0, cache), requests))
-    assert torch.equal(next(loaded).moments, in_memory[0].moments)
+    loaded = load_batches(ReadAhead(BatchMaker(datasets, 5, 100, 1.0, cache), requests()))
+    first = next(loaded)
+    assert first.samples == in_memory[0].samples
     assert len(taken) <= 5
     loaded.close()
     assert threading.active_count() == threads

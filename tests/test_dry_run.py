@@ -159,7 +159,9 @@ def test_the_size_told_of_latents_is_that_of_the_cache(base, pictures, tmp_path,
     monkeypatch.setattr(dry_run_module, "GIGA", 1)
     more = {"cache_latents": True, "flip_aug": True}
     text = dry(base, pictures, tmp_path, network_train_unet_only=True, **more)
-    told = float(re.search(r"latents: (\d+\.\d\d) GB of main memory", text)[1])
+    found = re.search(r"latents: (\d+\.\d\d) GB of main memory", text)
+    assert found
+    told = float(found[1])
     assert re.search(r"captions are encoded all before the first step: at most [1-9]\d+\.\d\d GB", text)
     train(base, pictures, tmp_path / "run", cache_latents_to_disk=True, flip_aug=True)
     headers = [read_header(file) for file in pictures.rglob("*.latents.safetensors")]
