@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ def replacing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator
     the next run replaces the file of a killed one. Raises OSError as in `disk_errors`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path, f"{os.getpid()}.tmp{suffix}" if durable else f"tmp{suffix}")
+    own = f"{secrets.token_hex(8)}." if durable else ""  # containers on one drive number their processes alike
+    temporary = _temporary(path, f"{own}tmp{suffix}")
     try:
         with disk_errors(path):
             yield temporary

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pytest
-from runs import ALSO_SDXL_SLOW, options
+from runs import ALSO_SDXL_SLOW, options, same, train
+from safetensors.torch import load_file
+from scripts import ROOT
 
 from library.errors import UserError
 from tools import cache_latents
@@ -30,6 +36,29 @@ def test_the_training_finds_the_latents_and_makes_the_same(base, pictures, tmp_p
         path.unlink()
     assert train_network.main([*argv, "--output_name", "again"]) == 0
     assert entries(pictures) == made
+
+
+@pytest.mark.slow
+def test_runs_at_the_same_time_on_one_folder_lose_nothing(base, pictures, tmp_path):
+    ways: tuple[dict[str, object], ...] = ({}, {"flip_aug": True}, {"resize_interpolation": "box"}, {})
+    alone = []
+    for number, way in enumerate(ways):
+        other = shutil.copytree(pictures, tmp_path / f"pictures{number}")
+        alone.append(train(base, other, tmp_path / f"alone{number}", cache_latents=True, **way))
+    runs = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "train_network.py"),
+                *options(base, pictures, tmp_path / f"out{number}", cache_latents_to_disk=True, **way),
+            ]
+        )
+        for number, way in enumerate(ways)
+    ]
+    assert [run.wait() for run in runs] == [0] * len(ways)
+    for number, expected in enumerate(alone):
+        same(load_file(tmp_path / f"out{number}" / "x.safetensors"), expected)
+    assert not [path for path in pictures.rglob("*") if ".tmp" in path.name]
 
 
 def test_only_what_concerns_latents_is_asked_for(base, pictures):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,19 @@ from encoders import MeanEncoder
 from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
-from library.data import images
-from library.data.batches import BatchMaker, RunPlan, load_batches, make_loader, num_batches, plan_epoch
+from library.data import batches as batches_module
+from library.data import images, latent_cache
+from library.data.batches import (
+    BatchMaker,
+    BatchRequest,
+    ReadAhead,
+    RunPlan,
+    Sample,
+    load_batches,
+    make_loader,
+    num_batches,
+    plan_epoch,
+)
 from library.data.latent_cache import build_cache
 from library.data.records import build_datasets, regularisation_repeats
 from library.data.sources import Listed
@@ -97,6 +111,59 @@ def test_an_epoch_has_each_sample_once_and_no_mixed_batch(folder):
     assert plan_epoch(datasets, 8, 1) != batches
 
 
+def written_out(datasets, seed, epoch):
+    """Return the batches of an epoch as lists of samples, by the rule: shuffle each bucket, then the batches."""
+    batches = []
+    for index, dataset in enumerate(datasets):
+        buckets: dict[Any, list[Sample]] = {}
+        for number, record in enumerate(dataset.records):
+            samples = [Sample(index, number, repeat) for repeat in range(record.repeats)]
+            buckets.setdefault(record.placement.bucket, []).extend(samples)
+        for bucket, samples in sorted(buckets.items()):
+            random_for(seed, "bucket", epoch, index, *bucket).shuffle(samples)
+            size = dataset.options.batch_size
+            batches += [tuple(samples[start : start + size]) for start in range(0, len(samples), size)]
+    random_for(seed, "batches", epoch).shuffle(batches)
+    return batches
+
+
+def requests_written_out(plan):
+    """Return the requests of a plan: batches in turn to the processes, the first ones again until all have as many."""
+    for epoch in range(1, plan.num_epochs + 1):
+        batches = written_out(plan.datasets, plan.seed, epoch)
+        each = -(-len(batches) // plan.num_processes)
+        mine = [batches[number % len(batches)] for number in range(each * plan.num_processes)]
+        for number, samples in enumerate(mine[plan.rank :: plan.num_processes]):
+            step = (epoch - 1) * -(-each // plan.accumulation) + number // plan.accumulation
+            if plan.start_step <= step < plan.num_steps:
+                yield BatchRequest(epoch, step, samples)
+
+
+@pytest.mark.parametrize(("accumulation", "processes", "start"), [(1, 1, 0), (3, 1, 4), (2, 3, 5)])
+def test_the_order_is_that_of_shuffled_lists(folder, accumulation, processes, start):
+    one = datasets_of(folder, num_repeats=3)[0]
+    records = tuple(dataclasses.replace(record, repeats=1 + n % 4) for n, record in enumerate(one.records))
+    (larger,) = datasets_of(folder, num_repeats=2, dataset={"resolution": (128, 128), "batch_size": 3})
+    datasets = [dataclasses.replace(one, records=records), larger]
+    assert list(plan_epoch(datasets, 3, 2)) == written_out(datasets, 3, 2)
+    assert num_batches(datasets) == len(written_out(datasets, 3, 2))
+    for rank in range(processes):
+        plan = RunPlan(datasets, 3, 17, accumulation, rank, processes, start)
+        assert list(plan) == list(requests_written_out(plan))
+
+
+def test_a_large_epoch_takes_few_bytes_a_draw(folder):
+    (dataset,) = datasets_of(folder)
+    many = [dataclasses.replace(dataset, records=dataset.records * 1000)]
+    many = [dataclasses.replace(many[0], records=tuple(dataclasses.replace(r, repeats=10) for r in many[0].records))]
+    tracemalloc.start()
+    order = plan_epoch(many, 1, 1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 * 70_000
+    assert sum(map(len, order)) == 70_000
+
+
 def test_several_datasets_share_an_epoch_at_their_own_resolution(folder):
     datasets = datasets_of(folder) + datasets_of(folder, dataset={"resolution": (128, 128), "batch_size": 3})
     batches = plan_epoch(datasets, 1, 1)
@@ -108,7 +175,7 @@ def test_several_datasets_share_an_epoch_at_their_own_resolution(folder):
 def test_processes_see_every_batch_and_make_as_many_steps(folder):
     datasets = datasets_of(folder, num_repeats=2)
     plans = [RunPlan(datasets, 3, 100, 2, rank, 3) for rank in range(3)]
-    parts = [plan.requests(1) for plan in plans]
+    parts = [list(plan.requests(1)) for plan in plans]
     assert len({len(part) for part in parts}) == 1
     seen = {request.samples for part in parts for request in part}
     assert seen == set(plan_epoch(datasets, 3, 1))
@@ -151,6 +218,18 @@ def test_the_number_of_workers_changes_nothing(folder, workers):
         assert (one.samples, one.captions, one.names) == (other.samples, other.captions, other.names)
         assert torch.equal(one.pixels, other.pixels)
     assert len({batch.captions for batch in alone}) > 3
+
+
+def test_what_travels_to_a_worker_does_not_grow_with_the_pictures(folder):
+    (dataset,) = datasets_of(folder, shuffle_caption=True)
+    sizes = []
+    for times in (1, 1000):
+        many = [dataclasses.replace(dataset, records=dataset.records * times)]
+        loader = make_loader(BatchMaker(many, 5, 100, 1.0, None), RunPlan(many, 5, 2, 1), 0)
+        assert isinstance(loader, torch.utils.data.DataLoader)
+        sizes.append([len(pickle.dumps(part)) for part in (loader.dataset, *loader.sampler)])
+    assert sizes[0][0] == sizes[1][0]
+    assert max(map(max, sizes)) < 4000
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals cannot wait on Windows")
@@ -274,7 +353,7 @@ def test_a_second_run_reads_every_entry_and_encodes_none(folder):
     second = make_cache(datasets, none)
     assert none.encoded == []
     for record in datasets[0].records:
-        assert torch.equal(first.moments(record, mirrored=False), second.moments(record, mirrored=False))
+        assert torch.equal(first.read(record, mirrored=False).moments, second.read(record, mirrored=False).moments)
     assert not list(folder.glob(".*"))
 
 
@@ -309,7 +388,7 @@ def test_an_entry_is_used_only_for_what_it_was_made_from(folder, change):
     assert sum(encoder.encoded) == expected
     pixels = images.to_tensor(images.load_picture(folder / "p2.png"))[None]
     record = next(record for record in datasets[0].records if record.path.name == "p2.png")
-    torch.testing.assert_close(cache.moments(record, mirrored=False), MeanEncoder().moments(pixels)[0])
+    torch.testing.assert_close(cache.read(record, mirrored=False).moments, MeanEncoder().moments(pixels)[0])
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
@@ -324,7 +403,90 @@ def test_a_damaged_entry_is_made_again(folder, damage):
     assert encoder.encoded == [1]
     assert victim.read_bytes() == content
     for record in datasets[0].records:
-        assert torch.equal(good.moments(record, mirrored=False), again.moments(record, mirrored=False))
+        assert torch.equal(good.read(record, mirrored=False).moments, again.read(record, mirrored=False).moments)
+
+
+def test_entries_are_read_when_a_batch_needs_them(folder, monkeypatch):
+    datasets = datasets_of(folder, flip_aug=True, latents_cached=True)
+    in_memory = batches_of(datasets, 0, cache=make_cache(datasets, on_disk=False))
+    cache = make_cache(datasets)
+    monkeypatch.setattr(batches_module, "READING_THREADS", 2)
+    found = batches_of(datasets, 0, cache=cache)
+    for one, other in zip(in_memory, found, strict=True):
+        assert (one.samples, one.names, one.captions) == (other.samples, other.names, other.captions)
+        assert torch.equal(one.moments, other.moments)
+    taken: list[BatchRequest] = []
+
+    def requests():
+        for request in RunPlan(datasets, 5, 12, 2):
+            taken.append(request)
+            yield request
+
+    threads = threading.active_count()
+    loaded = load_batches(ReadAhead(BatchMaker(datasets, 5, 100, 1.0, cache), requests()))
+    first = next(loaded)
+    assert first.samples == in_memory[0].samples
+    assert len(taken) <= 5
+    loaded.close()
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "another"])
+def test_an_entry_that_is_lost_during_the_run_ends_it_with_its_name(folder, damage):
+    datasets = datasets_of(folder, latents_cached=True)
+    cache = make_cache(datasets)
+    files = entry_files(folder)
+    loaded = load_batches(make_loader(BatchMaker(datasets, 5, 100, 1.0, cache), RunPlan(datasets, 5, 80, 1), 0))
+    next(loaded)
+    if damage == "gone":
+        files[2].unlink()
+    else:
+        files[2].write_bytes(files[3].read_bytes() if damage == "another" else files[2].read_bytes()[:-8])
+    with pytest.raises(UserError, match=f"latents of .*p2.png are gone or damaged .*{files[2].name}.*Start it again"):
+        list(loaded)
+
+
+def test_an_entry_of_a_former_version_serves_and_is_not_made_again(folder):
+    datasets = datasets_of(folder, latents_cached=True)
+    make_cache(datasets)
+    for file in entry_files(folder):
+        name, bucket, _, *ending = file.name.rsplit(".", 4)
+        file.rename(file.with_name(".".join([name, bucket, *ending])))
+    encoder = MeanEncoder()
+    cache = make_cache(datasets, encoder)
+    assert encoder.encoded == []
+    assert len(batches_of(datasets, 0, cache=cache)) == len(batches_of(datasets, 0))
+
+
+def test_subsets_that_treat_a_picture_differently_have_their_own_entries(folder):
+    options = DatasetOptions(resolution=(64, 64), batch_size=2)
+    subsets = tuple(
+        SubsetOptions(image_dir=folder, caption_extension=".txt", resize_interpolation=way) for way in ("area", "box")
+    )
+    datasets = build_datasets([DatasetConfig(options=options, subsets=subsets)], latents_cached=True)
+    cached, live = batches_of(datasets, 0, cache=make_cache(datasets)), batches_of(datasets, 0)
+    for one, other in zip(cached, live, strict=True):
+        torch.testing.assert_close(one.moments, MeanEncoder().moments(other.pixels))
+    encoder = MeanEncoder()
+    make_cache(datasets, encoder)
+    assert encoder.encoded == []
+
+
+def test_an_entry_that_another_run_replaces_between_its_reads_is_read_again(folder, monkeypatch):
+    plain = datasets_of(folder, latents_cached=True)
+    cache = make_cache(plain)
+    plain_read = latent_cache.read_tensors
+
+    def replaced_before(*args):
+        monkeypatch.setattr(latent_cache, "read_tensors", plain_read)
+        make_cache(datasets_of(folder, latents_cached=True, flip_aug=True))  # the mirror images come first in its files
+        return plain_read(*args)
+
+    before = {record.file: cache.read(record, mirrored=False).moments for record in plain[0].records}
+    for record in plain[0].records[:1]:
+        monkeypatch.setattr(latent_cache, "read_tensors", replaced_before)
+        assert torch.equal(cache.read(record, mirrored=False).moments, before[record.file])
+    assert latent_cache.read_tensors is plain_read
 
 
 def test_latents_that_are_not_finite_are_refused_and_not_kept(folder):

@@ -25,6 +25,8 @@ from library.models.precision import types_of
 from library.models.tokenizer import load_clip_tokenizer
 from library.networks.trainable import build_network
 from library.optim.flat import TrainedWeights
+from library.safetensors_io import read_header
+from library.training.rehearse import dry_run as dry_run_module
 from library.training.rehearse import memory
 from library.training.rehearse.dry_run import take_types
 
@@ -151,6 +153,20 @@ def test_it_tells_hits_and_misses_of_the_cache(base, pictures, tmp_path):
     assert "latents: 4 of 4 are valid on disk, 0 will be encoded" in dry(base, pictures, tmp_path, **more)
     Image.new("RGB", (64, 64)).save(pictures / "1_sks dog" / "0.png")
     assert "latents: 3 of 4 are valid on disk, 1 will be encoded" in dry(base, pictures, tmp_path, **more)
+
+
+def test_the_size_told_of_latents_is_that_of_the_cache(base, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run_module, "GIGA", 1)
+    more = {"cache_latents": True, "flip_aug": True}
+    text = dry(base, pictures, tmp_path, network_train_unet_only=True, **more)
+    found = re.search(r"latents: (\d+\.\d\d) GB of main memory", text)
+    assert found
+    told = float(found[1])
+    assert re.search(r"captions are encoded all before the first step: at most [1-9]\d+\.\d\d GB", text)
+    train(base, pictures, tmp_path / "run", cache_latents_to_disk=True, flip_aug=True)
+    headers = [read_header(file) for file in pictures.rglob("*.latents.safetensors")]
+    assert told == sum(info.end - info.start for header in headers for info in header.tensors.values())
+    assert f"all take {told:.2f} GB beside" in dry(base, pictures, tmp_path, cache_latents_to_disk=True, flip_aug=True)
 
 
 def test_it_tells_modules_parameters_and_rates(base, pictures, tmp_path):

@@ -14,7 +14,7 @@ from library.config.dataset import SubsetOptions
 from library.data import images
 from library.data.buckets import Placement
 from library.data.images import Mask
-from library.data.latent_cache import fingerprint
+from library.data.latent_cache import DiskCache
 from library.data.records import ImageRecord
 from library.errors import UserError
 from library.generation.init_images import check_images, list_images, load_image
@@ -89,4 +89,5 @@ def test_fingerprints_of_entries_on_disk_stay_as_they_are(mask, own):
     record = ImageRecord("a.png", (640, 510), ("",), 1, SubsetOptions(), placement, mask=mask)
     parts = ("1", "1a", (64, 51), (0, 1), (64, 48), None, "vae float32", *own)
     expected = hashlib.sha256(repr(parts).encode()).hexdigest()
-    assert fingerprint(record, {"a.png": "1a", "m.png": "2m"}, "vae float32") == expected
+    cache = DiskCache({"a.png": "1a", "m.png": "2m"}, "vae float32")
+    assert cache.identify(record).fingerprint == expected

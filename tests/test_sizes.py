@@ -13,7 +13,7 @@ from runs import train
 
 from library.config.dataset import LEAST_STEP, DatasetConfig, DatasetOptions, SubsetOptions
 from library.data.batches import BatchMaker, BatchRequest, RunPlan
-from library.data.latent_cache import build_cache
+from library.data.latent_cache import Latents, build_cache
 from library.data.records import build_datasets, candidates
 from library.models.family import FAMILIES
 
@@ -78,9 +78,9 @@ def draws_of(batches):
 class NoLatents:
     """A cache that holds nothing but the size of the latents: pictures need not be decoded."""
 
-    def moments(self, record, *, mirrored):
+    def read(self, record, *, mirrored):
         width, height = record.placement.bucket
-        return torch.zeros(8, height // 8, width // 8)
+        return Latents(torch.zeros(8, height // 8, width // 8), None)
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,14 @@ def test_it_does_not_wait_for_pictures_that_are_not_begun(base, pictures, tmp_pa
 def test_hashing_and_reading_of_a_disk_cache_do_not_wait_either(base, pictures, tmp_path, monkeypatch):
     train(base, pictures, tmp_path / "a", cache_latents_to_disk=True)
     digest = picture_index.DIGEST
-    for name in ("read_entry", "DIGEST"):
+    for name in ("read_header", "DIGEST"):
         seen: list[object] = []
 
-        def slow(source, *more, seen=seen):
-            seen.append(source)
+        def slow(file, seen=seen):
+            seen.append(file)
             signal.pthread_kill(MAIN, signal.SIGINT)
             time.sleep(0.02)
+            raise OSError
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             if name == "DIGEST":

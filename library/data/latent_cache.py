@@ -8,31 +8,40 @@ are not read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from library.config.values import LATENT_SCALE
 from library.data import images
 from library.data.buckets import Placement
 from library.data.picture_checks import raise_for_unreadable
 from library.data.picture_index import DEFAULT_INDEX, PictureIndex
 from library.data.records import Dataset, ImageRecord, all_records
 from library.errors import UserError
-from library.safetensors_io import read_header, read_tensors
+from library.safetensors_io import Header, read_header, read_tensors
 from library.weight_file import write_weights
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
+NUM_MOMENTS, MASK_BYTES = 8, 4  # for each latent pixel
+SUFFIX = ".latents.safetensors"
+VARIANT_DIGITS = 8
+MOST_ATTEMPTS = 5  # to read an entry that another run replaces
+CHECKED_AT_ONCE = 1000  # entries; each that waits for its thread takes memory
 
 Entry = dict[str, torch.Tensor]
+Stamp = tuple[int, int, int]
 PixelsKey = tuple[str, Placement, str | None, images.Mask | None]
 Loaded = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3) and mask (H/8, W/8) of a bucket's size
 
@@ -49,12 +58,25 @@ class Encoder(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The source of one entry: a record, its fingerprint, and whether it is encoded mirrored, too."""
+class Latents(NamedTuple):
+    """What a batch takes of an entry."""
+
+    moments: torch.Tensor  # (8, H/8, W/8)
+    mask: torch.Tensor | None  # (H/8, W/8)
+
+
+class LatentCache(Protocol):
+    """Moments and masks of all pictures."""
+
+    def read(self, record: ImageRecord, *, mirrored: bool) -> Latents:
+        """Return moments and mask of a record; raises UserError if they are no longer there."""
+        ...
+
+
+class Source(NamedTuple):
+    """The source of one entry: a record, and whether it is encoded mirrored, too."""
 
     record: ImageRecord
-    fingerprint: str
     mirrored: bool
 
     @property
@@ -62,31 +84,119 @@ class Source:
         """Names of the tensors in the entry."""
         return PLAIN, *([MIRRORED] if self.mirrored else []), *([MASK] if self.record.mask else [])
 
-    @property
-    def file(self) -> Path:
-        """The path of the entry on disk, from the names of picture and bucket."""
-        width, height = self.record.placement.bucket
-        return self.record.path.with_name(f"{self.record.path.name}.{width:04d}x{height:04d}.latents.safetensors")
+
+# --------------------------------------------------------------------------------------------------------------
+# Where entries are
+# --------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentCache:
-    """Moments of all pictures, by fingerprint."""
+class MemoryCache:
+    """Entries in memory. Within a run the path identifies the file, so that no hash is needed."""
 
-    entries: dict[str, Entry]
-    fingerprints: dict[PixelsKey, str]
+    entries: dict[PixelsKey, Entry]
 
-    def moments(self, record: ImageRecord, *, mirrored: bool) -> torch.Tensor:
-        """Return the moments (8, H/8, W/8) of a record."""
-        return self._entry(record)[MIRRORED if mirrored else PLAIN]
+    def read(self, record: ImageRecord, *, mirrored: bool) -> Latents:
+        """Return moments and mask of a record."""
+        return latents_in(self.entries[pixels_key(record)], mirrored=mirrored)
 
-    def mask(self, record: ImageRecord, *, mirrored: bool) -> torch.Tensor:
-        """Return the loss mask (H/8, W/8) of a record that has one."""
-        mask = self._entry(record)[MASK]
-        return mask.flip(-1) if mirrored else mask
 
-    def _entry(self, record: ImageRecord) -> Entry:
-        return self.entries[self.fingerprints[pixels_key(record)]]
+class Identity(NamedTuple):
+    """What identifies an entry on disk."""
+
+    fingerprint: str  # the hash of everything that it depends on
+    variant: str  # the hash of all that but the picture itself, short, for the name of the file
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskCache:
+    """Entries on disk, read whenever they are needed: in memory are only the digests of the pictures.
+
+    Entries of one picture for different models or options have different names, so that runs at the same time, and
+    subsets of a run, do not replace each other's.
+    """
+
+    digests: dict[str, str]  # of the files of pictures and masks
+    encoder: str  # the identity of one
+
+    def read(self, record: ImageRecord, *, mirrored: bool) -> Latents:
+        """Return moments and mask of a record; raises UserError if the entry is gone, another's or damaged."""
+        source = Source(record, mirrored)
+        names = {*source.names} - ({PLAIN} if mirrored else set())
+        for _ in range(MOST_ATTEMPTS):
+            found = self.find(source)
+            if found is None:
+                break
+            file, stamp, header = found
+            with contextlib.suppress(UserError, OSError):
+                entry = dict(read_tensors(file, header, names))
+                if stamp_of(file) == stamp:  # else another run replaced the file after its header was read
+                    return latents_in(entry, mirrored=mirrored)
+        own, _ = self._files(record, self.identify(record))
+        raise UserError(
+            f"the cached latents of {record.path} are gone or damaged ({own.name}): something changed the file or the "
+            "picture during the run. Start it again, with --resume if it saved a state; what is missing is encoded anew"
+        )
+
+    def identify(self, record: ImageRecord) -> Identity:
+        """Return what identifies the entry of a record."""
+        placement, digest = record.placement, self.digests[record.file]
+        further: tuple[object, ...] = (
+            placement.resized,
+            images.centre_frame(placement).corner,
+            placement.bucket,
+            record.subset.resize_interpolation,
+            self.encoder,
+        )
+        if record.mask is not None:
+            further += (record.mask.key(self.digests),)
+        return Identity(hash_of(FORMAT_VERSION, digest, *further), hash_of(*further)[:VARIANT_DIGITS])
+
+    def find(self, source: Source) -> tuple[Path, Stamp, Header] | None:
+        """Return file, stamp and header of a valid entry; None where there is none, another's, or a damaged one."""
+        identity = self.identify(source.record)
+        for file in self._files(source.record, identity):
+            with contextlib.suppress(UserError, OSError):  # such as the one that there is no file
+                stamp, header = stamp_of(file), read_header(file)
+                is_ours = header.metadata.get("fingerprint") == identity.fingerprint
+                if is_ours and set(source.names) <= set(header.tensors):
+                    return file, stamp, header
+        return None
+
+    def write(self, source: Source, entry: Entry) -> None:
+        """Write an entry, unless another run has written it in the meantime."""
+        if self.find(source) is None:
+            identity = self.identify(source.record)
+            file, _ = self._files(source.record, identity)
+            write_weights(file, entry, {"fingerprint": identity.fingerprint})
+
+    def missing(self, sources: Sequence[Source]) -> list[Source]:
+        """Return the sources without a valid entry; reads the headers of entries, not their tensors."""
+        found: list[Source] = []
+        with images.reading_threads() as pool:
+            for start in range(0, len(sources), CHECKED_AT_ONCE):
+                part = sources[start : start + CHECKED_AT_ONCE]
+                are_there = pool.map(lambda source: self.find(source) is not None, part)
+                found += [source for source, is_there in zip(part, are_there, strict=True) if not is_there]
+        return found
+
+    def _files(self, record: ImageRecord, identity: Identity) -> tuple[Path, Path]:
+        """Return the path of an entry, and the one that former versions gave it, which serves as well."""
+        width, height = record.placement.bucket
+        start = f"{record.path.name}.{width:04d}x{height:04d}"
+        return record.path.with_name(f"{start}.{identity.variant}{SUFFIX}"), record.path.with_name(start + SUFFIX)
+
+
+def stamp_of(file: Path) -> Stamp:
+    """Return what changes when a file is replaced by another."""
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def latents_in(entry: Entry, *, mirrored: bool) -> Latents:
+    """Return what a batch takes of an entry, for the picture as it is or for its mirror image."""
+    mask = entry.get(MASK)
+    return Latents(entry[MIRRORED if mirrored else PLAIN], mask.flip(-1) if mirrored and mask is not None else mask)
 
 
 def pixels_key(record: ImageRecord) -> PixelsKey:
@@ -94,24 +204,14 @@ def pixels_key(record: ImageRecord) -> PixelsKey:
     return record.file, record.placement, record.subset.resize_interpolation, record.mask
 
 
-def fingerprint(record: ImageRecord, hashes: Mapping[str, str], encoder: str) -> str:
-    """Return the hash of everything that an entry depends on; encoder is the identity of one.
-
-    hashes holds those of the files of picture and mask.
-    """
-    placement = record.placement
-    parts: tuple[object, ...] = (
-        FORMAT_VERSION,
-        hashes[record.file],
-        placement.resized,
-        images.centre_frame(placement).corner,
-        placement.bucket,
-        record.subset.resize_interpolation,
-        encoder,
-    )
-    if record.mask is not None:
-        parts += (record.mask.key(hashes),)
+def hash_of(*parts: object) -> str:
+    """Return the SHA-256 of values, 64 hex digits."""
     return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Filling
+# --------------------------------------------------------------------------------------------------------------
 
 
 def build_cache(
@@ -126,71 +226,71 @@ def build_cache(
     """Return the cache of all records, encoding what is not valid on disk.
 
     share is (rank, processes): with entries on disk each process encodes its share and the caller calls again
-    after a barrier to read the others'. Raises UserError that lists all pictures that cannot be read, or that
-    the VAE turns into NaN.
+    after a barrier, which encodes what another process left out. Raises UserError that lists all pictures that cannot
+    be read, or that the VAE turns into NaN.
     """
-    records = all_records(datasets)
-    if on_disk:
-        fingerprints = fingerprints_of(records, encoder, index)
-    else:  # within a run the path identifies the file, so that no hash is needed
-        fingerprints = {key: repr(key) for key in map(pixels_key, records)}
-    sources = sources_of(records, fingerprints)
-    entries: dict[str, Entry] = {}
-    if on_disk:
-        entries = read_entries(sources)
-        logger.info("latents: %d of %d pictures are valid on disk", len(entries), len(sources))
-    missing = [source for source in sources if source.fingerprint not in entries]
-    for source, entry in _encode(missing[share[0] :: share[1]], encoder, batch_size):
-        entries[source.fingerprint] = entry
-        if on_disk:
-            write_weights(source.file, entry, {"fingerprint": source.fingerprint})
-    return LatentCache(entries, fingerprints)
+    if not on_disk:
+        entries = _encode(in_order(sources_of(datasets, pixels_key)), encoder, batch_size)
+        return MemoryCache({pixels_key(source.record): entry for source, entry in entries})
+    cache = open_cache(datasets, encoder, index)
+    sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
+    missing = cache.missing(sources)
+    logger.info("latents: %d of %d pictures are valid on disk", len(sources) - len(missing), len(sources))
+    for source, entry in _encode(in_order(missing)[share[0] :: share[1]], encoder, batch_size):
+        cache.write(source, entry)
+    return cache
 
 
-def count_valid(datasets: Sequence[Dataset], encoder: Encoder, index: PictureIndex = DEFAULT_INDEX) -> tuple[int, int]:
-    """Return (entries that are valid on disk, entries that a run uses)."""
-    records = all_records(datasets)
-    sources = sources_of(records, fingerprints_of(records, encoder, index))
-    return len(read_entries(sources)), len(sources)
+class Extent(NamedTuple):
+    """How many entries a run uses, how many of them are to be encoded, and the bytes of all."""
+
+    entries: int
+    missing: int
+    size: int
 
 
-def fingerprints_of(
-    records: Sequence[ImageRecord], encoder: Encoder, index: PictureIndex = DEFAULT_INDEX
-) -> dict[PixelsKey, str]:
-    """Return the fingerprints of all records; reads the files of pictures and masks that the index does not know."""
-    hashes = index.digests({file for record in records for file in record.files})
-    identity = encoder.identity()
-    return {pixels_key(record): fingerprint(record, hashes, identity) for record in records}
+def extent(
+    datasets: Sequence[Dataset],
+    dtype: torch.dtype,
+    encoder: Encoder | None = None,
+    index: PictureIndex = DEFAULT_INDEX,
+) -> Extent:
+    """Return what a cache with moments of a type will take: in memory, or with an encoder on disk."""
+    if encoder is None:
+        sources = sources_of(datasets, pixels_key)
+        missing = len(sources)
+    else:
+        cache = open_cache(datasets, encoder, index)
+        sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
+        missing = len(cache.missing(sources))
+    return Extent(len(sources), missing, sum(bytes_of_entry(source, dtype) for source in sources))
 
 
-def sources_of(records: Sequence[ImageRecord], fingerprints: Mapping[PixelsKey, str]) -> list[Source]:
-    """Return one source for each distinct entry, sorted by bucket so that batches fill."""
-    sources: dict[str, Source] = {}
-    for record in records:
-        key = fingerprints[pixels_key(record)]
-        mirrored = record.subset.flip_aug or (key in sources and sources[key].mirrored)
-        sources[key] = Source(record, key, mirrored)
-    return sorted(sources.values(), key=lambda source: (source.record.placement.bucket, source.record.path))
+def bytes_of_entry(source: Source, dtype: torch.dtype) -> int:
+    """Return the size of the tensors of an entry with moments of a type."""
+    numbers = {PLAIN: NUM_MOMENTS * dtype.itemsize, MIRRORED: NUM_MOMENTS * dtype.itemsize, MASK: MASK_BYTES}
+    return math.prod(source.record.placement.bucket) // LATENT_SCALE**2 * sum(numbers[name] for name in source.names)
 
 
-def read_entries(sources: Sequence[Source]) -> dict[str, Entry]:
-    """Return fingerprint -> entry for those that are valid on disk."""
-    with images.reading_threads() as pool:
-        entries = zip(sources, pool.map(read_entry, sources), strict=True)
-        return {source.fingerprint: entry for source, entry in entries if entry is not None}
+def open_cache(datasets: Sequence[Dataset], encoder: Encoder, index: PictureIndex) -> DiskCache:
+    """Return the cache on disk; reads the files of pictures and masks that the index does not know."""
+    files = {file for record in all_records(datasets) for file in record.files}
+    return DiskCache(index.digests(files), encoder.identity())
 
 
-def read_entry(source: Source) -> Entry | None:
-    """Return a valid entry from disk, or None where there is none, another's, or a damaged one."""
-    if not source.file.exists():
-        return None
-    try:
-        header = read_header(source.file)
-        if header.metadata.get("fingerprint") != source.fingerprint or not set(source.names) <= set(header.tensors):
-            return None
-        return dict(read_tensors(source.file, header))
-    except (UserError, OSError):
-        return None
+def sources_of(datasets: Sequence[Dataset], key: Callable[[ImageRecord], Hashable]) -> list[Source]:
+    """Return one source for each distinct key of a record."""
+    sources: dict[Hashable, Source] = {}
+    for record in all_records(datasets):
+        identity = key(record)
+        mirrored = record.subset.flip_aug or (identity in sources and sources[identity].mirrored)
+        sources[identity] = Source(record, mirrored)
+    return list(sources.values())
+
+
+def in_order(sources: Sequence[Source]) -> list[Source]:
+    """Return sources sorted by bucket, so that batches fill."""
+    return sorted(sources, key=lambda source: (source.record.placement.bucket, source.record.path))
 
 
 def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterator[tuple[Source, Entry]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -59,7 +60,7 @@ def held_out(
     measured = [dataset.validation for dataset in datasets]
     if not any(dataset.records for dataset in measured):
         return None
-    requests = [BatchRequest(0, 0, samples) for samples in plan_epoch(measured, seed, 0)][:most]
+    requests = [BatchRequest(0, 0, samples) for samples in itertools.islice(plan_epoch(measured, seed, 0), most)]
     # The number of steps, 1, matters only for the token warm-up, which held-out pictures do not have.
     return HeldOut(BatchMaker(measured, seed, 1, prior_loss_weight, cache), requests, seed)
 

@@ -109,6 +109,15 @@ def all_captions(datasets: Sequence[Dataset]) -> set[str] | None:
     return captions
 
 
+def bytes_kept(
+    when: When, datasets: Sequence[Dataset], base: BaseModel, options: TextOptions, dtype: torch.dtype
+) -> int:
+    """Return how much main memory the conditioning of captions takes at most, in bytes."""
+    if when is When.ONCE:
+        return len(all_captions(datasets) or ()) * bytes_of_text(base.texts, options, dtype)
+    return LARGEST_MEMORY if when is When.AHEAD else 0
+
+
 def build_conditioner(
     when: When, texts: RunTexts, base: BaseModel, network: TrainableNetwork, *, runtime: Runtime, stop: StopRequest
 ) -> tuple[Conditioner, list[Event]]:

@@ -25,7 +25,7 @@ from library.adapters.names import roles_of
 from library.config.model import ModelConfig
 from library.config.saving import MetadataConfig
 from library.config.train import TrainConfig
-from library.data.batches import RunPlan, samples_by_bucket
+from library.data.batches import RunPlan, count_draws
 from library.data.buckets import Size, mean_aspect_error
 from library.data.captions import tag_counts
 from library.data.records import Dataset, ImageRecord
@@ -142,13 +142,13 @@ def listed(values: tuple[float, ...] | None) -> list[float] | None:
 def describe_datasets(datasets: list[Dataset]) -> dict[str, Any]:
     """Return the values of the datasets of a run with --dataset_config."""
     return {
-        "ss_datasets": json.dumps([_describe_dataset(dataset, index) for index, dataset in enumerate(datasets)]),
+        "ss_datasets": json.dumps([_describe_dataset(dataset) for dataset in datasets]),
         "ss_tag_frequency": json.dumps(tag_frequency(record for dataset in datasets for record in dataset.records)),
         "ss_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=False)),
     }
 
 
-def _describe_dataset(dataset: Dataset, index: int) -> dict[str, Any]:
+def _describe_dataset(dataset: Dataset) -> dict[str, Any]:
     by_source: dict[Path, list[ImageRecord]] = {}
     for record in dataset.records:
         by_source.setdefault(record.subset.source, []).append(record)
@@ -163,7 +163,7 @@ def _describe_dataset(dataset: Dataset, index: int) -> dict[str, Any]:
         "min_bucket_reso": options.min_bucket_reso,
         "max_bucket_reso": options.longest_side,
         "tag_frequency": tag_frequency(dataset.records),
-        "bucket_info": bucket_info(dataset, index),
+        "bucket_info": bucket_info(dataset),
         "resize_interpolation": None,
         "subsets": [_describe_subset(records) for records in by_source.values()],
     }
@@ -193,7 +193,7 @@ def describe_folders(config: TrainConfig, datasets: list[Dataset], num_processes
         "ss_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=False)),
         "ss_reg_dataset_dirs": json.dumps(dataset_dirs(datasets, is_reg=True)),
         "ss_tag_frequency": json.dumps(tag_frequency(record for dataset in datasets for record in dataset.records)),
-        "ss_bucket_info": json.dumps(bucket_info(datasets[0], 0)),
+        "ss_bucket_info": json.dumps(bucket_info(datasets[0])),
     }
 
 
@@ -205,15 +205,14 @@ def tag_frequency(records: Iterable[ImageRecord]) -> dict[str, dict[str, int]]:
     return {name: tag_counts(tags) for name, tags in texts.items()}
 
 
-def bucket_info(dataset: Dataset, index: int) -> dict[str, Any] | None:
+def bucket_info(dataset: Dataset) -> dict[str, Any] | None:
     """Return resolution and number of samples of each bucket, and the mean aspect-ratio error; None without buckets."""
     if not dataset.options.enable_bucket:
         return None
-    grouped = sorted(samples_by_bucket(dataset, index).items())
     return {
         "buckets": {
-            str(number): {"resolution": list(bucket), "count": len(samples)}
-            for number, (bucket, samples) in enumerate(grouped)
+            str(number): {"resolution": list(bucket), "count": draws}
+            for number, (bucket, draws) in enumerate(count_draws(dataset).items())
         },
         "mean_img_ar_error": mean_aspect_error([(record.size, record.placement) for record in dataset.records]),
     }

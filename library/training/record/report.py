@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from library.adapters.alphas import note_on_alphas
-from library.data.batches import RunPlan, samples_by_bucket
+from library.data.batches import RunPlan, count_draws
 from library.data.records import Dataset
 from library.networks.trainable import TrainableNetwork
 from library.training.charts.loss_curve import plot_loss_curve
@@ -30,9 +30,9 @@ def describe_data(datasets: list[Dataset]) -> None:
             pictures += f" and {regularisation} for regularisation ({dataset.num_images(is_reg=True)})"
         size, batch_size = "{}x{}".format(*dataset.options.size), dataset.options.batch_size
         logger.info("dataset %d: %s at %s, batches of %d", index + 1, pictures, size, batch_size)
-        buckets = sorted(samples_by_bucket(dataset, index).items())
+        buckets = list(count_draws(dataset).items())
         if dataset.options.enable_bucket:
-            listed = ", ".join(f"{w}x{h}: {len(samples)}" for (w, h), samples in buckets[:MOST_BUCKETS])
+            listed = ", ".join(f"{w}x{h}: {draws}" for (w, h), draws in buckets[:MOST_BUCKETS])
             more = f" and {len(buckets) - MOST_BUCKETS} more" if len(buckets) > MOST_BUCKETS else ""
             logger.info("  buckets: %s%s", listed, more)
 

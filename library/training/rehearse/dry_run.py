@@ -16,8 +16,8 @@ from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
-from library.data.batches import BatchMaker, RunPlan, num_batches, samples_by_bucket
-from library.data.latent_cache import count_valid
+from library.data.batches import BatchMaker, RunPlan, count_draws, num_batches
+from library.data.latent_cache import Extent, extent
 from library.data.picture_index import index_for
 from library.data.records import Dataset, ImageRecord, all_records, subsets_of
 from library.files import replacing
@@ -42,7 +42,7 @@ from library.training.prepare.placing import (
     store_models,
 )
 from library.training.prepare.plan import choose_seed, plan_steps, resume_plan
-from library.training.prepare.texts import When, when_encoded
+from library.training.prepare.texts import When, bytes_kept, when_encoded
 from library.training.record.run_files import RunFiles
 from library.training.rehearse.memory import Pictures, Stage, Work, count_stages, state_bytes_per_parameter
 from library.training.run.runtime import types_of_run
@@ -98,9 +98,9 @@ def dry_run(
     report_pictures(report, datasets)
     report_captions(report, plan, base.texts[0], text)
     tell_long_prompts(prompts, base.texts[0], text, config.text.clip_skip)
-    if on_disk:
-        valid, total = count_valid(datasets, LatentEncoder(base.vae, types.vae), index_for(config.data))
-        report.say(f"latents: {valid} of {total} are valid on disk, {total - valid} will be encoded")
+    if config.precision.cache_latents:
+        encoder = LatentEncoder(base.vae, types.vae) if on_disk else None
+        report_latents(report, extent(datasets, types.vae, encoder, index_for(config.data)), on_disk=on_disk)
     network = report_network(report, config, base, types)
     if (note := note_on_alphas(network.file_alphas())) is not None:
         report.say(f"alphas: {note}")
@@ -108,7 +108,14 @@ def dry_run(
     if blocks and network.trains_unet:
         save_sheet(plot_blocks(blocks, config.optimizer.unet_rate), names.block_chart)
         report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
-    report_memory(report, estimate_memory(config, datasets, prompts, base, network, choice=choice, types=types))
+    when = when_encoded(
+        config.precision, datasets, base, text, types.unet, trains_text_encoder=network.trains_text_encoder
+    )
+    if when is not When.IN_STEPS:
+        kept = bytes_kept(when, datasets, base, text, types.unet)
+        report.say(f"captions are encoded {when.value}: at most {kept / GIGA:.2f} GB of main memory")
+    stages = estimate_memory(config, datasets, prompts, base, network, when=when, choice=choice, types=types)
+    report_memory(report, stages)
     save_sheet(draw_pictures(datasets), names.dry_run_pictures)
     path = names.dry_run_report
     with replacing(path) as temporary:
@@ -142,11 +149,11 @@ def report_pictures(report: Report, datasets: list[Dataset]) -> None:
     for index, dataset in enumerate(datasets):
         width, height = dataset.options.size
         report.say(f"dataset {index + 1}, {width}x{height}, batches of {dataset.options.batch_size}:")
-        for bucket, samples in sorted(samples_by_bucket(dataset, index).items()):
-            batches = -(-len(samples) // dataset.options.batch_size)
+        for bucket, draws in count_draws(dataset).items():
+            batches = -(-draws // dataset.options.batch_size)
             records = [record for record in dataset.records if record.placement.bucket == bucket]
             name = "x".join(map(str, bucket))
-            report.say(f"  {name}: {len(records)} pictures, {len(samples)} draws, {batches} batches")
+            report.say(f"  {name}: {len(records)} pictures, {draws} draws, {batches} batches")
             report.say_some([f"    {describe_picture(record)}" for record in records], MOST_PICTURES)
         regularisation = [record for record in dataset.records if record.subset.is_reg]
         if regularisation:
@@ -184,6 +191,17 @@ def report_captions(report: Report, plan: RunPlan, encoder: TextEncoder, options
     cut = cut_captions(plan.datasets, encoder, options, plan.num_steps)
     report.lines += warn_of_cut_captions(cut)
     report.say_some([f"  {text.describe()}" for text in cut], MOST_CUT_CAPTIONS)
+
+
+def report_latents(report: Report, cache: Extent, *, on_disk: bool) -> None:
+    """Report what the cache of latents takes, and how many are encoded for it."""
+    size = f"{cache.size / GIGA:.2f} GB"
+    if on_disk:
+        valid = cache.entries - cache.missing
+        report.say(f"latents: {valid} of {cache.entries} are valid on disk, {cache.missing} will be encoded")
+        report.say(f"  all take {size} beside the pictures; a run reads them when they are needed")
+    else:
+        report.say(f"latents: {size} of main memory; --cache_latents_to_disk needs none")
 
 
 def report_network(report: Report, config: TrainConfig, base: BaseModel, types: Types) -> TrainableNetwork:
@@ -225,13 +243,13 @@ def estimate_memory(
     base: BaseModel,
     network: TrainableNetwork,
     *,
+    when: When,
     choice: OptimizerChoice,
     types: Types,
 ) -> list[Stage]:
     """Return the stages of the run; models and network are on the meta device and unusable afterwards."""
     move(base.vae, "meta")
     precision, options = config.precision, caption_options(config.text)
-    when = when_encoded(precision, datasets, base, options, types.unet, trains_text_encoder=network.trains_text_encoder)
     training = dataclasses.replace(largest_batch(datasets), windows=options.windows)
     most = precision.vae_batch_size  # pictures that the VAE encodes at a time
     in_steps = dataclasses.replace(training, number=min(training.number, most or training.number))
@@ -258,9 +276,9 @@ def take_types(base: BaseModel, types: Types) -> None:
 def largest_batch(datasets: list[Dataset]) -> Pictures:
     """Return the batch of a step with the most pixels."""
     found = [
-        Pictures(bucket, min(len(samples), dataset.options.batch_size))
-        for index, dataset in enumerate(datasets)
-        for bucket, samples in samples_by_bucket(dataset, index).items()
+        Pictures(bucket, min(draws, dataset.options.batch_size))
+        for dataset in datasets
+        for bucket, draws in count_draws(dataset).items()
     ]
     return max(found, key=Pictures.pixels)
 
