@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -123,7 +123,7 @@ def busy_cores(number: int) -> Iterator[None]:
             program.wait()
 
 
-def measured(jobs: dict[str, Job], chosen: Sequence[str], rounds: int) -> dict[str, list[tuple[Used, Used]]]:
+def measured(jobs: dict[str, Job], chosen: Collection[str], rounds: int) -> dict[str, list[tuple[Used, Used]]]:
     """Return job -> what it took in each round, and what its floor took right before."""
     found: dict[str, list[tuple[Used, Used]]] = {name: [] for name in chosen}
     for number in range(rounds):

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -61,7 +61,7 @@ def by_module(
     device: str = "cpu",
     most: int = MOST_WORKERS,
     size: Callable[[Item], int] | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield function(item) in order, as `in_order` does, each computed by one thread of torch.
 
     There are at most so many workers, on another device than the CPU one. The results do not depend on their number.
@@ -76,7 +76,7 @@ def in_order(
     workers: int,
     *,
     size: Callable[[Item], int] | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield function(item) for all items in their order; a number of threads work ahead.
 
     At most two items for each worker are begun and not used, and of at most BYTES_OF_A_WORKER for each worker if size

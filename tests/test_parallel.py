@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_the_number_of_workers_changes_no_byte(files, tmp_path, monkeypatch):
     found = []
     for workers in (1, 3):
         monkeypatch.setattr(parallel, "num_workers", lambda workers=workers: workers)
-        written = {}
+        written: dict[Path, bytes] = {}
         for name, (script, argv) in jobs.items():
             out = tmp_path / (name if name == "folder" else f"{name}.safetensors")
             call(script, *argv, out)
