@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+READ_AT_ONCE = 2**22  # bytes of a tensor that is converted while it is read: the cache of a core holds them
 WRITTEN_AT_ONCE = 2**18  # bytes; Linux takes two to five times as long for a tensor in one piece
 SENT_AT_ONCE = 2**26  # bytes after which the disk is told to begin, so that little is left to wait for at the end
 MAX_HEADER_BYTES = 100_000_000  # the package safetensors reads no file with a longer header
@@ -115,17 +116,33 @@ def read_tensors(
     with path.open("rb", buffering=0) as file:
         for name in sorted(wanted, key=lambda name: header.tensors[name].start):
             info = header.tensors[name]
-            dtype = dtype_of(info, name, path)
-            needed = math.prod(info.shape) * dtype.itemsize
-            if needed != info.end - info.start:
-                raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {needed}")
+            dtype = checked_type(info, name, path)
             tensor = torch.empty(info.shape, dtype=dtype)
-            if needed:
-                buffer = bytes_of(tensor)
-                file.seek(info.start)
-                while buffer:
-                    buffer = buffer[file.readinto(buffer) :]
+            file.seek(info.start)
+            _fill(tensor, file)
             yield name, tensor
+
+
+def read_pieces(path: Path, info: TensorInfo, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield the numbers of a tensor of a file, flat, some at a time, each time in the same memory."""
+    import torch
+
+    left = math.prod(info.shape)
+    memory = torch.empty(min(left, READ_AT_ONCE // dtype.itemsize), dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        while left:
+            piece = memory[:left]
+            _fill(piece, file)
+            yield piece
+            left -= len(piece)
+
+
+def _fill(tensor: torch.Tensor, file: io.FileIO) -> None:
+    """Fill a tensor with the next bytes of a file."""
+    buffer = bytes_of(tensor) if tensor.numel() else memoryview(b"")
+    while buffer:
+        buffer = buffer[file.readinto(buffer) :]
 
 
 def dtype_of(info: TensorInfo, name: str, path: Path) -> torch.dtype:
@@ -135,6 +152,15 @@ def dtype_of(info: TensorInfo, name: str, path: Path) -> torch.dtype:
     if info.dtype not in DTYPE_NAMES:
         raise UserError(f"{path}: {name} has the type {info.dtype}, which is not supported")
     return getattr(torch, DTYPE_NAMES[info.dtype])
+
+
+def checked_type(info: TensorInfo, name: str, path: Path) -> torch.dtype:
+    """Return the type of a tensor in a file, as `dtype_of`; raises UserError also if its shape needs other bytes."""
+    dtype = dtype_of(info, name, path)
+    needed = math.prod(info.shape) * dtype.itemsize
+    if needed != info.end - info.start:
+        raise UserError(f"{path}: {name} has {info.end - info.start} bytes, its shape needs {needed}")
+    return dtype
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

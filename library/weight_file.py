@@ -14,7 +14,17 @@ from library.errors import UserError, message_of
 from library.file_kinds import PICKLE, SAFETENSORS, weight_format
 from library.files import file_sha256
 from library.pickles import PICKLE_SUFFIXES, read_pickle, write_pickle
-from library.safetensors_io import DTYPE_NAMES, Header, bytes_of, dtype_of, read_header, read_tensors, write_stream
+from library.safetensors_io import (
+    DTYPE_NAMES,
+    Header,
+    bytes_of,
+    checked_type,
+    dtype_of,
+    read_header,
+    read_pieces,
+    read_tensors,
+    write_stream,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +81,26 @@ class WeightFile:
         if isinstance(self.content, Header):
             return self.tensor(name)
         return self._meant(name, self.content.pop(name).clone())
+
+    def take_as(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+        """Return one tensor in a type, as `take` does, and whether all its numbers in the file are finite.
+
+        A tensor of another type is converted while it is read, so that it is never in memory in both.
+        """
+        import torch
+
+        info = self.content.tensors[name] if isinstance(self.content, Header) and name not in self.scales else None
+        stored = None if info is None else checked_type(info, name, self.path)
+        if info is None or stored is None or stored == dtype:
+            tensor = self.take(name)
+            return tensor.to(dtype), is_finite(tensor)
+        result = torch.empty(info.shape, dtype=dtype)
+        rest, all_finite = result.view(-1), True
+        for piece in read_pieces(self.path, info, stored):
+            all_finite = all_finite and is_finite(piece)
+            rest[: len(piece)] = piece
+            rest = rest[len(piece) :]
+        return result, all_finite
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for the names that the file has, each in its own memory.
@@ -194,7 +224,12 @@ def check_name(path: Path) -> None:
 def check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     """Raise UserError for a tensor of a file with a number that is NaN or infinite."""
     if not is_finite(tensor):
-        raise UserError(f"{path}: {name} holds NaN or infinity: take another copy")
+        raise not_finite(name, path)
+
+
+def not_finite(name: str, path: Path) -> UserError:
+    """Return the error for a tensor of a file with a number that is NaN or infinite."""
+    return UserError(f"{path}: {name} holds NaN or infinity: take another copy")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

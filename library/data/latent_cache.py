@@ -230,13 +230,13 @@ def build_cache(
     be read, or that the VAE turns into NaN.
     """
     if not on_disk:
-        entries = _encode(in_order(sources_of(datasets, pixels_key)), encoder, batch_size)
+        entries = _encode(by_bucket(sources_of(datasets, pixels_key)), encoder, batch_size)
         return MemoryCache({pixels_key(source.record): entry for source, entry in entries})
     cache = open_cache(datasets, encoder, index)
     sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
     missing = cache.missing(sources)
     logger.info("latents: %d of %d pictures are valid on disk", len(sources) - len(missing), len(sources))
-    for source, entry in _encode(in_order(missing)[share[0] :: share[1]], encoder, batch_size):
+    for source, entry in _encode(by_bucket(missing)[share[0] :: share[1]], encoder, batch_size):
         cache.write(source, entry)
     return cache
 
@@ -288,7 +288,7 @@ def sources_of(datasets: Sequence[Dataset], key: Callable[[ImageRecord], Hashabl
     return list(sources.values())
 
 
-def in_order(sources: Sequence[Source]) -> list[Source]:
+def by_bucket(sources: Sequence[Source]) -> list[Source]:
     """Return sources sorted by bucket, so that batches fill."""
     return sorted(sources, key=lambda source: (source.record.placement.bucket, source.record.path))
 

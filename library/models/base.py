@@ -37,7 +37,8 @@ from library.models.layout import plan_of_part
 from library.models.precision import Types
 from library.models.prediction import prediction_of, settled
 from library.models.tokenizer import EOS_ID, VOCABULARY_SIZE, WINDOW, load_clip_tokenizer
-from library.weight_file import check_finite
+from library.parallel import by_module
+from library.weight_file import not_finite
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -275,6 +276,16 @@ def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype | None) -> n
 
 def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Load the weights into an empty model; each tensor is read once, and no memory is shared with the file."""
+
+    def read(source: str) -> Tensor:
+        tensor, all_finite = checkpoint.take_as(source, dtype)
+        if not all_finite:
+            raise not_finite(source.removeprefix(f"{part}/"), checkpoint.path)
+        return tensor
+
+    def needed(source: str) -> int:
+        return dtype.itemsize * math.prod(checkpoint.shape_of(source) or ())
+
     names = diffusers_names(model)  # Diffusers name -> name in the module
     expected = model.state_dict()
     plan = plan_of_part(checkpoint, part, {name: tuple(expected[own].shape) for name, own in names.items()})
@@ -284,10 +295,10 @@ def fill(model: nn.Module, part: str, checkpoint: Checkpoint, dtype: torch.dtype
     for name, piece in plan.items():
         targets.setdefault(piece.places[0].name, []).append(name)
     state: dict[str, Tensor] = {}
-    for source, tensor in checkpoint.tensors(targets):
-        check_finite(tensor, source.removeprefix(f"{part}/"), checkpoint.path)
+    sources = checkpoint.in_order(targets)
+    for source, tensor in zip(sources, by_module(read, sources, size=needed), strict=True):
         for name in targets[source]:
-            state[names[name]] = plan[name].make(tensor).to(dtype)
+            state[names[name]] = plan[name].make(tensor)
     model.load_state_dict(state, strict=False, assign=True)
     restore_position_ids(model)
 

@@ -147,18 +147,16 @@ class Checkpoint:
         part, own = split_name(name)
         return next(file for file in self.parts[part].files if own in file.shapes).tensor(own)
 
-    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) for the names that exist, in the order of the files' data.
+    def take_as(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+        """Return one tensor in a type, as `WeightFile.take_as` does: from a pickle only once."""
+        part, own = split_name(name)
+        return next(file for file in self.parts[part].files if own in file.shapes).take_as(own, dtype)
 
-        A pickle releases each tensor that it yields, so it can be read only once.
-        """
-        wanted: dict[str, set[str]] = {}
-        for part, own in map(split_name, names):
-            wanted.setdefault(part, set()).add(own)
-        for part, own_names in wanted.items():
-            for file in self.parts[part].files if part in self.parts else ():
-                for own, tensor in file.tensors(own_names):
-                    yield tensor_name(part, own), tensor
+    def in_order(self, names: Collection[str]) -> list[str]:
+        """Return the names of tensors in the order of the files' data; opens no other part."""
+        parts = dict.fromkeys(split_name(name)[0] for name in names)
+        present = (tensor_name(part, own) for part in parts for own, _, _ in self.parts[part].infos())
+        return [name for name in present if name in names]
 
 
 def tensor_name(part: str, name: str) -> str:
