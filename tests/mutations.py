@@ -170,10 +170,12 @@ def in_child(work: Callable[[], Any]) -> Any:
         child = os.fork()
         if child == 0:
             signal.alarm(SECONDS)
-            with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
+            try:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, 1)
+                os.dup2(nowhere, 2)
                 Path(file.name).write_bytes(pickle.dumps(work()))
+            finally:
                 os._exit(0)
         os.waitpid(child, 0)
         content = Path(file.name).read_bytes()
