@@ -46,6 +46,7 @@ SECONDS = 300  # of a case, before it counts as noticed
 INDICES = "made once in a run; CUDA takes indices from the host, too"
 PROBE = "asks whether there is such a device, which tests of refusals hold"
 ONLY_CUDA = "for CUDA only"
+NO_OWN_MEMORY = "for devices that have no memory of their own"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "library/diffusion/losses.py",
@@ -64,6 +65,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "xformers_problem",
         "torch.zeros(1, 8, 1, 64, device=device, dtype=torch.float16)",
     ): ONLY_CUDA,
+    ("library/models/sending.py", "sent", "tensor.to(device)"): NO_OWN_MEMORY,
 }
 
 
