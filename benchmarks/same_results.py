@@ -254,7 +254,12 @@ def read_text(path: Path, steady: Callable[[str], str]) -> dict[str, str]:
         return {"content": short_hash(data)}
 
 
-READERS = {".safetensors": read_safetensors, ".jsonl": read_metrics}
+def read_nothing(path: Path, steady: Callable[[str], str]) -> dict[str, str]:
+    """Return nothing of an index of pictures, which holds the times of files: only its name is compared."""
+    return {}
+
+
+READERS = {".safetensors": read_safetensors, ".jsonl": read_metrics, ".sqlite": read_nothing}
 READERS |= dict.fromkeys((".png", ".jpg", ".webp"), read_picture) | dict.fromkeys((".ckpt", ".pt", ".bin"), read_pickle)
 
 
