@@ -546,6 +546,7 @@ def _pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def install(*, shapes_only: bool = False) -> torch.device:
     """Register the device, once in a process, and return it; with shapes alone, memory is never read or written."""
     import torch.fx.experimental._config
+    import torch.utils._device
     from fake_autocast import autocast_kernels
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -576,6 +577,7 @@ def install(*, shapes_only: bool = False) -> torch.device:
         library.impl(name, kernel, f"Autocast{KEY}")
     for name, value in {"Event": Event}.items():
         setattr(torch, name, value)
+    torch.utils._device._device_constructors()  # what `with torch.device(...)` looks for, before it is replaced here
     for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "randn", "rand"):
         setattr(torch, name, _pinning(getattr(torch, name)))
     torch.accelerator.synchronize = MODULE.synchronize
