@@ -181,7 +181,7 @@ def test_mistakes_in_the_arguments_of_trackers_are_told_before_the_model_is_load
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("page", ["train_network.md", "train_network-ja.md"])
+@pytest.mark.parametrize("page", ["files_and_logs.md", "files_and_logs-ja.md"])
 def test_the_arguments_in_the_documentation_are_accepted(tmp_path, page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (tmp_path / "t.toml").write_text(text.split("```toml trackers\n")[1].split("```")[0], encoding="utf-8")
