@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer batch sizes and steps; ten minutes at most")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few steps")
-    parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder of the report")
+    parser.add_argument("--output", type=folder, default=Path("gpu-report"), help="folder of the report")
     parser.add_argument("--minutes", type=positive, help="most minutes for all parts; unset: 120, with --quick 10")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], metavar="PART", help=names())
     parser.add_argument("--work", type=Path, help="folder of the models, which are kept; unset: a temporary one")
@@ -68,6 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
 def names() -> str:
     """Return the help of --only."""
     return "only these parts, of " + ", ".join(part.name for part in PARTS)
+
+
+def folder(text: str) -> Path:
+    """Return a path at which a folder is or can be; raises ValueError for others."""
+    path = Path(text)
+    if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
+        raise ValueError(text)
+    return path
 
 
 def positive(text: str) -> float:

@@ -64,7 +64,8 @@ def by_module(
 ) -> Generator[Result]:
     """Yield function(item) in order, as `in_order` does, each computed by one thread of torch.
 
-    There are at most so many workers, on another device than the CPU one. The results do not depend on their number.
+    There are at most `most` workers, and one on another device than the CPU; their number changes no result. Until the
+    last item or `close`, operations outside of them use one thread, too.
     """
     with one_thread():
         yield from in_order(function, items, min(num_workers(), most) if device == "cpu" else 1, size=size)

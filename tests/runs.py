@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensors import Tensors, assert_same
+from words import words
 
 import train_network
 from library.config.train import parse_train_config
@@ -41,16 +42,6 @@ ALSO_SDXL_SLOW = pytest.mark.parametrize("base", ["sd1", pytest.param("sdxl", ma
 BY_FILE: dict[str, object] = dict.fromkeys(
     ("train_data_dir", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "resolution")
 )
-
-
-def words(**values: object) -> list[str]:
-    """Return a command line; None leaves an option out, True makes it a switch."""
-    argv = []
-    for name, value in values.items():
-        if value is not None and value is not False:
-            given = [] if value is True else value if isinstance(value, list) else [value]
-            argv += [f"--{name}", *map(str, given)]
-    return argv
 
 
 def options(base: Path | None, pictures: Path | None, out: Path | str | None, **more: object) -> list[str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from benchmarks.card import suite
 from benchmarks.card.correctness import PRECISION_NAMES, TRACE_BOUNDS
 from benchmarks.card.rows import DIFFERS, WITHIN, Row, Value, attempt, compared, greatest_difference
-from benchmarks.card.setting import Setting, half_of, need_card, need_half, need_package
+from benchmarks.card.setting import Setting, need_all
 from benchmarks.card.suite import Started
 
 
@@ -92,12 +92,7 @@ def with_choices(setting: Setting, choices: Sequence[Choice], *, alone: bool) ->
 
 def with_choice(setting: Setting, choice: Choice, name: str, plain: dict[str, list[float]], *, alone: bool) -> Row:
     """Train with an option. plain has precision -> losses without options, and gets those that it lacks."""
-    precision = choice.precision or half_of(setting)
-    need_half(setting, precision)
-    if choice.needs_card:
-        need_card(setting)
-    if choice.package:
-        need_package(choice.package)
+    precision = need_all(setting, choice.precision, choice.package, card=choice.needs_card)
     wants_previews = "sample_at_first" in choice.options
     more: dict[str, object] = {
         "mixed_precision": precision,

@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from words import words
+
 from benchmarks.card import suite
 from benchmarks.card.correctness import weight_difference
 from benchmarks.card.rows import MEASURED, NotHere, Row, attempt, compared
@@ -34,8 +36,8 @@ def tools(setting: Setting) -> Iterator[Row]:
 
     name = "two networks, and a model with one merged in"
     yield attempt(name, prepared, setting, name, networks, sources.pop("merge_lora"))
-    for tool, words in sources.items():
-        yield attempt(f"{tool}.py --device", tool_compared, setting, tool, words)
+    for tool, source in sources.items():
+        yield attempt(f"{tool}.py --device", tool_compared, setting, tool, source)
 
 
 def prepared(setting: Setting, name: str, networks: list[dict[str, object]], merging: list[object]) -> Row:
@@ -47,18 +49,18 @@ def prepared(setting: Setting, name: str, networks: list[dict[str, object]], mer
     return Row(name, MEASURED)
 
 
-def tool_compared(setting: Setting, tool: str, words: list[object]) -> Row:
+def tool_compared(setting: Setting, tool: str, source: list[object]) -> Row:
     """Compare the files that a tool writes with each device."""
     written: list[Path] = []
     for device in ("cpu", setting.device):
         written.append(setting.work / f"{tool}-{len(written)}.safetensors")
-        call(tool, [*words, "--save_to", written[-1], "--device", device])
+        call(tool, [*source, "--save_to", written[-1], "--device", device])
     return compared(f"{tool}.py --device", weight_difference(written[1], written[0]), TOOL_BOUND)
 
 
-def call(name: str, words: list[object]) -> None:
+def call(name: str, values: list[object]) -> None:
     """Run a script of networks/ in this process."""
-    code = importlib.import_module(f"networks.{name}").main([str(word) for word in words])
+    code = importlib.import_module(f"networks.{name}").main([str(value) for value in values])
     if code:
         raise RuntimeError(f"{name}.py ended with {code}")
 
@@ -90,7 +92,7 @@ def two_ranks(setting: Setting, name: str) -> Row:
     one = suite.small_training(setting, "sd1", "one-rank", train_batch_size=2, **common)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     done = subprocess.run(
-        python(*launch, suite.ROOT / "train_network.py", *suite.words(two)), env=os.environ, cwd=suite.ROOT, check=False
+        python(*launch, suite.ROOT / "train_network.py", *words(**two)), env=os.environ, cwd=suite.ROOT, check=False
     )
     if done.returncode:
         raise RuntimeError(f"torchrun ended with {done.returncode}")

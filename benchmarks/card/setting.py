@@ -75,6 +75,17 @@ def need_package(name: str) -> None:
         raise NotHere(f"{name} is not installed")
 
 
+def need_all(setting: Setting, precision: str | None, package: str | None, *, card: bool) -> str:
+    """Return the precision of a run, unset the half precision that suits; raise NotHere for what it lacks."""
+    precision = precision or half_of(setting)
+    need_half(setting, precision)
+    if card:
+        need_card(setting)
+    if package:
+        need_package(package)
+    return precision
+
+
 def wait_for_device(setting: Setting) -> None:
     """Wait until the device has done all its work, so that a clock can be read."""
     import torch

@@ -24,7 +24,7 @@ from benchmarks.card.setting import (
     device_of,
     free,
     half_of,
-    need_card,
+    need_all,
     need_half,
     need_package,
 )
@@ -248,12 +248,7 @@ def mode_row(setting: Setting, name: str, family: str, batch: int, mode: Mode) -
 
 def timed_mode(setting: Setting, family: str, batch: int, mode: Mode, options: dict[str, object]) -> Timed:
     """Time a mode, or with no options the plain run that it is compared with."""
-    precision = mode.precision or half_of(setting)
-    need_half(setting, precision)
-    if mode.needs_card:
-        need_card(setting)
-    if mode.package:
-        need_package(mode.package)
+    precision = need_all(setting, mode.precision, mode.package, card=mode.needs_card)
     more = {"mixed_precision": precision, **options}
     if family == "sdxl" and "cache_latents" in options:
         more["cache_latents"] = None

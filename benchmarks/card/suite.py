@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from words import words
+
 from benchmarks.card.rows import NotHere, Value
 from benchmarks.card.running import NO_CARD, python
 from benchmarks.card.setting import Setting, forget_peak, free, peaks, wait_for_device
@@ -27,16 +29,6 @@ TINY_SIDE = 64
 RANK = 32
 
 Options = Mapping[str, object]
-
-
-def words(options: Options) -> list[str]:
-    """Return a command line; None leaves an option out, True makes it a switch."""
-    argv = []
-    for name, value in options.items():
-        if value is not None and value is not False:
-            given = [] if value is True else value if isinstance(value, list) else [value]
-            argv += [f"--{name}", *map(str, given)]
-    return argv
 
 
 def need_options(root: type, options: Options) -> None:
@@ -171,7 +163,7 @@ def train(setting: Setting, options: Options, events: Sequence[Event] = ()) -> l
     need_options(TrainConfig, options)
     free(setting)
     problems = Problems()
-    config = parse_train_config(words(options), problems)
+    config = parse_train_config(words(**options), problems)
     check(config, problems)
     problems.raise_if_any()
     prompts = train_network.load_prompts(config.preview)
@@ -189,7 +181,7 @@ def draw(setting: Setting, options: Options) -> list[Path]:
     folder = Path(str(options["outdir"]))
     shutil.rmtree(folder, ignore_errors=True)
     device = {"device": setting.device}
-    code = gen_img_diffusers.main(words({**options, **device, "sequential_file_name": True}))
+    code = gen_img_diffusers.main(words(**options, **device, sequential_file_name=True))
     if code:
         raise RuntimeError(f"gen_img_diffusers.py ended with {code}")
     return sorted(folder.glob("*.png"))
@@ -206,7 +198,7 @@ class Started:
         self._log = setting.folder("logs") / f"{options.get('output_name', Path(script).stem)}.log"
         with self._log.open("w", encoding="utf-8") as file:
             self._process = subprocess.Popen(
-                python(ROOT / script, *words(options)),
+                python(ROOT / script, *words(**options)),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

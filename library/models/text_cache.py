@@ -33,7 +33,7 @@ class RememberedConditioner:
     rows: dict[tuple[str, TextOptions], Conditioning]
 
     def read(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
-        """Return the conditioning of texts."""
+        """Return what `encode` returns: here nothing has to be encoded."""
         return self.encode(texts, options)
 
     def encode(self, texts: Sequence[str], options: TextOptions) -> Conditioning:
