@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from library.training.run.progress import Progress
 
 NAME = "fakegpu"
-LATENTS = "LatentCache"
+LATENTS = "MemoryCache"
 MODELS = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection")
 STEPS = 4  # of a training; the waits of the second and third are told
 

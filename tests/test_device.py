@@ -32,18 +32,18 @@ PLACES = {
         "UNet2DConditionModel": "fakegpu",
         "CLIPTextModel": "fakegpu",
         "AutoencoderKL": "cpu",
-        "LatentCache": "cpu",
+        "MemoryCache": "cpu",
     },
     "bf16": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "fakegpu", "AutoencoderKL": "fakegpu"},
     "fp16": {
         "UNet2DConditionModel": "fakegpu",
         "CLIPTextModel": "fakegpu",
         "AutoencoderKL": "cpu",
-        "LatentCache": "cpu",
+        "MemoryCache": "cpu",
     },
     # The first picture is encoded in the same call of the pipeline.
     "draw-offload": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "cpu", "Encoder": "fakegpu"},
-    "texts": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "meta", "AutoencoderKL": "cpu", "LatentCache": "cpu"},
+    "texts": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "meta", "AutoencoderKL": "cpu", "MemoryCache": "cpu"},
 }
 
 TELLING = ("float32", "fp16", "bf16", "draw-offload", "resize")
