@@ -35,7 +35,6 @@ RATE = {"learning_rate": "3e-2", "max_train_steps": 6}
 
 # Marks of tests that hold for every base model: they are called with one of SD 1.x and one of SDXL, which has two text
 # encoders, a pooled output and sizes of pictures as conditioning. With the second mark the latter is slow.
-ALSO_SDXL = pytest.mark.parametrize("base", ["sd1", "sdxl"], indirect=True)
 ALSO_SDXL_SLOW = pytest.mark.parametrize("base", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)], indirect=True)
 
 # Options whose place a dataset file takes.

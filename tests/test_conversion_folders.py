@@ -290,6 +290,7 @@ def test_tensors_go_through_one_by_one(store, tmp_path, monkeypatch):
 # ---- the command line ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_any_folder(store, tmp_path):
     model = store("sd1")
     shutil.copy(model.checkpoint, tmp_path / "model.safetensors")
@@ -337,6 +338,7 @@ def test_metadata_of_a_checkpoint_come_back_with_it(model_store, tmp_path):
         convert(back, tmp_path / "other", "--metadata", '{"a": 1}')
 
 
+@pytest.mark.slow
 def test_a_model_of_unusual_sizes_comes_back_with_its_settings(tmp_path):
     source = ROOT / "examples" / "pocket_model"
     file, folder = tmp_path / "a.safetensors", tmp_path / "back"

@@ -46,7 +46,7 @@ PLACES = {
     "texts": {"UNet2DConditionModel": "fakegpu", "CLIPTextModel": "meta", "AutoencoderKL": "cpu", "MemoryCache": "cpu"},
 }
 
-TELLING = ("float32", "fp16", "bf16", "draw-offload", "resize")
+TELLING = ("float32", "fp16", "draw-offload", "resize")
 LATER = [name for name in CASES if name not in TELLING]
 GROUPS = {
     "trainings": [name for name in LATER if name in TRAININGS or name in ("unbroken", "resumed")],

@@ -243,7 +243,7 @@ def counted(models, network, types, pictures):
 @pytest.mark.parametrize(
     ("name", "checkpointing", "mixed"),
     [
-        ("sd1", True, "bf16"),
+        pytest.param("sd1", True, "bf16", marks=pytest.mark.slow),
         pytest.param("sdxl", True, "bf16", marks=pytest.mark.slow),
         pytest.param("sd1", True, "no", marks=pytest.mark.slow),
         pytest.param("sd1", False, "bf16", marks=pytest.mark.slow),

@@ -272,7 +272,9 @@ def test_what_combines_does(model_store):
 # ---- training from the command line -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [LIERLA, C3LIER], ids=["LierLa", "C3Lier"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(LIERLA, id="LierLa", marks=pytest.mark.slow), pytest.param(C3LIER, id="C3Lier")]
+)
 def test_the_file_is_an_ordinary_lora_file(base, pictures, tmp_path, kind):
     weights = train(base, pictures, tmp_path / "a", **kind, **RATE)
     plain = train(
@@ -294,6 +296,7 @@ def test_the_file_is_an_ordinary_lora_file(base, pictures, tmp_path, kind):
 
 
 @ALSO_SDXL_SLOW
+@pytest.mark.slow
 def test_checkpointing_computes_with_the_same_rank_again(base, pictures, tmp_path):
     one = train(base, pictures, tmp_path / "a", **LIERLA, **RATE, network_dropout=0.1)
     same(
@@ -303,7 +306,7 @@ def test_checkpointing_computes_with_the_same_rank_again(base, pictures, tmp_pat
     )
 
 
-@pytest.mark.parametrize("update", ["all", "unit"])
+@pytest.mark.parametrize("update", [pytest.param("all", marks=pytest.mark.slow), "unit"])
 @ALSO_SDXL_SLOW
 def test_a_resumed_run_draws_on(base, pictures, tmp_path, update):
     more = LIERLA | RATE | {"network_args": ["unit=2", f"dylora_update={update}"], "save_state": True}
@@ -314,6 +317,7 @@ def test_a_resumed_run_draws_on(base, pictures, tmp_path, update):
 
 
 @ALSO_SDXL_SLOW
+@pytest.mark.slow
 def test_previews_and_their_absence_give_the_same_bytes(base, pictures, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a dog --w 64 --h 64 --s 1\n", encoding="utf-8")

@@ -140,6 +140,7 @@ def oracle(models, weights, files, timesteps, draws):
     return rows
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_measured_as_in_training(trained, tmp_path):
     """With the four timesteps of the validation the loss of the full rank is that of the training's last validation."""
     out, _, _ = trained

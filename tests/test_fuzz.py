@@ -169,7 +169,7 @@ FILES = st.fixed_dictionaries(
 )
 
 
-@quickly
+@settings(quickly, max_examples=50)  # large: most of the time goes into making them
 @given(table=FILES | VALUES)
 def test_a_dataset_file_is_read_or_refused(tmp_path, table):
     path = tmp_path / "d.json"

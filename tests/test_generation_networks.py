@@ -30,7 +30,7 @@ def folded(path):
 # ---- networks -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "conv"), [("sd1", True), ("sd2", False), slow("sd1", False), slow("sd2", True)])
+@pytest.mark.parametrize(("family", "conv"), [("sd1", True), slow("sd2", False), slow("sd1", False), slow("sd2", True)])
 def test_a_lora_is_what_diffusers_makes_of_the_file(draw, model_store, tmp_path, family, conv):
     models, _ = model_store(family)
     more: dict[str, Any] = {"conv_dim": "2", "conv_alpha": "1.5"} if conv else {}
@@ -171,7 +171,7 @@ def test_metadata_of_networks_are_shown(draw, model_store, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "count"), [(".pt", 3), (".safetensors", 1), slow(".pt", 1), slow(".safetensors", 3)]
+    ("suffix", "count"), [slow(".pt", 3), (".safetensors", 1), slow(".pt", 1), slow(".safetensors", 3)]
 )
 def test_embeddings_are_those_of_diffusers(draw, model_store, tmp_path, count, suffix):
     vectors = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))

@@ -98,6 +98,7 @@ def test_a_grid_of_two_axes(draw, tmp_path):
             same_pixels(cells[row][column], single.pixels)
 
 
+@pytest.mark.slow
 def test_a_grid_of_three_axes_over_networks(draw, two, tmp_path):
     _, words = two
     axes = ["am=0:0,1:0.5", "sampler=ddim,euler_a", "scale=2,4"]

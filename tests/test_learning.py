@@ -114,6 +114,7 @@ def error_of_v(models):
     return float((predicted - scheduler.get_velocity(latents, noise, steps)).square().mean())
 
 
+@pytest.mark.slow
 def test_the_small_sdxl_draws_and_follows_the_sizes(tmp_path):
     prompts = tmp_path / "prompts.txt"
     plain = f"{glyphs.caption('heart', 'blue')} --d 1"

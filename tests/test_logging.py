@@ -49,6 +49,7 @@ def read(argv):
     return parse(TrainConfig, [*NEEDED, *argv])
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_logs_offline_and_says_how_to_send_the_run(wandb, base, pictures, tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "p.txt").write_text("a dog --w 64 --h 64 --s 1\n", encoding="utf-8")

@@ -176,6 +176,7 @@ def test_long_metadata_given_on_the_command_line(long_sources, tmp_path, monkeyp
     assert "description (400,0" in caplog.text
 
 
+@pytest.mark.slow
 def test_training_saves_with_tables_of_tags_that_are_too_long(run, pictures, tmp_path, monkeypatch, caplog):
     shorten(monkeypatch)
     (next(pictures.rglob("*.txt"))).write_text(", ".join(f"tag{n}" for n in range(50_000)), encoding="utf-8")

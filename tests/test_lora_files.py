@@ -244,6 +244,7 @@ print("alone")
 """
 
 
+@pytest.mark.slow
 def test_the_file_works_copied_into_an_empty_folder(tmp_path):
     (tmp_path / "networks").mkdir()
     shutil.copy(ROOT / "networks" / "lora.py", tmp_path / "networks" / "lora.py")

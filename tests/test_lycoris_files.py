@@ -52,6 +52,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "OFT": {"algo": "diag-oft"},
     "GLoRA": {"algo": "glora"},
 }
+# Kinds that have something of all the others.
+COMBINED = ("Tucker", "norms", "LoKr of factors", "DoRA of LoHa", "full", "OFT", "GLoRA")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +184,9 @@ def assert_same(found: Any, expected: Any, plain: Any) -> None:
     assert (found[1] - plain[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in COMBINED else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_file_acts_as_its_formula_says_at_every_strength(kind, store, base, model_store):
     models, _ = model_store("sd1")
     path, plain = store(kind), outputs(models["text_encoder"], models["unet"])
@@ -206,7 +210,15 @@ def test_a_file_is_merged_as_its_formula_says(kind, store, base, model_store):
 
 
 @pytest.mark.parametrize(
-    "kinds", [("full", "LoHa"), ("LoHa", "full"), ("DoRA", "LoKr"), ("norms", "OFT"), ("full", "full")]
+    "kinds",
+    [
+        ("full", "LoHa"),
+        ("DoRA", "LoKr"),
+        *(
+            pytest.param(kinds, marks=pytest.mark.slow)
+            for kinds in (("LoHa", "full"), ("norms", "OFT"), ("full", "full"))
+        ),
+    ],
 )
 def test_changes_of_several_files_add_up(kinds, store, base, model_store, tmp_path):
     models, _ = model_store("sd1")
@@ -223,7 +235,7 @@ def test_changes_of_several_files_add_up(kinds, store, base, model_store, tmp_pa
 # ---- the script ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["preset=full"], ["preset=attn-mlp"]])
+@pytest.mark.parametrize("arguments", [["preset=full"], pytest.param(["preset=attn-mlp"], marks=pytest.mark.slow)])
 def test_files_are_drawn_with_any_preset(draw, store, arguments):
     words = ["--prompt", "a cat", *LYCORIS, store("LoKr")]
     given = ["--network_args", *arguments] if arguments else []

@@ -228,7 +228,7 @@ def test_files_that_diffusers_wrote_act_as_in_diffusers(sdxl, tmp_path, rank_sta
 # ---- folders of the other families --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", [pytest.param("sd1", marks=pytest.mark.slow), "sd2"])
 def test_folders_of_sd1_and_sd2(model_store, tmp_path, name):
     models, paths = model_store(name)
     file = make_lora(models, tmp_path / "a.safetensors", conv_dim="2")

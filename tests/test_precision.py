@@ -378,6 +378,7 @@ def test_a_white_mask_changes_nothing_and_a_black_one_leaves_nothing_to_learn(ba
 # ---- text that is encoded once ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_path, monkeypatch):
     seen = []
     real = texts.remember
@@ -402,7 +403,7 @@ def test_without_its_training_the_text_encoder_is_given_up(base, pictures, tmp_p
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("more", [{}, {"network_train_unet_only": True}])
+@pytest.mark.parametrize("more", [pytest.param({}, marks=pytest.mark.slow), {"network_train_unet_only": True}])
 @ALSO_SDXL_SLOW
 def test_weighted_captions_train_on_other_states(base, pictures, tmp_path, more):
     for path in pictures.rglob("*.txt"):

@@ -92,6 +92,7 @@ def test_processes_that_could_not_find_each_other_are_refused(name, base, pictur
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_on_the_cpu_with_two_processes_is_one_line_with_exit_code_2(base, pictures, tmp_path):
     launcher = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
     done = subprocess.run(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train_killed, train_with
+from runs import ALSO_SDXL_SLOW, BY_FILE, options, same, train_killed, train_with
 from safetensors.torch import load_file
 from scripts import ROOT, two_processes
 
@@ -73,7 +73,7 @@ def run(base, data, out, *more, **values):
 @pytest.mark.parametrize(  # an epoch has 4 steps, the last one of a single batch
     "step", [pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
 )
-@ALSO_SDXL
+@ALSO_SDXL_SLOW
 def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     expected = run(base, data, tmp_path / "whole")
     train_killed(arguments(base, data, tmp_path / "parts", "--save_state", "--save_every_n_steps", "1"), after=step)
@@ -86,7 +86,7 @@ def test_resumed_equals_never_stopped(base, data, tmp_path, step):
     [
         pytest.param(["--optimizer_type", "AdamW8bit", "--network_dim", "64"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "AdaFactor"], marks=pytest.mark.slow),
-        ["--optimizer_type", "SGDNesterov"],
+        pytest.param(["--optimizer_type", "SGDNesterov"], marks=pytest.mark.slow),
         pytest.param(["--optimizer_type", "Prodigy", "--learning_rate", "1.0"], marks=pytest.mark.slow),
         pytest.param(
             ["--optimizer_type", "AdamWScheduleFree", "--lr_warmup_steps", "0", "--lr_scheduler", "constant"],
@@ -287,7 +287,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(base, data, tmp_p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
-@pytest.mark.parametrize("limited", ["network", "state"])
+@pytest.mark.parametrize("limited", ["network", pytest.param("state", marks=pytest.mark.slow)])
 @ALSO_SDXL_SLOW
 def test_a_disk_that_is_full_ends_the_run_with_a_sentence_and_whole_files(base, data, tmp_path, limited):
     import resource

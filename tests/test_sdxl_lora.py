@@ -469,6 +469,7 @@ def test_lycoris_writes_the_names_of_sd_scripts(sdxl, lycoris_file):
     assert {name for name in loras if "_unet_" in name} <= places
 
 
+@pytest.mark.slow
 def test_lycoris_files_of_both_namings_are_drawn_and_gone_on_from(sdxl, trained, lycoris_file, tmp_path, base):
     path, weights = lycoris_file
     plain = outputs(base.text_modules, base.unet)

@@ -29,7 +29,7 @@ from library.training.record import preview
 from library.training.run import interruption
 from tools import cache_latents
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 MAIN = threading.get_ident()
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 

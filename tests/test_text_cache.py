@@ -116,8 +116,8 @@ def parts(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        pytest.param("sd1", {"max_token_length": 225, "cache_latents": True}, id="sd1", marks=pytest.mark.slow),
-        pytest.param("sdxl", {}, id="sdxl"),
+        pytest.param("sd1", {"max_token_length": 225, "cache_latents": True}, id="sd1"),
+        pytest.param("sdxl", {}, id="sdxl", marks=pytest.mark.slow),
         pytest.param("sdxl", {"max_token_length": 225, "mixed_precision": "bf16"}, id="long", marks=pytest.mark.slow),
         pytest.param(
             "sd2", {"max_token_length": 225, "max_data_loader_n_workers": 2}, id="sd2", marks=pytest.mark.slow

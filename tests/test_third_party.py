@@ -52,9 +52,9 @@ RUNS = {
     # Norms are scaled by a buffer that lycoris writes into no file.
     "locon": arguments("locon", "rank_dropout=0.1") | {"scale_weight_norms": 0.01, "network_dropout": 0.1},
     # The block of ranks is drawn with Python's own generator.
-    "dylora": arguments("dylora", "block_size=1"),
 }
 SLOW_RUNS = {
+    "dylora": arguments("dylora", "block_size=1"),
     "loha": arguments("loha", "module_dropout=0.2"),
     "lora": arguments("lora", "loraplus_lr_ratio=4") | {"optimizer_type": "AdamW8bit"},
     "dora": arguments("locon", "dora_wd=True"),

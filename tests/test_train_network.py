@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train
+from runs import ALSO_SDXL_SLOW, BY_FILE, options, same, train
 from safetensors.torch import load_file
 from scripts import ROOT, two_processes
 from tensors import metadata
@@ -79,7 +79,7 @@ def test_how_it_is_done_does_not_change_a_bit_of_the_result(base, pictures, tmp_
     same(train(base, pictures, tmp_path / "b", **extra, **change), expected)
 
 
-@ALSO_SDXL
+@ALSO_SDXL_SLOW
 def test_checkpointing_gives_the_same_result_to_rounding(base, pictures, tmp_path):
     expected = train(base, pictures, tmp_path / "a", network_dropout=0.2)
     same(train(base, pictures, tmp_path / "b", network_dropout=0.2, gradient_checkpointing=True), expected, 1e-3)
@@ -263,6 +263,7 @@ def test_where_the_base_model_is_the_target_a_fresh_network_has_nothing_to_learn
     assert not any(bool(tensor.any()) for name, tensor in kept.items() if "lora_up" in name)
 
 
+@pytest.mark.slow
 def test_a_network_that_went_astray_is_led_back_to_the_base_model(base, pictures, tmp_path):
     more = {"max_train_steps": 12}
     train(base, pictures, tmp_path / "a", **more, **preserving(pictures, tmp_path, False))

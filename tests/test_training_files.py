@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import ALSO_SDXL, ALSO_SDXL_SLOW, BY_FILE, options, same, train, train_with
+from runs import ALSO_SDXL_SLOW, BY_FILE, options, same, train, train_with
 from safetensors.torch import load_file
 from scripts import ROOT, python
 from tensors import metadata
@@ -335,8 +335,8 @@ def test_a_config_file_gives_the_same_run_and_the_command_line_wins(base, pictur
         train_network.main([*argv, "--config_file", str(path), "--output_config"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@ALSO_SDXL
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@ALSO_SDXL_SLOW
 def test_a_signal_finishes_the_step_and_the_run_can_go_on(base, pictures, tmp_path, caplog, number):
     expected = train(base, pictures, tmp_path / "whole", max_train_steps=4)
     argv = options(base, pictures, tmp_path / "parts", max_train_steps=4)

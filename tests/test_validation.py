@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ALSO_SDXL, ALSO_SDXL_SLOW, options, same, train
+from runs import ALSO_SDXL_SLOW, options, same, train
 from tensors import metadata
 
 import train_network
@@ -105,7 +105,7 @@ def test_the_lowest_loss_stands_in_the_file(base, pictures, tmp_path):
     assert any(line["step"] == step and min(found) in line.values() for line in metrics(tmp_path))
 
 
-@ALSO_SDXL
+@ALSO_SDXL_SLOW
 def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictures, tmp_path):
     more = {"validation_split": 0.5, "validate_every_n_steps": 1, "save_every_n_steps": 2, "save_state": True}
     train(base, pictures, tmp_path / "whole", **more, max_train_steps=4)
@@ -121,6 +121,7 @@ def test_a_resumed_run_measures_as_the_whole_one_and_keeps_its_best(base, pictur
         assert found[0][key] == found[1][key]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_its_seed_is_told_of_the_split(base, pictures, tmp_path, caplog):
     more = {"validation_split": 0.5, "save_state": True, "save_every_n_steps": 1, "max_train_steps": 2}
     train(base, pictures, tmp_path, **more)
