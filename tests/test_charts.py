@@ -12,7 +12,7 @@ import pytest
 from library.adapters.blocks import SD, SDXL
 from library.training.charts import style
 from library.training.charts.block_chart import BlockRow, draw_blocks
-from library.training.charts.loss_curve import MOST_POINTS, draw_course, limits, plot_loss_curve
+from library.training.charts.loss_curve import MOST_POINTS, draw_course, limits, plot_loss_curve, window_of
 from library.training.charts.series import read_metrics, series_of, smoothed, thinned
 
 
@@ -118,7 +118,7 @@ def test_every_series_is_in_the_figure():
     drawn = lines_of(above)
     raw = next(found for label, found in drawn.items() if label.startswith("training, each step"))
     assert raw == [(step, value) for step, value in enumerate(values, 1)]
-    assert len(drawn["training, smoothed over 11 steps"]) == 200
+    assert drawn["training, smoothed over 15 steps"] == smoothed(raw, 15)
     assert drawn["validation"] == points
     assert drawn["lowest validation: 0.19 at step 150"] == [(150, 0.19)]
     rates = lines_of(below)
@@ -132,6 +132,13 @@ def test_every_series_is_in_the_figure():
 def test_the_first_of_equal_validations_is_the_best():
     figure = draw_course(series_of(losses([0.5, 0.4, 0.3]) + validated([(1, 0.2), (2, 0.2), (3, 0.3)])))
     assert "lowest validation: 0.2 at step 1" in legend_of(figure)
+
+
+@pytest.mark.parametrize(
+    ("number", "window"), [(1, 1), (20, 1), (21, 5), (40, 11), (100, 15), (300, 15), (1000, 51), (100_000, 5001)]
+)
+def test_short_runs_are_smoothed_over_more_of_their_steps(number, window):
+    assert window_of(number) == window
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_few_pictures_are_a_reason_for_caution(pictures, is_doubtful):
     title = draw_ranks(results).axes[0].get_title(loc="left")
     assert ("\nCaution: " in title) is is_doubtful
     if is_doubtful:
-        assert f"{pictures} pictures give wide intervals" in title
+        assert f"{pictures} pictures are few to choose a rank by" in title
 
 
 def test_the_table_has_a_title_for_each_column_and_a_row_for_each_rank():

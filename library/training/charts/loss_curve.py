@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_POINTS = 3000  # of a line; the axes are about 1,700 pixels wide
-WINDOWS = 20  # the smoothed line is a mean over this part of the run
-FEW_STEPS = 20  # up to here single steps can be seen, and get markers
+FEW_STEPS = 20  # up to here single steps can be seen: they get markers, and no smoothed line
 LOG_FROM = 20  # ratio of the highest to the lowest value from which the axis is logarithmic
 TAILS = 0.02  # share of the steps that may be outside the axis on each side
 MOST_RATES = len(style.LINES)  # that are told apart
@@ -53,7 +52,7 @@ def draw_course(series: RunSeries) -> Figure:
 def _draw_losses(axes: Axes, series: RunSeries) -> None:
     """Draw the losses of the training, faint and smoothed, those of the validation, and where a loss is missing."""
     losses, validation = series.losses, series.validation
-    window = len(losses) // WINDOWS // 2 * 2 + 1
+    window = window_of(len(losses))
     means = smoothed(losses, window)
     low, high = limits([value for _, value in losses], [value for _, value in means + validation])
     beyond = sum(not low <= value <= high for _, value in losses)
@@ -101,6 +100,11 @@ def _draw_rates(axes: Axes, rates: dict[str, Points]) -> None:
     axes.set_title("Learning rate")
     style.scale_rates(axes, is_log=is_log)
     axes.set_ylim(low, max(peaks) * (2 if is_log else 1.08) or 1.0)
+
+
+def window_of(number: int) -> int:
+    """Return over how many of a number of steps the line is smoothed, odd: a twentieth, of short runs more."""
+    return 1 if number <= FEW_STEPS else max(number // 20, min(number // 4, 15)) // 2 * 2 + 1
 
 
 def limits(steps: Sequence[float], lines: Sequence[float]) -> tuple[float, float]:

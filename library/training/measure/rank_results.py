@@ -10,7 +10,7 @@ from library.errors import counted
 from library.training.measure.picture_losses import Interval, Losses, interval, paired, picture_means
 
 BASE = 0  # the rank that means the base model without the adapter
-FEW_PICTURES = 8  # fewer give wide intervals
+FEW_PICTURES = 8  # fewer give wide intervals, and the choice depends on which pictures they are
 # Titles of the table's columns.
 TITLES = ("", "file size", "loss", "loss above the best", "as good as the best?", "share of the best improvement")
 
@@ -136,7 +136,7 @@ def caution_of(num_pictures: int) -> str:
     if num_pictures >= FEW_PICTURES:
         return ""
     few = counted(num_pictures, "picture")
-    return f"{few} give wide intervals, too wide to choose a rank by: measure {FEW_PICTURES} or more"
+    return f"{few} are few to choose a rank by, others may give another one: measure {FEW_PICTURES} or more"
 
 
 def megabytes(size: int) -> str:
