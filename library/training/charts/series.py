@@ -71,7 +71,7 @@ def smoothed(points: Points, window: int) -> Points:
 
 
 def thinned(points: Points, most: int) -> Points:
-    """Return at most about `most` of the points, which look the same as a line: the extremes of equal parts."""
+    """Return at most `most` of the points, which look the same as a line: the extremes of equal parts."""
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)

@@ -8,6 +8,7 @@ words of the suite: names of users may have characters that the font lacks.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,11 +85,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def legend_below(figure: Figure, columns: int) -> None:
-    """Put the legend of all axes below them, where it hides nothing, if anything has a label."""
-    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    if pairs:
-        handles, labels = zip(*pairs, strict=True)
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+    """Put one legend of all axes below them, where it hides nothing."""
+    found = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles, labels = (list(itertools.chain.from_iterable(lists)) for lists in zip(*found, strict=True))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def rate_text(rate: float) -> str:
