@@ -170,6 +170,15 @@ def test_losses_of_several_decades_are_on_a_logarithmic_axis():
     assert draw_course(series_of(losses([0.3, 0.0, 0.2]))).axes[0].get_yscale() == "linear"
 
 
+def test_a_loss_of_zero_has_no_place_on_a_logarithmic_axis_but_the_others_do():
+    values = [0.0 if step % 10 == 5 else 2 * math.exp(-step / 40) for step in range(300)]
+    figure = draw_course(series_of(losses(values)))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    assert 0 < axes.get_ylim()[0] < min(value for _, value in smoothed(list(enumerate(values)), 15))
+
+
 def test_left_out_steps_are_marked():
     figure = draw_course(series_of(losses([0.5, None, 0.4, math.nan, 0.3, 0.2])))
     drawn = lines_of(figure.axes[0])

@@ -54,7 +54,11 @@ def _draw_losses(axes: Axes, series: RunSeries) -> None:
     losses, validation = series.losses, series.validation
     window = window_of(len(losses))
     means = smoothed(losses, window)
-    low, high = limits([value for _, value in losses], [value for _, value in means + validation])
+    lines = [value for _, value in means + validation]
+    low, high = limits([value for _, value in losses], lines)
+    is_log = is_wide(lines)
+    if is_log:
+        low = max(low, min(lines) / LOG_FROM)  # a single step may have a loss of 0, which no logarithmic axis has
     beyond = sum(not low <= value <= high for _, value in losses)
     label = f"training, each step ({beyond:,} beyond the axis)" if beyond else "training, each step"
     marker = "." if len(losses) <= FEW_STEPS else None
@@ -77,7 +81,7 @@ def _draw_losses(axes: Axes, series: RunSeries) -> None:
         )
     axes.set_title("Loss of training and validation" if validation else "Loss of training")
     axes.set_ylabel("loss")
-    style.scale_losses(axes, is_log=is_wide([value for _, value in means + validation]))
+    style.scale_losses(axes, is_log=is_log)
     axes.set_ylim(low, high)
 
 
