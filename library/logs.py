@@ -32,7 +32,8 @@ def set_up_logging(level: int = logging.INFO) -> None:
     # Below errors these packages log only what does not concern the user: optional packages, deprecations.
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in SUITE:
         logging.getLogger(name).setLevel(level if is_first_process() else logging.ERROR)
 

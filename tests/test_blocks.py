@@ -312,32 +312,21 @@ def test_the_plan_without_arguments_is_none():
 
 
 def test_the_dry_run_draws_the_blocks(base, pictures, tmp_path, monkeypatch):
-    import numpy as np
-    from PIL import Image
+    from library.training.rehearse import dry_run, memory
 
-    from library.training.charts import block_chart
-    from library.training.rehearse import memory
-
+    drawn: list[tuple[list[BlockRow], float]] = []
+    draw = dry_run.draw_blocks
     known = [memory.Stage("training", {"U-Net": 1})]
-    monkeypatch.setattr("library.training.rehearse.dry_run.estimate_memory", lambda *args, **more: known)
-    given = {"dry_run": True, "network_args": ["up_lr_weight=zeros", "mid_lr_weight=0.5"]}
+    monkeypatch.setattr(dry_run, "estimate_memory", lambda *args, **more: known)
+
+    def drawing(blocks, table, rate):
+        drawn.append((blocks, rate))
+        return draw(blocks, table, rate)
+
+    monkeypatch.setattr(dry_run, "draw_blocks", drawing)
+    given = {"dry_run": True, "network_args": ["up_lr_weight=zeros", "mid_lr_weight=0.5"], "learning_rate": 2e-4}
     assert train_network.main(options(base, pictures, tmp_path, **given)) == 0
-    with Image.open(tmp_path / "x-blocks.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    blue = (pixels == [0x2B, 0x5F, 0xB3]).all(axis=2).sum(axis=0) > 0
-    step = block_chart.BAR + block_chart.GAP
-    left = block_chart.MARGIN + block_chart.LABEL_WIDTH + block_chart.BAR // 2
-    assert [index for index in range(25) if blue[left + step * index]] == [1, 2, 4, 5, 7, 8, 12]
-    assert block_chart.short(0.00064) == "6.4e-4"
-
-
-def test_bars_are_as_high_as_the_rates():
-    import numpy as np
-
-    from library.training.charts.block_chart import BAR_COLOUR, CHART_HEIGHT, plot_blocks
-
-    blocks = [BlockRow(n, w, {4}, 3) for n, w in enumerate((0.5, 1.0, 0.25))]
-    pixels = np.asarray(plot_blocks(blocks, 1e-4))
-    blue = (pixels == [int(BAR_COLOUR[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2).sum(axis=0)
-    heights = [blue[110 + 46 * number] for number in range(3)]
-    assert heights == [pytest.approx(share * CHART_HEIGHT, abs=1) for share in (0.5, 1.0, 0.25)]
+    ((blocks, rate),) = drawn
+    assert [block.index for block in blocks if block.count] == [1, 2, 4, 5, 7, 8, 12]
+    assert (rate, blocks[12].weight) == (2e-4, 0.5)
+    assert (tmp_path / "x-blocks.png").read_bytes().startswith(b"\x89PNG")

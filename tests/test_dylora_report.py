@@ -12,6 +12,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from PIL import Image
 from runs import options
 from safetensors.torch import load_file, save_file
@@ -22,8 +23,8 @@ import train_network
 from library.errors import UserError
 from library.models.tokenizer import load_clip_tokenizer
 from library.randomness import generator_for
-from library.training.charts import axes
-from library.training.charts.rank_plot import draw_plot
+from library.training.charts import style
+from library.training.charts.rank_plot import draw_ranks
 from library.training.measure import picture_losses, rank_report
 from library.training.measure.rank_results import BASE, compare_ranks
 from networks import extract_lora_from_dylora, lora
@@ -171,7 +172,7 @@ def check_files(name, record, trained):
     for rank, row in ranks.items():
         assert row["bytes"] == pytest.approx(name.with_name(f"cut-{rank:04d}.safetensors").stat().st_size, abs=1000)
     with Image.open(name.with_name(f"{name.name}-report.png")) as plot:
-        assert plot.size == (axes.WIDTH, axes.HEIGHT)
+        assert plot.size == (style.WIDTH * style.SHARPNESS, style.HEIGHT * style.SHARPNESS)
     with Image.open(name.with_name(f"{name.name}-ranks.png")) as sheet:
         assert sheet.size == (200 + 68 * 5, 24 + 68 * 2)  # base model and four ranks of two prompts
         first, last = (np.asarray(sheet.crop((200 + 68 * n, 24, 264 + 68 * n, 88))) for n in (0, 4))
@@ -215,13 +216,89 @@ def test_the_smallest_rank_within_the_noise_of_the_best_is_chosen(levels, noise,
     assert results.rows[0].loss.half > 0.1
     gains = [row.gain for row in results.rows]
     assert gains[0] in (0.0, None)
-    assert draw_plot(results).size == (axes.WIDTH, axes.HEIGHT)
+
+
+@pytest.mark.parametrize(("pictures", "is_doubtful"), [(3, True), (7, True), (8, False), (20, False)])
+def test_few_pictures_are_a_reason_for_caution(pictures, is_doubtful):
+    results = compare_ranks(losses_of({0: 0.2, 4: 0.1, 8: 0.0}, 0.01, pictures), {4: 1, 8: 2})
+    assert bool(results.caution) is is_doubtful
+    assert results.record()["caution"] == results.caution
+    title = draw_ranks(results).axes[0].get_title(loc="left")
+    assert ("\nCaution: " in title) is is_doubtful
+    if is_doubtful:
+        assert f"{pictures} pictures are few to choose a rank by" in title
+
+
+def test_the_table_has_a_title_for_each_column_and_a_row_for_each_rank():
+    results = compare_ranks(losses_of({0: 0.2, 4: 0.1, 8: 0.0}), {4: 1_000_000, 8: 2_000_000})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in results.table()]
+    assert rows[0] == [
+        *("", "file size", "loss", "loss above the best", "as good as the best?", "share of the best improvement"),
+    ]
+    assert set(rows[1]) == {"---"}
+    assert {len(row) for row in rows} == {6}
+    assert [(row[0], row[1], row[4], row[5]) for row in rows[2:]] == [
+        ("base model", "", "no", "0.0%"),
+        ("rank 4", "1.00 MB", "no", "50.0%"),
+        ("rank 8", "2.00 MB", "best", "100.0%"),
+    ]
+
+
+# ---- the chart ----------------------------------------------------------------------------------------------
+
+
+def chart_of(results):
+    """Return axes, label -> x and y of what is drawn, and the ends of the intervals."""
+    axes = draw_ranks(results).axes[0]
+    drawn = {str(line.get_label()): np.array(line.get_xydata()) for line in axes.lines}
+    (bars,) = (found for found in axes.collections if isinstance(found, LineCollection))
+    return axes, drawn, np.array(bars.get_segments())
+
+
+def test_the_chart_has_every_rank_its_interval_and_the_choice():
+    results = compare_ranks(losses_of({0: 0.06, 4: 0.03, 8: 0.01, 12: 0.0, 16: 0.001}, 0.02), dict.fromkeys(RANKS, 1))
+    axes, drawn, bars = chart_of(results)
+    (line,) = (found for label, found in drawn.items() if label.startswith("loss of 20 pictures"))
+    assert line.tolist() == [[row.rank, row.loss.mean] for row in results.ranks]
+    for row, bar in zip(results.ranks, bars, strict=True):
+        assert bar[:, 1] == pytest.approx([row.loss.mean - row.to_best.half, row.loss.mean + row.to_best.half])
+    (chosen,) = (found for label, found in drawn.items() if label.startswith(f"rank {results.choice.rank}, the one"))
+    assert chosen.tolist() == [[results.choice.rank, results.choice.loss.mean]]
+    (best,) = (found for label, found in drawn.items() if label == f"lowest loss: rank {results.best.rank}")
+    assert best.tolist() == [[results.best.rank, results.best.loss.mean]]
+    base = next(found for label, found in drawn.items() if label.startswith("base model: "))
+    assert set(base[:, 1]) == {results.rows[0].loss.mean}
+    low, high = axes.get_ylim()
+    assert low < bars[..., 1].min() < bars[..., 1].max() < high
+    assert low < results.rows[0].loss.mean < high
+
+
+def test_a_base_model_far_away_is_named_and_leaves_the_ranks_their_room():
+    results = compare_ranks(losses_of({0: 5.0, 4: 0.03, 8: 0.0}, 0.001), {4: 1, 8: 2})
+    axes, drawn, _ = chart_of(results)
+    assert axes.get_ylim()[1] < results.rows[0].loss.mean
+    label = f"base model: {results.rows[0].loss.mean:.5g}, above what is shown"
+    assert drawn[label].size == 0
+
+
+def test_the_sizes_of_the_files_are_above_their_ranks():
+    sizes = {rank: rank * 1_500_000 for rank in range(1, 129)}
+    results = compare_ranks(losses_of({0: 0.2} | {rank: 0.1 / rank for rank in sizes}, 0.001), sizes)
+    figure = draw_ranks(results)
+    (axes,) = figure.axes
+    (above,) = axes.child_axes
+    ranks = axes.get_xticks().tolist()
+    assert ranks == list(range(8, 129, 8))
+    assert above.get_xticks().tolist() == ranks
+    texts = [label.get_text() for label in above.get_xticklabels()]
+    assert texts == [f"{rank * 1.5:.3g}" for rank in ranks]
 
 
 def test_equal_losses_are_no_obstacle():
     results = compare_ranks(losses_of({0: 0.0, 4: 0.0, 8: 0.0}), {4: 1, 8: 2})
     assert results.choice.rank == 4
-    draw_plot(results)
+    low, high = draw_ranks(results).axes[0].get_ylim()
+    assert low < results.choice.loss.mean < high
 
 
 def test_the_sheet_has_the_ranks_that_matter():

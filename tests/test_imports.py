@@ -44,6 +44,7 @@ ONLY_IN = {
     "xformers": ("library/models",),
     "huggingface_hub": ("library/training",),
     "wandb": ("library/training",),
+    "matplotlib": ("library/training/charts",),
     "argparse": ("library/config/command_line.py", "library/networks/trainable.py"),
 }
 NO_TORCH_AT_THE_TOP = [
@@ -131,6 +132,12 @@ def test_what_answers_at_once_does_not_import_torch(place):
     target = ROOT / place
     for path in [target] if target.is_file() else sorted(target.rglob("*.py")):
         assert not within("torch", [name.split(".")[0] for name in imports(path, top_only=True)]), path
+
+
+def test_matplotlib_is_imported_only_when_a_chart_is_drawn():
+    """It takes half a second. Which modules may import it at all is checked above."""
+    for path in sorted((ROOT / "library/training/charts").glob("*.py")):
+        assert not within("matplotlib", [name.split(".")[0] for name in imports(path, top_only=True)]), path
 
 
 def places_on_the_map():

@@ -23,6 +23,7 @@ from tensors import metadata
 import train_network
 from library.errors import UserError
 from library.files import file_sha256
+from library.sampling.contact_sheet import draw_sheet
 from library.training.record import preview
 from library.weight_file import file_legacy_hash
 
@@ -153,7 +154,15 @@ def test_pickled_files_hold_the_same_weights(base, pictures, tmp_path, kind):
 
 
 @ALSO_SDXL_SLOW
-def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path):
+def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path, monkeypatch):
+    titles = []
+
+    def drawing(*cells, title):
+        titles.append(title)
+        return draw_sheet(*cells, title=title)
+
+    monkeypatch.setattr(preview, "draw_sheet", drawing)
+    monkeypatch.setattr(preview, "MOST_COLUMNS", 2)
     lines = "a dog --w 64 --h 72 --s 2 --d 5\na cat --w 64 --h 64 --s 1 --l 3 --n dog\n"
     (tmp_path / "p.txt").write_text(lines, encoding="utf-8")
     more = {"sample_prompts": tmp_path / "p.txt", "sample_every_n_steps": 2, "sample_at_first": True}
@@ -166,8 +175,9 @@ def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path):
     with Image.open(first) as picture:
         assert picture.size == (64, 72)
     with Image.open(tmp_path / "out" / "x-sheet.png") as sheet:
-        assert sheet.width > 3 * 64
+        assert sheet.width > 2 * 64
         assert sheet.height > 2 * 64
+    assert titles == ["", "", "2 of 3 previews"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +197,7 @@ def test_the_end_is_always_in_the_previews_and_once(base, pictures, tmp_path, mo
     folder = tmp_path / "out" / "sample"
     seen = []
 
-    def sheet(cells, rows, columns):
+    def sheet(cells, rows, columns, title):
         seen.append(columns)
         return Image.new("L", (1, 1))
 

@@ -31,7 +31,7 @@ from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import Dataset, build_datasets, find_datasets
-from library.errors import LessMemory, Problems, UserError, shortened
+from library.errors import LessMemory, Problems, UserError, counted, shortened
 from library.logs import run_script
 from library.weight_file import WeightFile, open_weights
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LESS_MEMORY = LessMemory("use --mixed_precision fp16 or bf16, or lower --train_batch_size or --resolution")
-FEW_PICTURES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,36 +227,37 @@ def log_plan(job: Job) -> None:
     """Log the numbers of measurements; raises UserError for a single picture, which gives no interval."""
     from library.training.measure.picture_losses import pictures_of
     from library.training.measure.rank_report import MOST_COLUMNS
+    from library.training.measure.rank_results import caution_of
 
     pictures = pictures_of(job.training, job.datasets, job.seed, None)
     samples = [sample for request in pictures.requests for sample in request.samples]
     number = len({job.datasets[sample.dataset].held_out[sample.record].path for sample in samples})
     if number < 2:
         raise UserError(f"at least 2 pictures are needed for intervals of the loss, got {number}")
-    if number < FEW_PICTURES:
-        logger.warning(
-            "%d pictures give wide intervals, too wide to compare ranks: more pictures narrow them",
-            number,
-        )
+    if caution := caution_of(number):
+        logger.warning("%s", caution)
     timesteps, draws = job.config.measure.timesteps, job.config.measure.draws
     logger.info(
-        "measuring the base model and ranks %s on %d pictures x %d timesteps x %d noises: %d predictions",
+        "measuring the base model and ranks %s on %s x %s x %s: %s",
         shortened(", ".join(map(str, job.ranks)), 60),
-        len(samples),
-        timesteps,
-        draws,
-        (len(job.ranks) + 1) * len(samples) * timesteps * draws,
+        counted(len(samples), "picture"),
+        counted(timesteps, "timestep"),
+        counted(draws, "noise"),
+        counted((len(job.ranks) + 1) * len(samples) * timesteps * draws, "prediction"),
     )
     if job.prompts:
         columns = min(MOST_COLUMNS, len(job.ranks) + 1)
-        logger.info("generating %d prompts with %d of them", len(job.prompts), columns)
+        logger.info(
+            "generating %s with %d of these %d", counted(len(job.prompts), "prompt"), columns, len(job.ranks) + 1
+        )
 
 
 def report(job: Job, files: BaseFiles) -> None:
     """Measure, generate and write the files of the report."""
     from library.networks.trainable import build_network
-    from library.sampling.contact_sheet import save_sheet
-    from library.training.charts.rank_plot import draw_plot
+    from library.sampling.contact_sheet import part_title, save_sheet
+    from library.training.charts.rank_plot import draw_ranks
+    from library.training.charts.style import save_figure
     from library.training.measure import rank_report
     from library.training.measure.picture_losses import load_measurement
     from library.training.measure.rank_results import compare_ranks
@@ -277,13 +277,18 @@ def report(job: Job, files: BaseFiles) -> None:
     rank_report.write_record(record, source, results, measurement, losses)
     for line in (*results.table(), results.sentence()):
         logger.info("%s", line)
+    if results.caution:
+        logger.warning("%s", results.caution)
     logger.info("table: %s; every number: %s", table, record)
-    save_sheet(draw_plot(results), config.path("report.png"))
+    save_figure(draw_ranks(results), config.path("report.png"))
     logger.info("plot: %s", config.path("report.png"))
     if job.prompts:
         ranks = rank_report.ranks_to_draw(job.ranks, {results.choice.rank, results.best.rank})
         sampler = config.measure.sample_sampler
-        sheet = rank_report.draw_ranks(measurement, network, ranks, job.prompts, seed=job.seed, sampler=sampler)
+        title = part_title(len(ranks) - 1, len(job.ranks), "rank")
+        sheet = rank_report.draw_ranks(
+            measurement, network, ranks, job.prompts, seed=job.seed, sampler=sampler, title=title
+        )
         save_sheet(sheet, config.path("ranks.png"))
         logger.info("pictures: %s", config.path("ranks.png"))
 

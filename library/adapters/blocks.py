@@ -26,6 +26,18 @@ class BlockTable:
         """The number of blocks."""
         return sum(self.lr_parts) + 2 * self.edge
 
+    @property
+    def names(self) -> list[str]:
+        """The name of each block in web UIs, in order: IN00, IN01, ..., MID, OUT00, ...; first and last have none."""
+        down, middle, up = self.lr_parts
+        middles = ["MID"] if middle == 1 else [f"MID{number}" for number in range(middle)]
+        named = [
+            *(f"IN{number:02d}" for number in range(down)),
+            *middles,
+            *(f"OUT{number:02d}" for number in range(up)),
+        ]
+        return ["first", *named, "last"] if self.edge else named
+
     def index_of(self, module_name: str) -> int:
         """Return the number of a module's block by the name in files; raises ValueError for a name of no block."""
         down, middle, up = self.lr_parts

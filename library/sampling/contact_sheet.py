@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from library.errors import counted
 from library.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,11 @@ def draw_sheet(
                 small.thumbnail((side, side))
                 sheet.paste(small, (LABEL_WIDTH + column * step, top))
     return sheet
+
+
+def part_title(shown: int, total: int, noun: str) -> str:
+    """Return the title of a sheet that shows only some of the things of a kind: 12 of 40 previews; "" if it has all."""
+    return f"{shown} of {counted(total, noun)}" if shown < total else ""
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

@@ -1,73 +1,140 @@
-"""The loss curve of a run, plotted from its metrics file."""
+"""The course of a run: its losses by step, and its learning rates below them."""
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw
+from library.errors import counted
+from library.training.charts import style
+from library.training.charts.series import Points, RunSeries, quantile, read_metrics, smoothed, thinned
+from library.training.charts.style import our_settings
 
-from library.sampling.contact_sheet import INK, label_font, save_sheet
-from library.training.charts import axes
-from library.training.charts.axes import ACCENT_COLOUR, FONT_SIZE, HEIGHT, LINE_COLOUR, NUM_TICKS, WIDTH, Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-MARGINS = {"left": 76, "right": 16, "top": 40, "bottom": 44}
-STEP_COLOUR, AVERAGE_COLOUR, VALIDATION_COLOUR = "#c9d7ee", LINE_COLOUR, ACCENT_COLOUR
-
-Points = list[tuple[int, float]]  # (step, loss)
+MOST_POINTS = 3000  # of a line; the axes are about 1,700 pixels wide
+FEW_STEPS = 20  # up to here single steps can be seen: they get markers, and no smoothed line
+LOG_FROM = 20  # ratio of the highest to the lowest value from which the axis is logarithmic
+TAILS = 0.02  # share of the steps that may be outside the axis on each side
+MOST_RATES = len(style.LINES)  # that are told apart
 
 
 def plot_loss_curve(metrics: Path, path: Path) -> bool:
-    """Plot a metrics file as PNG; return False, without a plot, if it has fewer than two steps."""
-    series = read_series(metrics) if metrics.is_file() else {"loss/average": []}
-    if len(series["loss/average"]) < 2:
+    """Draw a metrics file as PNG; return False, without a chart, if it has fewer than two steps with a loss."""
+    series = read_metrics(metrics)
+    if len(series.losses) < 2:
         return False
-    save_sheet(plot_series(series), path)
+    style.save_figure(draw_course(series), path)
     return True
 
 
-def read_series(metrics: Path) -> dict[str, Points]:
-    """Return name -> points of each loss: of single steps, their average, and validation."""
-    names = ("loss/current", "loss/average", "loss/validation/step_average", "loss/validation/epoch_average")
-    series: dict[str, Points] = {name: [] for name in names}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        for name in names:
-            if name in values:
-                series[name].append((values["step"], values[name]))
-    return series
+@our_settings()
+def draw_course(series: RunSeries) -> Figure:
+    """Return the chart of a run, of at least one step with a loss."""
+    figure = style.new_figure()
+    if series.rates:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3.4, 1])
+        _draw_rates(below, series.rates)
+        lowest = below
+    else:
+        lowest = above = figure.subplots()
+    _draw_losses(above, series)
+    lowest.set_xlabel("step")
+    style.whole_axis(lowest.xaxis, 10)
+    style.legend_below(figure, columns=2)
+    return figure
 
 
-def plot_series(series: dict[str, Points]) -> Image.Image:
-    """Return the plot; its range is that of the averages, single steps may be outside."""
-    validation = sorted(series["loss/validation/step_average"] + series["loss/validation/epoch_average"])
-    shown = [loss for _, loss in series["loss/average"] + validation]
-    low, high = min(shown), max(shown)
-    margin = (high - low) * 0.15 or abs(high) * 0.1 or 1.0
-    last = series["loss/average"][-1][0]
-    plot = Axes(last=last, low=max(0.0, low - margin), high=high + margin, **MARGINS)
-    picture, pen = axes.new_plot()
-    plot.draw_grid(pen, ".4g")
-    ticks = [last * index / NUM_TICKS for index in range(NUM_TICKS + 1)]
-    plot.draw_labels(pen, [(step, f"{round(step)}") for step in ticks])
-    pen.text((WIDTH - plot.right, HEIGHT - 6), "step", fill=INK, font=label_font(FONT_SIZE), anchor="rb")
-    for points, colour, width in (
-        (series["loss/current"], STEP_COLOUR, 1),
-        (series["loss/average"], AVERAGE_COLOUR, 3),
-        (validation, VALIDATION_COLOUR, 3),
-    ):
-        places = [plot.place(*point) for point in points]
-        axes.draw_line(pen, places, colour, width)
-        for x, y in places if len(places) < 3 else ():
-            pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-    labels = [("each step", STEP_COLOUR), ("average over an epoch", AVERAGE_COLOUR)]
-    _draw_legend(pen, [*labels, *([("validation", VALIDATION_COLOUR)] if validation else [])])
-    return picture
+def _draw_losses(axes: Axes, series: RunSeries) -> None:
+    """Draw the losses of the training, faint and smoothed, those of the validation, and where a loss is missing."""
+    losses, validation = series.losses, series.validation
+    window = window_of(len(losses))
+    means = smoothed(losses, window)
+    lines = [value for _, value in means + validation]
+    low, high = limits([value for _, value in losses], lines)
+    is_log = is_wide(lines)
+    if is_log:
+        low = max(low, min(lines) / LOG_FROM)  # a single step may have a loss of 0, which no logarithmic axis has
+    beyond = sum(not low <= value <= high for _, value in losses)
+    label = f"training, each step ({beyond:,} beyond the axis)" if beyond else "training, each step"
+    marker = "." if len(losses) <= FEW_STEPS else None
+    is_smoothed = window > 1
+    colour, width = (style.FAINT_BLUE, 0.7) if is_smoothed else (style.BLUE, 1.8)
+    axes.plot(*_columns(losses), color=colour, linewidth=width, marker=marker, label=label)
+    if is_smoothed:
+        axes.plot(*_columns(means), color=style.BLUE, linewidth=2, label=f"training, smoothed over {window:,} steps")
+    if validation:
+        axes.plot(*_columns(validation), color=style.VERMILION, linewidth=1.8, marker="o", ms=4, label="validation")
+        step, loss = min(validation, key=lambda point: (point[1], point[0]))
+        label = f"lowest validation: {loss:.4g} at step {step:,}"
+        axes.plot([step], [loss], "*", color=style.VERMILION, mec="white", ms=16, zorder=5, label=label, clip_on=False)
+    if series.left_out:
+        label = f"{counted(len(series.left_out), 'step')} left out: the loss was not finite"
+        edge = axes.get_xaxis_transform()  # x by step, y by the height of the axes
+        places = thinned([(step, 0.0) for step in series.left_out], MOST_POINTS)
+        axes.plot(
+            [step for step, _ in places], [0.015] * len(places), "x", color=style.INK, ms=5, transform=edge, label=label
+        )
+    axes.set_title("Loss of training and validation" if validation else "Loss of training")
+    axes.set_ylabel("loss")
+    style.scale_losses(axes, is_log=is_log)
+    axes.set_ylim(low, high)
 
 
-def _draw_legend(pen: ImageDraw.ImageDraw, labels: list[tuple[str, str]]) -> None:
-    font, x = label_font(FONT_SIZE), MARGINS["left"]
-    for text, colour in labels:
-        pen.rectangle([x, 14, x + 18, 20], fill=colour)
-        pen.text((x + 24, 17), text, fill=INK, font=font, anchor="lm")
-        x += 44 + int(font.getlength(text))
+def _draw_rates(axes: Axes, rates: dict[str, Points]) -> None:
+    """Draw the learning rates; groups with equal ones are one line, and many lines have one label."""
+    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, points in rates.items():
+        groups.setdefault(tuple(points), []).append(name)
+    are_many = len(groups) > MOST_RATES
+    for index, (course, names) in enumerate(groups.items()):
+        label = f"learning rate: {', '.join(names)}" if len(groups) > 1 else "learning rate"
+        if are_many:
+            label = "" if index else f"learning rates of {len(groups)} groups"
+        colour = style.LINES[0 if are_many else index]
+        axes.plot(*_columns(list(course)), "--", color=colour, linewidth=1.2, label=label)
+    peaks = [max(rate for _, rate in course) for course in groups]
+    positive = [peak for peak in peaks if peak > 0]
+    is_log = is_wide(positive)
+    low = min(positive) / 20 if is_log else 0.0
+    axes.set_title("Learning rate")
+    style.scale_rates(axes, is_log=is_log)
+    axes.set_ylim(low, max(peaks) * (2 if is_log else 1.08) or 1.0)
+
+
+def window_of(number: int) -> int:
+    """Return over how many of a number of steps the line is smoothed, odd: a twentieth, of short runs more."""
+    return 1 if number <= FEW_STEPS else max(number // 20, min(number // 4, 15)) // 2 * 2 + 1
+
+
+def limits(steps: Sequence[float], lines: Sequence[float]) -> tuple[float, float]:
+    """Return the range of an axis from the losses of single steps and the values of the other lines.
+
+    The lines are all within it, and the middle half of the steps. Most steps are too, unless their noise is so large
+    that it would flatten the lines, which take at least a third of the height then.
+    """
+    low, high = min(lines), max(lines)
+    room = (high - low) or math.inf
+    bottom = min(max(min(low, quantile(steps, TAILS)), low - room), quantile(steps, 0.25))
+    top = max(min(max(high, quantile(steps, 1 - TAILS)), high + room), quantile(steps, 0.75))
+    reach = (top - bottom) / 5  # what is a little beyond is worth showing
+    bottom = min(value for value in (bottom, *steps) if value >= bottom - reach)
+    top = max(value for value in (top, *steps) if value <= top + reach)
+    is_flat = top - bottom <= abs(top) * 1e-6  # what is left is rounding
+    margin = (abs(top) * 0.1 or 0.1) if is_flat else (top - bottom) * 0.05
+    return (max(bottom - margin, bottom / 1.2) if bottom > 0 else bottom - margin), top + margin
+
+
+def is_wide(values: Sequence[float]) -> bool:
+    """Return whether positive values are over more than a decade, so that they need a logarithmic axis."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) >= LOG_FROM
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    """Return steps and values of as many points as can be seen."""
+    shown = thinned(points, MOST_POINTS)
+    return [step for step, _ in shown], [value for _, value in shown]

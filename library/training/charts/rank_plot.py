@@ -1,65 +1,71 @@
-"""A plot of the loss of a DyLoRA by rank."""
+"""The loss of a DyLoRA by rank, with the rank to take and the sizes of the files."""
 
 from __future__ import annotations
 
-from PIL import Image, ImageDraw
+from typing import TYPE_CHECKING
 
-from library.sampling.contact_sheet import INK, label_font
-from library.training.charts.axes import ACCENT_COLOUR, FONT_SIZE, LINE_COLOUR, WIDTH, Axes, draw_line, new_plot
-from library.training.measure.rank_results import RankResult, RankResults
+from library.training.charts import style
+from library.training.charts.style import our_settings
+from library.training.measure.rank_results import RankResults
 
-MARGINS = {"left": 92, "right": 28, "top": 44, "bottom": 62}
-BASE_COLOUR = "#7a7a7a"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MOST_LABELS = 16  # of ranks
+MEGABYTE = 1e6
 
 
-def draw_plot(results: RankResults) -> Image.Image:
-    """Return the plot; its bars are the intervals of the difference to the best rank, which decide the choice."""
-    axes = _axes_for(results)
-    picture, pen = new_plot()
-    axes.draw_grid(pen, ".5g")
-    every = -(-len(results.ranks) // MOST_LABELS)
-    labelled = results.ranks[::-1][::every]
-    axes.draw_title(pen, "rank")
-    axes.draw_labels(pen, [(row.rank, str(row.rank)) for row in labelled])
-    axes.draw_title(pen, "file, MB", 1, BASE_COLOUR)
-    axes.draw_labels(pen, [(row.rank, f"{row.size / 1e6:.3g}") for row in labelled], 1, BASE_COLOUR)
-    _draw_base(pen, axes, results.rows[0])
-    places = [axes.place(row.rank, row.loss.mean) for row in results.ranks]
-    draw_line(pen, places, LINE_COLOUR)
-    for row, (x, y) in zip(results.ranks, places, strict=True):
-        colour = ACCENT_COLOUR if row is results.choice else LINE_COLOUR
-        ends = [axes.place(row.rank, row.loss.mean + sign * row.to_best.half)[1] for sign in (1, -1)]
-        pen.line([(x, ends[0]), (x, ends[1])], fill=colour, width=2)
-        for end in ends:
-            pen.line([(x - 6, end), (x + 6, end)], fill=colour, width=2)
-        pen.ellipse([x - 5, y - 5, x + 5, y + 5], fill=colour)
-    font = label_font(FONT_SIZE)
-    choice = f"red: rank {results.choice.rank}, the one to take"
-    pen.text((axes.left, 17), choice, fill=ACCENT_COLOUR, font=font, anchor="lm")
-    legend = "bars: 95 % interval of the difference to the best rank, same pictures and noise"
-    pen.text((WIDTH - axes.right, 17), legend, fill=INK, font=font, anchor="rm")
-    return picture
+@our_settings()
+def draw_ranks(results: RankResults) -> Figure:
+    """Return the chart; its bars are the intervals of the difference to the best rank, which decide the choice."""
+    figure = style.new_figure()
+    axes = figure.subplots()
+    ranks = [row.rank for row in results.ranks]
+    losses, halves = [row.loss.mean for row in results.ranks], [row.to_best.half for row in results.ranks]
+    label = f"loss of {results.num_pictures} pictures; bars: 95 % interval of the difference to the best rank"
+    size = 5 if len(ranks) <= 2 * MOST_LABELS else 2.5  # many would hide each other
+    axes.errorbar(ranks, losses, halves, fmt="none", ecolor=style.BLUE, elinewidth=1.3, capsize=size - 1)
+    axes.plot(ranks, losses, "-o", color=style.BLUE, linewidth=1.8, ms=size, label=label)
+    best, choice = results.best, results.choice
+    if best is not choice:
+        label = f"lowest loss: rank {best.rank}"
+        axes.plot([best.rank], [best.loss.mean], "s", color=style.GREEN, ms=9, zorder=4, label=label)
+    label = f"rank {choice.rank}, the one to take: " + (
+        "it has the lowest loss" if best is choice else "the smallest whose interval reaches the best"
+    )
+    axes.plot([choice.rank], [choice.loss.mean], "D", color=style.VERMILION, ms=10, zorder=5, label=label)
+    _draw_base(axes, results)
+    axes.set_title("\n".join(["Loss by rank", *([f"Caution: {results.caution}"] if results.caution else [])]))
+    axes.set(xlabel="rank", ylabel="loss", xlim=(0, ranks[-1] * 1.04))
+    style.scale_losses(axes, is_log=False)
+    _label_ranks(axes, results)
+    style.legend_below(figure, columns=1)
+    return figure
 
 
-def _axes_for(results: RankResults) -> Axes:
-    """Return axes over all ranks; the base model is included only if the ranks stay apart then."""
+def _draw_base(axes: Axes, results: RankResults) -> None:
+    """Draw the loss of the base model as a line if the ranks stay apart with it, else name it in the legend."""
     low = min(row.loss.mean - row.to_best.half for row in results.ranks)
     high = max(row.loss.mean + row.to_best.half for row in results.ranks)
     base = results.rows[0].loss.mean
-    if abs(base - (low + high) / 2) < 2 * (high - low):
-        low, high = min(low, base), max(high, base)
-    margin = (high - low) * 0.1 or abs(high) * 0.01 or 1.0
-    return Axes(last=results.ranks[-1].rank, low=low - margin, high=high + margin, **MARGINS)
+    is_near = abs(base - (low + high) / 2) <= 2 * (high - low)
+    margin = max((high - low) * 0.08, abs(high) * 1e-4) or 1e-4
+    axes.set_ylim(low - margin, high + margin)
+    if is_near:
+        axes.axhline(base, color=style.GRAY, linestyle="--", linewidth=1.4, label=f"base model: {base:.5g}")
+        axes.set_ylim(min(low, base) - margin, max(high, base) + margin)
+    else:
+        side = "above" if base > high else "below"
+        axes.plot([], [], "--", color=style.GRAY, label=f"base model: {base:.5g}, {side} what is shown")
 
 
-def _draw_base(pen: ImageDraw.ImageDraw, axes: Axes, base: RankResult) -> None:
-    """Draw the loss of the base model as a line, or as a note at the edge if it is outside the axes."""
-    _, y = axes.place(0, base.loss.mean)
-    is_inside = axes.low < base.loss.mean < axes.high
-    for x in range(axes.left, WIDTH - axes.right, 12) if is_inside else ():
-        pen.line([(x, y), (x + 6, y)], fill=BASE_COLOUR, width=2)
-    text = f"base model {base.loss.mean:.5g}" + ("" if is_inside else ", beyond this edge")
-    inwards = 6 if base.loss.mean >= axes.high else -6
-    anchor = "rt" if inwards > 0 else "rb"
-    pen.text((WIDTH - axes.right, y + inwards), text, fill=BASE_COLOUR, font=label_font(FONT_SIZE), anchor=anchor)
+def _label_ranks(axes: Axes, results: RankResults) -> None:
+    """Name the ranks under the axes and the sizes of their files above, for as many as there is room."""
+    every = -(-len(results.ranks) // MOST_LABELS)
+    shown = results.ranks[::-1][::every][::-1]
+    places = [row.rank for row in shown]
+    axes.set_xticks(places)
+    sizes = axes.secondary_xaxis("top")
+    sizes.set_xticks(places, [f"{row.size / MEGABYTE:.3g}" for row in shown])
+    sizes.set_xlabel("size of the file, MB")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
+from library.errors import counted
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
 from library.networks.trainable import TrainableNetwork
@@ -51,11 +52,13 @@ def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Se
 def write_table(path: Path, title: str, results: RankResults, measurement: Measurement) -> None:
     """Write the recommended rank, the table and the method as Markdown."""
     how = (
-        f"Mean loss of {results.num_pictures} pictures at {len(measurement.timesteps)} timesteps with "
-        f"{measurement.draws} noises, with 95 % intervals (Student's t over the pictures). Differences are taken "
-        "picture by picture with the same noise (paired t); each interval is for one comparison."
+        f"Mean loss of {counted(results.num_pictures, 'picture')} at {counted(len(measurement.timesteps), 'timestep')} "
+        f"with {counted(measurement.draws, 'noise')}, with 95 % intervals (Student's t over the pictures). Differences "
+        "are taken picture by picture with the same noise (paired t); each interval is for one comparison. A rank is "
+        "as good as the best if the interval of its difference contains 0."
     )
-    lines = [title, "", results.sentence(), "", *results.table(), "", how]
+    cautions = [f"Caution: {results.caution}.", ""] if results.caution else []
+    lines = [title, "", results.sentence(), "", *cautions, *results.table(), "", how]
     with replacing(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -90,6 +93,7 @@ def draw_ranks(
     *,
     seed: int,
     sampler: SamplerName,
+    title: str,
 ) -> Image.Image:
     """Return a contact sheet with a row for each prompt and a column for each rank.
 
@@ -107,4 +111,4 @@ def draw_ranks(
                 ):
                     cells[picture.index].append(picture.image)
                     bar.update()
-    return draw_sheet(cells, [prompt.prompt for prompt in prompts], [name_of(rank) for rank in ranks])
+    return draw_sheet(cells, [prompt.prompt for prompt in prompts], [name_of(rank) for rank in ranks], title=title)

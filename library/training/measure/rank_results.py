@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from library.errors import counted
 from library.training.measure.picture_losses import Interval, Losses, interval, paired, picture_means
 
 BASE = 0  # the rank that means the base model without the adapter
+FEW_PICTURES = 8  # fewer give wide intervals, and the choice depends on which pictures they are
+# Titles of the table's columns.
+TITLES = ("", "file size", "loss", "loss above the best", "as good as the best?", "share of the best improvement")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,11 @@ class RankResults:
         """The smallest rank within the noise of the best."""
         return next(row for row in self.ranks if row.is_within_noise)
 
+    @property
+    def caution(self) -> str:
+        """What speaks against trusting the choice; empty if nothing does."""
+        return caution_of(self.num_pictures)
+
     def sentence(self) -> str:
         """Return the recommended rank and the reason, in one sentence."""
         base, best, choice = self.rows[0], self.best, self.choice
@@ -69,7 +78,7 @@ class RankResults:
 
     def table(self) -> list[str]:
         """Return the lines of a Markdown table."""
-        lines = ["| | file | loss | less the best | within its noise | of the gain |", "|---|---|---|---|---|---|"]
+        lines = [f"| {' | '.join(TITLES)} |".replace("|  |", "| |"), "|---" * len(TITLES) + "|"]
         for row in self.rows:
             size = megabytes(row.size) if row.rank else ""
             gain = "" if row.gain is None else f"{row.gain:.1%}"
@@ -84,6 +93,7 @@ class RankResults:
             "choice": self.choice.rank,
             "best": self.best.rank,
             "sentence": self.sentence(),
+            "caution": self.caution,
             "pictures": self.num_pictures,
             "ranks": [
                 {
@@ -119,6 +129,14 @@ def compare_ranks(losses: Mapping[int, Losses], sizes: Mapping[int, int]) -> Ran
         ],
         num_pictures=len(losses[BASE]),
     )
+
+
+def caution_of(num_pictures: int) -> str:
+    """Return the caution that a number of measured pictures calls for; empty if there are enough."""
+    if num_pictures >= FEW_PICTURES:
+        return ""
+    few = counted(num_pictures, "picture")
+    return f"{few} are few to choose a rank by, others may give another one: measure {FEW_PICTURES} or more"
 
 
 def megabytes(size: int) -> str:

@@ -23,7 +23,7 @@ from library.models.memory import bytes_to_decode
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.randomness import seed_for
-from library.sampling.contact_sheet import draw_sheet, save_sheet
+from library.sampling.contact_sheet import draw_sheet, part_title, save_sheet
 from library.sampling.previews import PreviewImage, generate_previews, size_of
 from library.training.prepare.placing import free_cache, unet_away
 from library.training.prepare.speed import uncompiled
@@ -107,7 +107,8 @@ class Preview:
         chosen = spread(columns, MOST_COLUMNS)
         cells = [[_read(paths, row) for _, paths in chosen] for row in range(len(self.prompts))]
         labels = [prompt.prompt for prompt in self.prompts]
-        save_sheet(draw_sheet(cells, labels, [label for label, _ in chosen]), self.files.contact_sheet)
+        title = part_title(len(chosen), len(columns), "preview")
+        save_sheet(draw_sheet(cells, labels, [label for label, _ in chosen], title=title), self.files.contact_sheet)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from library.adapters.alphas import note_on_alphas
-from library.adapters.blocks import table_of
+from library.adapters.blocks import BlockTable, table_of
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
@@ -32,7 +32,8 @@ from library.optim.optimizers import OptimizerChoice
 from library.processes import find_launch
 from library.sampling.contact_sheet import draw_sheet, save_sheet
 from library.sampling.previews import size_of, text_options
-from library.training.charts.block_chart import count_blocks, plot_blocks
+from library.training.charts.block_chart import count_blocks, draw_blocks
+from library.training.charts.style import save_figure
 from library.training.prepare import caches
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
 from library.training.prepare.placing import (
@@ -104,10 +105,7 @@ def dry_run(
     network = report_network(report, config, base, types)
     if (note := note_on_alphas(network.file_alphas())) is not None:
         report.say(f"alphas: {note}")
-    blocks = count_blocks(network.describe_unet(), table_of(base.family))
-    if blocks and network.trains_unet:
-        save_sheet(plot_blocks(blocks, config.optimizer.unet_rate), names.block_chart)
-        report.say(f"ranks and rates by block of the U-Net: {names.block_chart}")
+    report_blocks(report, network, table_of(base.family), config.optimizer.unet_rate, names.block_chart)
     when = when_encoded(
         config.precision, datasets, base, text, types.unet, trains_text_encoder=network.trains_text_encoder
     )
@@ -161,6 +159,14 @@ def report_pictures(report: Report, datasets: list[Dataset]) -> None:
         if dataset.held_out:
             report.say(f"  {len(dataset.held_out)} further pictures are held out for validation:")
             report.say_some([f"    {describe_picture(record)}" for record in dataset.held_out], MOST_PICTURES)
+
+
+def report_blocks(report: Report, network: TrainableNetwork, table: BlockTable, rate: float, path: Path) -> None:
+    """Draw the blocks of the U-Net, if it is trained by a network that describes them; rate is before the schedule."""
+    blocks = count_blocks(network.describe_unet(), table)
+    if blocks and network.trains_unet:
+        save_figure(draw_blocks(blocks, table, rate), path)
+        report.say(f"ranks and rates by block of the U-Net: {path}")
 
 
 def describe_picture(record: ImageRecord) -> str:

@@ -1,0 +1,90 @@
+"""The metrics of a run as series of points, and what makes them readable: means, and fewer points."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+Points = list[tuple[int, float]]  # (step, value), by step
+
+LOSS = "loss/current"
+VALIDATION = ("loss/validation/step_average", "loss/validation/epoch_average")
+RATE, ADAPTED_RATE = "lr/", "lr/d*lr/"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSeries:
+    """What the metrics of a run say of its steps."""
+
+    losses: Points  # of the training
+    validation: Points
+    left_out: list[int]  # steps without a loss, because it was not finite
+    rates: dict[str, Points]  # name of a group of weights -> its learning rate
+
+
+def read_metrics(path: Path) -> RunSeries:
+    """Return the series of a metrics file, which may still be written to; empty ones if there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return series_of([json.loads(line) for line in lines if line.endswith("}")])  # the last line may be incomplete
+
+
+def series_of(rows: Sequence[dict[str, float]]) -> RunSeries:
+    """Return the series of the lines of a metrics file."""
+    rates: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(RATE) and not name.startswith(ADAPTED_RATE):
+                # An optimizer that adapts its rate multiplies the given one, often 1, by what it found.
+                group = name.removeprefix(RATE)
+                rates.setdefault(group, {})[int(row["step"])] = row.get(ADAPTED_RATE + group, value)
+    losses = _points(rows, (LOSS,))
+    with_loss = {step for step, _ in losses}
+    steps = {int(row["step"]) for row in rows if "left_out" in row or LOSS in row}
+    return RunSeries(
+        losses=losses,
+        validation=_points(rows, VALIDATION),
+        left_out=sorted(steps - with_loss),
+        rates={group: sorted(found.items()) for group, found in rates.items()},
+    )
+
+
+def _points(rows: Sequence[dict[str, float]], names: Sequence[str]) -> Points:
+    """Return the finite values of any of the names, one for each step."""
+    found = {int(row["step"]): row[name] for row in rows for name in names if name in row}
+    return sorted((step, value) for step, value in found.items() if math.isfinite(value))
+
+
+def smoothed(points: Points, window: int) -> Points:
+    """Return the weighted mean of the points around each, window of them (odd), fewer at the ends.
+
+    The weights fall off on both sides, so that one high loss makes a peak at its step, not a plateau around it.
+    """
+    values = np.array([value for _, value in points])
+    weights = np.bartlett(window + 2)[1:-1]  # without the zeros at the ends
+    sums, totals = (np.convolve(numbers, weights, "same") for numbers in (values, np.ones(len(values))))
+    return [(step, float(mean)) for (step, _), mean in zip(points, sums / totals, strict=True)]
+
+
+def thinned(points: Points, most: int) -> Points:
+    """Return at most `most` of the points, which look the same as a line: the extremes of equal parts."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    parts = (points[start : start + size] for start in range(0, len(points), size))
+    return [point for part in parts for point in _extremes(part)]
+
+
+def _extremes(part: Points) -> Points:
+    """Return the lowest and the highest of some points, by step."""
+    ends = (min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1]))
+    return sorted(set(ends))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which a share of the values lies."""
+    return sorted(values)[round(share * (len(values) - 1))]
