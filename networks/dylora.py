@@ -13,6 +13,7 @@ Layers, names and files are those of `networks.lora`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -138,6 +139,16 @@ class DyLoRANetwork(LoRANetwork):
         self.sampled_rank = random.Random(key).choice(self.ranks)
         if self.training:
             self._use(self.sampled_rank)
+
+    @torch.no_grad()
+    def rank_norms(self) -> dict[int, float]:
+        """Return rank -> Frobenius norm of the change of all modules together, where all have the matrices of it."""
+        total = torch.zeros(self.rank, device=self.rank_share.device)
+        for module in self.modules_in_order():
+            down, up = module.lora_down.weight.float().flatten(1), module.lora_up.weight.float().flatten(1)
+            products = ((up.T @ up) * (down @ down.T)).cumsum(0).cumsum(1).diagonal()  # the first b of both, for each b
+            total += products.clamp_min(0) * module.alpha_value**2
+        return {rank: math.sqrt(total[rank - 1]) / rank for rank in self.ranks}
 
     def keep_shapes(self) -> None:
         """Compute with matrices of the same shapes at every rank, for compiled or recorded steps."""

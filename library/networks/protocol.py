@@ -114,10 +114,13 @@ class OptionalMethods(Protocol):
         """Return name, rank and weight of the learning rate of each module over the U-Net."""
 
     def file_alphas(self) -> dict[str, float]:
-        """Return module -> alpha in the files that the network writes."""
+        """Return module -> alpha in the files that the network writes, in the order of `delta_norms`."""
 
     def delta_norms(self) -> Tensor:
         """Return the Frobenius norm of each module's change, (modules,)."""
+
+    def rank_norms(self) -> dict[int, float]:
+        """Return rank -> Frobenius norm of the change of all modules together, of a network with many ranks."""
 
     def set_rank(self, rank: int, /) -> object:
         """Use a rank up to the network's own."""

@@ -217,6 +217,16 @@ class TrainableNetwork:
         norms = optional_method(self.network, "delta_norms")
         return norms().tolist() if norms else []
 
+    def changes(self) -> dict[str, float]:
+        """Return module -> Frobenius norm of its change; empty if not offered."""
+        norms = self.delta_norms()
+        return dict(zip(self.file_alphas(), norms, strict=True)) if norms else {}
+
+    def rank_norms(self) -> dict[int, float]:
+        """Return rank -> Frobenius norm of the whole change at it; empty of a network with one rank."""
+        norms = optional_method(self.network, "rank_norms")
+        return norms() if norms else {}
+
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write the network's file, whole or not at all."""
         # A foreign module hands the metadata to the package safetensors, which writes no header that is too long.

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,6 +15,7 @@ from library.files import replacing
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 CELL = 256  # longest side of a picture on the sheet, in pixels
 LABEL_HEIGHT, LABEL_WIDTH, GAP = 24, 200, 4
@@ -143,3 +145,10 @@ def wrap(text: str, font: Font, width: int, *, max_lines: int) -> list[str]:
             else:
                 lines.append(piece)
     return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], lines[max_lines - 1] + " …"]
+
+
+def spread(items: list[Item], most: int) -> list[Item]:
+    """Return at most `most` evenly spaced items, with the first and the last."""
+    if len(items) <= most:
+        return items
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

@@ -18,11 +18,11 @@ from library.errors import counted
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
 from library.networks.trainable import TrainableNetwork
-from library.sampling.contact_sheet import draw_sheet
+from library.sampling.contact_sheet import draw_sheet, spread
 from library.sampling.previews import generate_previews
 from library.training.measure.picture_losses import Losses, Measurement
 from library.training.measure.rank_results import BASE, RankResults, name_of
-from library.training.record.preview import Decoding, preview_seeds, spread
+from library.training.record.preview import Decoding, preview_seeds
 
 logger = logging.getLogger(__name__)
 

@@ -55,8 +55,7 @@ class Checkpoints:
                 f"after step {progress.step} the network has weights that are not finite, and {path.name} is not "
                 "written; try a lower learning rate"
             )
-        # Only complete epochs count; the run may end within its last one.
-        num_epochs = progress.epoch if moment.at is At.END else progress.step // self.steps_per_epoch
+        num_epochs = self.epochs_at(moment)
         with self.state.evaluation():
             self.state.network.save(path, SAVE_DTYPES[saving.save_precision], self.metadata.at(progress, num_epochs))
         self.uploads.add(path)
@@ -82,6 +81,11 @@ class Checkpoints:
         )
         if old is not None:
             self.uploads.after(lambda: shutil.rmtree(state_folder(old), ignore_errors=True))
+
+    def epochs_at(self, moment: Moment) -> int:
+        """Return the number of complete epochs; the run may end within its last one."""
+        progress = moment.progress
+        return progress.epoch if moment.at is At.END else progress.step // self.steps_per_epoch
 
     def path_at(self, moment: Moment) -> Path:
         """Return the path of the network that is saved at a moment."""

@@ -55,6 +55,8 @@ class Metrics:
         values: dict[str, float] = {"left_out": 1}
         if result.losses:
             values = {"loss/current": result.losses[-1], "loss/average": progress.average_loss}
+        if moment.seconds is not None:
+            values |= {f"time/{name}": round(took, 6) for name, took in moment.seconds._asdict().items()}
         values |= {f"lr/{name}": rate for name, rate in result.rates.items()}
         values |= {f"lr/d*lr/{name}": rate for name, rate in result.adapted_rates.items()}
         self.write(result.step, values | result.norms)

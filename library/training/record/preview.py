@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -23,7 +22,7 @@ from library.models.memory import bytes_to_decode
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
 from library.randomness import seed_for
-from library.sampling.contact_sheet import draw_sheet, part_title, save_sheet
+from library.sampling.contact_sheet import draw_sheet, part_title, save_sheet, spread
 from library.sampling.previews import PreviewImage, generate_previews, size_of
 from library.training.prepare.placing import free_cache, unet_away
 from library.training.prepare.speed import uncompiled
@@ -36,8 +35,6 @@ from library.training.run.runtime import Runtime
 from library.training.run.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
 
 SPARE = 5e8  # bytes that kernels and the gaps between allocations take besides what is counted
 MOST_COLUMNS = 12  # of the contact sheet: the first and the last previews, and evenly spaced ones between them
@@ -167,10 +164,3 @@ def _read(paths: Sequence[Path], row: int) -> Image.Image | None:
         return None
     with Image.open(paths[row]) as picture:
         return picture.convert("RGB")
-
-
-def spread(items: list[Item], most: int) -> list[Item]:
-    """Return at most `most` evenly spaced items, with the first and the last."""
-    if len(items) <= most:
-        return items
-    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 
 from library.config.saving import SavingConfig
+
+
+UNNAMED = "last"  # in place of --output_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +22,7 @@ class RunFiles:
     @property
     def network(self) -> Path:
         """The finished network."""
-        return self._network(self._name)
+        return self._network(self.name)
 
     @property
     def options(self) -> Path:
@@ -31,6 +36,15 @@ class RunFiles:
     @property
     def metrics(self) -> Path:
         return self._beside("metrics.jsonl")
+
+    @property
+    def record(self) -> Path:
+        """What the run knows that is in no other file."""
+        return self._beside("run.json")
+
+    @property
+    def page(self) -> Path:
+        return self._beside("report.html")
 
     @property
     def loss_curve(self) -> Path:
@@ -60,20 +74,28 @@ class RunFiles:
         """Return the path of the network after a number of steps."""
         return self._network(f"{self.saving.output_name or 'at'}-step{step:08d}")
 
+    def all_networks(self) -> Iterator[Path]:
+        """Yield the saved networks that are on the disk."""
+        folder, suffix = self.saving.output_dir, self.saving.save_model_as
+        yield from folder.glob(f"{escape(self.name)}.{suffix}")
+        yield from folder.glob(f"{escape(self.saving.output_name or 'epoch')}-{'[0-9]' * 6}.{suffix}")
+        yield from folder.glob(f"{escape(self.saving.output_name or 'at')}-step{'[0-9]' * 8}.{suffix}")
+
     def preview(self, moment: str, prompt: int, date: str, seed: int) -> Path:
         """Return the path of a preview; moment is a number of steps, or "e" and a number of epochs."""
         name = f"{self.saving.output_name}_" if self.saving.output_name else ""
         return self.saving.output_dir / "sample" / f"{name}{moment}_{prompt:02d}_{date}_{seed}.png"
 
     @property
-    def _name(self) -> str:
-        return self.saving.output_name or "last"
+    def name(self) -> str:
+        """The beginning of the names."""
+        return self.saving.output_name or UNNAMED
 
     def _network(self, stem: str) -> Path:
         return self.saving.output_dir / f"{stem}.{self.saving.save_model_as}"
 
     def _beside(self, ending: str) -> Path:
-        return self.saving.output_dir / f"{self._name}-{ending}"
+        return self.saving.output_dir / f"{self.name}-{ending}"
 
 
 def state_folder(network: Path) -> Path:

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from library.training.run.progress import Progress
+from library.training.run.progress import Progress, StepSeconds
 from library.training.run.step import StepResult
 
 
@@ -31,6 +31,7 @@ class Moment(NamedTuple):
     progress: Progress
     result: StepResult | None = None  # of a step, for events that need its results
     same_step: tuple[At, ...] = ()  # all points at this number of steps, in their order; empty: this one alone
+    seconds: StepSeconds | None = None  # that the step of the result took
 
     @property
     def points(self) -> tuple[At, ...]:
@@ -63,6 +64,17 @@ class Every:
         return at in self.once
 
 
+@dataclasses.dataclass(frozen=True)
+class WithAny:
+    """When an event is due that follows others: whenever one of them is."""
+
+    others: tuple[Every, ...]
+
+    def is_due(self, moment: Moment) -> bool:
+        """Return whether the event is due at a moment."""
+        return any(other.is_due(moment) for other in self.others)
+
+
 class Needs(enum.Enum):
     """What an event after a step waits for: a step is under way for a while after the host has begun it."""
 
@@ -75,7 +87,7 @@ class Event(NamedTuple):
     """A row of the table, which is the same on all processes; actions of the first process check that themselves."""
 
     name: str
-    due: Every
+    due: Every | WithAny
     act: Callable[[Moment], None]
     needs: Needs = Needs.ALL
 

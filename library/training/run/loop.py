@@ -13,7 +13,7 @@ from library.data.batches import Batch, RunPlan, load_batches
 from library.networks.trainable import TrainableNetwork
 from library.training.run.events import At, Event, Moment, Needs, due, happen, needing
 from library.training.run.interruption import StopRequest
-from library.training.run.progress import Progress
+from library.training.run.progress import Progress, StepClock
 from library.training.run.runtime import Runtime
 from library.training.run.step import OptimizerStep, PendingStep
 
@@ -38,6 +38,7 @@ def run(
     happen(events, Moment(At.START, progress))
     bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
     under_way: deque[PendingStep] = deque()
+    clock = StepClock()
 
     def settle(left: int) -> None:
         """Wait for the results of all steps but the last ones."""
@@ -47,7 +48,7 @@ def run(
             progress.num_skipped = result.num_skipped
             bar.update()
             bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
-            happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result))
+            happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result, seconds=clock.stop()))
 
     def stop_if_asked() -> None:
         if stop.asked(runtime) and progress.step < plan.num_steps:  # after the last step the run ends as usual
@@ -56,7 +57,7 @@ def run(
             raise KeyboardInterrupt
 
     with bar, stop.finishing_steps(), contextlib.closing(load_batches(loader)) as batches:
-        pairs = zip(plan, batches, strict=True)
+        pairs = zip(plan, clock.waiting_for(batches), strict=True)
         for epoch, in_epoch in itertools.groupby(pairs, key=lambda pair: pair[0].epoch):
             progress.epoch = epoch
             network.on_epoch_start()
@@ -68,10 +69,13 @@ def run(
                 waiting = due(needing(events, Needs.ALL), moment)
                 settle(0 if waiting or At.EPOCH in points else 1)
                 happen([event for event in events if event in waiting or event.needs is Needs.NOTHING], moment)
+                if waiting:
+                    clock.start()
                 if At.EPOCH not in points:
                     stop_if_asked()
             happen(events, Moment(At.EPOCH, progress, None, points_after(progress.step, plan)))
             stop_if_asked()  # after the events, so that a complete epoch has its file
+            clock.start()
         bar.close()  # before the last lines of the log
         happen(events, Moment(At.END, progress, None, points_after(progress.step, plan)))
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass
@@ -30,3 +34,40 @@ class Progress:
 def mean(values: Collection[float]) -> float:
     """Return the mean; NaN of no values, as when all steps were skipped."""
     return sum(values) / len(values) if values else math.nan
+
+
+class StepSeconds(NamedTuple):
+    """How long a step took, from the results of the one before to its own, and how much of that was spent waiting."""
+
+    step: float
+    data: float  # waiting for batches, while the step before may have been under way
+
+
+class StepClock:
+    """Measures the steps of a run, without the events between them."""
+
+    def __init__(self) -> None:
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def waiting_for(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches, and add up how long each is waited for."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            yield batch
+
+    def start(self) -> None:
+        """Begin a step now, not when the one before ended."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> StepSeconds:
+        """End a step, and begin the next one."""
+        now = time.perf_counter()
+        result = StepSeconds(now - self._since, self._waited)
+        self._since, self._waited = now, 0.0
+        return result
