@@ -16,7 +16,7 @@ from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check, parse_train_config, warn_of_idle_options, write_config_file
 from library.errors import LessMemory, Problems
-from library.logs import choose_log_lines, run_script
+from library.logs import choose_log_lines, kept_warnings, run_script
 from library.processes import check_launch
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,12 @@ LESS_MEMORY = LessMemory(
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = __doc__) -> int:
     """Run the script with a command line; return the exit code."""
+    with kept_warnings() as warnings:
+        return check_and_train(argv, description, warnings)
+
+
+def check_and_train(argv: Sequence[str] | None, description: str | None, warnings: Sequence[str]) -> int:
+    """Read and check the options, then train; warnings are those so far, for the page of the run."""
     problems = Problems()
     config = parse_train_config(argv, problems, description=description, when_read=choose_logs)
     if config.file.output_config:
@@ -47,7 +53,7 @@ def main(argv: Sequence[str] | None = None, *, description: str | None = __doc__
     # Torch takes seconds to import, so all mistakes are reported before.
     from library.training.recipe import train
 
-    train(config, datasets, prompts)
+    train(config, datasets, prompts, warnings)
     return 0
 
 

@@ -19,8 +19,8 @@ def escape(value: object) -> str:
 
 
 def page(title: str, style: str, body: str, *, data: object = None, scripts: tuple[str, ...] = ()) -> str:
-    """Return a whole page; scripts find data, if there are any, in the element `data`."""
-    held = "" if data is None else f'<script type="application/json" id="data">{json_text(data)}</script>\n'
+    """Return a whole page; scripts find data, if there are any, in the element `page-data`."""
+    held = "" if data is None else f'<script type="application/json" id="page-data">{json_text(data)}</script>\n'
     run = "".join(f"<script>{script}</script>\n" for script in scripts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from library.errors import LessMemory, UserError, in_one_line, is_out_of_memory, message_of
@@ -61,6 +62,29 @@ def choose_log_lines(level: str | None, file: Path | None) -> None:
             root.removeHandler(former)
             former.close()
         root.addHandler(handler)
+
+
+@contextlib.contextmanager
+def kept_warnings() -> Iterator[Sequence[str]]:
+    """Yield the texts of the warnings and errors that are logged within the context so far, each once."""
+    keeper = _Keeper(logging.WARNING)
+    root = logging.getLogger()
+    root.addHandler(keeper)
+    try:
+        yield keeper.texts
+    finally:
+        root.removeHandler(keeper)
+
+
+class _Keeper(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.texts:
+            self.texts.append(text)
 
 
 class _MarkedFormatter(logging.Formatter):

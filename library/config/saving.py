@@ -45,6 +45,7 @@ class SavingConfig:
         only_with=("save_every_n_steps",),
         twin="save_last_n_epochs",
     )
+    no_report: bool = option(False, "write no page of the run (-report.html) and no record for it (-run.json)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

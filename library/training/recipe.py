@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,7 @@ from library.optim.optimizers import CPU, OptimizerChoice, build_optimizer, choo
 from library.optim.schedulers import build_scheduler
 from library.randomness import seed_for
 from library.training.measure.validation import HeldOut, Validation, held_out, validation_seed
+from library.training.page.recorder import Recorder, first_facts
 from library.training.prepare.caches import cache_latents
 from library.training.prepare.checks import check_before_loading, check_steps, options_for
 from library.training.prepare.cut_texts import cut_captions, tell_long_prompts, warn_of_cut_captions
@@ -54,7 +56,7 @@ from library.training.record.run_files import RunFiles, epoch_interval
 from library.training.record.run_lock import run_lock
 from library.training.record.upload import Uploads, make_repository
 from library.training.rehearse.dry_run import dry_run
-from library.training.run.events import At, Event, Every, Needs
+from library.training.run.events import At, Event, Every, Needs, WithAny
 from library.training.run.graphs import choose_passes
 from library.training.run.interruption import StopRequest
 from library.training.run.loop import run
@@ -65,12 +67,18 @@ from library.training.run.step import OptimizerStep, Verdict
 
 
 def train(
-    config: TrainConfig, datasets: list[Dataset], prompts: list[Prompt], *, further_events: Sequence[Event] = ()
+    config: TrainConfig,
+    datasets: list[Dataset],
+    prompts: list[Prompt],
+    warnings: Sequence[str] = (),
+    *,
+    further_events: Sequence[Event] = (),
 ) -> Path:
     """Train a network as config says and return the path of its file; raises UserError for a user's mistake.
 
-    With --dry_run nothing is trained, and the path is that of the report. further_events come after those of
-    `make_events` whenever both are due. Ctrl-C and SIGTERM raise KeyboardInterrupt: at once while the run is prepared,
+    warnings are those so far, for the page of the run; more can be added while it lasts. With --dry_run nothing is
+    trained, and the path is that of the report. further_events come after those of `make_events` whenever both are due.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt: at once while the run is prepared,
     later after the step, with its state saved.
     """
     # Find whatever is wrong before anything large is loaded.
@@ -91,16 +99,22 @@ def train(
         if runtime.device != CPU:  # on which the optimizer was tried
             check_steps(config, choice, runtime.device)
         with run_lock(RunFiles(config.saving).lock, runtime):
-            prepare_and_run(
-                config, datasets, prompts, choice, files, runtime=runtime, stop=stop, further_events=further_events
-            )
+            given = Given(config, datasets, prompts, warnings)
+            prepare_and_run(given, choice, files, runtime=runtime, stop=stop, further_events=further_events)
     return RunFiles(config.saving).network
 
 
+class Given(NamedTuple):
+    """What a run is given."""
+
+    config: TrainConfig
+    datasets: list[Dataset]
+    prompts: list[Prompt]
+    warnings: Sequence[str]  # about them
+
+
 def prepare_and_run(
-    config: TrainConfig,
-    datasets: list[Dataset],
-    prompts: list[Prompt],
+    given: Given,
     choice: OptimizerChoice,
     files: BaseFiles,
     *,
@@ -109,6 +123,7 @@ def prepare_and_run(
     further_events: Sequence[Event],
 ) -> None:
     """Load, encode, build, train and save what was checked."""
+    config, datasets, prompts, warnings = given
     # Load the base model.
     resumed = find_resumed(config.state.resume, config.saving, config.hub, runtime)
     seed = shared(choose_seed(config.run.seed, resumed), runtime)
@@ -181,6 +196,10 @@ def prepare_and_run(
         events = make_events(
             config, prompts, plan, measured, objective=objective, checkpoints=checkpoints, runtime=runtime, stop=stop
         )
+        if not config.saving.no_report:
+            facts = first_facts(checkpoints.files, plan, maker, prompts, state=state, device=runtime.device)
+            recorder = Recorder(facts, checkpoints, runtime, warnings)
+            events.append(Event("page", page_times(events), recorder.write))
         # The captions of the next steps, which a stop leaves out, come after the files of the last one.
         events = [*events, *text_events, *further_events]
         run(step, network, loader, plan=plan, progress=progress, events=events, runtime=runtime, stop=stop)
@@ -313,6 +332,12 @@ def make_events(
         Event("trackers", Every(once=(At.END,)), metrics.end),
         Event("uploads", Every(once=(At.STOP,)), lambda moment: checkpoints.uploads.wait()),
     ]
+
+
+def page_times(events: Sequence[Event]) -> WithAny:
+    """Return when the page is written: at the start and the end, and after each event that it tells of."""
+    told = [event.due for event in events if event.name in ("validation", "network", "preview")]
+    return WithAny((Every(once=(At.START, At.STOP, At.END)), *told))
 
 
 def preview_times(given: PreviewConfig, *, is_resumed: bool) -> Every:

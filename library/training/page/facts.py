@@ -22,14 +22,6 @@ Kind = TypeVar("Kind")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """A part of a run that went on without a break: it ends with the run, or is resumed in the next part."""
-
-    first_step: int  # steps that were made before
-    began: float  # seconds since 1970
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
     """The previews of one moment."""
 
@@ -96,8 +88,10 @@ class Facts:
 
     version: int = FORMAT_VERSION
     state: Literal["running", "stopped", "finished", "unknown"] = "unknown"
-    parts: tuple[Part, ...] = ()
-    updated: float | None = None
+    began: float | None = None  # seconds since 1970; of a resumed run, when it was resumed
+    first_step: int = 0  # that were made before
+    seconds_before: float = 0.0  # that they took
+    updated: float | None = None  # seconds since 1970
     step: int = 0
     epoch: int = 0
     steps: int | None = None  # of the whole run
@@ -160,7 +154,8 @@ def _typed(kind: Any, value: Any) -> Any:
     if origin is Literal:
         allowed = value in inner
     else:
-        allowed = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+        # Whole numbers are numbers, and truth values are none, whatever Python says.
+        allowed = type(value) in ((int, float) if kind is float else (kind,))
     if not allowed:
         raise ValueError(f"{value!r:.60} is not {kind}")
     return value

@@ -71,7 +71,7 @@ def gather(folder: Path, name: str) -> Run:
     facts = _tolerant(read_facts, files.record) or Facts()
     saved = saved_files(files, facts)
     series = read_series(files.metrics)
-    if not facts.parts:
+    if facts.began is None:
         facts = old_facts(files, saved, series)
     return Run(
         folder=folder,
@@ -101,7 +101,7 @@ def run_files(folder: Path, name: str, options: Mapping[str, Any]) -> RunFiles:
 def saved_files(files: RunFiles, facts: Facts) -> list[SavedFile]:
     """Return the networks of a run that are on the disk: those of the record, without one all with its names."""
     folder, recorded = files.saving.output_dir, {save.file: save for save in facts.saves}
-    paths = [folder / name for name in recorded] if facts.parts else sorted(files.all_networks())
+    paths = [folder / name for name in recorded] if facts.began is not None else sorted(files.all_networks())
     return [saved_file(path, recorded.get(path.name)) for path in paths if path.is_file()]
 
 

@@ -21,14 +21,16 @@ from library.config.prompts import Prompt
 from library.data.batches import BatchMaker, RunPlan
 from library.errors import UserError
 from library.training.page.data_facts import captions_of, describe_dataset, describe_tags, relative
-from library.training.page.facts import Column, Facts, Memory, Part, Save, read_facts, write_facts
+from library.training.page.facts import Column, Facts, Memory, Save, read_facts, write_facts
 from library.training.page.gather import gather
 from library.training.page.page import write_page
+from library.training.page.sections import seconds_trained
 from library.training.record.checkpoints import Checkpoints
 from library.training.record.run_files import RunFiles
 from library.training.run.events import At, Moment
 from library.training.run.progress import Progress
 from library.training.run.runtime import Runtime
+from library.training.run.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def first_facts(
     maker: BatchMaker,
     prompts: Sequence[Prompt],
     *,
-    parameters: int,
+    state: TrainState,
     device: torch.device,
 ) -> Facts:
     """Return what is known before the first step; a resumed run goes on from the record of its earlier parts."""
@@ -53,13 +55,15 @@ def first_facts(
     return dataclasses.replace(
         before,
         state="running",
+        began=round(time.time(), 3),
+        first_step=plan.start_step,
         step=plan.start_step,
         steps=plan.num_steps,
         epochs=plan.num_epochs,
         steps_per_epoch=plan.steps_per_epoch,
         batches_to_a_step=plan.accumulation,
         processes=plan.num_processes,
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in state.network.parameters()),
         prompts=tuple(prompt.prompt for prompt in prompts),
         datasets=tuple(describe_dataset(dataset, folder) for dataset in plan.datasets),
         tags=tags,
@@ -86,7 +90,7 @@ def earlier_facts(path: Path, step: int) -> Facts:
         return Facts()
     return dataclasses.replace(
         facts,
-        parts=tuple(part for part in facts.parts if part.first_step < step),
+        seconds_before=seconds_trained(facts) or 0.0,
         saves=tuple(save for save in facts.saves if save.step <= step),
     )
 
@@ -95,13 +99,12 @@ class Recorder:
     """Writes the record and the page of a run, on the first process only."""
 
     def __init__(
-        self, facts: Facts, checkpoints: Checkpoints, runtime: Runtime, warnings: Sequence[str] = (), *, began: float
+        self, facts: Facts, checkpoints: Checkpoints, runtime: Runtime, warnings: Sequence[str] = ()
     ) -> None:
         """Begin a part of the run; warnings may grow while it lasts."""
         self._checkpoints, self._runtime, self._warnings = checkpoints, runtime, warnings
         self._files, self._state = checkpoints.files, checkpoints.state
-        self._facts = dataclasses.replace(facts, parts=(*facts.parts, Part(first_step=facts.step, began=began)))
-        self._earlier_warnings = facts.warnings
+        self._facts, self._earlier_warnings = facts, facts.warnings
 
     def write(self, moment: Moment) -> None:
         """Write what the record and the page tell at a moment; where that fails, only warn."""

@@ -68,7 +68,7 @@ class Every:
 class WithAny:
     """When an event is due that follows others: whenever one of them is."""
 
-    others: tuple[Every, ...]
+    others: tuple[Every | WithAny, ...]
 
     def is_due(self, moment: Moment) -> bool:
         """Return whether the event is due at a moment."""

@@ -1,0 +1,104 @@
+"""Small parts of pages: numbers in words, tiles, bars, tables; each returns HTML in which all texts are escaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from library.html_page import escape
+
+NONE = "–"
+
+
+class Tile(NamedTuple):
+    """A number with its title."""
+
+    title: str
+    value: str
+    note: str = ""
+
+
+def tiles(items: Sequence[Tile]) -> str:
+    """Return a row of numbers."""
+    return f'<dl class="tiles">{"".join(map(_tile, items))}</dl>'
+
+
+def _tile(item: Tile) -> str:
+    note = f'<span class="note">{escape(item.note)}</span>' if item.note else ""
+    return f"<div><dt>{escape(item.title)}</dt><dd>{escape(item.value)}{note}</dd></div>"
+
+
+def bars(values: Mapping[str, float], text: Mapping[str, str], title: str, *, columns: bool = False) -> str:
+    """Return a horizontal bar for each value, from 0 to the largest; text is what stands beside it."""
+    most = max(values.values(), default=0) or 1
+    rows = "".join(
+        f'<li><span class="name" title="{escape(name)}">{escape(name)}</span>'
+        f'<span class="bar"><i style="width:{100 * value / most:.2f}%"></i></span>'
+        f'<span class="number">{escape(text[name])}</span></li>'
+        for name, value in values.items()
+    )
+    return f'<ul class="bars{" columns" if columns else ""}" aria-label="{escape(title)}">{rows}</ul>'
+
+
+def section(name: str, title: str, body: str, lead: str = "") -> str:
+    """Return a section of the page."""
+    said = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>{said}{body}</section>'
+
+
+def chart(name: str, title: str, summary: str) -> str:
+    """Return the place of an interactive chart, which the script fills."""
+    return (
+        f'<figure class="card chart"><figcaption><h3>{escape(title)}</h3><p>{escape(summary)}</p></figcaption>'
+        f'<div class="plot" data-chart="{name}" role="img" aria-label="{escape(title)}: {escape(summary)}"></div></figure>'
+    )
+
+
+def code(text: str, title: str) -> str:
+    """Return a text with a button that copies it."""
+    return (
+        f'<div class="code"><pre aria-label="{escape(title)}"><code>{escape(text)}</code></pre>'
+        '<button type="button" class="copy">Copy</button></div>'
+    )
+
+
+def number(value: float | None) -> str:
+    """Return a number with four digits."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def size(number_of_bytes: int | None) -> str:
+    """Return a size in words."""
+    if number_of_bytes is None:
+        return NONE
+    value = float(number_of_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a duration in words, with its two largest units."""
+    if seconds is None:
+        return NONE
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
+
+
+def date(seconds: float | None) -> str:
+    """Return a moment in the time of this machine."""
+    return NONE if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def plural(count: int, word: str) -> str:
+    """Return a number with its word."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
