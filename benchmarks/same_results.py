@@ -230,7 +230,8 @@ def read_picture(path: Path, steady: Callable[[str], str]) -> dict[str, str]:
 def read_metrics(path: Path, steady: Callable[[str], str]) -> dict[str, str]:
     """Return the lines of a file of metrics, without times."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {"content": "\n".join(json.dumps({key: line[key] for key in line if key.split("/")[0] != "time"}) for line in lines)}
+    kept = [{key: line[key] for key in line if key.partition("/")[0] != "time"} for line in lines]
+    return {"content": "\n".join(map(json.dumps, kept))}
 
 
 def read_events(path: Path, steady: Callable[[str], str]) -> dict[str, str]:

@@ -123,7 +123,7 @@ def prepare_and_run(
     further_events: Sequence[Event],
 ) -> None:
     """Load, encode, build, train and save what was checked."""
-    config, datasets, prompts, warnings = given
+    config, datasets, prompts, _ = given
     # Load the base model.
     resumed = find_resumed(config.state.resume, config.saving, config.hub, runtime)
     seed = shared(choose_seed(config.run.seed, resumed), runtime)
@@ -196,12 +196,9 @@ def prepare_and_run(
         events = make_events(
             config, prompts, plan, measured, objective=objective, checkpoints=checkpoints, runtime=runtime, stop=stop
         )
-        if not config.saving.no_report:
-            facts = first_facts(checkpoints.files, plan, maker, prompts, state=state, device=runtime.device)
-            recorder = Recorder(facts, checkpoints, runtime, warnings)
-            events.append(Event("page", page_times(events), recorder.write))
+        told = page_events(given, plan, maker, events, checkpoints=checkpoints, runtime=runtime)
         # The captions of the next steps, which a stop leaves out, come after the files of the last one.
-        events = [*events, *text_events, *further_events]
+        events = [*events, *told, *text_events, *further_events]
         run(step, network, loader, plan=plan, progress=progress, events=events, runtime=runtime, stop=stop)
 
 
@@ -334,10 +331,22 @@ def make_events(
     ]
 
 
-def page_times(events: Sequence[Event]) -> WithAny:
-    """Return when the page is written: at the start and the end, and after each event that it tells of."""
+def page_events(
+    given: Given,
+    plan: RunPlan,
+    maker: BatchMaker,
+    events: Sequence[Event],
+    *,
+    checkpoints: Checkpoints,
+    runtime: Runtime,
+) -> list[Event]:
+    """Return what writes the page of the run: at the start and the end, and after each event that it tells of."""
+    if given.config.saving.no_report or not runtime.is_main:
+        return []
+    facts = first_facts(checkpoints, plan, maker, given.prompts, runtime.device)
     told = [event.due for event in events if event.name in ("validation", "network", "preview")]
-    return WithAny((Every(once=(At.START, At.STOP, At.END)), *told))
+    due = WithAny((Every(once=(At.START, At.STOP, At.END)), *told))
+    return [Event("page", due, Recorder(facts, checkpoints, runtime.device, given.warnings).write)]
 
 
 def preview_times(given: PreviewConfig, *, is_resumed: bool) -> Every:

@@ -13,6 +13,7 @@ from library.training.page.series import LOSS, Points, chosen_steps, merged_name
 Chart = dict[str, Any]
 RATES = "lr/"
 TIMES = {"time/step": "whole step", "time/data": "waiting for data"}
+STYLES = ("main", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")  # colours of the style sheet
 SHOWN = (0.01, 0.99)  # quantiles of the single steps that the range includes
 
 
@@ -43,8 +44,7 @@ def rate_chart(run: Run) -> Chart | None:
         return None
     merged = merged_names({title_of_rate(name): points for name, points in found.items()})
     steps = sorted({step for points in merged.values() for step in chosen_steps(points)})
-    kinds = ("main", "second", "third", "fourth")
-    lines = [(name, kinds[index % len(kinds)], points) for index, (name, points) in enumerate(merged.items())]
+    lines = [(name, STYLES[index % len(STYLES)], points) for index, (name, points) in enumerate(merged.items())]
     return {**lines_of(lines, steps), "unit": "learning rate", "from_zero": True}
 
 
@@ -72,23 +72,21 @@ def norm_chart(run: Run) -> Chart | None:
     if len(saves) < 2:
         return None
     kinds = sorted(saves[max(saves)], key=lambda kind: -saves[max(saves)][kind])
-    styles = ("main", "second", "third", "fourth", "fifth", "sixth")
     lines = [
-        (kind, styles[index % len(styles)], {step: norms.get(kind, 0.0) for step, norms in saves.items()})
+        (kind, STYLES[index % len(STYLES)], {step: norms.get(kind, 0.0) for step, norms in saves.items()})
         for index, kind in enumerate(kinds)
     ]
     return {**lines_of(lines, sorted(saves)), "unit": "norm", "from_zero": True, "points": True}
 
 
-def compared_chart(runs: Sequence[Run], pick: Mapping[str, Points]) -> Chart | None:
-    """Return a line for each run; pick is the points of each by name."""
-    given = {name: points for name, points in pick.items() if points}
+def compared_chart(losses: Mapping[str, Points]) -> Chart | None:
+    """Return a line for each run by its title, always in the same colour; None where no run has points."""
+    given = {title: points for title, points in losses.items() if points}
     if not given:
         return None
     steps = sorted({step for points in given.values() for step in chosen_steps(points)})
-    styles = ("main", "second", "third", "fourth", "fifth", "sixth")
-    order = [run.name for run in runs]
-    lines = [(name, styles[order.index(name) % len(styles)], points) for name, points in given.items()]
+    order = list(losses)
+    lines = [(title, STYLES[order.index(title) % len(STYLES)], points) for title, points in given.items()]
     values = [value for points in given.values() for value in points.values()]
     return {**lines_of(lines, steps), "unit": "loss", "range": padded(values)}
 
@@ -103,7 +101,10 @@ def lines_of(lines: Sequence[tuple[str, str, Points]], steps: Sequence[int]) -> 
 
 def rounded(columns: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
     """Return the columns with six digits for what is no whole number."""
-    return [[value if value is None or isinstance(value, int) else float(f"{value:.6g}") for value in column] for column in columns]
+    return [
+        [value if value is None or isinstance(value, int) else float(f"{value:.6g}") for value in column]
+        for column in columns
+    ]
 
 
 def quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:

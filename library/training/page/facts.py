@@ -11,14 +11,14 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from library.config.toml_text import load_json
 from library.errors import UserError, message_of
 from library.files import replacing
 
 FORMAT_VERSION = 1
-Kind = TypeVar("Kind")
+State = Literal["running", "stopped", "finished", "unknown"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class Facts:
     """All of the record. What an older run, which has none, does not tell is None or empty."""
 
     version: int = FORMAT_VERSION
-    state: Literal["running", "stopped", "finished", "unknown"] = "unknown"
+    state: State = "unknown"
     began: float | None = None  # seconds since 1970; of a resumed run, when it was resumed
     first_step: int = 0  # that were made before
     seconds_before: float = 0.0  # that they took
@@ -151,11 +151,7 @@ def _typed(kind: Any, value: Any) -> Any:
         return {str(name): _typed(inner[1], item) for name, item in value.items()}
     if origin is types.UnionType:
         return None if value is None else _typed(inner[0], value)
-    if origin is Literal:
-        allowed = value in inner
-    else:
-        # Whole numbers are numbers, and truth values are none, whatever Python says.
-        allowed = type(value) in ((int, float) if kind is float else (kind,))
-    if not allowed:
+    # Whole numbers are numbers, and truth values are none, whatever Python says.
+    if value not in inner if origin is Literal else type(value) not in ((int, float) if kind is float else (kind,)):
         raise ValueError(f"{value!r:.60} is not {kind}")
     return value

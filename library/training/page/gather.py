@@ -49,8 +49,9 @@ class Run:
     is_alive: bool  # whether a process holds its lock
 
     @property
-    def options_file(self) -> Path:
-        return run_files(self.folder, self.name, self.options).options
+    def files_of(self) -> RunFiles:
+        """The names of its files."""
+        return run_files(self.folder, self.name, self.options)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The facts of a run that has no record: from the metadata of a network that it saved, and the names of its previews."""
+"""The facts of a run without a record: from the metadata of a network that it saved, and the names of its previews."""
 
 from __future__ import annotations
 

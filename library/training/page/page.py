@@ -27,8 +27,9 @@ SECTIONS = {
     "Repeat": repeat,
 }
 VIEWER = (
-    '<dialog id="viewer" aria-label="Enlarged picture"><form method="dialog"><button aria-label="Close">×</button></form>'
-    '<img alt=""><p><span class="what"></span> <a href="#" target="_blank" rel="noopener">Open the file</a></p></dialog>'
+    '<dialog id="viewer" aria-label="Enlarged picture">'
+    '<form method="dialog"><button aria-label="Close">×</button></form><img alt="">'
+    '<p><span class="what"></span> <a href="#" target="_blank" rel="noopener">Open the file</a></p></dialog>'
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -45,14 +45,32 @@ def bars(values: Mapping[str, float], text: Mapping[str, str], title: str, *, co
 def section(name: str, title: str, body: str, lead: str = "") -> str:
     """Return a section of the page."""
     said = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>{said}{body}</section>'
+    head = f'<h2 id="{name}-title">{escape(title)}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-title">{head}{said}{body}</section>'
+
+
+def card(title: str, body: str, note: str = "", *, kind: str = "") -> str:
+    """Return a part of a section with a title, and a note below that."""
+    said = f'<p class="soft">{escape(note)}</p>' if note else ""
+    return f'<div class="card {kind}"><h3>{escape(title)}</h3>{said}{body}</div>'
+
+
+def table(kind: str, head: Iterable[str], rows: Iterable[str]) -> str:
+    """Return a table in a card that scrolls; rows are HTML."""
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    lines = "".join(rows)
+    return (
+        f'<div class="scroll card"><table class="{kind}"><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
 
 
 def chart(name: str, title: str, summary: str) -> str:
     """Return the place of an interactive chart, which the script fills."""
+    said = escape(f"{title}: {summary}")
     return (
         f'<figure class="card chart"><figcaption><h3>{escape(title)}</h3><p>{escape(summary)}</p></figcaption>'
-        f'<div class="plot" data-chart="{name}" role="img" aria-label="{escape(title)}: {escape(summary)}"></div></figure>'
+        f'<div class="plot" data-chart="{name}" role="img" aria-label="{said}"></div></figure>'
     )
 
 

@@ -21,34 +21,26 @@ from library.config.prompts import Prompt
 from library.data.batches import BatchMaker, RunPlan
 from library.errors import UserError
 from library.training.page.data_facts import captions_of, describe_dataset, describe_tags, relative
-from library.training.page.facts import Column, Facts, Memory, Save, read_facts, write_facts
+from library.training.page.facts import Column, Facts, Memory, Save, State, read_facts, write_facts
 from library.training.page.gather import gather
 from library.training.page.page import write_page
 from library.training.page.sections import seconds_trained
 from library.training.record.checkpoints import Checkpoints
-from library.training.record.run_files import RunFiles
 from library.training.run.events import At, Moment
 from library.training.run.progress import Progress
-from library.training.run.runtime import Runtime
-from library.training.run.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 MOST_WARNINGS = 50
-STATES = {At.END: "finished", At.STOP: "stopped"}
+STATES: dict[At, State] = {At.END: "finished", At.STOP: "stopped"}
 
 
 def first_facts(
-    files: RunFiles,
-    plan: RunPlan,
-    maker: BatchMaker,
-    prompts: Sequence[Prompt],
-    *,
-    state: TrainState,
-    device: torch.device,
+    checkpoints: Checkpoints, plan: RunPlan, maker: BatchMaker, prompts: Sequence[Prompt], device: torch.device
 ) -> Facts:
     """Return what is known before the first step; a resumed run goes on from the record of its earlier parts."""
+    files, network = checkpoints.files, checkpoints.state.network
     folder = files.saving.output_dir
     before = earlier_facts(files.record, plan.start_step) if plan.start_step else Facts()
     tags, num_tags = describe_tags(plan.datasets)
@@ -63,7 +55,7 @@ def first_facts(
         steps_per_epoch=plan.steps_per_epoch,
         batches_to_a_step=plan.accumulation,
         processes=plan.num_processes,
-        parameters=sum(parameter.numel() for parameter in state.network.parameters()),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
         prompts=tuple(prompt.prompt for prompt in prompts),
         datasets=tuple(describe_dataset(dataset, folder) for dataset in plan.datasets),
         tags=tags,
@@ -96,20 +88,18 @@ def earlier_facts(path: Path, step: int) -> Facts:
 
 
 class Recorder:
-    """Writes the record and the page of a run, on the first process only."""
+    """Writes the record and the page of a run; the first process has it alone."""
 
     def __init__(
-        self, facts: Facts, checkpoints: Checkpoints, runtime: Runtime, warnings: Sequence[str] = ()
+        self, facts: Facts, checkpoints: Checkpoints, device: torch.device, warnings: Sequence[str] = ()
     ) -> None:
         """Begin a part of the run; warnings may grow while it lasts."""
-        self._checkpoints, self._runtime, self._warnings = checkpoints, runtime, warnings
+        self._checkpoints, self._device, self._warnings = checkpoints, device, warnings
         self._files, self._state = checkpoints.files, checkpoints.state
         self._facts, self._earlier_warnings = facts, facts.warnings
 
     def write(self, moment: Moment) -> None:
         """Write what the record and the page tell at a moment; where that fails, only warn."""
-        if not self._runtime.is_main:
-            return
         self._facts = self._at(moment)
         try:
             write_facts(self._files.record, self._facts)
@@ -136,7 +126,7 @@ class Recorder:
             columns=columns_of(progress, self._facts, self._files.saving.output_dir),
             saves=saves,
             warnings=tuple(dict.fromkeys([*self._earlier_warnings, *self._warnings]))[:MOST_WARNINGS],
-            memory=peak_memory(self._runtime.device),
+            memory=peak_memory(self._device),
         )
 
     def _save(self, moment: Moment) -> Save:
@@ -185,6 +175,7 @@ KINDS = {
     "ff_net": "feed-forward",
     "self_attn": "text attention",
     "mlp_fc": "text feed-forward",
+    "emb": "time embedding",
     "proj_": "projections",
     "conv": "convolutions",
     "layers": "convolutions",  # of SDXL's names
@@ -236,7 +227,8 @@ def device_name(device: torch.device) -> str:
     """Return the name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.processor() or platform.machine()}), {threads} thread{'' if threads == 1 else 's'}"
 
 
 def peak_memory(device: torch.device) -> Memory:

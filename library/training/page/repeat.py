@@ -20,10 +20,12 @@ def repeat(run: Run) -> str:
     """Return the section."""
     parts = []
     if run.options:
-        short = shlex.join(["python", "train_network.py", "--config_file", str(run.options_file)])
+        short = shlex.join(["python", "train_network.py", "--config_file", str(run.files_of.options)])
         whole = " \\\n    ".join(["python train_network.py", *words_of(run.options)])
         parts.append(code(short, "Command that repeats the run"))
-        parts.append(f"<details><summary>The same without the file</summary>{code(whole, 'The whole command')}</details>")
+        parts.append(
+            f"<details><summary>The same without the file</summary>{code(whole, 'The whole command')}</details>"
+        )
         parts.append(_options(run.options))
     if run.facts.versions:
         rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in run.facts.versions.items())
@@ -67,12 +69,19 @@ def shown(value: Any) -> str:
     """Return a value of TOML as it is shown."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(shown, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        " ".join(map(shown, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _table(rows: Iterable[tuple[str, str, str]]) -> str:
     lines = "".join(
-        f'<tr><th scope="row"><code>{escape(flag)}</code></th><td>{escape(value)}</td><td class="soft">{escape(text)}</td></tr>'
+        f'<tr><th scope="row"><code>{escape(flag)}</code></th><td>{escape(value)}</td>'
+        f'<td class="soft">{escape(text)}</td></tr>'
         for flag, value, text in rows
     )
     return f'<table class="options">{lines}</table>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from library.html_page import escape
 from library.training.page import charts
@@ -13,6 +12,7 @@ from library.training.page.parts import (
     NONE,
     Tile,
     bars,
+    card,
     chart,
     date,
     duration,
@@ -20,6 +20,7 @@ from library.training.page.parts import (
     plural,
     section,
     size,
+    table,
     tiles,
 )
 from library.training.page.pictures import EXAMPLE_SIDE, link_to, thumbnail
@@ -47,12 +48,14 @@ def head(run: Run) -> str:
     done = f"step {facts.step:,} of {facts.steps:,}" if facts.steps else f"step {facts.step:,}"
     share = min(1.0, facts.step / facts.steps) if facts.steps else 0.0
     when = f" · last written {date(facts.updated)}" if facts.updated else ""
+    number_of = plural(len(facts.warnings), "warning")
+    warned = f' · <a href="#data">{number_of}</a>' if facts.warnings else ""
     progress = (
         f'<progress max="1" value="{share:.4f}" aria-label="Progress">{share:.0%}</progress>' if facts.steps else ""
     )
     return (
         f'<header class="head"><p class="eyebrow">Training run</p><h1>{escape(run.name)}</h1>'
-        f'<p class="state"><span class="pill {kind}">{word}</span> {escape(done + when)}</p>{progress}'
+        f'<p class="state"><span class="pill {kind}">{word}</span> {escape(done + when)}{warned}</p>{progress}'
         f"{tiles(main_numbers(run))}</header>"
     )
 
@@ -145,17 +148,15 @@ def files(run: Run) -> str:
     validation, average = validation_of(run.series), smoothed(run.series.get(LOSS, {}))
     with_loss = {entry.save.step: validation[entry.save.step] for entry in run.files if entry.save.step in validation}
     best = min(with_loss, key=with_loss.__getitem__) if with_loss else None
-    rows = "".join(_file(run, entry, validation, average, best) for entry in run.files)
+    rows = (_file(run, entry, validation, average, best) for entry in run.files)
     names = ("File", "Step", "Epoch", "Loss", "Validation", "Size", "Hash", "Pictures")
-    head_row = "".join(f'<th scope="col">{name}</th>' for name in names)
     lead = "A lower validation loss is better; without one, let the pictures decide."
-    body = f'<div class="scroll card"><table class="files"><thead><tr>{head_row}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return section("files", "Which file should I take?", body, lead)
+    return section("files", "Which file should I take?", table("files", names, rows), lead)
 
 
 def _file(run: Run, entry: SavedFile, validation: Points, average: Points, best: int | None) -> str:
     save = entry.save
-    mark = '<span class="pill good">lowest validation loss</span>' if best == save.step else ""
+    mark = '<span class="pill good">lowest validation</span>' if best == save.step else ""
     column = next((index for index, one in enumerate(run.facts.columns) if one.step == save.step), None)
     shown = f'<span class="mini" data-column="{column}"></span>' if column is not None else NONE
     cells = [
@@ -186,10 +187,10 @@ def data(run: Run) -> str:
         shown = dict(facts.tags[:BARS_OF_TAGS])
         more = f" The {BARS_OF_TAGS} most frequent of {facts.num_tags:,}." if facts.num_tags > len(shown) else ""
         counts = bars(shown, {tag: f"{count:,}" for tag, count in shown.items()}, "Tags", columns=True)
-        parts.append(f'<div class="card"><h3>Tags</h3><p class="soft">How many captions have each.{more}</p>{counts}</div>')
+        parts.append(card("Tags", counts, f"How many captions have each.{more}"))
     if facts.warnings:
         lines = "".join(f"<li>{escape(text)}</li>" for text in facts.warnings)
-        parts.append(f'<div class="card warnings"><h3>Warnings</h3><ul>{lines}</ul></div>')
+        parts.append(card("Warnings", f"<ul>{lines}</ul>", kind="warnings"))
     return section("data", "What did I train on?", "".join(parts)) if parts else ""
 
 
@@ -200,11 +201,11 @@ def _dataset(run: Run, index: int, entry: DataFacts) -> str:
     text += f"; {entry.held_out:,} held out for validation" if entry.held_out else ""
     most = max((bucket.draws for bucket in entry.buckets), default=1)
     rows = "".join(_bucket(run, bucket, most) for bucket in entry.buckets)
-    return f'<div class="card"><h3>{title}</h3><p class="soft">{escape(text)}</p><ul class="buckets">{rows}</ul></div>'
+    return card(title, f'<ul class="buckets">{rows}</ul>', text)
 
 
 def _bucket(run: Run, bucket: Bucket, most: int) -> str:
-    pictures = "".join(_example(run, path, "") for path in bucket.examples)
+    pictures = "".join(_example(run, path) for path in bucket.examples)
     draws = f"{plural(bucket.pictures, 'picture')}, {bucket.draws:,} an epoch"
     if bucket.pictures == bucket.draws:
         draws = f"{bucket.draws:,} an epoch"
@@ -215,28 +216,26 @@ def _bucket(run: Run, bucket: Bucket, most: int) -> str:
     )
 
 
-def _example(run: Run, recorded: str, alt: str) -> str:
+def _example(run: Run, recorded: str) -> str:
     path = run.folder / recorded
     found = thumbnail(path, EXAMPLE_SIDE)
     if found is None:
         return f'<span class="gone" title="{escape(path.name)}"></span>'
     return (
         f'<img src="{found.url}" width="{found.width}" height="{found.height}" loading="lazy" '
-        f'alt="{escape(alt or path.name)}" title="{escape(path.name)}">'
+        f'alt="{escape(path.name)}" title="{escape(path.name)}">'
     )
 
 
 def _captions(run: Run, captions: Sequence[Fed]) -> str:
     rows = [
-        f'<li>{_example(run, fed.picture, Path(fed.picture).name)}<span>{escape(fed.caption) or "<em>empty</em>"}</span></li>'
+        f"<li>{_example(run, fed.picture)}<span>{escape(fed.caption) or '<em>empty</em>'}</span></li>"
         for fed in captions
     ]
     more = rows[CAPTIONS_AT_FIRST:]
-    rest = f'<details><summary>{len(more)} more</summary><ol>{"".join(more)}</ol></details>' if more else ""
-    return (
-        '<div class="card captions"><h3>Captions</h3><p class="soft">As they are fed in the first epoch, in order.</p>'
-        f"<ol>{''.join(rows[:CAPTIONS_AT_FIRST])}</ol>{rest}</div>"
-    )
+    rest = f"<details><summary>{len(more)} more</summary><ol>{''.join(more)}</ol></details>" if more else ""
+    shown = f"<ol>{''.join(rows[:CAPTIONS_AT_FIRST])}</ol>{rest}"
+    return card("Captions", shown, "As they are fed in the first epoch, in order.", kind="captions")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -267,17 +266,17 @@ def adapter(run: Run) -> str:
 def _norms(run: Run, save: Save) -> str:
     blocks, kinds, ranks = save.norms_by_block, save.norms_by_kind, save.norms_by_rank
     drawn = [
-        ("By block", "Numbered as in checkpoints", blocks, blocks),
-        ("By kind of layer", "", kinds, kinds),
-        ("By rank", "Of the file cut to each rank", ranks, ranks),
+        ("By block", "Numbered as in checkpoints", blocks),
+        ("By kind of layer", "", kinds),
+        ("By rank", "Of the file cut to each rank", ranks),
     ]
     cards = "".join(
-        f'<div class="card"><h3>{title}</h3><p class="soft">{note}</p>'
-        f"{bars(values, {name: number(value) for name, value in texts.items()}, title)}</div>"
-        for title, note, values, texts in drawn
+        card(title, bars(values, {name: number(value) for name, value in values.items()}, title), note)
+        for title, note, values in drawn
         if values
     )
-    over = chart("norms", "Over the run", "Norm of the change by kind of layer, at each save") if charts.norm_chart(run) else ""
+    summary = "Norm of the change by kind of layer, at each save"
+    over = chart("norms", "Over the run", summary) if charts.norm_chart(run) else ""
     lead = f"Frobenius norm of the change of the weights in {save.file}, with alpha and rank in it."
     return f'<p class="lead">{escape(lead)}</p><div class="columns">{cards}</div>{over}'
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from library.config.saving import SavingConfig
 
-
 UNNAMED = "last"  # in place of --output_name
 
 

@@ -84,7 +84,7 @@ class Needs(enum.Enum):
 
 
 class Event(NamedTuple):
-    """A row of the table, which is the same on all processes; actions of the first process check that themselves."""
+    """A row of the table, the same on all processes, or of the first one alone; others check that in their action."""
 
     name: str
     due: Every | WithAny

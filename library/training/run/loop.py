@@ -13,9 +13,9 @@ from library.data.batches import Batch, RunPlan, load_batches
 from library.networks.trainable import TrainableNetwork
 from library.training.run.events import At, Event, Moment, Needs, due, happen, needing
 from library.training.run.interruption import StopRequest
-from library.training.run.progress import Progress, StepClock
+from library.training.run.progress import Progress, StepSeconds, Waits, timed
 from library.training.run.runtime import Runtime
-from library.training.run.step import OptimizerStep, PendingStep
+from library.training.run.step import OptimizerStep, PendingStep, StepResult
 
 
 def run(
@@ -37,18 +37,18 @@ def run(
     network.on_epoch_start()
     happen(events, Moment(At.START, progress))
     bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
-    under_way: deque[PendingStep] = deque()
-    clock = StepClock()
+    under_way: deque[tuple[PendingStep, StepSeconds]] = deque()
+    waits = Waits()
 
     def settle(left: int) -> None:
         """Wait for the results of all steps but the last ones."""
         while len(under_way) > left:
-            result = under_way.popleft().result()
+            result, seconds = end(*under_way.popleft())
             progress.losses.extend(result.losses)
             progress.num_skipped = result.num_skipped
             bar.update()
             bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
-            happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result, seconds=clock.stop()))
+            happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result, seconds=seconds))
 
     def stop_if_asked() -> None:
         if stop.asked(runtime) and progress.step < plan.num_steps:  # after the last step the run ends as usual
@@ -57,25 +57,22 @@ def run(
             raise KeyboardInterrupt
 
     with bar, stop.finishing_steps(), contextlib.closing(load_batches(loader)) as batches:
-        pairs = zip(plan, clock.waiting_for(batches), strict=True)
+        pairs = zip(plan, waits.of(batches), strict=True)
         for epoch, in_epoch in itertools.groupby(pairs, key=lambda pair: pair[0].epoch):
             progress.epoch = epoch
             network.on_epoch_start()
             for number, micro_batches in itertools.groupby(in_epoch, key=lambda pair: pair[0].step):
-                under_way.append(step(number, [batch for _, batch in micro_batches]))
+                under_way.append(begin(step, number, [batch for _, batch in micro_batches], waits))
                 progress.step = number + 1
                 points = points_after(progress.step, plan)
                 moment = Moment(At.STEP, progress, None, points)
                 waiting = due(needing(events, Needs.ALL), moment)
                 settle(0 if waiting or At.EPOCH in points else 1)
                 happen([event for event in events if event in waiting or event.needs is Needs.NOTHING], moment)
-                if waiting:
-                    clock.start()
                 if At.EPOCH not in points:
                     stop_if_asked()
             happen(events, Moment(At.EPOCH, progress, None, points_after(progress.step, plan)))
             stop_if_asked()  # after the events, so that a complete epoch has its file
-            clock.start()
         bar.close()  # before the last lines of the log
         happen(events, Moment(At.END, progress, None, points_after(progress.step, plan)))
 
@@ -85,3 +82,16 @@ def points_after(step: int, plan: RunPlan) -> tuple[At, ...]:
     is_last = step == plan.num_steps
     epoch = (At.EPOCH,) if is_last or step % plan.steps_per_epoch == 0 else ()
     return (At.STEP, *epoch, *((At.END,) if is_last else ()))
+
+
+def begin(step: OptimizerStep, number: int, batches: list[Batch], waits: Waits) -> tuple[PendingStep, StepSeconds]:
+    """Begin a step (from 0); return it with the seconds so far."""
+    waited = waits.taken()
+    begun, seconds = timed(lambda: step(number, batches))
+    return begun, StepSeconds(waited + seconds, waited)
+
+
+def end(begun: PendingStep, so_far: StepSeconds) -> tuple[StepResult, StepSeconds]:
+    """Wait for a step; return its results and all its seconds."""
+    result, seconds = timed(begun.result)
+    return result, so_far._replace(step=so_far.step + seconds)

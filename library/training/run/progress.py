@@ -6,9 +6,9 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -37,37 +37,39 @@ def mean(values: Collection[float]) -> float:
 
 
 class StepSeconds(NamedTuple):
-    """How long a step took, from the results of the one before to its own, and how much of that was spent waiting."""
+    """How long a run was at work on a step or waited for it, without the events after it."""
 
-    step: float
-    data: float  # waiting for batches, while the step before may have been under way
+    step: float  # in all
+    data: float  # of that, waiting for its batches
 
 
-class StepClock:
-    """Measures the steps of a run, without the events between them."""
+class Waits:
+    """Adds up how long a run waits for its batches."""
 
     def __init__(self) -> None:
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._seconds = 0.0
 
-    def waiting_for(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Yield the batches, and add up how long each is waited for."""
+    def of(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """Yield the batches, and measure how long each is waited for."""
         iterator = iter(batches)
         while True:
-            before = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            batch, seconds = timed(lambda: next(iterator, _END))
+            if batch is _END:
                 return
-            self._waited += time.perf_counter() - before
+            self._seconds += seconds
             yield batch
 
-    def start(self) -> None:
-        """Begin a step now, not when the one before ended."""
-        self._since = time.perf_counter()
+    def taken(self) -> float:
+        """Return the seconds since this was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
-    def stop(self) -> StepSeconds:
-        """End a step, and begin the next one."""
-        now = time.perf_counter()
-        result = StepSeconds(now - self._since, self._waited)
-        self._since, self._waited = now, 0.0
-        return result
+
+_END: Any = object()
+
+
+def timed(act: Callable[[], Item]) -> tuple[Item, float]:
+    """Return what an action returns, and the seconds that it took."""
+    before = time.perf_counter()
+    result = act()
+    return result, time.perf_counter() - before

@@ -28,7 +28,11 @@
     pen.font = `600 ${12 * scale}px system-ui, sans-serif`;
     const room = pen.measureText(text).width + 10 * scale;
     pen.textAlign = x + room > left + width ? "right" : "left";
-    pen.fillText(text, x + (pen.textAlign === "right" ? -10 : 10) * scale, y + (y - 14 * scale < top ? 18 : -10) * scale);
+    pen.lineWidth = 4 * scale;
+    pen.lineJoin = "round";
+    const place = [text, x + (pen.textAlign === "right" ? -10 : 10) * scale, y + (y - 20 * scale < top ? 20 : -12) * scale];
+    pen.strokeText(...place);
+    pen.fillText(...place);
     pen.restore();
   };
 
@@ -43,7 +47,6 @@
     const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
     const y = chart.range ? { range: (plot, low, high) => chart.range } :
       chart.from_zero ? { range: (plot, low, high) => [0, (high || 1) * 1.1] } : {};
-    const [first, last] = [chart.data[0][0], chart.data[0][chart.data[0].length - 1]];
     place.replaceChildren();
     return new uPlot({
       width: place.clientWidth, height: place.closest(".charts > :first-child, .wide") ? (innerWidth < 600 ? 240 : 300) : 200,
@@ -51,7 +54,7 @@
       series: [{ label: "step", value: (plot, value) => value == null ? "–" : value.toLocaleString("en") }, ...series],
       axes: [{ ...axis, size: 34, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5], values: (plot, values) => values.map(value => value.toLocaleString("en")) },
         { ...axis, size: 58, values: ticks }],
-      cursor: { y: false, focus: { prox: 24 } }, focus: { alpha: .35 },
+      padding: [10, 14, 0, 0], cursor: { y: false, focus: { prox: 24 } }, focus: { alpha: .35 },
       legend: { markers: { width: 0, fill: (plot, index) => series[index - 1] && series[index - 1].stroke } },
       hooks: { draw: [markBest(chart.best)] },
     }, chart.data, place);
@@ -71,8 +74,15 @@
   // ---- pictures --------------------------------------------------------------------------------------------
   const prompts = all(".prompt"), slider = document.getElementById("step"), viewer = document.getElementById("viewer");
   const rows = prompts.map(prompt => all(".strip", prompt).map(strip => all(".cell", strip)));
+  rows.flat().forEach(cells => cells.filter(cell => cell.dataset.same).forEach(cell => {
+    const first = cells[cell.dataset.same];
+    cell.replaceChildren(...[...first.childNodes].map(node => node.cloneNode(true)));
+    cell.disabled = first.disabled;
+    Object.assign(cell.dataset, { label: first.dataset.label, href: first.dataset.href || "", column: first.dataset.column });
+  }));
   const cellAt = (prompt, line, at) => rows[prompt] && rows[prompt][line] && rows[prompt][line][at];
   const isThere = cell => cell && !cell.disabled;
+  const labels = slider ? JSON.parse(slider.dataset.labels) : [];
   let at = 0, enlarged = { prompt: 0, line: 0 };
 
   const fill = (figure, cell) => {
@@ -86,16 +96,15 @@
   const show = step => {
     at = Math.max(0, Math.min(step, +slider.max));
     slider.value = at;
-    let label = "";
     prompts.forEach((prompt, index) => rows[index].forEach((cells, line) => {
       const cell = cells[at];
-      if (cell) label = label || cell.dataset.label;
       const base = all(".base", prompt)[line], now = all(".now", prompt)[line];
       if (base) fill(base, cells[0]);
       fill(now, cell);
       cells.forEach((other, number) => other.setAttribute("aria-current", String(number === at)));
     }));
-    slider.nextElementSibling.nextElementSibling.textContent = slider.dataset.labels ? JSON.parse(slider.dataset.labels)[at] : label;
+    const label = labels[at];
+    document.querySelector(".stepper output").textContent = label;
     slider.setAttribute("aria-valuetext", label);
     if (viewer.open) enlarge(enlarged.prompt, enlarged.line, at);
   };
