@@ -71,7 +71,7 @@ def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
     names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
     text = help_text(entry).replace("%", "%%")
     if entry.spec.positional:
-        group.add_argument(entry.flag, help=text)
+        group.add_argument(entry.flag, nargs=entry.kind.nargs, help=text)
     elif entry.kind.nargs == 0:
         group.add_argument(*names, dest=entry.flag, action="store_true", help=text)
     else:
