@@ -60,7 +60,7 @@ def comparison(runs: Runs, folder: Path) -> str:
 
 def _table(runs: Runs, folder: Path) -> str:
     rows = (_row(title, run, folder) for title, run in runs.items())
-    made = table("files", ("Run", "State", "Steps", "Loss", "Best validation"), rows)
+    made = table("files runs", ("Run", "State", "Steps", "Loss", "Best validation"), rows)
     return f'<section aria-label="Runs">{made}</section>'
 
 
