@@ -300,6 +300,9 @@ def run_all(name: str, work: Path, args: argparse.Namespace) -> dict[str, str]:
     return items
 
 
+OF_THE_MOMENT = ("-run.json", "-report.html")  # files that are full of times; what else is in them is in others, too
+
+
 def contents(folder: Path, given: Path, folders: Folders) -> dict[str, str]:
     """Return names and contents of the files in a folder, but for those that were given and are as they were."""
     items: dict[str, str] = {}
@@ -310,6 +313,8 @@ def contents(folder: Path, given: Path, folders: Folders) -> dict[str, str]:
             continue
         name = folders.steady(own.as_posix())
         names.append(name)
+        if name.endswith(OF_THE_MOMENT):
+            continue
         read = read_events if "tfevents" in name else READERS.get(path.suffix, read_text)
         items |= {
             f"{name}: {kind}": text if len(text) < MOST_TEXT else short_hash(text.encode())

@@ -46,7 +46,12 @@ def page(tmp_path_factory):
         size=(64, 64), batch_size=1, pictures=1, regularisation=0, held_out=0, has_buckets=False, buckets=()
     )
     facts = Facts(
-        **{"state": "finished", "began": 1.0, "updated": 61.0, "step": 30, "steps": 30, "prompts": PROMPTS},
+        state="finished",
+        began=1.0,
+        updated=61.0,
+        step=30,
+        steps=30,
+        prompts=PROMPTS,
         columns=tuple(columns),
         saves=(Save(file="x.safetensors", step=30, epoch=1, norms_by_block={"down 1": 1.0}),),
         datasets=(data,),
