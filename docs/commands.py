@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -43,6 +44,17 @@ PICTURES: dict[str, tuple[str, str]] = {
     "unicorn-sheet.png": ("train_network", "output/unicorn-sheet.png"),
     "unicorn_xl-sheet.png": ("lora_in_your_project", "output/unicorn_xl-sheet.png"),
     "gen-grid.png": ("gen_img", "output/grid/grid.png"),
+    "character-before.png": ("tutorial_character", "output/before/grid.png"),
+    "character-pictures.png": ("tutorial_character", "output/my_unicorn-pictures.png"),
+    "character-sheet.png": ("tutorial_character", "output/my_unicorn-sheet.png"),
+    "character-which.png": ("tutorial_character", "output/which/grid.png"),
+    "character-strengths.png": ("tutorial_character", "output/strengths/grid.png"),
+    "style-before.png": ("tutorial_style", "output/plain/grid.png"),
+    "style-pictures.png": ("tutorial_style", "output/my_style-pictures.png"),
+    "style-sheet.png": ("tutorial_style", "output/my_style-sheet.png"),
+    "style-strengths.png": ("tutorial_style", "output/style-strengths/grid.png"),
+    "style-which.png": ("tutorial_style", "output/style-which/grid.png"),
+    "style-and-unicorn.png": ("tutorial_style", "output/style-and-unicorn/grid.png"),
 }
 
 
@@ -87,7 +99,7 @@ def to_run(command: str, *, quick: bool) -> str:
 
 
 def prepare(folder: Path) -> None:
-    """Write a copy of the repository, with what the reader brings along."""
+    """Write a copy of the repository, as it is now."""
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -95,14 +107,18 @@ def prepare(folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    (folder / "output").mkdir()
+
+
+def bring_along(folder: Path) -> None:
+    """Write stand-ins for what the reader brings along."""
     for place in ("mine", "unicorn", "10_name", "horses", "landscapes"):
         shutil.copytree(folder / "examples/unicorn/images", folder / "pictures" / place)
     shutil.copytree(folder / "pictures/mine", folder / "regularisation/1_horse")
-    (folder / "output").mkdir()
     shutil.copy2(folder / "examples/unicorn/prompts.txt", folder / "my_prompts.txt")
+    (folder / "models").mkdir()
     for model, source in (("base", "pocket_model"), ("sdxl", "pocket_xl")):
         script = [sys.executable, "tools/convert_diffusers20_original_sd.py", f"examples/{source}"]
-        (folder / "models").mkdir(exist_ok=True)
         subprocess.run([*script, f"models/{model}.safetensors"], cwd=folder, check=True, capture_output=True)
     for name, config in (("mine", "train"), ("mine_xl", "train_xl")):
         script = [sys.executable, "train_network.py", "--config_file", f"examples/unicorn/{config}.toml", *QUICK]
@@ -120,8 +136,13 @@ def run(step: Step, folder: Path, *, quick: bool) -> int:
             [sys.executable, "-"], check=False, cwd=folder, input=step.text, text=True, capture_output=True
         )
     else:
-        command = to_run(step.text, quick=quick).replace("python ", f"{sys.executable} ", 1)
-        done = subprocess.run(["bash", "-c", command], check=False, cwd=folder, text=True, capture_output=True)
+        command = to_run(step.text, quick=quick)
+        # python and torchrun are those of this environment
+        paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": paths}
+        done = subprocess.run(
+            ["bash", "-c", command], check=False, cwd=folder, env=environment, text=True, capture_output=True
+        )
     if done.returncode:
         sys.stdout.write(f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}\n")
     return done.returncode
@@ -174,6 +195,8 @@ def main() -> int:
         folder = args.work or Path(temporary) / "suite"
         folder.mkdir()
         prepare(folder)
+        if any(OWN.search(step.text) for page in pages for step in steps(page)):
+            bring_along(folder)
         failed = run_pages(pages, folder, quick=args.quick)
         for picture, (page, file) in PICTURES.items() if args.pictures else ():
             if any(page == one.stem for one in pages):

@@ -336,6 +336,9 @@ def test_no_training_of_the_pages_replaces_the_file_of_another():
 @pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.stem)
 def test_files_that_the_commands_of_a_page_read_are_made_on_that_page(page):
     made = {"output/mine", "output/mine_xl"}  # the reader's own
+    made |= {
+        f"output/{name}" for text in blocks(page, "toml") for name in re.findall(r'(?m)^output_name = "(.+)"', text)
+    }
     for words in lines(page):
         made |= written(words)
         read = [word for word in words if word.startswith("output/")]

@@ -43,7 +43,10 @@ def main() -> int:
     subjects = [subject for subject in SUBJECTS if subject not in UNSEEN]
     for number, (subject, background) in enumerate(zip(subjects, backgrounds, strict=True), start=1):
         offset = (numbers.randint(-6, 6), numbers.randint(-6, 6))
-        picture = draw(subject, background, numbers.uniform(0.65, 0.85), offset)
+        red, green, blue = (
+            255 - (255 - value) // 3 for value in BACKGROUNDS[background]
+        )  # pale, so that subjects stand out
+        picture = draw(subject, (red, green, blue), numbers.uniform(0.65, 0.85), offset)
         cyanotype(picture).save(folder / f"{number:02}.png", optimize=True)
         (folder / f"{number:02}.txt").write_text(caption(subject, background) + "\n", encoding="utf-8")
     return 0
