@@ -33,6 +33,7 @@ SKIPPED = {
     "--huggingface_repo_id": "needs the network",
     "--resume_from_huggingface": "needs the network",
     "--multi_gpu": "needs two GPUs",
+    "--resume auto": "needs a training that was interrupted",
     "benchmarks/gpu.py": "needs a GPU",
     "theirs.safetensors": "needs a file of sd-scripts",
 }
@@ -198,8 +199,8 @@ def main() -> int:
         if any(OWN.search(step.text) for page in pages for step in steps(page)):
             bring_along(folder)
         failed = run_pages(pages, folder, quick=args.quick)
-        for picture, (page, file) in PICTURES.items() if args.pictures else ():
-            if any(page == one.stem for one in pages):
+        for picture, (maker, file) in PICTURES.items() if args.pictures else ():
+            if maker in {page.stem for page in pages}:
                 shutil.copy2(folder / file, ROOT / "docs/images" / picture)
     sys.stdout.write("\n".join(["failed:", *failed] if failed else ["all commands ran"]) + "\n")
     return 1 if failed else 0

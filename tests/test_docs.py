@@ -321,7 +321,7 @@ def written(words):
 
 
 def test_no_training_of_the_pages_replaces_the_file_of_another():
-    trainings = {}
+    trainings: dict[str, set[str]] = {}
     for page in [*ENGLISH, ROOT / "README.md"]:
         for words in lines(page):
             name = output_name(words)

@@ -1,4 +1,4 @@
-"""Make the twenty-four training pictures of a style that the pocket model has never seen: cyanotypes, blue prints on paper.
+"""Make the training pictures of a style that the pocket model has never seen: cyanotypes, blue prints on paper.
 
 python make_images.py                  writes images/01.png to images/24.png with their captions
 """
