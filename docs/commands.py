@@ -35,6 +35,8 @@ SKIPPED = {
     "--multi_gpu": "needs two GPUs",
     "--resume auto": "needs a training that was interrupted",
     "benchmarks/gpu.py": "needs a GPU",
+    "--in_json": "needs a metadata file of the reader",
+    "--masked_loss": "needs masks of the reader",
     "theirs.safetensors": "needs a file of sd-scripts",
 }
 OWN = re.compile(r"models/|my_pictures\.toml|my_training\.toml|pictures/|--train_data_dir")  # what the reader brings
@@ -117,6 +119,9 @@ def bring_along(folder: Path) -> None:
         shutil.copytree(folder / "examples/unicorn/images", folder / "pictures" / place)
     shutil.copytree(folder / "pictures/mine", folder / "regularisation/1_horse")
     shutil.copy2(folder / "examples/unicorn/prompts.txt", folder / "my_prompts.txt")
+    for step in steps(ROOT / "docs/train_network.md"):
+        if step.kind == "file":
+            run(step, folder, quick=True)
     (folder / "models").mkdir()
     for model, source in (("base", "pocket_model"), ("sdxl", "pocket_xl")):
         script = [sys.executable, "tools/convert_diffusers20_original_sd.py", f"examples/{source}"]
