@@ -50,6 +50,7 @@ PICTURES: dict[str, tuple[str, str]] = {
     "character-before.png": ("tutorial_character", "output/before/grid.png"),
     "character-pictures.png": ("tutorial_character", "output/my_unicorn-pictures.png"),
     "character-sheet.png": ("tutorial_character", "output/my_unicorn-sheet.png"),
+    "character-loss.png": ("tutorial_character", "output/my_unicorn-loss.png"),
     "character-which.png": ("tutorial_character", "output/which/grid.png"),
     "character-strengths.png": ("tutorial_character", "output/strengths/grid.png"),
     "style-before.png": ("tutorial_style", "output/plain/grid.png"),
