@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 from scripts import ROOT, python
@@ -24,8 +27,12 @@ from library.errors import Problems
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 ENGLISH = [page for page in PAGES if not page.stem.endswith("-ja")]
+OUTSIDE = [
+    *(path for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md"),
+    *(ROOT / "examples").glob("*/*.md"),
+]
 
-FENCE = re.compile(r"(?ms)^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$")
+FENCE = re.compile(r"(?ms)^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$")  # the kind may be followed by the name of a file
 FLAG = re.compile(r"--([A-Za-z]\w*)")
 # Options in the text that belong to accelerate, torchrun, argparse, and to the lines of prompt files.
 FOREIGN = {"num_cpu_threads_per_process", "multi_gpu", "num_processes", "nproc_per_node", "help"}
@@ -34,13 +41,19 @@ PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "t", "am", "f", "g", "ctr"
 }
 
 
-def load_tables():
-    spec = importlib.util.spec_from_file_location("docs_tables", DOCS / "tables.py")
+def load(name):
+    """Return a module of the folder docs."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def load_tables():
+    return load("tables")
 
 
 def known_flags():
@@ -48,7 +61,10 @@ def known_flags():
 
 
 def blocks(page, kind=None):
-    found = [(match["kind"].strip(), match["text"]) for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    found = [
+        (re.sub(r" \S+\.\w+$", "", match["kind"].strip()), match["text"])
+        for match in FENCE.finditer(page.read_text(encoding="utf-8"))
+    ]
     return [text for name, text in found if kind is None or name == kind]
 
 
@@ -168,7 +184,7 @@ def test_both_languages_have_the_same_headings_and_code(page):
     assert list(commands(page)) == list(commands(other))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *OUTSIDE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
         if target.startswith(("https://", "http://")):
@@ -254,3 +270,138 @@ def test_python_examples_compile(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_path_of_one_machine(page):
     assert not re.search(r"(?<![\w.])/(work|tmp|home|root)/", page.read_text(encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Names of files, and the runner of the commands
+# --------------------------------------------------------------------------------------------------------------
+
+
+# Scripts that take what they read and what they write without option names.
+FROM_TO = {
+    "tools/convert_diffusers20_original_sd.py",
+    "tools/resize_images_to_resolution.py",
+    "finetune/merge_captions_to_metadata.py",
+    "finetune/clean_captions_and_tags.py",
+}
+
+
+def lines(page):
+    """Return the command lines of a page, as lists of words."""
+    text = re.sub(r"\\\n", " ", "".join(blocks(page, "bash")))
+    return [shlex.split(line.split("&&")[-1]) for line in text.splitlines()]
+
+
+def value(words, option):
+    """Return the value of an option in the words of a command."""
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word == f"--{option}":
+            return after
+        if word.startswith(f"--{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def output_name(words):
+    """Return the name of the LoRA that a command trains, if it trains one that the reader did not set up."""
+    config = value(words, "config_file") or ""
+    if not any(word.endswith("train_network.py") for word in words) or not config.startswith("examples/"):
+        return None
+    return value(words, "output_name") or str(read_whole(ROOT / config)["output_name"])
+
+
+def written(words):
+    """Return the files and folders that a command writes, without extensions."""
+    paths = [value(words, option) for option in ("save_to", "output", "outdir")]
+    if name := output_name(words):
+        paths.append(f"output/{name}")
+    if FROM_TO & set(words):
+        paths.append(words[3])
+    return {path.removesuffix(".safetensors") for path in paths if path}
+
+
+def test_no_training_of_the_pages_replaces_the_file_of_another():
+    trainings: dict[str, set[str]] = {}
+    for page in [*ENGLISH, ROOT / "README.md"]:
+        for words in lines(page):
+            name = output_name(words)
+            if name and "--dry_run" not in words:
+                options = words[words.index("--config_file") :]
+                again = options[:-2] if options[-2:] == ["--resume", "auto"] else options
+                trainings.setdefault(name, set()).add(" ".join(again))
+    assert len(trainings) > 15
+    assert {name: found for name, found in trainings.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=lambda page: page.stem)
+def test_files_that_the_commands_of_a_page_read_are_made_on_that_page(page):
+    made = {"output/mine", "output/mine_xl"}  # the reader's own
+    made |= {
+        f"output/{name}" for text in blocks(page, "toml") for name in re.findall(r'(?m)^output_name = "(.+)"', text)
+    }
+    for words in lines(page):
+        made |= written(words)
+        read = [word for word in words if word.startswith("output/")]
+        assert [word for word in read if not word.startswith(tuple(made))] == [], words
+
+
+def test_the_runner_finds_the_steps_of_a_page():
+    runner = load("commands")
+    steps = [*runner.steps(DOCS / "tools.md")]
+    assert [step.name for step in steps if step.kind == "file"] == ["my_captions.json"]
+    assert all("\\" not in step.text for step in steps if step.kind == "bash")
+    assert runner.to_run("python train_network.py --config_file my_training.toml", quick=False).endswith("--dry_run")
+    assert runner.to_run("python train_network.py --dry_run x/models/a", quick=True).count("--dry_run") == 1
+    assert runner.to_run("python train_network.py --config_file a.toml", quick=True).endswith("--max_train_steps 4")
+    assert runner.reason_to_skip("pip install lycoris-lora")
+    for page, _ in runner.PICTURES.values():
+        assert (DOCS / f"{page}.md").exists()
+
+
+def test_every_picture_is_on_a_page_and_made_by_the_runner():
+    pictures = {path.name for path in (DOCS / "images").iterdir()}
+    assert pictures == set(load("commands").PICTURES)
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *OUTSIDE])
+    assert {name for name in pictures if f"images/{name})" not in text} == set()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The site
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_stands_in_the_contents_of_the_site():
+    hooks = load("site_hooks")
+    contents = set(re.findall(r": ([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    pages = {hooks.site_path(path.relative_to(ROOT).as_posix()) for path in PAGES}
+    assert contents == pages | set(hooks.OUTSIDE.values())
+    assert set(hooks.OUTSIDE) == {path.relative_to(ROOT).as_posix() for path in [*OUTSIDE, ROOT / "CHANGELOG.md"]}
+    assert all(hooks.other_language(hooks.site_path(f"docs/{page.name}"), contents) for page in PAGES)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_needs_no_network(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = [*(tmp_path / "site").rglob("*.html")]
+    assert len(pages) == 1 + len(PAGES) + len(load("site_hooks").OUTSIDE)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["']?https?://""", text), page.name
+    japanese = (tmp_path / "site/train_network-ja.html").read_text(encoding="utf-8")
+    assert '<html lang="ja"' in japanese
+    assert 'href="train_network.html" hreflang="en"' in japanese
+    shutil.rmtree(tmp_path / "site")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["tools", "gen_img", "merge_and_extract", "lora_in_your_project"])
+def test_the_commands_of_a_page_run_as_they_stand(page, tmp_path):
+    command = [sys.executable, "docs/commands.py", page, "--quick", "--work", str(tmp_path / "suite")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    shutil.rmtree(tmp_path / "suite")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all commands ran" in done.stdout
