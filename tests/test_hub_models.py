@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import errno
 import json
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from library.adapters.metadata import RECIPE
 from library.config import toml_text
 from library.config.config_file import to_toml
 from library.config.hub_names import HubName, read_hub_name
-from library.config.train import parse_train_config
+from library.config.train import check, parse_train_config
 from library.errors import Problems, UserError
 from library.models import hub as hub_models
 from library.models.hub import fetch_models, in_bytes, locate_models
@@ -39,6 +39,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 NAMES = {
     "someone/model": HubName("someone/model"),
+    "someone/model/": HubName("someone/model"),
     "some.one/model-1.5_x": HubName("some.one/model-1.5_x"),
     f"someone/model@{COMMIT}": HubName("someone/model", COMMIT),
     "someone/model@refs/pr/3": HubName("someone/model", "refs/pr/3"),
@@ -61,7 +62,6 @@ PATHS = (
         "C:/b",
         "~/b",
         "a//",
-        "a/b/",
         "models/sd/v1",
         "a/b@main/../c",
         "https://example.com/a/b",
@@ -91,12 +91,8 @@ def part(name, *endings, config="config.json"):
     return [f"{name}/{config}", *(f"{name}/{ending}" for ending in endings)]
 
 
-UNET = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.safetensors",
-)
-UNET = (*UNET, "diffusion_pytorch_model.fp16.bin", "diffusion_flax_model.msgpack", "model.onnx", "openvino_model.bin")
+UNET = tuple(f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin", "fp16.safetensors", "fp16.bin"))
+UNET = (*UNET, "diffusion_flax_model.msgpack", "model.onnx", "openvino_model.bin")
 TEXT = ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "flax_model.msgpack", "model.onnx")
 TOKENIZER = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json")
 MODEL = [
@@ -336,9 +332,10 @@ def test_what_another_program_left_is_completed(published, monkeypatch):
     assert f"unet/{UNET[0]}" not in files
 
 
-def test_a_model_of_no_use_is_told_by_its_small_files(published, tmp_path):
-    published.files["someone/tiny"]["unet/config.json"] = b'{"cross_attention_dim": 7}'
-    with pytest.raises(UserError, match="cross_attention_dim|is not"):
+def test_a_model_of_no_use_is_told_by_its_small_files(published):
+    refiner = {"unet/config.json": b'{"cross_attention_dim": 1280}', "text_encoder_2/config.json": b"{}"}
+    published.files["someone/tiny"] |= refiner | {"text_encoder_2/model.safetensors": b"large"}
+    with pytest.raises(UserError, match="is an SDXL refiner, which is not supported"):
         located_model("someone/tiny")
     _, files = published.asked()
     assert not [name for name in files if name.endswith(".safetensors")]
@@ -352,7 +349,7 @@ def closed(code):
 
 
 def full(hub, monkeypatch):
-    usage = collections.namedtuple("usage", "total used free")(0, 0, 1000)
+    usage = types.SimpleNamespace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
 
@@ -412,13 +409,17 @@ def test_what_cannot_be_had_is_one_line_before_anything_is_loaded(published, pic
     assert not (tmp_path / "o").exists()
 
 
-def test_a_token_is_sent_and_never_told(published, pictures, tmp_path):
+def test_a_token_is_sent_and_never_told(published, monkeypatch):
     published.closed["someone/tiny"] = "RepoNotFound"
-    located_model("someone/tiny", "--huggingface_token", "hf_abc")
-    assert published.tokens == {"Bearer hf_abc"}
+    config = located_model("someone/tiny", "--huggingface_token", "hf_abc")
+    assert published.tokens >= {"Bearer hf_abc"}
+    assert "hf_abc" not in to_toml(config)
     assert "hf_abc" not in hub_models.reason(ValueError("Illegal header 'Bearer hf_abc'"), "hf_abc")
-    words = {"huggingface_token": "hf_abc", "dry_run": True}
-    call(train_network, *options(Path("someone/tiny"), pictures, tmp_path / "o", **words))
+    problems = Problems()
+    check(config, problems)
+    with pytest.raises(UserError) as caught:
+        problems.raise_if_any()
+    assert "--huggingface_token" not in str(caught.value), "it is of use, without a repository to upload to"
 
 
 def test_all_models_are_told_together_with_other_mistakes(hub, pictures, tmp_path):
@@ -461,11 +462,13 @@ def test_pictures_are_drawn_with_models_of_the_hub(published, folder, model_stor
     call(gen_img_diffusers, *words, *local, "--outdir", tmp_path / "two")
     (one,), (two,) = (list((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert (shot(one).pixels == shot(two).pixels).all()
-    assert "Model: someone/tiny" in shot(one).texts["parameters"]
+    assert "Model: tiny, " in shot(one).texts["parameters"]
+    assert json.loads(shot(one).texts["generation"])["model"] == "someone/tiny"
     call(gen_img_diffusers, *words, *hub, "--offline", "--outdir", tmp_path / "one")
     assert published.asked() == ([], [])
 
 
+@pytest.mark.slow
 def test_tools_take_models_of_the_hub(published, folder, base, model_store, tmp_path):
     published.put("someone/one", base.parent, base.name, "fp16.safetensors")
     out = tmp_path / "out"

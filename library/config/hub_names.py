@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+from library.config.options import Role
+from library.config.tool_files import WEIGHT_SUFFIXES
+
+MODEL_SUFFIXES = (*WEIGHT_SUFFIXES, ".bin")
 REPOSITORY = r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
 REVISION = r"(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.-]+)"
 PATH = r"(?:/+(?P<path>[^\\:*?\"<>|]*))?"
@@ -53,7 +56,7 @@ def read_hub_name(text: str) -> HubName | None:
     name = _read(NAME, text)
     if name is None or name.revision is not None:
         return name
-    is_file = text.lower().endswith(WEIGHT_SUFFIXES)
+    is_file = text.lower().endswith(MODEL_SUFFIXES)
     return name if is_file == bool(name.path) else None
 
 
@@ -73,6 +76,7 @@ class HubModel:
 
     field: str  # of the option
     index: int  # of the value, for an option with several
+    role: Role
     name: HubName  # its revision is the commit
     asked: str | None  # the revision that was asked for
     folder: Path  # of the commit in the cache

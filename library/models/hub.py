@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from library.config.command_line import parse
 from library.config.hub_names import HubModel, HubName, TakesModels, read_hub_name
@@ -69,7 +69,8 @@ def locate_models(config: Root, problems: Problems) -> Root:
 
     Adds to problems the models that are neither on this disk nor on the hub.
     """
-    sections = {name: getattr(config, name) if name else config for name, _ in sections_of(type(config))}
+    root: type = type(config)
+    sections = {name: getattr(config, name) if name else config for name, _ in sections_of(root)}
     search = Search(_any_option(sections, "offline", default=False), _any_option(sections, "huggingface_token"))
     for name, section in sections.items():
         if isinstance(section, TakesModels):
@@ -89,8 +90,8 @@ def _located(section: TakesModels, search: Search, problems: Problems) -> dict[s
     """Return what changes in a section: its paths, what they were on the hub, and the variant."""
     changes: dict[str, Any] = {}
     found: list[HubModel] = []
-    values = vars(section)  # without what is missing or could not be read
-    for entry in (entry for entry in section_options(type(section)) if entry.spec.hub is not None):
+    values, kind = vars(section), cast("type", type(section))  # values without what is missing or could not be read
+    for entry in (entry for entry in section_options(kind) if entry.spec.hub is not None):
         value = values.get(entry.field)
         many = value if isinstance(value, tuple) else (value,)
         models = [
@@ -201,7 +202,7 @@ def in_cache(folder: Path, name: HubName, role: Role, variant: str | None) -> Hu
     """Return a model in the folder of a commit; None if it is not complete; raises UserError if there is none."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     found = needed(names, role, path=name.path, variant=variant)
-    return as_model(name, found, folder, missing={}) if is_complete(found, role, folder) else None
+    return as_model(name, role, found, folder, missing={}) if is_complete(found, role, folder) else None
 
 
 def on_hub(name: HubName, role: Role, variant: str | None, token: str | None) -> HubModel:
@@ -215,14 +216,15 @@ def on_hub(name: HubName, role: Role, variant: str | None, token: str | None) ->
     found = needed(sizes, role, path=name.path, variant=variant)
     folder = storage_of(name.repository) / "snapshots" / str(info.sha)
     missing = {file: sizes[file] for file in found.files if not (folder / file).is_file()}
-    return as_model(name, found, folder, missing)
+    return as_model(name, role, found, folder, missing)
 
 
-def as_model(name: HubName, found: Needed, folder: Path, missing: Mapping[str, int]) -> HubModel:
+def as_model(name: HubName, role: Role, found: Needed, folder: Path, missing: Mapping[str, int]) -> HubModel:
     """Return a model at the commit of a folder, for an option that `find` names."""
     return HubModel(
         field="",
         index=0,
+        role=role,
         name=HubName(name.repository, folder.name, found.path),
         asked=name.revision,
         folder=folder,
@@ -276,12 +278,9 @@ def fetch_models(config: object) -> None:
     root: type = type(config)
     sections = [getattr(config, name) if name else config for name, _ in sections_of(root)]
     token = _any_option({str(index): section for index, section in enumerate(sections)}, "huggingface_token")
-    wanted = [
-        (section, model) for section in sections if isinstance(section, TakesModels) for model in section.from_hub
-    ]
-    check_space([model for _, model in wanted])
-    for section, model in wanted:
-        role = next(entry.spec.hub for entry in section_options(type(section)) if entry.field == model.field)
+    wanted = [model for section in sections if isinstance(section, TakesModels) for model in section.from_hub]
+    check_space(wanted)
+    for model in wanted:
         what = f"its {model.variant} weights" if model.variant else "it"
         if not model.missing:
             logger.info("%s: %s is in the cache at commit %s", model.name.repository, what, model.folder.name)
@@ -296,7 +295,7 @@ def fetch_models(config: object) -> None:
             model.folder.name,
             model.folder,
         )
-        fetch(model, role, token)
+        fetch(model, token)
 
 
 def check_space(models: list[HubModel]) -> None:
@@ -320,9 +319,9 @@ def unfinished(model: HubModel) -> Iterator[Path]:
     yield from (storage_of(model.name.repository) / "blobs").glob("*.incomplete")
 
 
-def fetch(model: HubModel, role: Role | None, token: str | None) -> None:
+def fetch(model: HubModel, token: str | None) -> None:
     """Download the missing files of a model, the small ones first: they may show that the model is of no use."""
-    is_checked = model.is_file or role != "model"
+    is_checked = model.is_file or model.role != "model"
     repository, commit, api = model.name.repository, model.folder.name, client(token)
     try:
         for name in model.missing:

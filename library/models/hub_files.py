@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from library.config.hub_names import WEIGHT_SUFFIXES
+from library.config.hub_names import MODEL_SUFFIXES
 from library.config.options import Role
 from library.errors import UserError, named
 from library.models.checkpoint import EXTRAS_FILE, UNET, VAE, WEIGHT_ENDINGS, choose_weights, read_json, shards_of
@@ -35,7 +35,7 @@ class Needed:
     @property
     def variant(self) -> str | None:
         """The variant of all weights, such as "fp16"; None for full ones, and for a mixture."""
-        endings = {name.split(".")[-2] for name in self.files if name.endswith(WEIGHT_SUFFIXES) and not self.is_file}
+        endings = {name.split(".")[-2] for name in self.files if name.endswith(MODEL_SUFFIXES) and not self.is_file}
         known = {ending.split(".")[1] for ending in WEIGHT_ENDINGS if ending.count(".") == 2}
         return next(iter(endings)) if len(endings) == 1 and endings <= known else None
 
@@ -46,8 +46,8 @@ def needed(names: Collection[str], role: Role, *, path: str = "", variant: str |
     Raises UserError, without the name of the repository, if there is no model for the role.
     """
     if path in names:
-        if not path.endswith(WEIGHT_SUFFIXES):
-            raise UserError(f"{path} is no weight file ({', '.join(WEIGHT_SUFFIXES)})")
+        if not path.endswith(MODEL_SUFFIXES):
+            raise UserError(f"{path} is no weight file ({', '.join(MODEL_SUFFIXES)})")
         return Needed((path,), path, is_file=True)
     start = f"{path}/" if path else ""
     own = [name.removeprefix(start) for name in names if name.startswith(start)]
@@ -106,7 +106,7 @@ def vae_of_model(names: Collection[str], variant: str | None) -> Needed | None:
 
 def one_file(names: Collection[str], variant: str | None) -> Needed | None:
     """Return the only weight file, or the only .safetensors; raises UserError if there are several."""
-    weights = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES))
+    weights = sorted(name for name in names if name.endswith(MODEL_SUFFIXES))
     top = [name for name in weights if "/" not in name] or weights
     if "config.json" in names:  # of transformers and diffusers: weights of a single part
         top = [name for name in top if choose_weights([name], "") is None and choose_weights([name], TEXT) is None]
