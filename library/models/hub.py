@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import logging
 import re
 import shutil
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 Root = TypeVar("Root")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SECONDS = 30.0  # that the hub may take for a list of files
+MOST_COMPARED = 2000  # names in a folder
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 # What to name instead of a path that is not there.
 HERE: Mapping[Role, str] = {
@@ -145,7 +147,7 @@ class NotOnHubError(Exception):
 def neighbour(path: Path) -> str:
     """Return "; did you mean X?" for the name beside a path that is the most like it, or an empty text."""
     try:
-        return nearest(str(path), [str(other) for other in path.parent.iterdir()])
+        return nearest(str(path), [str(other) for other in itertools.islice(path.parent.iterdir(), MOST_COMPARED)])
     except OSError:  # there is no such folder
         return ""
 
