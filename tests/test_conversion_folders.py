@@ -111,7 +111,7 @@ def test_scheduler_and_tokenizer_of_another_folder(store, tmp_path):
     assert (out / "tokenizer_2" / "vocab.json").is_file()
     assert_same(read_folder(out), read_folder(model.made_folder))
     with pytest.raises(
-        UserError, match="--reference_model: runwayml/x does not exist here, and it is not in the cache"
+        UserError, match="--reference_model: runwayml/x does not exist here, and the Hugging Face cache has no model"
     ):
         convert(model.checkpoint, tmp_path / "no", "--reference_model", "runwayml/x")
 

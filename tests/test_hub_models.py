@@ -307,7 +307,7 @@ def test_an_interrupted_download_goes_on_where_it_was(published):
     with pytest.raises(KeyboardInterrupt):
         located_model("someone/tiny")
     published.asked()
-    with pytest.raises(UserError, match="it is not in the cache, and nothing is downloaded"):
+    with pytest.raises(UserError, match="has no model of that name; nothing is downloaded"):
         located_model("someone/tiny", "--offline")
     assert published.asked() == ([], [])
     config = located_model("someone/tiny")
@@ -323,7 +323,7 @@ def test_what_another_program_left_is_completed(published, monkeypatch):
 
     hf_hub_download("someone/tiny", "unet/config.json")  # which records the commit of the branch
     hf_hub_download("someone/tiny", f"unet/{UNET[0]}")
-    with pytest.raises(UserError, match="only a part of it is in the cache, and nothing is downloaded"):
+    with pytest.raises(UserError, match="the Hugging Face cache has only a part of it; nothing is downloaded"):
         located_model("someone/tiny", "--offline")
     published.asked()
     located_model("someone/tiny")

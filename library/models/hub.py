@@ -162,13 +162,13 @@ def find(
     cached = snapshot_of(name)
     try:
         model = None if cached is None else in_cache(cached, name, role, variant)
-        problem = "only a part of it is in the cache"
+        problem = "the Hugging Face cache has only a part of it"
     except UserError as error:
         model, problem = None, str(error)
     if model is None:
         if is_offline(search):
-            why = "it is not in the cache" if cached is None else problem
-            raise NotOnHubError(f"{why}, and nothing is downloaded (--offline, or HF_HUB_OFFLINE=1)")
+            why = "the Hugging Face cache has no model of that name" if cached is None else problem
+            raise NotOnHubError(f"{why}; nothing is downloaded (--offline, or HF_HUB_OFFLINE=1)")
         model = on_hub(name, role, variant, search.token)
     return dataclasses.replace(model, field=field, index=index)
 
