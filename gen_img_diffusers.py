@@ -33,8 +33,10 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     problems.run(choose_logs, config.console)
 
     from library.generation import checks  # these read pictures; --help does not
+    from library.models.hub import fetch_models, locate_models
 
     config = problems.run(checks.with_checkpoint, config) or config
+    config = locate_models(config, problems)
     checks.check(config, problems)
     lines = problems.run(checks.load_lines, config.prompts) or []
     recorded = problems.run(checks.load_recorded, config.prompts, config.images, config.drawing.seed) or []
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("no prompt is given: use --prompt, --from_file, --from_picture or --interactive")
     warn_of_idle(config)
+    fetch_models(config)
 
     # Torch takes seconds to import, so all mistakes are reported before.
     from library.generation.recipe import generate

@@ -42,13 +42,16 @@ def check_and_train(argv: Sequence[str] | None, description: str | None, warning
         logger.info("wrote %s", write_config_file(config))
         return 0
     problems.run(check_launch)
-    check(config, problems)
     from library.data.records import load_datasets, subsets_of  # these read pictures; --help does not
+    from library.models.hub import fetch_models, locate_models
 
+    config = locate_models(config, problems)
+    check(config, problems)
     prompts = problems.run(load_prompts, config.preview) or []
     datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
     warn_of_idle_options(config, subsets_of(datasets))
+    fetch_models(config)
 
     # Torch takes seconds to import, so all mistakes are reported before.
     from library.training.recipe import train

@@ -22,8 +22,9 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.command_line import parse
-from library.config.options import REQUIRED, option
+from library.config.hub_names import TakesModels
+from library.config.model import ModelConfig
+from library.config.options import REQUIRED, option, repeated
 from library.config.tool_files import Precision
 from library.errors import Problems, UserError, named
 from library.logs import run_script
@@ -44,24 +45,25 @@ BYTES_PER_NUMBER = 10  # of a layer, while it is compared: in float32 in both mo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtractFiles:
+class ExtractFiles(TakesModels):
     """Files."""
 
     model_org: Path = option(
         REQUIRED,
-        "original model: a checkpoint or a Diffusers folder",
+        "original model: a checkpoint, a Diffusers folder, or OWNER/NAME of the Hugging Face Hub",
         missing="the original model",
-        reads="a file or a folder",
+        hub="model",
     )
     model_tuned: Path = option(
         REQUIRED,
-        "tuned model: a checkpoint or a Diffusers folder",
+        "tuned model: a checkpoint, a Diffusers folder, or OWNER/NAME of the Hugging Face Hub",
         missing="the tuned model",
-        reads="a file or a folder",
+        hub="model",
     )
     save_to: Path = option(REQUIRED, "LoRA file to write", missing="the file to write")
     save_precision: Precision | None = option(None, "type of the tensors to write; unset: float")
     no_metadata: bool = option(False, "write no metadata about the two models")
+    offline: bool = repeated(ModelConfig, "offline")
 
     def check_save_to(self, problems: Problems) -> None:
         """Add to problems what is wrong with --save_to."""
@@ -109,7 +111,9 @@ class ExtractConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ExtractConfig, argv, description=__doc__, rules=(check_options,))
+    from library.models.hub import parse_with_models
+
+    config = parse_with_models(ExtractConfig, argv, description=__doc__, rules=(check_options,))
     from library.parallel import one_thread
 
     with one_thread():
@@ -355,13 +359,12 @@ def metadata_of(
     }
     if config.files.no_metadata:
         return metadata
+    titles = [config.files.title_of(field) for field in ("model_org", "model_tuned")]
     return metadata | {
         "modelspec.title": config.files.save_to.stem,
         "modelspec.architecture": f"{family.architecture(predicts_v=predicts_v)}/lora",
         "modelspec.prediction_type": "v" if predicts_v else "epsilon",
-        RECIPE: json.dumps(
-            {"operation": "extract", "original": original.path.name, "tuned": tuned.path.name}, ensure_ascii=False
-        ),
+        RECIPE: json.dumps({"operation": "extract", "original": titles[0], "tuned": titles[1]}, ensure_ascii=False),
     }
 
 

@@ -21,8 +21,9 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.command_line import parse
-from library.config.options import REQUIRED, option
+from library.config.hub_names import TakesModels
+from library.config.model import ModelConfig
+from library.config.options import REQUIRED, option, repeated
 from library.config.tool_files import MergedLoras, Precision
 from library.errors import Problems, UserError
 from library.logs import run_script
@@ -38,13 +39,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeFiles(MergedLoras):
+class MergeFiles(MergedLoras, TakesModels):
     """Files."""
 
     sd_model: Path | None = option(
         None,
-        "base model to merge into: a checkpoint or a Diffusers folder; unset: the LoRA files become one",
-        reads="a file or a folder",
+        "base model to merge into: a checkpoint, a Diffusers folder, or OWNER/NAME of the Hugging Face Hub; unset: the "
+        "LoRA files become one",
+        hub="model",
     )
     save_to: Path = option(
         REQUIRED,
@@ -52,11 +54,11 @@ class MergeFiles(MergedLoras):
         missing="the file or folder to write",
     )
     v2: bool = option(False, "check that the model is SD 2.x; the kind is detected")
+    offline: bool = repeated(ModelConfig, "offline")
 
     def check_save_to(self, problems: Problems) -> None:
         """Add to problems what is wrong with --save_to."""
-        is_folder = self.sd_model is not None and self.sd_model.is_dir()
-        tool_files.check_output("--save_to", self.save_to, problems, folder=is_folder)
+        tool_files.check_output("--save_to", self.save_to, problems, folder=self.is_folder("sd_model"))
         tool_files.check_apart("--save_to", self.save_to, (self.sd_model, *self.models))
 
 
@@ -83,7 +85,9 @@ class MergeConfig:
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=description, rules=(check_files, check_kind))
+    from library.models.hub import parse_with_models
+
+    config = parse_with_models(MergeConfig, argv, description=description, rules=(check_files, check_kind))
     from library.parallel import one_thread
 
     with one_thread():
@@ -142,7 +146,8 @@ def merge_into_model(model: Checkpoint, config: MergeConfig, files: Sequence[Wei
     check_flags(model.family, model.path, v2=config.files.v2)
     additions = additions_by_tensor(model, files, allow_unmatched=config.merge.allow_unmatched)
     own = {} if model.is_folder else dict(model.metadata)
-    base = own.get("modelspec.title") or model.path.stem
+    named = config.files.hub_model("sd_model")
+    base = own.get("modelspec.title") or (model.path.stem if named is None or named.is_file else named.title)
     metadata = origin(config, files, base=base)
     if metadata and not model.is_folder:
         metadata |= architecture(model.family, own, is_network=False)

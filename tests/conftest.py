@@ -87,6 +87,22 @@ def base(model_store, request):
     return model_store(getattr(request, "param", "sd1"))[1]["safetensors"]
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Return a hub on this machine, in place of the one on the network, with an empty cache."""
+    from fake_hub import FakeHub
+    from huggingface_hub import constants
+
+    hub = FakeHub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield hub
+    hub.close()
+
+
 # ---- gen_img_diffusers.py -----------------------------------------------------------------------------------
 
 

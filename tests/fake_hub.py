@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -18,7 +19,11 @@ class FakeHub:
     """Repositories in memory, and what was asked of them."""
 
     def __init__(self):
-        self.files = {}  # repository -> path -> bytes
+        self.files = {}  # repository -> path -> bytes, of its main branch
+        self.former = {}  # repository, commit or tag -> path -> bytes
+        self.closed = {}  # repository -> code of the error that readers without the token get
+        self.requests: list[tuple[str, str]] = []  # method and path, in order
+        self.half = lambda path: None  # called with the path of a file when half of it is sent
         self.private = {}  # repository -> whether it was made private
         self.tokens: set[str | None] = set()
         self.commits = []  # paths, in order
@@ -33,7 +38,11 @@ class FakeHub:
                 pass
 
             def do_GET(self):
-                self._answer(hub.get(unquote(self.path.partition("?")[0])))
+                path = unquote(self.path.partition("?")[0])
+                if path != "/api/agent-harnesses":  # which the client asks for once, in some environments
+                    hub.requests.append((self.command, path))
+                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+                self._answer(hub.get(path, self.headers.get("Authorization")), start, path)
 
             do_HEAD = do_GET
 
@@ -41,15 +50,21 @@ class FakeHub:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self._answer(hub.post(unquote(self.path.partition("?")[0]), body))
 
-            def _answer(self, answer):
+            def _answer(self, answer, start=0, path=""):
                 hub.tokens.add(self.headers.get("Authorization"))
                 status, headers, content = answer
+                if start:  # the rest of a file
+                    headers = headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+                    status, content = 206, content[start:]
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    self.wfile.write(content[: len(content) // 2])
+                    self.wfile.flush()
+                    hub.half(path)
+                    self.wfile.write(content[len(content) // 2 :])
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -59,17 +74,54 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def get(self, path):
-        if found := re.fullmatch(r"/api/(?:model|dataset|space)s/([^/]+/[^/]+)", path):
-            if found[1] not in self.files:
-                return missing("RepoNotFound")
-            return reply({"id": found[1], "sha": COMMIT, "private": self.private.get(found[1], False), "siblings": []})
-        if found := re.fullmatch(r"/(?:datasets/|spaces/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            content = self.files.get(found[1], {}).get(found[2])
-            if content is None:
-                return missing("EntryNotFound" if found[1] in self.files else "RepoNotFound")
-            return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content
-        return 404, {}, b""
+    def put(self, repository, folder, *paths):
+        """Publish the files of a folder, or those of some paths in it, as the main branch; return the commit."""
+        if repository in self.files:
+            self.former[repository, self.commit_of(repository)] = self.files[repository]
+        found = [folder / path for path in paths] if paths else [path for path in folder.rglob("*") if path.is_file()]
+        self.files[repository] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+        return self.commit_of(repository)
+
+    def commit_of(self, repository):
+        """Return the commit of the main branch."""
+        return commit_of(self.files[repository])
+
+    def asked(self):
+        """Return the requests since the last call, and the paths of the files that were downloaded."""
+        requests, self.requests = self.requests, []
+        files = [
+            path.split("/resolve/")[1].partition("/")[2]
+            for how, path in requests
+            if how == "GET" and "/resolve/" in path
+        ]
+        return requests, files
+
+    def get(self, path, token=None):
+        found = re.fullmatch(r"/api/(?:model|dataset|space)s/([^/]+/[^/]+)(?:/revision/(.+)|/(auth-check))?", path)
+        where = found or re.fullmatch(r"/(?:datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if not where:
+            return 404, {}, b""
+        repository, revision, name = where.groups()
+        if repository not in self.files:
+            return missing("RepoNotFound")
+        error = None if token else self.closed.get(repository)
+        if error == "RepoNotFound" or (error and (name or not found)):  # anybody may see what is in a gated one
+            return 403 if error == "GatedRepo" else 401, {"X-Error-Code": error}, b"{}"
+        files = self._at(repository, revision or "main")
+        if files is None:
+            return missing("RevisionNotFound")
+        if not found:
+            if name not in files:
+                return missing("EntryNotFound")
+            headers = {"ETag": f'"{digest(files[name])}"', "X-Repo-Commit": commit_of(files)}
+            return 200, headers, files[name]
+        siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
+        facts = {"private": self.private.get(repository, False), "gated": "auto" if error == "GatedRepo" else False}
+        return reply({"id": repository, "sha": commit_of(files), "siblings": siblings, **facts})
+
+    def _at(self, repository, revision):
+        current = self.files[repository]
+        return current if revision in ("main", commit_of(current)) else self.former.get((repository, revision))
 
     def post(self, path, body):
         if path == "/api/repos/create":
@@ -93,6 +145,18 @@ class FakeHub:
             self.files[repository][entry["path"]] = base64.b64decode(entry["content"])
             self.commits.append(entry["path"])
         return reply({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.url}/{repository}/commit/{COMMIT}"})
+
+
+@functools.lru_cache(64)
+def digest(content):
+    """Return the hash of a file."""
+    return hashlib.sha1(content).hexdigest()
+
+
+def commit_of(files):
+    """Return the commit of files by their content; that of a repository for uploads is `COMMIT`."""
+    names = "".join(f"{path}{digest(content)}" for path, content in sorted(files.items()))
+    return hashlib.sha1(names.encode()).hexdigest()
 
 
 def reply(value):

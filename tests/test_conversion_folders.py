@@ -110,7 +110,9 @@ def test_scheduler_and_tokenizer_of_another_folder(store, tmp_path):
     assert [path.name for path in (out / "tokenizer").iterdir()] == ["tokenizer.json"]
     assert (out / "tokenizer_2" / "vocab.json").is_file()
     assert_same(read_folder(out), read_folder(model.made_folder))
-    with pytest.raises(UserError, match="--reference_model: runwayml/x is not a folder, and nothing is downloaded"):
+    with pytest.raises(
+        UserError, match="--reference_model: runwayml/x does not exist here, and the Hugging Face cache has no model"
+    ):
         convert(model.checkpoint, tmp_path / "no", "--reference_model", "runwayml/x")
 
 
@@ -168,7 +170,10 @@ def test_weights_that_are_no_numbers_are_told(store, tmp_path, caplog, target):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["gone.safetensors", "{out}"], "gone.safetensors is not a file or a folder: name a checkpoint .* nothing is"),
+        (
+            ["gone.safetensors", "{out}"],
+            "model_to_load: gone.safetensors does not exist; name a .safetensors or .ckpt file or a Diffusers folder",
+        ),
         (["runwayml/stable-diffusion-v1-5", "{out}"], "nothing is downloaded"),
         (["{checkpoint}", "{full}"], "exists and is not empty: take another name"),
         (["{folder}", "{folder}"], "is within .*, which is an input: choose another path"),

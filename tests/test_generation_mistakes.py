@@ -24,10 +24,10 @@ NET = ["--network_module", "networks.lora", "--network_weights", "{tmp}/net.safe
 MISTAKES = [
     ([], ["--ckpt is missing: the base model"]),
     (CKPT, ["no prompt is given: use --prompt, --from_file, --from_picture or --interactive"]),
-    (["--ckpt", "{tmp}/no.ckpt", "--prompt", "a"], ["--ckpt: {tmp}/no.ckpt does not exist, and nothing is downloaded"]),
+    (["--ckpt", "{tmp}/no.ckpt", "--prompt", "a"], ["--ckpt: {tmp}/no.ckpt does not exist; name a .safetensors or .ckpt file or a Diffusers folder, or a repo"]),
     (["--ckpt", "{tmp}/*.safetensors", "--prompt", "a"], ["--ckpt: 2 files fit {tmp}/*.safetensors: name one"]),
     (["--ckpt", "{tmp}/*.ckpt", "--prompt", "a"], ["--ckpt: 0 files fit"]),
-    ([*PROMPT, "--vae", "hub/name"], ["--vae: hub/name does not exist, and nothing is downloaded"]),
+    ([*PROMPT, "--vae", "hub/name"], ["--vae: hub/name does not exist here, and the Hugging Face cache has no model of that name; nothing is downloaded"]),
     ([*PROMPT, "--W", "500"], ["--W must be a multiple of 8, got 500; the next are 496 and 504"]),
     ([*PROMPT, "--H", "8"], ["--H must be at least 64, got 8"]),
     ([*PROMPT, "--H", "x"], ["--H must be a whole number, got 'x'"]),

@@ -23,6 +23,7 @@ from library.config.retired import GUI_KEYS
 from library.config.train import TrainConfig, check, parse_train_config, warn_of_idle_options, warn_of_long_intervals
 from library.config.values import parse_pair_lists, parse_pairs
 from library.errors import Problems, UserError
+from library.models.hub import locate_models
 from library.optim.optimizers import check_optimizer, choose_optimizer
 from networks import convert_lora, extract_lora_from_models, merge_lora, resize_lora, svd_merge_lora
 from tools import canny, convert_diffusers20_original_sd, dylora_report, merge_models, resize_images_to_resolution
@@ -529,7 +530,7 @@ def test_all_mistakes_of_command_line_file_and_paths_are_told_together(tmp_path)
         "--resolution=9",
     ]
     problems = Problems()
-    config = parse_train_config(words, problems)
+    config = locate_models(parse_train_config(words, problems), problems)
     check(config, problems)
     with pytest.raises(UserError) as caught:
         problems.raise_if_any()
@@ -558,10 +559,11 @@ QUOTES_OF_A_VALUE = "does not exist; the quotes are part of the value: Windows' 
 )
 def test_quotes_that_are_part_of_a_path_are_told(option, value):
     problems = Problems()
-    check(parse_train_config([*NEEDED, f"--{option}={value}", "--resolution=64"], problems), problems)
+    config = parse_train_config([*NEEDED, f"--{option}={value}", "--resolution=64"], problems)
+    check(locate_models(config, problems), problems)
     with pytest.raises(UserError) as caught:
         problems.raise_if_any()
-    assert f"--{option}: {value} {QUOTES_OF_A_VALUE}" in caught.value.lines
+    assert any(line.startswith(f"--{option}: {value} {QUOTES_OF_A_VALUE}") for line in caught.value.lines)
     with pytest.raises(UserError, match=r"^--model: 'a b.safetensors' is not a file; the quotes are part"):
         resize_lora.main(["--model", "'a b.safetensors'", "--save_to", "o.safetensors"])
     with pytest.raises(UserError, match=f"{QUOTES_OF_A_VALUE}$"):

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import pytest
-from fake_hub import FakeHub
 from runs import NEEDED, options, same, train, train_with
 
 import train_network
@@ -21,19 +20,6 @@ from library.training.record.upload import Uploads
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 TARGET = {"huggingface_repo_id": "u/r", "huggingface_token": TOKEN}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    from huggingface_hub import constants
-
-    hub = FakeHub()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield hub
-    hub.close()
 
 
 def warnings(caplog):

@@ -42,7 +42,7 @@ ONLY_IN = {
     "transformers": ("library/models",),
     "accelerate": ("library/training",),
     "xformers": ("library/models",),
-    "huggingface_hub": ("library/training",),
+    "huggingface_hub": ("library/training", "library/models/hub.py"),
     "wandb": ("library/training",),
     "matplotlib": ("library/training/charts",),
     "argparse": ("library/config/command_line.py", "library/networks/trainable.py"),

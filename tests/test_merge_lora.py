@@ -260,7 +260,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(model_store, tmp_
         "a number for each of the 2",
         "is one of the inputs",
         "gone is not a file",
-        "x is not a file",
+        "--sd_model: x does not exist; name a",
         "--conc",
     ):
         assert any(part in line for line in lines), part

@@ -249,7 +249,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(pair, tmp_path, m
     parts = (
         "a number for each of the 3",
         "is one of the inputs",
-        "gone.safetensors is not",
+        "gone.safetensors does not exist; name a file",
         "README.md is not a weight file, but a text",
     )
     assert all(any(part in line for line in lines) for part in parts)

@@ -40,11 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = Problems()
     config = parse_train_config(argv, problems, description=__doc__, fixed=CACHING)
     problems.run(check_launch)
-    check(config, problems)
     from library.data.records import load_datasets  # reads pictures; --help does not
+    from library.models.hub import fetch_models, locate_models
 
+    config = locate_models(config, problems)
+    check(config, problems)
     datasets = problems.run(load_datasets, config) or []
     problems.raise_if_any()
+    fetch_models(config)
 
     # Importing torch takes seconds; mistakes were reported before.
     from library.data.picture_index import index_for

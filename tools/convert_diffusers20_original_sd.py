@@ -4,7 +4,7 @@ python tools/convert_diffusers20_original_sd.py model.safetensors folder
 python tools/convert_diffusers20_original_sd.py folder model.safetensors --fp16
 
 The kind of model is detected. A destination that ends in .safetensors or .ckpt is a checkpoint, any other a folder.
-Nothing is downloaded, and tensors are converted one by one.
+Tensors are converted one by one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.command_line import parse
-from library.config.kinds import is_there
-from library.config.options import REQUIRED, option
+from library.config.hub_names import TakesModels
+from library.config.model import ModelConfig
+from library.config.options import REQUIRED, option, repeated
 from library.errors import Problems, named
 from library.logs import run_script
 
@@ -59,15 +59,21 @@ def read_metadata(text: str) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertFiles:
+class ConvertFiles(TakesModels):
     """Files."""
 
-    model_to_load: Path = option(REQUIRED, "checkpoint, or Diffusers folder", positional=True)
-    model_to_save: Path = option(REQUIRED, "checkpoint (.safetensors, .ckpt) or folder", positional=True)
-    variant: str | None = option(None, "variant of the Diffusers weights to read, such as fp16")
-    reference_model: Path | None = option(
-        None, "local Diffusers folder whose scheduler and tokenizer are copied; unset: those of the published models"
+    model_to_load: Path = option(
+        REQUIRED, "checkpoint, Diffusers folder, or OWNER/NAME of the Hugging Face Hub", positional=True, hub="model"
     )
+    model_to_save: Path = option(REQUIRED, "checkpoint (.safetensors, .ckpt) or folder", positional=True)
+    variant: str | None = repeated(ModelConfig, "variant")
+    reference_model: Path | None = option(
+        None,
+        "Diffusers folder, or OWNER/NAME, whose scheduler and tokenizer are copied; unset: those of published models",
+        reads="a folder",
+        hub="surroundings",
+    )
+    offline: bool = repeated(ModelConfig, "offline")
     use_safetensors: bool = option(False, "accepted; folders always hold safetensors")
 
 
@@ -105,7 +111,10 @@ class ConvertConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(ConvertConfig, argv, description=__doc__, rules=(check_files, check_options, check_saving))
+    from library.models.hub import parse_with_models
+
+    rules = (check_files, check_options, check_saving)
+    config = parse_with_models(ConvertConfig, argv, description=__doc__, rules=rules)
     from library.parallel import one_thread
 
     with one_thread():
@@ -154,26 +163,13 @@ def is_checkpoint(path: Path) -> bool:
 
 def check_files(config: ConvertConfig, problems: Problems) -> None:
     """Add to problems what is wrong with the model to read and the destination."""
-    source, destination, variant = config.files.model_to_load, config.files.model_to_save, config.files.variant
-    if not is_there(source, "a file or a folder"):
-        problems.add(
-            f"model_to_load: {source} is not a file or a folder: name a checkpoint or a Diffusers folder on this "
-            "machine, nothing is downloaded"
-        )
-    if variant and source.is_file():
-        problems.add(f"--variant is for Diffusers folders, {source} is a file")
+    source, destination = config.files.model_to_load, config.files.model_to_save
     tool_files.check_apart("model_to_save", destination, (source,))
     tool_files.check_output("model_to_save", destination, problems, folder=not is_checkpoint(destination))
 
 
 def check_options(config: ConvertConfig, problems: Problems) -> None:
-    """Add to problems two kinds of model, or a --reference_model that does not exist."""
-    reference = config.files.reference_model
-    if reference is not None and not reference.is_dir():
-        problems.add(
-            f"--reference_model: {reference} is not a folder, and nothing is downloaded; "
-            "leave it out for the scheduler and tokenizer of the published models"
-        )
+    """Add to problems two kinds of model."""
     if config.model.v1 and config.model.v2:
         problems.add("--v1 and --v2 were both given: leave out both, the kind of model is detected")
 

@@ -135,7 +135,11 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    job = plan(parse(ReportConfig, argv, description=__doc__, rules=(check_model, check_training)))
+    from library.models.hub import fetch_models, locate_models
+
+    rules = (check_model, check_training)
+    job = plan(parse(ReportConfig, argv, description=__doc__, locate=locate_models, rules=rules))
+    fetch_models(job.config)
 
     # Importing torch takes seconds; most mistakes were reported before.
     from library.training.measure.picture_losses import to_measure
@@ -273,7 +277,7 @@ def report(job: Job, files: BaseFiles) -> None:
     results = compare_ranks(losses, file_sizes(job.file, job.ranks))
     table, record = config.path("report.md"), config.path("report.json")
     rank_report.write_table(table, f"# Ranks of {job.file.path.name}", results, measurement)
-    source = {"model": str(job.file.path), "base": config.model.pretrained_model_name_or_path}
+    source = {"model": str(job.file.path), "base": config.model.pinned("pretrained_model_name_or_path")}
     rank_report.write_record(record, source, results, measurement, losses)
     for line in (*results.table(), results.sentence()):
         logger.info("%s", line)

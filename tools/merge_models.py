@@ -22,8 +22,9 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config import tool_files
-from library.config.command_line import parse
-from library.config.options import REQUIRED, option
+from library.config.hub_names import TakesModels
+from library.config.model import ModelConfig
+from library.config.options import REQUIRED, option, repeated
 from library.config.tool_files import Precision, dtype_named
 from library.errors import Problems, UserError
 from library.file_kinds import weight_format
@@ -58,16 +59,21 @@ OLD_TEXT_NAMES = tuple(f"{TEXT_ENCODER}{part}." for part in ("embeddings", "enco
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeFiles:
+class MergeFiles(TakesModels):
     """Files."""
 
     models: tuple[Path, ...] = option(
-        REQUIRED, "checkpoints (.safetensors or .ckpt)", missing="the checkpoints", reads="a file"
+        REQUIRED,
+        "checkpoints (.safetensors or .ckpt), or OWNER/NAME/FILE of the Hugging Face Hub",
+        missing="the checkpoints",
+        reads="a file",
+        hub="checkpoint",
     )
     output: Path = option(
         REQUIRED, "file to write; .safetensors is appended if it is missing", missing="the file to write"
     )
     ratios: tuple[float, ...] | None = option(None, "share of each model, of any sign; unset: equal shares")
+    offline: bool = repeated(ModelConfig, "offline")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +122,9 @@ class WeightedCheckpoint:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with a command line; return the exit code."""
-    config = parse(MergeConfig, argv, description=__doc__, rules=(check_output, check_models))
+    from library.models.hub import parse_with_models
+
+    config = parse_with_models(MergeConfig, argv, description=__doc__, rules=(check_output, check_models))
     from library.parallel import one_thread
 
     with one_thread():

@@ -304,6 +304,18 @@ def copy_others(model: Checkpoint, folder: Path, *, shards: bool, dtype: torch.d
         shutil.copy2(path, folder / relative)
         if dtype is not None and relative.parts[0].startswith("text_encoder") and relative.name == "config.json":
             name_type(folder / relative, dtype)
+        if relative.name == "model_index.json":
+            leave_out_parts(folder / relative, model.path)
+
+
+def leave_out_parts(path: Path, source: Path) -> None:
+    """Leave out of a model index the parts that the source lacks, such as a safety checker: diffusers asks for them."""
+    index = json.loads(path.read_text(encoding="utf-8"))
+    absent = {
+        name: [None, None] for name, kind in index.items() if isinstance(kind, list) and not (source / name).is_dir()
+    }
+    if absent and any(index[name] != kind for name, kind in absent.items()):
+        path.write_text(json.dumps(index | absent, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def name_type(path: Path, dtype: torch.dtype) -> None:

@@ -85,16 +85,20 @@ def parse(
     *,
     description: str | None = None,
     retired: Mapping[str, Retired] = RETIRED,
+    locate: Callable[[Root, Problems], Root] | None = None,
     rules: Sequence[Callable[[Root, Problems], None]] = (),
 ) -> Root:
     """Return the configuration of a command line: defaults < --config_file < command line.
 
-    retired are the options that only the script of sd-scripts has. rules check options that depend on each other: they
-    add to problems or raise UserError. Raises one UserError for all mistakes; exits with 0 after --help.
+    retired are the options that only the script of sd-scripts has. locate replaces names by paths. rules check options
+    that depend on each other. Both add to problems or raise UserError. Raises one UserError for all mistakes; exits
+    with 0 after --help.
     """
     problems = Problems()
     given = given_options(root, argv, problems, description=description, retired=retired)
     config = build(root, given.values, problems, given.unreadable)
+    if locate is not None:
+        config = problems.run(locate, config, problems) or config
     for rule in rules:
         problems.run(rule, config, problems)
     problems.raise_if_any()

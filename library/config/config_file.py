@@ -83,9 +83,9 @@ def changed_options(config: object) -> dict[str, dict[str, Any]]:
     changed: dict[str, dict[str, Any]] = {}
     root: type = type(config)
     for name, section_class in sections_of(root):
-        values = vars(getattr(config, name))
+        section = getattr(config, name)
         for entry in section_options(section_class, name):
-            value = values.get(entry.field)
+            value = section.pinned(entry.field) if entry.spec.hub else vars(section).get(entry.field)
             is_recorded = not (entry.spec.file_only or entry.spec.secret or entry.flag in NOT_RECORDED)
             if value != entry.default and is_recorded:
                 changed.setdefault(name, {})[entry.flag] = written(value)

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from library.config.hub_names import TakesModels
 from library.config.model import ModelConfig
 from library.config.options import REQUIRED, option, repeated
 from library.config.samplers import SamplerName
@@ -18,13 +19,15 @@ CONTROLLED = ("control_net_models",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(TakesModels):
     """Model."""
 
     ckpt: Path = option(
         REQUIRED,
-        "base model: .safetensors, .ckpt or Diffusers folder; or a pattern that matches one",
-        missing="the base model, a file or a Diffusers folder",
+        "base model: .safetensors, .ckpt, Diffusers folder, or a pattern that matches one; or a repository of the "
+        "Hugging Face Hub (OWNER/NAME)",
+        missing="the base model: a file, a Diffusers folder, or OWNER/NAME of the Hugging Face Hub",
+        hub="model",
     )
     v1: bool = option(False, "accepted: the model is an SD 1.x model; found out from the file")
     v2: bool = repeated(ModelConfig, "v2")
@@ -35,6 +38,8 @@ class CheckpointConfig:
     )
     vae: Path | None = repeated(ModelConfig, "vae")
     tokenizer_cache_dir: Path | None = repeated(ModelConfig, "tokenizer_cache_dir")
+    variant: str | None = repeated(ModelConfig, "variant")
+    offline: bool = repeated(ModelConfig, "offline")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,10 +174,12 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ControlConfig:
+class ControlConfig(TakesModels):
     """ControlNet and textual inversion."""
 
-    control_net_models: tuple[Path, ...] | None = option(None, "ControlNet files or folders")
+    control_net_models: tuple[Path, ...] | None = option(
+        None, "ControlNets: files, folders, or OWNER/NAME", hub="control net"
+    )
     control_net_preps: tuple[str, ...] | None = option(
         None, "preprocessing of control images: none, canny or canny_T1_T2", only_with=CONTROLLED
     )

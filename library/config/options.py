@@ -21,6 +21,8 @@ from library.config.retired import RETIRED, Retired
 from library.errors import Problems, UserError, quotes_hint, shown
 
 Root = TypeVar("Root")
+# What a model on the hub is for, which decides the files that are needed.
+Role = Literal["model", "vae", "control net", "checkpoint", "surroundings"]
 
 REQUIRED: Final = dataclasses.MISSING  # default of an option that must be given
 
@@ -35,6 +37,7 @@ class Spec:
     positional: bool = False  # given by position, without a name
     missing: str | None = None  # description of a required option in the message that it is missing; unset: help
     reads: Literal["a file", "a folder", "a file or a folder"] | None = None  # what must be at the path
+    hub: Role | None = None  # what it may name on the Hugging Face Hub; `library.models.hub` also checks the path then
     parse: Callable[[Any], Any] | None = None  # parser of a text or TOML value; raises ValueError
     form: str | None = None  # description of a valid value, for the error and the help
     minimum: float | None = None
@@ -111,7 +114,7 @@ class Option:
         """Add to problems if a required value is missing (None if not given) or if its path does not exist."""
         if self.is_required and value in (None, "", ()):
             problems.add(self.missing_message)
-        elif self.spec.reads is not None and value is not None:
+        elif self.spec.reads is not None and value is not None and self.spec.hub is None:
             for path in value if isinstance(value, tuple) else (value,):
                 if not is_there(path, self.spec.reads):
                     problems.add(f"{self.label}: {path} is not {self.spec.reads}{quotes_hint(path)}{folder_hint(path)}")

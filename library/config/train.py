@@ -158,10 +158,9 @@ def check(config: TrainConfig, problems: Problems) -> None:
     problems.run(_check_noise, config.loss, problems)
     problems.run(_check_precision, config.precision, problems)
     problems.run(_check_logs, config.logs, problems)
-    problems.run(_check_hub, config.hub, config.state, problems)
+    problems.run(_check_hub, config.hub, config.state, problems, names_models=bool(config.model.from_hub))
     problems.run(_check_previews, config.preview, problems)
     problems.run(_check_paths, config, problems)
-    problems.run(_check_model, config.model)
     problems.run(_check_output, config.saving)
 
 
@@ -238,8 +237,10 @@ def _check_precision(precision: PrecisionConfig, problems: Problems) -> None:
             problems.add(f"--full_{name} needs --mixed_precision {name}, got {precision.mixed_precision}")
 
 
-def _check_hub(hub: HubConfig, state: StateConfig, problems: Problems) -> None:
-    reading = {"resume_from_huggingface"} | ({"huggingface_token"} if hub.resume_from_huggingface else set())
+def _check_hub(hub: HubConfig, state: StateConfig, problems: Problems, *, names_models: bool) -> None:
+    reading = {"resume_from_huggingface"}
+    if hub.resume_from_huggingface or names_models:
+        reading.add("huggingface_token")
     given = [name for name, value in vars(hub).items() if value and name not in reading]
     if given and hub.huggingface_repo_id is None:
         problems.add(f"--{given[0]} needs --huggingface_repo_id, the repository to upload to")
@@ -273,7 +274,6 @@ def _check_schedule(schedule: ScheduleConfig, optimizer: OptimizerConfig, proble
 def _check_paths(config: TrainConfig, problems: Problems) -> None:
     by_file = config.data.dataset_config is not None  # the folders are not used then
     paths = {
-        "vae": config.model.vae,
         "tokenizer_cache_dir": config.model.tokenizer_cache_dir,
         "dataset_config": config.data.dataset_config,
         "train_data_dir": None if by_file else config.data.train_data_dir,
@@ -291,15 +291,6 @@ def _check_paths(config: TrainConfig, problems: Problems) -> None:
             problems.add(f"--{name}: {path} is a folder; name a file")
         elif name.endswith("_data_dir") and not path.is_dir():
             problems.add(f"--{name}: {path} is a file; name the folder above the N_name folders")
-
-
-def _check_model(model: ModelConfig) -> None:
-    path = model.pretrained_model_name_or_path
-    if not _exists(Path(path)):
-        raise UserError(
-            f"--pretrained_model_name_or_path: {path} does not exist here, and nothing is downloaded: "
-            f"name a .safetensors or .ckpt file or a Diffusers folder{quotes_hint(path)}"
-        )
 
 
 def _check_output(saving: SavingConfig) -> None:

@@ -33,13 +33,11 @@ logger = logging.getLogger(__name__)
 def with_checkpoint(config: GenerateConfig) -> GenerateConfig:
     """Return the configuration with a pattern in --ckpt replaced by the one file that fits it.
 
-    Raises UserError for a model that is not there.
+    Raises UserError if not one file fits.
     """
     path = config.checkpoint.ckpt
-    if path.exists():
+    if path.exists() or not glob.has_magic(str(path)):
         return config
-    if not glob.has_magic(str(path)):
-        raise UserError(f"--ckpt: {path} does not exist, and nothing is downloaded; name a file or a Diffusers folder")
     found = sorted(glob.glob(str(path)))  # noqa: PTH207 - a pattern may begin at the root
     if len(found) != 1:
         raise UserError(f"--ckpt: {len(found)} files fit {path}: name one")
@@ -58,9 +56,6 @@ def check(config: GenerateConfig, problems: Problems) -> None:
 def check_model(config: GenerateConfig, problems: Problems) -> None:
     """Add to problems what is wrong with the options of model and sizes."""
     drawing, speed = config.drawing, config.speed
-    vae = config.checkpoint.vae
-    if vae is not None and not vae.exists():
-        problems.add(f"--vae: {vae} does not exist, and nothing is downloaded")
     for flag, side in (("--W", drawing.W), ("--H", drawing.H)):
         if side is not None:
             problems.run(check_side, side, flag)
@@ -112,15 +107,12 @@ def check_control(control: ControlConfig, problems: Problems) -> None:
         problems.add(f"--guide_image_path must name a picture for each of {len(nets)} ControlNets, got {len(guides)}")
     for path in guides:
         problems.run(check_images, "--guide_image_path", path)
-    for flag, paths in (
-        ("--control_net_models", nets),
-        ("--textual_inversion_embeddings", control.textual_inversion_embeddings or ()),
-    ):
-        for path in paths:
-            if not path.exists():
-                problems.add(f"{flag}: {path} does not exist, and nothing is downloaded")
-            elif path.is_file():
-                problems.run(weight_format, path)
+    for path in control.textual_inversion_embeddings or ():
+        if not path.exists():
+            problems.add(f"--textual_inversion_embeddings: {path} does not exist, and nothing is downloaded")
+    for path in (*nets, *(control.textual_inversion_embeddings or ())):
+        if path.is_file():
+            problems.run(weight_format, path)
     for text in control.control_net_preps or ():
         problems.run(read_preparation, text)
 

@@ -11,6 +11,7 @@ import torch
 from library.errors import UserError, is_out_of_memory, message_of
 from library.file_kinds import weight_format
 from library.models.base import BaseModel
+from library.models.checkpoint import choose_weights
 from library.models.keys import CONTROL_NET_PREFIX, control_net_rule
 from library.models.precision import move
 from library.weight_file import open_weights
@@ -40,7 +41,9 @@ def load_control_net(path: Path, base: BaseModel) -> ControlNetModel:
             for name in (".safetensors", ".bin"):
                 for part in path.glob(f"diffusion_pytorch_model*{name}"):
                     weight_format(part)  # which tells what else it is
-            net = ControlNetModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+            chosen = choose_weights([part.name for part in path.iterdir()], path.name) or ""
+            variant = "fp16" if ".fp16." in chosen else None  # which diffusers reads only if it is named
+            net = ControlNetModel.from_pretrained(path, torch_dtype=dtype, local_files_only=True, variant=variant)
             check_kind(net.config, base, path)
             return net
         with torch.device("meta"):  # of SDXL it would be 5 GB

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.config.hub_names import MODEL_SUFFIXES
 from library.config.samplers import SAMPLERS
 from library.generation.a1111 import (
     KARRAS_BY_ITSELF,
@@ -149,7 +150,7 @@ def parameters_text(job: Job, facts: RunFacts, networks: list[NetworkUse]) -> st
         lines.append(f"{NEGATIVE} {request.negative_prompt}")
     settings = sampling_settings(job) | {
         "Model hash": facts.model_sha256[:10],
-        "Model": Path(facts.model).stem,
+        "Model": short_name(facts.model),
         **highres_settings(job),
     }
     if job.settings.text.clip_skip is not None:
@@ -170,6 +171,12 @@ def parameters_text(job: Job, facts: RunFacts, networks: list[NetworkUse]) -> st
         )
     settings["Version"] = facts.version
     return "\n".join([*lines, ", ".join(f"{key}: {quoted(value)}" for key, value in settings.items())])
+
+
+def short_name(model: str) -> str:
+    """Return the name of a model without folders, and of a file without its ending; other names may have a dot."""
+    path = Path(model)
+    return path.stem if path.suffix.lower() in MODEL_SUFFIXES else path.name
 
 
 def sampling_settings(job: Job) -> dict[str, Any]:

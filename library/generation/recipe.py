@@ -33,6 +33,7 @@ from library.generation.recorded import Recorded
 from library.generation.requests import Request, Seeds, all_requests, read_line, requests_of
 from library.models.attention import use_xformers
 from library.models.base import BaseModel, find_base, load_base
+from library.models.checkpoint import UNET, weight_files
 from library.models.family import check_flags
 from library.models.memory_format import use_channels_last
 from library.models.precision import check_bf16, describe, types_of
@@ -92,6 +93,7 @@ def open_base(config: GenerateConfig, device: torch.device) -> BaseModel:
             v_parameterization=checkpoint.v_parameterization,
             vae=checkpoint.vae,
             tokenizer_cache_dir=checkpoint.tokenizer_cache_dir,
+            variant=checkpoint.variant,
         ),
         zero_snr=checkpoint.zero_terminal_snr,
     )
@@ -143,9 +145,9 @@ def run_facts(
 
     def facts() -> RunFacts:
         return RunFacts(
-            model=config.checkpoint.ckpt.name,
-            model_sha256=model_hash(config.checkpoint.ckpt),
-            vae=config.checkpoint.vae.name if config.checkpoint.vae else None,
+            model=config.checkpoint.title_of("ckpt"),
+            model_sha256=model_hash(config.checkpoint.ckpt, config.checkpoint.variant),
+            vae=config.checkpoint.title_of("vae") if config.checkpoint.vae else None,
             networks=tuple(
                 NetworkFacts(
                     module=network.options.network_module,
@@ -165,12 +167,9 @@ def run_facts(
         yield pool.submit(facts)
 
 
-def model_hash(path: Path) -> str:
-    """Return the SHA-256 of a checkpoint; of a Diffusers folder that of its U-Net's weights."""
-    if path.is_file():
-        return file_sha256(path)
-    files = [file for file in sorted((path / "unet").iterdir()) if file.suffix in (".safetensors", ".bin")]
-    return file_sha256(files[0])
+def model_hash(path: Path, variant: str | None) -> str:
+    """Return the SHA-256 of a checkpoint; of a Diffusers folder that of its U-Net's weights, of shards the first."""
+    return file_sha256(path if path.is_file() else weight_files(path / UNET, variant=variant)[0])
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Loads a base model of any family: finds its files, builds it on the meta device, and fills it tensor by tensor.
 
-Loading needs little more memory than the weights in their final type. Nothing is downloaded, and only weights are
-read from pickles.
+Loading needs little more memory than the weights in their final type, and only weights are read from pickles.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ def find_base(config: ModelConfig, *, zero_snr: bool = False) -> BaseFiles:
         options that contradict the files.
     """
     path = Path(config.pretrained_model_name_or_path)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, variant=config.variant)
     family = checkpoint.family
     check_usable(checkpoint)
     families.check_flags(family, path, v2=config.v2)

@@ -7,6 +7,7 @@ memory, so that tools can process a model of any size.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -271,17 +272,29 @@ def file_stems(part: str) -> tuple[str, ...]:
 
 def weight_files(folder: Path, *, variant: str | None = None) -> list[Path]:
     """Return the weight files of a part: one, or the shards listed in an index; without a variant the full ones."""
-    for stem in file_stems(folder.name):
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    chosen = choose_weights(names, folder.name, variant=variant)
+    if chosen is None:
+        kind = f" of the variant {variant}" if variant else ""
+        raise UserError(f"{folder} has no weights{kind}: a .safetensors or .bin file is missing")
+    return shards_of(folder / chosen) if chosen.endswith(".json") else [folder / chosen]
+
+
+def choose_weights(names: Collection[str], part: str, *, variant: str | None = None) -> str | None:
+    """Return the weight file among the names in the folder of a part, or the index of its shards; None without one.
+
+    safetensors come before .bin; without a variant the full weights come first.
+    """
+    for stem in file_stems(part):
         # In this order safetensors come before .bin.
-        for index in sorted(folder.glob(f"{stem}*.index{f'.{variant}' if variant else ''}.json"), reverse=True):
-            return shards_of(index)
+        for index in sorted(fnmatch.filter(names, f"{stem}*.index{f'.{variant}' if variant else ''}.json"))[::-1]:
+            return index
         for ending in (f".{variant}.safetensors", f".{variant}.bin") if variant else WEIGHT_ENDINGS:
-            if (folder / f"{stem}{ending}").is_file():
-                return [folder / f"{stem}{ending}"]
-        for index in [] if variant else sorted(folder.glob(f"{stem}*.index.*.json"), reverse=True):
-            return shards_of(index)
-    kind = f" of the variant {variant}" if variant else ""
-    raise UserError(f"{folder} has no weights{kind}: a .safetensors or .bin file is missing")
+            if f"{stem}{ending}" in names:
+                return f"{stem}{ending}"
+        for index in [] if variant else sorted(fnmatch.filter(names, f"{stem}*.index.*.json"))[::-1]:
+            return index
+    return None
 
 
 def shards_of(index: Path) -> list[Path]:

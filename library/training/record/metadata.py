@@ -58,6 +58,7 @@ RECORDED = """
 """
 RENAMED = {"debiased_estimation_loss": "debiased_estimation"}  # after ss_
 WAITED_AT_ONCE = 0.2  # seconds: on Windows no signal ends a longer wait for a thread
+REVISIONS = {"pretrained_model_name_or_path": "sd_model_revision", "vae": "vae_revision"}  # commits on the hub
 FIXED = {"ss_lowram": False, "ss_sd_scripts_commit_hash": "(unknown)"}
 # The same for a subset of ss_datasets, and for the dataset of a run with --train_data_dir.
 SUBSET_RECORDED = """
@@ -95,7 +96,7 @@ def training_metadata(
         "ss_num_validation_images": sum(len(dataset.held_out) for dataset in datasets),
         "ss_num_reg_images": sum(dataset.num_images(is_reg=True) for dataset in datasets),
         "ss_text_encoder_lr": listed(config.optimizer.text_encoder_lr),
-        "ss_sd_model_name": Path(config.model.pretrained_model_name_or_path).name,
+        "ss_sd_model_name": config.model.title_of("pretrained_model_name_or_path"),
     }
     values |= FIXED | recorded(config, RECORDED)
     values["ss_zero_terminal_snr"] = zero_snr
@@ -110,7 +111,8 @@ def training_metadata(
         arguments = config.network.network_args or {}
         values["ss_network_args"] = json.dumps({"dropout": config.network.network_dropout} | arguments)
     if config.model.vae is not None:
-        values["ss_vae_name"] = config.model.vae.name
+        values["ss_vae_name"] = config.model.title_of("vae")
+    values |= {f"ss_{REVISIONS[model.field]}": model.name.revision for model in config.model.from_hub}
     if config.data.dataset_config:
         return values | describe_datasets(datasets)
     return values | describe_folders(config, datasets, plan.num_processes)
