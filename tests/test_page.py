@@ -30,7 +30,6 @@ from library.training.page.parts import duration, size
 from library.training.page.previews import MOST_PICTURES, shown_columns
 from library.training.page.repeat import words_of
 from library.training.page.sections import head, seconds_left, state_of
-from library.training.page.series import MOST_POINTS, chosen_steps, merged_names, read_series, smoothed
 from tools import report
 
 if TYPE_CHECKING:
@@ -158,9 +157,9 @@ def test_the_run_says_what_is_in_no_other_file(whole):
     assert facts.memory.process
     assert facts.first_step == 0
     assert "Finished" in read(whole / "x-report.html").text
-    series = read_series(whole / "x-metrics.jsonl")
-    assert list(series["time/step"]) == [1, 2, 3, 4, 5]
-    assert all(series["time/step"][step] >= series["time/data"][step] >= 0 for step in series["time/step"])
+    times = gather(whole, "x").series.times
+    assert [step for step, _ in times["step"]] == [1, 2, 3, 4, 5]
+    assert all(all_of >= wait >= 0 for (_, all_of), (_, wait) in zip(times["step"], times["data"], strict=True))
 
 
 def test_without_its_record_a_run_shows_what_its_files_tell(out):
@@ -309,20 +308,22 @@ def test_metadata_of_others_are_no_mistake():
 
 
 def test_a_long_run_has_few_points_and_keeps_its_extremes():
-    points = {step: math.sin(step) + (step == 77_777) * 9 for step in range(1, 100_001)}
-    chosen = chosen_steps(points)
-    assert len(chosen) <= MOST_POINTS
-    assert {1, 77_777, 100_000} <= set(chosen)
-    assert min(points[step] for step in chosen) == min(points.values())
-    assert chosen == sorted(chosen)
-    assert chosen_steps({1: 1.0, 2: 2.0}) == [1, 2]
+    points = [(step, math.sin(step) + (step == 77_777) * 9) for step in range(1, 100_001)]
+    steps, values = charts.lines_of([("a", "raw", points)], further=[100_007])["data"]
+    assert len(steps) <= charts.MOST_POINTS + 1
+    assert steps == sorted(steps)
+    assert dict(zip(steps, values, strict=True))[77_777] == pytest.approx(dict(points)[77_777], rel=1e-5)
+    assert (steps[-1], values[-1]) == (100_007, None)
 
 
-def test_the_average_of_equal_values_is_their_value_whatever_was_left_out():
-    points = {step: math.nan if step % 3 == 0 else 0.25 for step in range(1, 100)}
-    assert list(smoothed(points).values()) == pytest.approx([0.25] * 66)
-    assert smoothed({}) == {}
-    assert merged_names({"a": {1: 1.0}, "b": {1: 1.0}, "c": {1: 2.0}}) == {"a, b": {1: 1.0}, "c": {1: 2.0}}
+def test_steps_that_were_left_out_break_the_line(tmp_path):
+    rows = [{"step": step, "loss/current": 0.5} for step in (1, 2, 4)] + [{"step": 3, "left_out": 1}]
+    (tmp_path / "x-metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    run = gather(tmp_path, "x")
+    chart = charts.loss_chart(run)
+    assert chart is not None
+    assert chart["data"][:2] == [[1, 2, 3, 4], [0.5, 0.5, None, 0.5]]
+    assert "1 step left out" in page_of(run)
 
 
 def test_numbers_that_are_not_finite_and_texts_that_end_scripts_stay_json():

@@ -15,6 +15,7 @@ Points = list[tuple[int, float]]  # (step, value), by step
 LOSS = "loss/current"
 VALIDATION = ("loss/validation/step_average", "loss/validation/epoch_average")
 RATE, ADAPTED_RATE = "lr/", "lr/d*lr/"
+TIME = "time/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RunSeries:
     validation: Points
     left_out: list[int]  # steps without a loss, because it was not finite
     rates: dict[str, Points]  # name of a group of weights -> its learning rate
+    times: dict[str, Points]  # field of `StepSeconds` -> seconds
 
 
 def read_metrics(path: Path) -> RunSeries:
@@ -42,6 +44,7 @@ def series_of(rows: Sequence[dict[str, float]]) -> RunSeries:
                 # An optimizer that adapts its rate multiplies the given one, often 1, by what it found.
                 group = name.removeprefix(RATE)
                 rates.setdefault(group, {})[int(row["step"])] = row.get(ADAPTED_RATE + group, value)
+    timed = {name for row in rows for name in row if name.startswith(TIME)}
     losses = _points(rows, (LOSS,))
     with_loss = {step for step, _ in losses}
     steps = {int(row["step"]) for row in rows if "left_out" in row or LOSS in row}
@@ -50,6 +53,7 @@ def series_of(rows: Sequence[dict[str, float]]) -> RunSeries:
         validation=_points(rows, VALIDATION),
         left_out=sorted(steps - with_loss),
         rates={group: sorted(found.items()) for group, found in rates.items()},
+        times={name.removeprefix(TIME): _points(rows, (name,)) for name in sorted(timed)},
     )
 
 

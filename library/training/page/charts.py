@@ -2,68 +2,63 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from library.sampling.contact_sheet import spread
+from library.training.charts.loss_curve import limits
+from library.training.charts.series import Points, quantile, thinned
 from library.training.page.gather import Run
-from library.training.page.series import LOSS, Points, chosen_steps, merged_names, smoothed, table, validation_of
 
 Chart = dict[str, Any]
-RATES = "lr/"
-TIMES = {"time/step": "whole step", "time/data": "waiting for data"}
+Line = tuple[str, str, Points]  # title, style, points
+
+TIMES = {"step": "whole step", "data": "waiting for data"}
 STYLES = ("main", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")  # colours of the style sheet
-SHOWN = (0.01, 0.99)  # quantiles of the single steps that the range includes
+MOST_POINTS, MOST_GAPS = 2000, 200
+SHOWN_TIMES = 0.98  # share of the steps whose seconds are within the chart
 
 
 def loss_chart(run: Run) -> Chart | None:
     """Return the loss of single steps, smoothed, and of the held-out pictures; None without any."""
-    raw, validation = run.series.get(LOSS, {}), validation_of(run.series)
+    raw, average, validation = run.series.losses, run.average, run.series.validation
     if not raw and not validation:
         return None
-    steps = sorted({*chosen_steps(raw), *validation})
-    average = smoothed(raw)
-    lines = [("each step", "raw", raw), ("smoothed", "main", average)]
+    lines: list[Line] = [("each step", "raw", raw), ("smoothed", "main", average)]
     if validation:
         lines.append(("validation", "second", validation))
-    best = min(validation.items(), key=lambda point: point[1], default=None)
-    inner = quantiles(list(raw.values()), SHOWN)
+    shown = values_of([average, validation])
     return {
-        **lines_of(lines, steps),
-        "range": padded([*inner, *average.values(), *validation.values()]),
-        "best": best,
+        **lines_of(lines, further=spread(run.series.left_out, MOST_GAPS)),
+        "range": limits(values_of([raw]) or shown, shown),
+        "best": run.best_validation,
         "unit": "loss",
     }
 
 
 def rate_chart(run: Run) -> Chart | None:
     """Return the learning rates, equal ones as one line; None without any."""
-    found = {name.removeprefix(RATES): points for name, points in run.series.items() if name.startswith(RATES)}
-    if not found:
+    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, points in run.series.rates.items():
+        groups.setdefault(tuple(points), []).append(TITLES.get(name, name))
+    if not groups:
         return None
-    merged = merged_names({title_of_rate(name): points for name, points in found.items()})
-    steps = sorted({step for points in merged.values() for step in chosen_steps(points)})
-    lines = [(name, STYLES[index % len(STYLES)], points) for index, (name, points) in enumerate(merged.items())]
-    return {**lines_of(lines, steps), "unit": "learning rate", "from_zero": True}
+    lines = [(", ".join(names), style_of(index), list(points)) for index, (points, names) in enumerate(groups.items())]
+    return {**lines_of(lines), "unit": "learning rate", "from_zero": True}
 
 
-def title_of_rate(name: str) -> str:
-    """Return the name of a group of weights in words."""
-    part = name.removeprefix("d*lr/")
-    title = {"textencoder": "text encoder", "unet": "U-Net"}.get(part, part)
-    return f"{title} (adapted)" if part != name else title
+TITLES = {"textencoder": "text encoder", "unet": "U-Net"}  # of groups of weights
 
 
 def time_chart(run: Run) -> Chart | None:
     """Return the seconds of each step, and of its wait for data; None of a run that did not measure them."""
-    found = {title: run.series[name] for name, title in TIMES.items() if run.series.get(name)}
+    found = [(title, run.series.times[name]) for name, title in TIMES.items() if run.series.times.get(name)]
     if not found:
         return None
-    steps = sorted({step for points in found.values() for step in chosen_steps(points)})
-    most = max(quantiles(list(points.values()), (0.98,))[0] for points in found.values())
-    lines = [(name, kind, points) for (name, points), kind in zip(found.items(), ("main", "second"), strict=False)]
-    return {**lines_of(lines, steps), "unit": "seconds", "range": [0.0, most * 1.15 or 1.0]}
+    most = max(quantile(values_of([points]), SHOWN_TIMES) for _, points in found)
+    lines = [(title, style_of(index), points) for index, (title, points) in enumerate(found)]
+    return {**lines_of(lines), "unit": "seconds", "range": [0.0, most * 1.15 or 1.0]}
 
 
 def norm_chart(run: Run) -> Chart | None:
@@ -73,56 +68,48 @@ def norm_chart(run: Run) -> Chart | None:
         return None
     kinds = sorted(saves[max(saves)], key=lambda kind: -saves[max(saves)][kind])
     lines = [
-        (kind, STYLES[index % len(STYLES)], {step: norms.get(kind, 0.0) for step, norms in saves.items()})
+        (kind, style_of(index), [(step, norms.get(kind, 0.0)) for step, norms in sorted(saves.items())])
         for index, kind in enumerate(kinds)
     ]
-    return {**lines_of(lines, sorted(saves)), "unit": "norm", "from_zero": True, "points": True}
+    return {**lines_of(lines), "unit": "norm", "from_zero": True, "points": True}
 
 
 def compared_chart(losses: Mapping[str, Points]) -> Chart | None:
     """Return a line for each run by its title, always in the same colour; None where no run has points."""
-    given = {title: points for title, points in losses.items() if points}
-    if not given:
+    lines = [(title, style_of(index), points) for index, (title, points) in enumerate(losses.items()) if points]
+    if not lines:
         return None
-    steps = sorted({step for points in given.values() for step in chosen_steps(points)})
-    order = list(losses)
-    lines = [(title, STYLES[order.index(title) % len(STYLES)], points) for title, points in given.items()]
-    values = [value for points in given.values() for value in points.values()]
-    return {**lines_of(lines, steps), "unit": "loss", "range": padded(values)}
+    values = values_of([points for *_, points in lines])
+    return {**lines_of(lines), "unit": "loss", "range": limits(values, values)}
 
 
-def lines_of(lines: Sequence[tuple[str, str, Points]], steps: Sequence[int]) -> Chart:
-    """Return lines (title, style, points) at steps."""
+def style_of(index: int) -> str:
+    """Return the colour of a line by its number."""
+    return STYLES[index % len(STYLES)]
+
+
+def values_of(lines: Sequence[Points]) -> list[float]:
+    """Return the values of all points."""
+    return [value for points in lines for _, value in points]
+
+
+def lines_of(lines: Sequence[Line], further: Sequence[int] = ()) -> Chart:
+    """Return lines at the same steps, few enough for a page; further are steps at which lines without a value break."""
+    steps = sorted({step for *_, points in lines for step, _ in thinned(points, MOST_POINTS)} | {*further})
+    columns = [dict(points) for *_, points in lines]
     return {
         "lines": [{"title": title, "style": style} for title, style, _ in lines],
-        "data": rounded(table([points for *_, points in lines], steps)),
+        "data": [steps, *(rounded([column.get(step) for step in steps]) for column in columns)],
     }
 
 
-def rounded(columns: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
-    """Return the columns with six digits for what is no whole number."""
-    return [
-        [value if value is None or isinstance(value, int) else float(f"{value:.6g}") for value in column]
-        for column in columns
-    ]
-
-
-def quantiles(values: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """Return the values below which some shares of them are; none of no finite values."""
-    ordered = sorted(value for value in values if math.isfinite(value))
-    return [ordered[round(share * (len(ordered) - 1))] for share in shares] if ordered else []
-
-
-def padded(values: Sequence[float]) -> list[float]:
-    """Return the lowest and the highest of the finite values, with a margin; a loss is not below 0."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(finite), max(finite)
-    margin = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    return [max(0.0, low - margin), high + margin]
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    """Return the values with six digits."""
+    return [None if value is None else float(f"{value:.6g}") for value in values]
 
 
 def seconds_a_step(run: Run) -> tuple[float, float] | None:
     """Return the median of the seconds of a step and the share of them that was waited for data."""
-    steps, waits = (run.series.get(name, {}) for name in TIMES)
-    whole = sum(steps.values())
-    return (statistics.median(steps.values()), sum(waits.values()) / whole) if whole else None
+    steps, waits = (values_of([run.series.times.get(name, [])]) for name in TIMES)
+    whole = sum(steps)
+    return (statistics.median(steps), sum(waits) / whole) if whole else None

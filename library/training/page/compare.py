@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from library.errors import counted
 from library.files import replacing
 from library.html_page import escape
 from library.sampling.contact_sheet import spread
@@ -13,12 +14,11 @@ from library.training.page import charts
 from library.training.page.facts import Column
 from library.training.page.gather import Run
 from library.training.page.page import VIEWER, foot, framed
-from library.training.page.parts import NONE, chart, number, plural, section, table
+from library.training.page.parts import NONE, chart, number, section, table
 from library.training.page.pictures import link_to
 from library.training.page.previews import cell, stepper
 from library.training.page.repeat import shown
 from library.training.page.sections import STATES, state_of
-from library.training.page.series import LOSS, smoothed, validation_of
 
 MOST_STEPS = 12
 OWN = ("output_dir", "output_name")  # options that every run has to have for itself
@@ -41,15 +41,15 @@ def write_comparison(runs: Sequence[Run], path: Path) -> None:
 
 def comparison(runs: Runs, folder: Path) -> str:
     """Return the page that compares runs; folder is that in which it will be."""
-    losses = {title: smoothed(run.series.get(LOSS, {})) for title, run in runs.items()}
-    validations = {title: validation_of(run.series) for title, run in runs.items()}
+    losses = {title: run.average for title, run in runs.items()}
+    validations = {title: run.series.validation for title, run in runs.items()}
     drawn = {"loss": charts.compared_chart(losses), "validation": charts.compared_chart(validations)}
     found = {name: data for name, data in drawn.items() if data}
     titles = {"loss": "Training loss, smoothed", "validation": "Validation loss"}
-    places = "".join(chart(name, titles[name], f"Of {plural(len(runs), 'run')}") for name in found)
+    places = "".join(chart(name, titles[name], f"Of {counted(len(runs), 'run')}") for name in found)
     body = (
         '<main><header class="head"><p class="eyebrow">Comparison</p>'
-        f"<h1>{escape(plural(len(runs), 'run'))}</h1></header>{_table(runs, folder)}"
+        f"<h1>{escape(counted(len(runs), 'run'))}</h1></header>{_table(runs, folder)}"
         + (section("learning", "Which one learns?", f'<div class="charts">{places}</div>') if places else "")
         + _pictures(runs, folder)
         + _differences(runs)
@@ -65,13 +65,12 @@ def _table(runs: Runs, folder: Path) -> str:
 
 
 def _row(title: str, run: Run, folder: Path) -> str:
-    average, validation = smoothed(run.series.get(LOSS, {})), validation_of(run.series)
     name = f'<a href="{escape(link_to(run.files_of.page, folder))}">{escape(title)}</a>'
     values = (
         STATES[state_of(run)][0],
         f"{run.facts.step:,}",
-        number(average[max(average)] if average else None),
-        number(min(validation.values(), default=None)),
+        number(run.average[-1][1] if run.average else None),
+        number(run.best_validation[1] if run.best_validation else None),
     )
     return f"<tr><td>{name}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from library.config import toml_text
 from library.config.saving import SavingConfig
 from library.errors import UserError
 from library.safetensors_io import read_header
+from library.training.charts.loss_curve import window_of
+from library.training.charts.series import Points, RunSeries, read_metrics, smoothed
 from library.training.page.facts import Facts, Save, read_facts
 from library.training.page.old_runs import columns_in, facts_in, whole
-from library.training.page.series import LOSS, Series, read_series
 from library.training.record.run_files import UNNAMED, RunFiles
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,19 @@ class Run:
     name: str
     facts: Facts
     options: dict[str, Any]  # flag -> value of TOML, those that differ from their defaults
-    series: Series
+    series: RunSeries
     files: tuple[SavedFile, ...]  # in the order of their steps
     is_alive: bool  # whether a process holds its lock
+
+    @functools.cached_property
+    def average(self) -> Points:
+        """The smoothed loss of the training."""
+        return smoothed(self.series.losses, window_of(len(self.series.losses))) if self.series.losses else []
+
+    @property
+    def best_validation(self) -> tuple[int, float] | None:
+        """The step with the lowest validation loss, and that loss."""
+        return min(self.series.validation, key=lambda point: point[1], default=None)
 
     @property
     def files_of(self) -> RunFiles:
@@ -71,7 +83,7 @@ def gather(folder: Path, name: str) -> Run:
     files = run_files(folder, name, options)
     facts = _tolerant(read_facts, files.record) or Facts()
     saved = saved_files(files, facts)
-    series = read_series(files.metrics)
+    series = read_metrics(files.metrics)
     if facts.began is None:
         facts = old_facts(files, saved, series)
     return Run(
@@ -123,7 +135,7 @@ def metadata_of(path: Path) -> dict[str, str]:
     return header.metadata if header is not None else {}
 
 
-def old_facts(files: RunFiles, saved: Sequence[SavedFile], series: Series) -> Facts:
+def old_facts(files: RunFiles, saved: Sequence[SavedFile], series: RunSeries) -> Facts:
     """Return the facts of a run without a record."""
     last = max(saved, key=lambda entry: entry.save.step, default=None)
     facts = facts_in(metadata_of(last.path)) if last is not None else Facts()
@@ -131,7 +143,7 @@ def old_facts(files: RunFiles, saved: Sequence[SavedFile], series: Series) -> Fa
     return dataclasses.replace(
         facts,
         state="finished" if files.network.is_file() else "unknown",
-        step=max([facts.step, *series.get(LOSS, {})]),
+        step=max([facts.step, *(step for step, _ in series.losses)]),
         columns=columns_in(files.saving.output_dir, name, facts.steps_per_epoch),
     )
 

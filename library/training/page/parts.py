@@ -115,8 +115,3 @@ def duration(seconds: float | None) -> str:
 def date(seconds: float | None) -> str:
     """Return a moment in the time of this machine."""
     return NONE if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
-
-
-def plural(count: int, word: str) -> str:
-    """Return a number with its word."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"

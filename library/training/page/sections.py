@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from library.errors import counted
 from library.html_page import escape
 from library.training.page import charts
 from library.training.page.facts import Bucket, DataFacts, Facts, Fed, Save
@@ -17,14 +18,12 @@ from library.training.page.parts import (
     date,
     duration,
     number,
-    plural,
     section,
     size,
     table,
     tiles,
 )
 from library.training.page.pictures import EXAMPLE_SIDE, link_to, thumbnail
-from library.training.page.series import LOSS, Points, smoothed, validation_of
 
 CAPTIONS_AT_FIRST, BARS_OF_TAGS = 8, 40
 
@@ -48,7 +47,7 @@ def head(run: Run) -> str:
     done = f"step {facts.step:,} of {facts.steps:,}" if facts.steps else f"step {facts.step:,}"
     share = min(1.0, facts.step / facts.steps) if facts.steps else 0.0
     when = f" · last written {date(facts.updated)}" if facts.updated else ""
-    number_of = plural(len(facts.warnings), "warning")
+    number_of = counted(len(facts.warnings), "warning")
     warned = f' · <a href="#data">{number_of}</a>' if facts.warnings else ""
     progress = (
         f'<progress max="1" value="{share:.4f}" aria-label="Progress">{share:.0%}</progress>' if facts.steps else ""
@@ -63,13 +62,12 @@ def head(run: Run) -> str:
 def main_numbers(run: Run) -> list[Tile]:
     """Return what is known of: losses, time, speed."""
     facts, found = run.facts, list[Tile]()
-    average, validation = smoothed(run.series.get(LOSS, {})), validation_of(run.series)
-    if average:
-        first, last = next(iter(average.values())), average[max(average)]
+    if run.average:
+        (_, first), (_, last) = run.average[0], run.average[-1]
         found.append(Tile("Loss, smoothed", number(last), f"from {number(first)}"))
-    if validation:
-        step = min(validation, key=validation.__getitem__)
-        found.append(Tile("Best validation loss", number(validation[step]), f"after step {step:,}"))
+    if run.best_validation is not None:
+        step, loss = run.best_validation
+        found.append(Tile("Best validation loss", number(loss), f"after step {step:,}"))
     if facts.epochs and facts.epoch:
         found.append(Tile("Epoch", f"{facts.epoch:,}", f"of {facts.epochs:,}"))
     trained = seconds_trained(facts)
@@ -105,9 +103,8 @@ def seconds_left(facts: Facts) -> float | None:
 
 def learning(run: Run) -> str:
     """Return the places of the charts, with what they show in a sentence."""
-    raw, validation = run.series.get(LOSS, {}), validation_of(run.series)
     places = [
-        ("loss", "Loss", describe_loss(raw, validation), charts.loss_chart(run)),
+        ("loss", "Loss", describe_loss(run), charts.loss_chart(run)),
         ("rate", "Learning rate", "What each group of weights is trained with", charts.rate_chart(run)),
         ("time", "Seconds a step", describe_times(run), charts.time_chart(run)),
     ]
@@ -118,15 +115,15 @@ def learning(run: Run) -> str:
     return section("learning", "Is it learning?", f'<div class="charts">{drawn}</div>', hint if places[0][3] else "")
 
 
-def describe_loss(raw: Points, validation: Points) -> str:
+def describe_loss(run: Run) -> str:
     """Return what the chart of the loss shows."""
-    average = list(smoothed(raw).values())
-    text = f"From {number(average[0])} to {number(average[-1])}, smoothed" if average else "No finite loss"
-    if len(raw) > len(average):
-        text += f"; {plural(len(raw) - len(average), 'step')} left out"
-    if validation:
-        step = min(validation, key=validation.__getitem__)
-        text += f"; lowest validation loss {number(validation[step])} after step {step:,}"
+    average, left_out = run.average, run.series.left_out
+    text = f"From {number(average[0][1])} to {number(average[-1][1])}, smoothed" if average else "No finite loss"
+    if left_out:
+        text += f"; {counted(len(left_out), 'step')} left out"
+    if run.best_validation is not None:
+        step, loss = run.best_validation
+        text += f"; lowest validation loss {number(loss)} after step {step:,}"
     return text
 
 
@@ -145,7 +142,7 @@ def files(run: Run) -> str:
     """Return a table of the saved networks."""
     if not run.files:
         return section("files", "Which file should I take?", '<p class="empty">No file is saved yet.</p>')
-    validation, average = validation_of(run.series), smoothed(run.series.get(LOSS, {}))
+    validation, average = dict(run.series.validation), dict(run.average)
     with_loss = {entry.save.step: validation[entry.save.step] for entry in run.files if entry.save.step in validation}
     best = min(with_loss, key=with_loss.__getitem__) if with_loss else None
     rows = (_file(run, entry, validation, average, best) for entry in run.files)
@@ -154,7 +151,9 @@ def files(run: Run) -> str:
     return section("files", "Which file should I take?", table("files", names, rows), lead)
 
 
-def _file(run: Run, entry: SavedFile, validation: Points, average: Points, best: int | None) -> str:
+def _file(
+    run: Run, entry: SavedFile, validation: Mapping[int, float], average: Mapping[int, float], best: int | None
+) -> str:
     save = entry.save
     mark = '<span class="pill good">lowest validation</span>' if best == save.step else ""
     column = next((index for index, one in enumerate(run.facts.columns) if one.step == save.step), None)
@@ -196,7 +195,7 @@ def data(run: Run) -> str:
 
 def _dataset(run: Run, index: int, entry: DataFacts) -> str:
     title = f"Dataset {index + 1}" if len(run.facts.datasets) > 1 else "Pictures"
-    text = f"{plural(entry.pictures, 'picture')} at {entry.size[0]} × {entry.size[1]}, batches of {entry.batch_size}"
+    text = f"{counted(entry.pictures, 'picture')} at {entry.size[0]} × {entry.size[1]}, batches of {entry.batch_size}"
     text += f"; {entry.regularisation:,} for regularisation" if entry.regularisation else ""
     text += f"; {entry.held_out:,} held out for validation" if entry.held_out else ""
     most = max((bucket.draws for bucket in entry.buckets), default=1)
@@ -206,7 +205,7 @@ def _dataset(run: Run, index: int, entry: DataFacts) -> str:
 
 def _bucket(run: Run, bucket: Bucket, most: int) -> str:
     pictures = "".join(_example(run, path) for path in bucket.examples)
-    draws = f"{plural(bucket.pictures, 'picture')}, {bucket.draws:,} an epoch"
+    draws = f"{counted(bucket.pictures, 'picture')}, {bucket.draws:,} an epoch"
     if bucket.pictures == bucket.draws:
         draws = f"{bucket.draws:,} an epoch"
     return (

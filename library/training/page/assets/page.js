@@ -40,7 +40,7 @@
     const chart = data.charts[place.dataset.chart];
     const few = chart.data[0].length < 60;
     const series = chart.lines.map(line => ({
-      label: line.title, stroke: colour(line.style), width: line.style === "raw" ? 1 : 2, spanGaps: line.style !== "raw" || few,
+      label: line.title, stroke: colour(line.style), width: line.style === "raw" ? 1 : 2, spanGaps: line.style !== "raw",
       value: (plot, value) => short(value),
       points: { show: chart.points || (line.title === "validation" && few) || chart.data[0].length < 3, size: 6, fill: colour(line.style) },
     }));
