@@ -59,6 +59,7 @@ PICTURES: dict[str, tuple[str, str]] = {
     "style-strengths.png": ("tutorial_style", "output/style-strengths/grid.png"),
     "style-which.png": ("tutorial_style", "output/style-which/grid.png"),
     "style-and-unicorn.png": ("tutorial_style", "output/style-and-unicorn/grid.png"),
+    "report.png": ("report", "output/unicorn_page-report.html"),
 }
 
 
@@ -178,6 +179,15 @@ def run_pages(pages: Sequence[Path], folder: Path, *, quick: bool) -> list[str]:
     return failed
 
 
+def take_picture(source: Path, target: Path) -> None:
+    """Copy a picture, or take one of a page, with Chromium."""
+    if source.suffix != ".html":
+        shutil.copy2(source, target)
+        return
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,900"]
+    subprocess.run(["chromium", *options, f"--screenshot={target}", source.as_uri()], check=True, capture_output=True)
+
+
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -207,7 +217,7 @@ def main() -> int:
         failed = run_pages(pages, folder, quick=args.quick)
         for picture, (maker, file) in PICTURES.items() if args.pictures else ():
             if maker in {page.stem for page in pages}:
-                shutil.copy2(folder / file, ROOT / "docs/images" / picture)
+                take_picture(folder / file, ROOT / "docs/images" / picture)
     sys.stdout.write("\n".join(["failed:", *failed] if failed else ["all commands ran"]) + "\n")
     return 1 if failed else 0
 

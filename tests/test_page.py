@@ -30,6 +30,7 @@ from library.training.page.parts import duration, size
 from library.training.page.previews import MOST_PICTURES, shown_columns
 from library.training.page.repeat import words_of
 from library.training.page.sections import head, seconds_left, state_of
+from library.training.record import run_lock
 from tools import report
 
 if TYPE_CHECKING:
@@ -218,7 +219,13 @@ def test_a_run_that_ended_without_a_word_was_broken_off(out):
     facts = read_facts(out / "x-run.json")
     write_facts(out / "x-run.json", dataclasses.replace(facts, state="running"))
     assert state_of(gather(out, "x")) == "broken"
-    (out / "x-run.lock").touch()
+    lock = out / "x-run.lock"
+    run_lock.create(lock, run_lock.own_holder())
+    assert state_of(gather(out, "x")) == "running"
+    lock.unlink()
+    run_lock.create(lock, dataclasses.replace(run_lock.own_holder(), birth="of another process"))
+    assert state_of(gather(out, "x")) == "broken"
+    lock.write_text("cut", encoding="utf-8")
     assert state_of(gather(out, "x")) == "running"
 
 

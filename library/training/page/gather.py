@@ -18,6 +18,7 @@ from library.training.charts.series import Points, RunSeries, read_metrics, smoo
 from library.training.page.facts import Facts, Save, read_facts
 from library.training.page.old_runs import columns_in, facts_in, whole
 from library.training.record.run_files import UNNAMED, RunFiles
+from library.training.record.run_lock import is_held
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def gather(folder: Path, name: str) -> Run:
         options=options,
         series=series,
         files=tuple(sorted(saved, key=lambda entry: (entry.save.step, entry.path == files.network))),
-        is_alive=files.lock.exists(),
+        is_alive=is_held(files.lock),
     )
 
 

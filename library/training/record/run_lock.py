@@ -122,9 +122,23 @@ def read(path: Path) -> Holder | None:
         ) from None
 
 
+def is_held(path: Path) -> bool:
+    """Return whether a run holds a lock, or may do so on another machine."""
+    try:
+        holder = read(path)
+    except UserError:
+        return True
+    return path.exists() if holder is None else birth_now(holder) in ("", holder.birth)
+
+
+def birth_now(holder: Holder) -> str | None:
+    """Return the birth of the process that has the number of a holder, as `birth_of` does, which is of this machine."""
+    return birth_of(holder.process) if holder.host == this_host() else ""
+
+
 def check_ended(path: Path, holder: Holder) -> None:
     """Raise UserError unless the process of a holder has ended, which is known only on this machine."""
-    birth = birth_of(holder.process) if holder.host == this_host() else ""
+    birth = birth_now(holder)
     if birth is None:
         return
     name = path.with_name(path.name.rpartition("-run.lock")[0])
