@@ -8,6 +8,7 @@ from typing import Literal
 
 from library.config.hub_names import TakesModels
 from library.config.model import ModelConfig
+from library.config.network import NETWORK_MODULES
 from library.config.options import REQUIRED, option, repeated
 from library.config.samplers import SamplerName
 from library.config.saving import ConsoleConfig
@@ -126,7 +127,9 @@ class DrawingConfig:
 class NetworksConfig:
     """Networks."""
 
-    network_module: tuple[str, ...] | None = option(None, "modules of the networks, such as networks.lora")
+    network_module: tuple[str, ...] | None = option(
+        None, "modules of the networks, such as networks.lora", known=NETWORK_MODULES
+    )
     network_weights: tuple[Path, ...] | None = option(None, "file of each network")
     network_mul: tuple[float, ...] | None = option(None, "strength of each; unset: 1", only_with=("network_weights",))
     network_args: tuple[dict[str, str], ...] | None = option(
