@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from scripts import ROOT, python
 from test_given import ROOTS
@@ -33,7 +32,7 @@ def printed(capsys, main, *argv):
 
 def test_each_value_has_its_source(tmp_path, capsys):
     file = tmp_path / "run.toml"
-    file.write_text('network_dim = 4\nlearning_rate = 1\nmax_train_epochs = 2\nsample_every_n_steps = 0\nseed = 5\n')
+    file.write_text("network_dim = 4\nlearning_rate = 1\nmax_train_epochs = 2\nsample_every_n_steps = 0\nseed = 5\n")
     rows = printed(
         capsys,
         train_network.main,
