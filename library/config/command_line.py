@@ -75,9 +75,14 @@ def build_parser(root: type, description: str | None, *, complete: bool = True) 
     return parser
 
 
-def _add_argument(group: argparse._ArgumentGroup, entry: Option, *, complete: bool) -> None:
+def spellings(entry: Option) -> list[str]:
+    """Return the names of an option on the command line, with their hyphens."""
     short = [name for name in entry.spec.aliases if len(name) == 1]  # such as -s; the option itself may be --W
-    names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
+    return [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
+
+
+def _add_argument(group: argparse._ArgumentGroup, entry: Option, *, complete: bool) -> None:
+    names = spellings(entry)
     text = help_text(entry).replace("%", "%%")
     if entry.spec.positional:
         # Of one value; several may be none in any case.
