@@ -15,7 +15,7 @@ from library.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
 
-NOT_RECORDED = {"config_file", "output_config"}
+NOT_RECORDED = {"config_file", "output_config", "overwrite"}
 
 
 def read_config_file(path: Path, options: Mapping[str, Option], problems: Problems) -> Given:

@@ -84,6 +84,11 @@ class Dataset:
         """The held-out pictures as a dataset."""
         return Dataset(self.options, self.held_out, place=self.place)
 
+    @property
+    def num_draws(self) -> int:
+        """The number of samples in an epoch, of all kinds."""
+        return sum(record.repeats for record in self.records)
+
     def num_images(self, *, is_reg: bool) -> int:
         """Return the number of samples in an epoch, repeats included."""
         return sum(record.repeats for record in self.records if record.subset.is_reg == is_reg)

@@ -130,7 +130,7 @@ def dry_run(
 def report_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
     """Report how many steps the pictures give, with the arithmetic."""
     total = num_batches(plan.datasets)
-    draws = sum(record.repeats for dataset in plan.datasets for record in dataset.records)
+    draws = sum(dataset.num_draws for dataset in plan.datasets)
     divisors = f" / {plan.num_processes} processes" if plan.num_processes > 1 else ""
     divisors += f" / {plan.accumulation} to a step" if plan.accumulation > 1 else ""
     report.say(f"an epoch: {draws} draws -> {total} batches{divisors} = {plan.steps_per_epoch} steps")
