@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from library import NAME, VERSION
 from library.config.generation import DrawingConfig, GenerateConfig, PromptConfig
@@ -37,6 +36,7 @@ from library.models.checkpoint import UNET, weight_files
 from library.models.family import check_flags
 from library.models.memory_format import use_channels_last
 from library.models.precision import check_bf16, describe, types_of
+from library.progress import Bar, step_shown_on
 
 logger = logging.getLogger(__name__)
 
@@ -186,16 +186,13 @@ class Session:
     batch_size: int
 
     def generate(self, jobs: Iterable[Job], total: int) -> Iterator[GeneratedImage]:
-        """Yield the images of jobs, written, with a bar for all of them and one for the steps of a batch."""
+        """Yield the images of jobs, written, with a bar that shows the steps of a batch, too."""
         logger.info("%d pictures to %s, %d at a time", total, self.writer.options.outdir, self.batch_size)
-        with (
-            tqdm(total=total, desc="drawing", unit="picture") as bar,
-            tqdm(total=None, desc="steps", unit="step", leave=False, disable=None) as steps,
-        ):
-            for generated in self.generator.generate(jobs, self.batch_size, steps.update):
+        bar: Bar[None] = Bar(total=total, desc="drawing", unit="picture")
+        with bar:
+            for generated in self.generator.generate(jobs, self.batch_size, step_shown_on(bar)):
                 self.writer.write(generated)
                 bar.update(generated.is_final)
-                steps.reset()
                 yield generated
 
 

@@ -44,8 +44,11 @@ def generate_previews(
     sampler: SamplerName,
     clip_skip: int | None = None,
     decoding: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    on_step: Callable[[int, int], object] | None = None,
 ) -> Iterator[PreviewImage]:
     """Yield one preview for each prompt, generated with its seed; sampler serves prompts that name none.
+
+    on_step is called after each step of a picture, with its number from 1 and the number of all.
 
     The models are used where and as they are, the VAE within decoding(); the caller sets autocast and evaluation mode.
     """
@@ -63,7 +66,7 @@ def generate_previews(
             scale=prompt.scale,
             sampler=prompt.sampler or sampler,
         )
-        latents = sample_latents(base, inputs)
+        latents = sample_latents(base, inputs, on_step)
         with decoding():
             image = decode_latents(base, latents)[0]
         yield PreviewImage(index, prompt, seed, image)
