@@ -93,10 +93,16 @@ class DrawingConfig:
     """Size and sampling, unless set in the prompt."""
 
     W: int | None = option(
-        None, "width in pixels, a multiple of 8; unset: 512, SDXL 1024", minimum=64, maximum=MOST_PIXELS
+        None,
+        "width in pixels, a multiple of 8; unset: 512, SDXL 1024, less if the model says so",
+        minimum=64,
+        maximum=MOST_PIXELS,
     )
     H: int | None = option(
-        None, "height in pixels, a multiple of 8; unset: 512, SDXL 1024", minimum=64, maximum=MOST_PIXELS
+        None,
+        "height in pixels, a multiple of 8; unset: 512, SDXL 1024, less if the model says so",
+        minimum=64,
+        maximum=MOST_PIXELS,
     )
     steps: int = option(50, "steps", minimum=1, maximum=1000)
     scale: float = option(7.5, "guidance scale; up to 1 the negative prompt has no effect")

@@ -22,6 +22,11 @@ def is_there(path: Path, what: str) -> bool:
         return False
 
 
+def why_not(path: Path, what: str) -> str:
+    """Return what is said of a path that is not "a file", "a folder" or "a file or a folder": absent, or another."""
+    return f"{path} is not {what}" if is_there(path, "a file or a folder") else f"{path} does not exist"
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """How values of one Python type are read from the command line and from TOML."""

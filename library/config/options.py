@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar
 
-from library.config.kinds import Kind, is_there, kind_of
+from library.config.kinds import Kind, is_there, kind_of, why_not
 from library.config.retired import RETIRED, Retired
 from library.errors import Problems, UserError, quotes_hint, shown
 
@@ -124,7 +124,8 @@ class Option:
         elif self.spec.reads is not None and value is not None and self.spec.hub is None:
             for path in value if isinstance(value, tuple) else (value,):
                 if not is_there(path, self.spec.reads):
-                    problems.add(f"{self.label}: {path} is not {self.spec.reads}{quotes_hint(path)}{folder_hint(path)}")
+                    why = why_not(path, self.spec.reads)
+                    problems.add(f"{self.label}: {why}{quotes_hint(path)}{folder_hint(path)}")
 
     def _check_range(self, number: Any, label: str) -> None:
         if not isinstance(number, int | float) or isinstance(number, bool):

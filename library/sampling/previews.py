@@ -12,10 +12,9 @@ import torch
 
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
-from library.config.values import given
+from library.config.values import LATENT_SCALE, LEAST_PIXELS, given
 from library.models.base import BaseModel, TextEncoder
 from library.models.conditioning import Conditioner, TextOptions, windows_needed
-from library.models.family import ModelFamily
 from library.sampling.pipelines import PipelineInputs, decode_latents, sample_latents
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def generate_previews(
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         options = text_options(base.texts[0], prompt, clip_skip)
         both = conditioner.encode([prompt.prompt, prompt.negative_prompt], options)
-        width, height = size_of(prompt, base.family)
+        width, height = size_of(prompt, base)
         inputs = PipelineInputs(
             text=both.part(0, 1),
             negative=both.part(1, 2),
@@ -72,9 +71,20 @@ def generate_previews(
         yield PreviewImage(index, prompt, seed, image)
 
 
-def size_of(prompt: Prompt, family: ModelFamily) -> tuple[int, int]:
-    """Return the width and height of a preview in pixels; what the prompt leaves open is the side of the family."""
-    return given(prompt.width, family.side), given(prompt.height, family.side)
+def size_of(prompt: Prompt, base: BaseModel) -> tuple[int, int]:
+    """Return the width and height of a preview in pixels; what the prompt leaves open is the side of the model."""
+    side = side_of(base)
+    return given(prompt.width, side), given(prompt.height, side)
+
+
+def side_of(base: BaseModel) -> int:
+    """Return the side in pixels of pictures that are asked for without a size: that of the family.
+
+    A model that says of itself that it is made for smaller pictures has its own. SD 2.x for 768 pixels has 512, as in
+    sd-scripts.
+    """
+    own = base.unet.config.get("sample_size")
+    return min(base.family.side, max(LEAST_PIXELS, LATENT_SCALE * own)) if isinstance(own, int) else base.family.side
 
 
 def text_options(encoder: TextEncoder, prompt: Prompt, clip_skip: int | None) -> TextOptions:

@@ -147,7 +147,7 @@ class Decoding:
 
     @functools.cached_property
     def _needed(self) -> int:
-        sizes = [size_of(prompt, self.base.family) for prompt in self.prompts]
+        sizes = [size_of(prompt, self.base) for prompt in self.prompts]
         return bytes_to_decode(self.base.vae, max(sizes, key=math.prod))
 
 
