@@ -38,6 +38,7 @@ def test_quick_work_says_nothing_in_a_file(wait, caplog, capsys):
 
 def test_long_work_says_a_line_after_a_tenth_and_at_the_end(wait, caplog):
     caplog.set_level(logging.INFO)
+    bar: Bar[None]
     with Bar(total=40, desc="training", unit="step", initial=10) as bar:
         for _ in range(30):
             wait(3)
@@ -64,6 +65,7 @@ def test_long_work_says_a_line_after_a_tenth_and_at_the_end(wait, caplog):
 
 def test_slow_pictures_say_their_step(wait, caplog):
     caplog.set_level(logging.INFO)
+    bar: Bar[None]
     with Bar(total=2, desc="drawing", unit="picture") as bar:
         for step in range(1, 51):
             wait(1)
@@ -75,9 +77,10 @@ def test_slow_pictures_say_their_step(wait, caplog):
 
 def test_nothing_is_said_of_what_leaves_nothing_or_is_disabled(wait, caplog):
     caplog.set_level(logging.INFO)
-    for more in ({"disable": True}, {"leave": False}):
-        with Bar(total=3, desc="x", unit="step", **more) as bar:
-            wait(31 if "disable" in more else 6)
+    bar: Bar[None]
+    for disable in (True, False):
+        with Bar(total=3, desc="x", unit="step", leave=False, disable=disable) as bar:
+            wait(31 if disable else 6)
             bar.update()
             wait(1)
             bar.update()

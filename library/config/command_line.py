@@ -161,7 +161,7 @@ def given_options(
     given = Given(values, given.unreadable, {flag: sources[flag] for flag in values})
     if is_asked:
         problems.raise_if_any()
-        config = build(root, given.values, Problems())  # what is missing is shown as such
+        config: object = build(root, given.values, Problems())  # what is missing is shown as such
         sys.stdout.write(options_text(config, given, implied(config) if implied else ()))
         raise SystemExit(0)
     return given

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from library.config.options import section_options
+from library.config.options import all_options, flag_values
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig
 from library.config.values import latent_side
@@ -117,10 +117,6 @@ def train_command(config: TrainConfig, words: Iterable[object], num_processes: i
 
 def keys_to_give(config: TrainConfig) -> str:
     """Return which options of the run are not in its record because they are secret, as a remark; "" if none."""
-    names = [
-        entry.label
-        for section in (config.hub, config.logs)
-        for entry in section_options(type(section))
-        if entry.spec.secret and getattr(section, entry.field)
-    ]
+    values = flag_values(config)
+    names = [entry.label for flag, entry in all_options(TrainConfig).items() if entry.spec.secret and values[flag]]
     return f" (with {' and '.join(names)} again)" if names else ""
