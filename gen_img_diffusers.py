@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -
     recorded = problems.run(checks.load_recorded, config.prompts, config.images, config.drawing.seed) or []
     problems.raise_if_any()
     checks.warn_of_strengths(config.networks, lines)
+    checks.warn_of_equal_pictures(config, lines)
     checks.warn_of_tags(lines)
     if not (lines or recorded or config.prompts.interactive):
         raise UserError("no prompt is given: use --prompt, --from_file, --from_picture or --interactive")

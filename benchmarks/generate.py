@@ -65,7 +65,16 @@ def drawing(args: argparse.Namespace) -> dict[str, list[float]]:
     base = open_base(config, device)
     networks = LoadedNetworks([], base)
     generator = ImageGenerator(config.images, config.control, config.speed, base, networks, device)
-    maker = JobMaker(config.prompts, config.drawing, config.images, ImageLists(), networks, base.family, base.texts[0])
+    maker = JobMaker(
+        config.prompts,
+        config.drawing,
+        config.images,
+        ImageLists(),
+        networks,
+        base.family,
+        base.family.side,
+        base.texts[0],
+    )
     requests = [
         Request(prompt="a cat", seed=seed, width=args.size, height=args.size, steps=args.steps)
         for seed in range(args.batch)

@@ -111,10 +111,9 @@ def default_text(entry: Option, language: str, *, in_file: bool) -> str:
 
 def meaning_text(entry: Option, meaning: str, language: str) -> str:
     """Return the meaning of an option with its choices."""
-    form = entry.kind.form
-    if not form.startswith("one of "):
+    if not entry.kind.choices:
         return meaning
-    choices = (code(choice) for choice in form.removeprefix("one of ").split(", "))
+    choices = (code(choice) for choice in entry.choices)
     if language == "ja":
         return f"{meaning}（{word('one of', language)}{'、'.join(choices)}）"
     return f"{meaning} ({word('one of', language)} {', '.join(choices)})"

@@ -15,6 +15,7 @@ from library.config.options import REQUIRED, option
 from library.config.values import parse_extension
 from library.errors import MOST_NAMED, Problems, UserError, named
 from library.logs import FAILURE
+from library.progress import Bar
 
 if TYPE_CHECKING:
     from library.data.caption_files import CaptionFile
@@ -139,12 +140,11 @@ def name_in(entries: Entries, picture: Path, *, full_path: bool) -> str:
 
 def read_texts(pictures: Sequence[Path], extension: str) -> tuple[dict[Path, CaptionFile], list[str]]:
     """Return picture -> its text file, and what is wrong with the files that cannot be read."""
-    from tqdm import tqdm
 
     from library.data.caption_files import read_caption
 
     found, damaged = {}, []
-    for picture in tqdm(pictures, desc="texts", unit="file"):
+    for picture in Bar(pictures, total=len(pictures), desc="texts", unit="file"):
         try:
             found[picture] = read_caption(picture, extension)
         except UserError as error:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from library.config.kinds import read_str
+from library.config.kinds import read_str, why_not
 from library.config.toml_text import load_json
 from library.errors import UserError, shown
 from library.files import replacing
@@ -19,7 +19,7 @@ def check_json_path(path: Path, label: str, *, exists: bool) -> None:
     if path.suffix.lower() != ".json":
         raise UserError(f"{label} must be the name of a .json file, got {path}")
     if exists and not path.is_file():
-        raise UserError(f"{label}: {path} is not a file")
+        raise UserError(f"{label}: {why_not(path, 'a file')}")
 
 
 def read_metadata(path: Path) -> Entries:

@@ -7,8 +7,11 @@ import html
 import io
 import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -49,3 +52,12 @@ def data_url(picture: Image.Image, quality: int = 90) -> str:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, format="JPEG", quality=quality)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def link_to(path: Path, folder: Path) -> str:
+    """Return the address of a file for a page in a folder: relative, so that both can be moved together."""
+    try:
+        relative = os.path.relpath(path.absolute(), folder.absolute())
+    except ValueError:  # on another drive of Windows
+        return path.absolute().as_uri()
+    return quote(relative.replace(os.sep, "/"), errors="surrogateescape")

@@ -21,6 +21,7 @@ from library.config.command_line import parse
 from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError
 from library.logs import run_script
+from library.progress import Bar
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: SplitOptions) -> None:
     """Read the file, and write those of its ranks."""
-    from tqdm import tqdm
 
     from library.adapters.dylora import ranks_of, truncated_to, with_alphas_of_sd_scripts
     from library.weight_file import open_weights
@@ -65,7 +65,7 @@ def run(config: SplitOptions) -> None:
     ranks = ranks_of(file, config.unit)
     weights, full = dict(file.tensors(file.shapes)), ranks[-1]
     warn_of_scale(file.metadata, config)
-    for rank in tqdm(ranks, desc="ranks", unit="file"):
+    for rank in Bar(ranks, total=len(ranks), desc="ranks", unit="file"):
         part = truncated_to(rank, weights)
         if config.sd_scripts_alpha:
             part = with_alphas_of_sd_scripts(part, rank, full)

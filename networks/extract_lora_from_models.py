@@ -28,6 +28,7 @@ from library.config.options import REQUIRED, option, repeated
 from library.config.tool_files import Precision
 from library.errors import Problems, UserError, named
 from library.logs import run_script
+from library.progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +221,6 @@ def extracted(
     options: ExtractOptions, original: Checkpoint, tuned: Checkpoint, pairs: Pairs, energy: EnergyByBlock
 ) -> dict[str, Change]:
     """Return the change of each module that differs, except in text encoders below --min_diff; add their energy."""
-    from tqdm import tqdm
 
     from library.adapters.layers import module_name
     from library.adapters.low_rank import clamped, exact_spectrum, nearest_spectrum
@@ -251,7 +251,7 @@ def extracted(
 
     changes: dict[str, Change] = {}
     results = by_module(extract, pairs, device=options.device, size=needed)
-    for layer, found in zip(pairs, tqdm(results, desc="extracting", total=len(pairs), unit="module"), strict=True):
+    for layer, found in zip(pairs, Bar(results, desc="extracting", total=len(pairs), unit="module"), strict=True):
         if found is not None:
             change, spectrum = found
             changes[module_name(layer, original.family)] = change

@@ -27,6 +27,7 @@ from library.config.options import REQUIRED, option, repeated
 from library.config.tool_files import MergedLoras, Precision
 from library.errors import Problems, UserError
 from library.logs import run_script
+from library.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +158,6 @@ def merge_into_model(model: Checkpoint, config: MergeConfig, files: Sequence[Wei
 def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     """Write one LoRA file with the changes of all files."""
     import torch
-    from tqdm import tqdm
 
     from library.adapters.alphas import with_one_alpha
     from library.adapters.lora_file import to_state_dict, with_own_text_names
@@ -172,7 +172,7 @@ def merge_into_lora(config: MergeConfig, files: Sequence[Weighted]) -> None:
     parts = parts_by_module(files, allow_unmatched=merge.allow_unmatched)
     check_factors(parts, merge)
     sums = by_module(SUMS[merge.concat, merge.reference_scale], parts.values())
-    changes = dict(zip(parts, tqdm(sums, desc="merging", total=len(parts), unit="module"), strict=True))
+    changes = dict(zip(parts, Bar(sums, desc="merging", total=len(parts), unit="module"), strict=True))
     if merge.shuffle:
         generator = torch.Generator()
         generator.seed() if merge.seed is None else generator.manual_seed(merge.seed)

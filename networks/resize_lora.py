@@ -25,6 +25,7 @@ from library.config.options import option
 from library.config.tool_files import ConvertedLora, Precision, RankOptions
 from library.errors import Problems, named
 from library.logs import run_script
+from library.progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,6 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
     have that alpha too, and so have all if the source has several alphas / ranks: diffusers takes one alpha for all
     attention layers.
     """
-    from tqdm import tqdm
 
     from library.adapters.alphas import with_one_alpha
     from library.adapters.energy import EnergyByBlock
@@ -124,13 +124,13 @@ def resized(config: ResizeConfig, file: LoraFile) -> dict[str, Change]:
 
     changes, norms = {}, []
     results = by_module(smaller, file.changes.values(), device=config.files.device)
-    bar = tqdm(results, desc="resizing", total=len(file.changes), unit="module")
+    bar = Bar(results, desc="resizing", total=len(file.changes), unit="module")
     for (name, former), (change, spectrum) in zip(file.changes.items(), bar, strict=True):
         changes[name] = change
         energy.add(file.layer(name), spectrum, change.rank, scale=former.scale)
         norms.append(spectrum.energy(change.rank) ** 0.5)
         if config.files.verbose:
-            tqdm.write(f"{name:75} {kept_part(spectrum, former.rank, change.rank)}")
+            bar.write(f"{name:75} {kept_part(spectrum, former.rank, change.rank)}")
     energy.log()
     if config.files.verbose:
         logger.info(

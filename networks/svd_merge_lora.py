@@ -26,6 +26,7 @@ from library.config.options import option
 from library.config.tool_files import MergedLoras, Precision
 from library.errors import Problems
 from library.logs import run_script
+from library.progress import Bar
 
 if TYPE_CHECKING:
     from library.adapters.energy import EnergyByBlock
@@ -114,7 +115,6 @@ def merged_changes(
     config: SvdMergeConfig, parts: dict[str, list[tuple[float, Change]]], file: LoraFile, energy: EnergyByBlock
 ) -> dict[str, Change]:
     """Return the merged change of each module, truncated to its rank, and add their energy by block."""
-    from tqdm import tqdm
 
     from library.adapters.low_rank import clamped, concatenated, rank_to_keep, spectrum_of
     from library.parallel import by_module
@@ -132,7 +132,7 @@ def merged_changes(
 
     changes = {}
     results = by_module(merged, parts.values(), device=config.merge.device)
-    bar = tqdm(results, desc="merging", total=len(parts), unit="module")
+    bar = Bar(results, desc="merging", total=len(parts), unit="module")
     for name, (change, spectrum) in zip(parts, bar, strict=True):
         changes[name] = change
         energy.add(file.layer(name), spectrum, change.rank)

@@ -61,6 +61,7 @@ def options(base: Path | None, pictures: Path | None, out: Path | str | None, **
         "max_train_steps": 3,
         "max_data_loader_n_workers": 0,
         "seed": 7,
+        "overwrite": True,  # tests compare runs of one name
     }
     return words(**values | more)
 

@@ -147,7 +147,7 @@ PICTURES = {
     ),
 }
 MASKS = {
-    "absent folder": (shutil.rmtree, "conditioning_data_dir masks is not a folder"),
+    "absent folder": (shutil.rmtree, "conditioning_data_dir masks does not exist"),
     "absent mask": (
         lambda f: (f / "0.png").unlink(),
         "1 of 4 pictures have no mask of their name in conditioning_data_dir masks:\n",

@@ -152,7 +152,7 @@ class Schedule(torch.optim.lr_scheduler.LRScheduler):
 """
 OPTIMIZERS = {
     "no name": ("..", (), "--optimizer_type .. cannot be imported"),
-    "no such class": ("AdamQ", (), "torch.optim has no class AdamQ; did you mean"),
+    "no such class": ("AdamQ", (), "got 'AdamQ'; did you mean AdamW?"),
     "no such package": ("nowhere.Adam", (), "--optimizer_type nowhere.Adam: No module named 'nowhere'; try `pip"),
     "package is broken": ("broken.Adam", (), "--optimizer_type broken.Adam cannot be imported: no driver"),
     "package is no Python": ("wrong.Adam", (), "--optimizer_type wrong.Adam cannot be imported", "wrong.py, line 1"),

@@ -29,6 +29,8 @@ def test_the_training_finds_the_latents_and_makes_the_same(base, pictures, tmp_p
     made = entries(pictures)
     assert len(made) == 4
     assert "latents: 0 of 4 pictures are valid on disk" in caplog.messages
+    assert f"beside the pictures, in {next(pictures.iterdir())}" in caplog.messages[-1]
+    assert caplog.messages[-1].startswith("4 latents were written, 0 were there: 0.0 MB in files *.latents.safetensors")
     caplog.clear()
     assert train_network.main(argv) == 0
     assert "latents: 4 of 4 pictures are valid on disk" in caplog.messages

@@ -319,5 +319,5 @@ def test_optimizers_are_found_by_any_spelling_and_recorded():
     optimizer.step()
     assert parameter.max() < 1
     assert optimizer.state[parameter]["state1"].dtype == torch.uint8
-    with pytest.raises(UserError, match="torch.optim has no class AdamW9bit; did you mean AdamW8bit"):
+    with pytest.raises(UserError, match="one of AdamW, .*AdaFactor, .* got .AdamW9bit.; did you mean AdamW8bit"):
         choose_optimizer(OptimizerConfig(optimizer_type="AdamW9bit"))

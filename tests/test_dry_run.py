@@ -146,6 +146,11 @@ def test_it_tells_buckets_fits_regularisation_and_validation(base, pictures, tmp
         assert sheet.height > 2 * 64
 
 
+@pytest.mark.parametrize(("number", "text"), [(8, "8 pictures"), (12, "8 of 12 pictures")])
+def test_the_sheet_says_how_many_pictures_it_shows(number, text):
+    assert dry_run_module.shown_of(number, dry_run_module.SHEET_COLUMNS) == text
+
+
 def test_it_tells_hits_and_misses_of_the_cache(base, pictures, tmp_path):
     more = {"cache_latents_to_disk": True}
     assert "latents: 0 of 4 are valid on disk, 4 will be encoded" in dry(base, pictures, tmp_path, **more)

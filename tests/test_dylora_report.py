@@ -315,7 +315,7 @@ def test_the_sheet_has_the_ranks_that_matter():
     ("more", "message"),
     [
         ({"model": None}, "--model is missing"),
-        ({"model": "gone.safetensors"}, "gone.safetensors is not a file"),
+        ({"model": "gone.safetensors"}, "gone.safetensors does not exist"),
         ({"unit": 3}, "--unit 3 does not divide the rank of"),
         ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
         ({"pretrained_model_name_or_path": "gone"}, "gone does not exist"),
@@ -355,5 +355,5 @@ def test_the_script_runs_from_any_folder(tmp_path):
     words = ["--model", "gone.safetensors", "--resolution", 64, "--train_data_dir", "."]
     done = python(ROOT / "tools" / "dylora_report.py", *words, cwd=tmp_path, timeout=60)
     assert done.returncode == 2
-    assert "dylora_report.py: error: --model: gone.safetensors is not a file" in done.stderr
+    assert "dylora_report.py: error: --model: gone.safetensors does not exist" in done.stderr
     assert "Traceback" not in done.stderr

@@ -134,7 +134,7 @@ def test_ranks_are_cut_under_the_names_of_every_trainer(down, up):
     ("argv", "message"),
     [
         ([], "--model is missing"),
-        (["--model", "gone.safetensors"], "gone.safetensors is not a file"),
+        (["--model", "gone.safetensors"], "gone.safetensors does not exist"),
         (["--model", "X"], "--save_to is missing"),
         (["--model", "X", "--save_to", "a.bin"], "must end in .safetensors"),
         (["--model", "X", "--save_to", "a.safetensors", "--unit", "3"], "does not divide the rank of"),

@@ -188,12 +188,12 @@ def test_mistakes_are_told_and_nothing_is_written(folder, tmp_path):
     (tmp_path / "bad.json").write_text('{"a": {"caption": 3}}', encoding="utf-8")
     (tmp_path / "empty").mkdir()
     for argv, message in (
-        (["gone", note], "train_data_dir: gone is not a folder\nout_json must be the name of a .json file, got .*note"),
+        (["gone", note], "train_data_dir: gone does not exist\nout_json must be the name of a .json file, got .*note"),
         ([folder], "required: out_json"),
         ([folder, tmp_path / "o.json", "x.json"], "unexpected argument 'x.json'"),
         ([folder, tmp_path / "list.json"], "must be an object of picture names, got list"),
         ([folder, tmp_path / "o.json", "--in_json", tmp_path / "bad.json"], "'a' must have texts as caption and tags"),
-        ([folder, tmp_path / "o.json", "--in_json", tmp_path / "gone.json"], "gone.json is not a file"),
+        ([folder, tmp_path / "o.json", "--in_json", tmp_path / "gone.json"], "gone.json does not exist"),
         ([tmp_path / "empty", tmp_path / "o.json"], "has no pictures; --recursive"),
     ):
         with pytest.raises(UserError, match=message):
@@ -201,7 +201,7 @@ def test_mistakes_are_told_and_nothing_is_written(folder, tmp_path):
     assert note.read_text(encoding="utf-8") == "mine"
     assert not (tmp_path / "o.json").exists()
     code, errors = run("merge_captions_to_metadata.py", "gone", "meta.json", cwd=tmp_path)
-    assert (code, errors) == (2, "merge_captions_to_metadata.py: error: train_data_dir: gone is not a folder\n")
+    assert (code, errors) == (2, "merge_captions_to_metadata.py: error: train_data_dir: gone does not exist\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names there are always text")
@@ -342,7 +342,7 @@ def test_a_table_of_ones_own_takes_the_place_of_the_built_in_one(tmp_path):
         UserError, match=r"^.*table.json is not UTF-8 text \(probably cp932 \(Shift JIS\)\): save it as"
     ):
         clean(table, out)
-    with pytest.raises(UserError, match="in_json: .*gone.json is not a file\nout_json must be the name of a .json"):
+    with pytest.raises(UserError, match="in_json: .*gone.json does not exist\nout_json must be the name of a .json"):
         clean(tmp_path / "gone.json", tmp_path / "out.txt")
     with pytest.raises(UserError, match="unexpected argument"):
         clean("folder", source, out)

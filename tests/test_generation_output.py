@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import re
+import shutil
 import sys
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -16,7 +19,12 @@ from scripts import call
 
 import gen_img_diffusers
 from library import logs
-from library.generation import image_generator
+from library.config.command_line import given_options
+from library.config.generation import GenerateConfig
+from library.config.options import build
+from library.config.retired import GENERATION
+from library.errors import Problems
+from library.generation import checks, image_generator
 
 # ---- files --------------------------------------------------------------------------------------------------
 
@@ -57,7 +65,7 @@ def test_the_page_holds_every_picture_and_every_prompt(draw, tmp_path):
     assert "<script" not in text
     for prompt, found in zip(prompts, shots, strict=True):
         assert html.escape(prompt) in text
-        assert found.path.name in text
+        assert f'href="{found.path.name}"' in text
     assert "Negative prompt: &lt;b&gt;" in text
     encoded_pictures = re.findall(r"data:image/jpeg;base64,([^\"]+)", text)
     for index, code in enumerate(encoded_pictures):
@@ -65,6 +73,56 @@ def test_the_page_holds_every_picture_and_every_prompt(draw, tmp_path):
             own, other = (np.abs(np.asarray(picture) - shots[at].pixels).mean() for at in (index, 1 - index))
         assert own < other / 2
     assert "http" not in text.replace("http-equiv", "")
+
+
+def test_the_page_links_to_files_in_folders_and_of_any_name(draw, tmp_path):
+    (shot,) = draw("--prompt", "a --f x/two%20cats#1.png", "--html", "--steps", 1)
+    (page,) = (tmp_path / "o").glob("*.html")
+    (link,) = set(re.findall(r'href="([^"]+)"', page.read_text(encoding="utf-8")))
+    assert page.parent / urllib.parse.unquote(link) == shot.path
+
+
+def test_the_end_tells_names_seeds_and_time(draw, caplog):
+    caplog.set_level("INFO")
+    (shot,) = draw("--prompt", "a --d 3", "--steps", 1)
+    (line,) = [line for line in caplog.messages if "(seed" in line]
+    assert re.fullmatch(
+        rf"1 picture in \d+\.\d s, in {re.escape(str(shot.path.parent))}: im_000001\.png \(seed 3\)", line
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (["--prompt", "a --d 3", "--images_per_prompt", 2], "--prompt: --d has one seed for 2 pictures"),
+        (["--prompt", "a --d 3,4", "--n_iter", 2], "--prompt: --d has one seed for 2 pictures"),
+        (["--prompt", "a", "--images_per_prompt", 2, "--iter_same_seed"], "--iter_same_seed gives one seed for 2"),
+        (["--prompt", "a --d 3,4", "--images_per_prompt", 3], "--prompt: --d has 2 seeds for 3 pictures"),
+        (["--prompt", "a", "--images_per_prompt", 2], None),
+        (["--prompt", "a --d 3,4", "--images_per_prompt", 2], None),
+        (["--prompt", "{a|b} --d 3", "--images_per_prompt", 2], "--d has one seed"),
+        (["--prompt", "a", "--n_iter", 2, "--iter_same_seed"], None),
+        (["--prompt", "a --d 3", "--grid", "seed=1,2", "--images_per_prompt", 2], None),
+    ],
+)
+def test_pictures_that_will_be_equal_are_told_before(words, warning, caplog):
+    problems = Problems()
+    given = given_options(GenerateConfig, ["--ckpt", "m", *map(str, words)], problems, retired=GENERATION)
+    config = build(GenerateConfig, given.values, problems)
+    checks.warn_of_equal_pictures(config, checks.load_lines(config.prompts))
+    assert [warning in line for line in caplog.messages] == ([True] if warning else [])
+
+
+def test_a_model_for_small_pictures_draws_them_without_a_size(model_store, tmp_path):
+    _, paths = model_store("sd1")
+    folder = tmp_path / "model"
+    shutil.copytree(paths["folder"], folder)
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 9}), encoding="utf-8")
+    call(gen_img_diffusers, "--ckpt", folder, "--outdir", tmp_path / "o", "--prompt", "a", "--steps", 1)
+    (path,) = (tmp_path / "o").iterdir()
+    with Image.open(path) as picture:
+        assert picture.size == (72, 72)
 
 
 def cells_of(path, columns, rows):
@@ -104,7 +162,10 @@ def test_a_grid_of_three_axes_over_networks(draw, two, tmp_path):
     axes = ["am=0:0,1:0.5", "sampler=ddim,euler_a", "scale=2,4"]
     draw("--prompt", "a cat", *words, "--grid", *axes)
     sheets = sorted((tmp_path / "o").glob("grid*.png"), key=lambda path: path.stat().st_mtime_ns)
-    assert [path.name for path in sheets] == ["grid.png", "grid-1.png"]
+    assert [path.name for path in sheets] == ["grid_scale-2.png", "grid_scale-4.png"]
+    names = [path.name for path in sorted((tmp_path / "o").glob("im_*"))]
+    assert names[0] == "im_000001_am=0-0-sampler=ddim-scale=2.png"
+    assert names[-1] == "im_000008_am=1-0.5-sampler=euler_a-scale=4.png"
     for path, scale in zip(sheets, (2, 4), strict=True):
         cells = cells_of(path, 2, 2)
         line = f"a cat --am 1,0.5 --ss euler_a --l {scale}"

@@ -564,7 +564,7 @@ def test_quotes_that_are_part_of_a_path_are_told(option, value):
     with pytest.raises(UserError) as caught:
         problems.raise_if_any()
     assert any(line.startswith(f"--{option}: {value} {QUOTES_OF_A_VALUE}") for line in caught.value.lines)
-    with pytest.raises(UserError, match=r"^--model: 'a b.safetensors' is not a file; the quotes are part"):
+    with pytest.raises(UserError, match=r"^--model: 'a b.safetensors' does not exist; the quotes are part"):
         resize_lora.main(["--model", "'a b.safetensors'", "--save_to", "o.safetensors"])
     with pytest.raises(UserError, match=f"{QUOTES_OF_A_VALUE}$"):
         toml_text.load_json(Path("'a.json'"))

@@ -10,6 +10,7 @@ import pytest
 from scripts import ROOT
 
 STANDARD_AND_CONFIG = {"library.config", "library.errors", "library.text_files"}
+PROGRESS = {"library.progress"}
 FILES = {
     *("library.files", "library.file_kinds", "library.pickles", "library.pickle_names"),
     *("library.safetensors_io", "library.scaled_weights", "library.weight_file", "library.parallel"),
@@ -18,13 +19,13 @@ FILES = {
 # Package -> packages of the suite that its modules may import (besides itself).
 MAY_IMPORT = {
     "library/config": {"library.errors", "library.text_files"},
-    "library/data": STANDARD_AND_CONFIG | FILES | {"library.randomness"},
+    "library/data": STANDARD_AND_CONFIG | FILES | PROGRESS | {"library.randomness"},
     "library/diffusion": STANDARD_AND_CONFIG | {"library.randomness"},
     "library/optim": STANDARD_AND_CONFIG,
-    "library/models": STANDARD_AND_CONFIG | FILES,
-    "library/adapters": STANDARD_AND_CONFIG | FILES | {"library.models"},
-    "library/sampling": STANDARD_AND_CONFIG | FILES | {"library.models", "library.diffusion"},
-    "library/networks": STANDARD_AND_CONFIG | FILES | {"library.models"},
+    "library/models": STANDARD_AND_CONFIG | FILES | PROGRESS,
+    "library/adapters": STANDARD_AND_CONFIG | FILES | PROGRESS | {"library.models"},
+    "library/sampling": STANDARD_AND_CONFIG | FILES | PROGRESS | {"library.models", "library.diffusion"},
+    "library/networks": STANDARD_AND_CONFIG | FILES | PROGRESS | {"library.models"},
     "library/training": {"library"},
     "library/generation": {"library"},
     "networks": {"library", "networks"},

@@ -74,7 +74,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
         show("--model", tmp_path / "damaged.safetensors", tmp_path / "a.ckpt", tmp_path / "gone.safetensors")
     lines = str(caught.value).splitlines()
     for line, part in zip(
-        lines, ("header is damaged", "a pickle of torch, which has no metadata", "is not a file"), strict=True
+        lines, ("header is damaged", "a pickle of torch, which has no metadata", "does not exist"), strict=True
     ):
         assert part in line
     with pytest.raises(UserError, match="--model is missing"):
@@ -149,7 +149,7 @@ def test_lower_thresholds_give_more_edges(drawing, tmp_path):
 
 def test_mistakes_with_pictures_are_told(drawing, tmp_path):
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
-    with pytest.raises(UserError, match="gone.png is not a file\n.*must end in .png, .jpg"):
+    with pytest.raises(UserError, match="gone.png does not exist\n.*must end in .png, .jpg"):
         canny.main(["--input", str(tmp_path / "gone.png"), "--output", str(tmp_path / "out.gif")])
     with pytest.raises(UserError, match="is the picture to be read"):
         canny.main(["--input", str(drawing), "--output", str(drawing)])

@@ -151,7 +151,7 @@ def test_folders_that_are_none_are_told(folders, tmp_path):
     file.touch()
     for arguments, message in (
         ([], "the following arguments are required: src_img_folder, dst_img_folder"),
-        ([str(tmp_path / "nowhere"), "x"], "src_img_folder: .*nowhere is no folder"),
+        ([str(tmp_path / "nowhere"), "x"], "src_img_folder: .*nowhere does not exist"),
         ([str(folders[0]), str(file)], "dst_img_folder: .*file is no folder"),
     ):
         with pytest.raises(UserError, match=message):
@@ -200,7 +200,7 @@ def test_the_command_line_of_sd_scripts_from_another_folder(folders, tmp_path):
     words += ["--divisible_by", "8", "--interpolation", "lanczos4", "src", "dst"]
     done = python(SCRIPT, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = "dst: 2 pictures as they are, 2 in 128x128, 2 in 96x96, 2 in 64x64, 6 files that belong to copies"
+    told = "dst: 2 pictures and their captions as they are, 2 in 128x128, 2 in 96x96, 2 in 64x64, 6 files that belong to copies"
     assert told in done.stderr
     assert len(names(destination)) == 2 + 2 + 6 + 6
     again = python(SCRIPT, *words, cwd=tmp_path)

@@ -308,7 +308,7 @@ MISTAKES = {
     "two kinds": (extract_lora_from_models, ["--v2", "--sdxl"], "leave out both"),
     "no such device": (resize_lora, ["--device", "cuda:7"], "there is no cuda:7"),
     "ending": (resize_lora, ["--save_to", "x.png"], "--save_to must end in"),
-    "absent": (resize_lora, ["--model", "gone.safetensors"], "gone.safetensors is not a file"),
+    "absent": (resize_lora, ["--model", "gone.safetensors"], "gone.safetensors does not exist"),
     "ratios": (svd_merge_lora, ["--models", "a", "--ratios", "1", "2"], "a number for each of the 1 files"),
 }
 

@@ -285,7 +285,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "--sample_prompts, the file with their prompts, is missing",
     ),
     "network args": ({"network_args": ["conv_dm=4"]}, "conv_dm is not known; did you mean conv_dim"),
-    "optimizer": ({"optimizer_type": "AdamX"}, "torch.optim has no class AdamX; did you mean AdamW"),
+    "optimizer": ({"optimizer_type": "AdamX"}, "got 'AdamX'; did you mean AdamW?"),
     "optimizer package": ({"optimizer_type": "prodigyyopt.Prodigy"}, "pip install prodigyyopt"),
     "optimizer args": ({"optimizer_args": ["betas=high"]}, "betas must be a number"),
     "optimizer refuses": ({"optimizer_args": ["beta3=1"]}, "--optimizer_args: AdamW has no beta3; did you mean betas?"),

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.train import check, parse_train_config
-from library.errors import LessMemory, Problems
+from library.errors import LessMemory, Problems, named
 from library.logs import run_script
 from library.processes import check_launch
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = Problems()
     config = parse_train_config(argv, problems, description=__doc__, fixed=CACHING)
     problems.run(check_launch)
-    from library.data.records import load_datasets  # reads pictures; --help does not
+    from library.data.records import all_records, load_datasets  # reads pictures; --help does not
     from library.models.hub import fetch_models, locate_models
 
     config = locate_models(config, problems)
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fetch_models(config)
 
     # Importing torch takes seconds; mistakes were reported before.
+    from library.data.latent_cache import SUFFIX, extent
     from library.data.picture_index import index_for
     from library.models.base import find_base, load_vae
     from library.models.latent_encoder import LatentEncoder
@@ -62,7 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems.raise_if_any()
     runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)
+    before = extent(datasets, runtime.types.vae, encoder, index_for(config.data))
     cache_latents(config.precision, datasets, encoder, runtime, index_for(config.data))
+    folders = sorted({str(record.path.parent) for record in all_records(datasets)})
+    logger.info(
+        "%d latents were written, %d were there: %.1f MB in files *%s beside the pictures, in %s",
+        *(before.missing, before.entries - before.missing, before.size / 1e6, SUFFIX, named(folders)),
+    )
     return 0
 
 

@@ -28,6 +28,7 @@ from library.config.model import ModelConfig
 from library.config.options import REQUIRED, option, repeated
 from library.errors import Problems, named
 from library.logs import run_script
+from library.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -306,7 +307,6 @@ def converted_tensors(
     model: Checkpoint, content: Content, path: Path, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield names and tensors of a file; at the end log those, written in a type, that are not finite."""
-    from tqdm import tqdm
 
     from library.models.checkpoint import TEXT_FILES, UNET_FILES
     from library.models.layout import planned_tensor
@@ -325,7 +325,7 @@ def converted_tensors(
     results = by_module(converted, content.plan, most=WRITERS, size=needed)
     bad = []
     for name, (tensor, is_good) in zip(
-        content.plan, tqdm(results, desc=part, total=len(content.plan), unit="tensor"), strict=True
+        content.plan, Bar(results, desc=part, total=len(content.plan), unit="tensor"), strict=True
     ):
         bad += [] if is_good else [name]
         yield name, tensor

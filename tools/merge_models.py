@@ -30,6 +30,7 @@ from library.errors import Problems, UserError
 from library.file_kinds import weight_format
 from library.logs import run_script
 from library.models import keys
+from library.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -303,7 +304,6 @@ def merged_tensors(
 
     At the end what differs in the models and is not summed is logged. Raises UserError as `merged_tensor` does.
     """
-    from tqdm import tqdm
 
     from library.parallel import WRITERS, by_module
 
@@ -316,7 +316,7 @@ def merged_tensors(
     results = by_module(merged, types, device=merge.device, most=WRITERS, size=needed)
     differing: dict[tuple[Path, str], list[str]] = {}
     for name, (tensor, others) in zip(
-        types, tqdm(results, desc="merging", total=len(types), unit="tensor"), strict=True
+        types, Bar(results, desc="merging", total=len(types), unit="tensor"), strict=True
     ):
         for path in others:
             differing.setdefault((path, constant_kind(name) or "whole numbers"), []).append(name)

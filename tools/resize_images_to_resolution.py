@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +22,18 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.command_line import parse
+from library.config.kinds import why_not
 from library.config.options import REQUIRED, option
 from library.data.resizing import plan
 from library.data.resizing.picture import NOTICES, OutputFormat
-from library.data.resizing.plan import Target
+from library.data.resizing.plan import Copy, Target
 from library.data.resizing.work import Making, Outcome, carry_out
 from library.errors import Problems, UserError, named
 from library.logs import run_script
 
 logger = logging.getLogger(__name__)
+
+CAPTIONS = (".txt", ".caption")  # extensions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ def check_options(config: ResizeConfig, problems: Problems) -> None:
     """Add to problems what is wrong with the two folders, and options that exclude each other."""
     source, destination = config.folders.src_img_folder, config.folders.dst_img_folder
     if not source.is_dir():
-        problems.add(f"src_img_folder: {source} is no folder; give the folder of the pictures")
+        problems.add(f"src_img_folder: {why_not(source, 'a folder')}; give the folder of the pictures")
     if destination.exists() and not destination.is_dir():
         problems.add(f"dst_img_folder: {destination} is no folder; give the folder to write")
     if source.is_dir() and (lies_in(destination, source) or lies_in(source, destination)):
@@ -180,18 +183,25 @@ def report(
 def summary(outcomes: Sequence[Outcome], targets: Sequence[Target], num_kept: int) -> str:
     """Return the numbers of files written, of each kind of which there are any."""
     copied = collections.Counter(copy.kind for outcome in outcomes for copy in outcome.copied)
+    pictures = {copy.path.with_suffix("") for outcome in outcomes for copy in outcome.copied if copy.kind == "original"}
     reduced = collections.Counter(entry.target for outcome in outcomes for entry in outcome.reduced)
     num_unreduced = sum(outcome.num_unreduced for outcome in outcomes)
+    captions = sum(is_caption(copy, pictures) for outcome in outcomes for copy in outcome.copied)
     rows = [
-        (copied["original"], "pictures as they are"),
+        (copied["original"], f"pictures{' and their captions' if captions else ''} as they are"),
         *((reduced[target], f"in {target.name}") for target in targets),
         (num_unreduced, "of these copies no smaller than their picture (--skip_small leaves them out)"),
         (sum(outcome.num_too_small for outcome in outcomes), "copies not made, as no smaller than their picture"),
         (copied["associated"], "files that belong to copies"),
-        (copied["other"], "other files"),
+        (copied["other"] - captions, "other files"),
         (num_kept, "files were there already"),
     ]
     return ", ".join(f"{count} {words}" for count, words in rows if count) or "nothing to do"
+
+
+def is_caption(copy: Copy, pictures: Set[Path]) -> bool:
+    """Return whether a copied file is the caption of one of the pictures, named without their extensions."""
+    return copy.kind == "other" and copy.path.suffix in CAPTIONS and copy.path.with_suffix("") in pictures
 
 
 if __name__ == "__main__":

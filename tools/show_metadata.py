@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # started as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.config.command_line import parse
+from library.config.kinds import why_not
 from library.config.options import REQUIRED, option
 from library.errors import Problems, UserError
 from library.file_kinds import PICKLE, weight_format
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_one(path: Path) -> dict[str, str]:
     """Return the metadata of a file; raises UserError for anything but a safetensors file."""
     if not path.is_file():
-        raise UserError(f"--model: {path} is not a file")
+        raise UserError(f"--model: {why_not(path, 'a file')}")
     if weight_format(path) == PICKLE:
         raise UserError(f"--model: {path} is a pickle of torch, which has no metadata: give a .safetensors file")
     return read_header(path).metadata

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from library.adapters.layer_weights import check_family, read_weights, weight_of
 from library.adapters.layers import Layer, place_of, places
@@ -24,6 +23,7 @@ from library.models import keys
 from library.models.checkpoint import EXTRAS_FILE, TEXT_FILES, UNET_FILES, WHOLE, Checkpoint, tensor_name
 from library.models.layout import Layout, Place
 from library.parallel import WRITERS, by_module
+from library.progress import Bar
 from library.safetensors_io import write_stream
 from library.weight_file import WeightFile, is_finite, write_weights
 
@@ -228,7 +228,8 @@ def write_merged(model: Checkpoint, merge: Merge, save_to: Path) -> None:
     """Write a merged model to a file, or to a folder if the model is one."""
     total = len(model.shapes)
     logger.info("%d tensors of %s change, %d stay", len(merge.additions), model.path, total - len(merge.additions))
-    with tqdm(total=total, desc="merging", unit="tensor") as bar:
+    bar: Bar[None] = Bar(total=total, desc="merging", unit="tensor")
+    with bar:
         if not model.is_folder:
             write_part(model.parts[WHOLE].files[0], "", merge, save_to, bar)
             return
@@ -239,7 +240,7 @@ def write_merged(model: Checkpoint, merge: Merge, save_to: Path) -> None:
                     write_part(file, part, merge, folder / file.path.relative_to(model.path), bar)
 
 
-def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: tqdm) -> None:
+def write_part(file: WeightFile, part: str, merge: Merge, path: Path, bar: Bar[None]) -> None:
     """Write one weight file of a model, merged, tensor by tensor."""
     sources = {name: (dtype, shape) for name, dtype, shape in file.infos()}
     infos = {

@@ -10,8 +10,8 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from library.config.config_file import read_config_file
 from library.config.effects import nearer_wins, warn_of_idle, without_losers
@@ -25,12 +25,17 @@ from library.config.options import (
     sections_of,
     unknown_message,
 )
+from library.config.printed import Implied, options_text
 from library.config.retired import RETIRED, Retired
 from library.errors import Problems, UserError, shown
 
 logger = logging.getLogger(__name__)
 
 Root = TypeVar("Root")
+
+# What is asked of a script instead of its work, besides --help: name, and its line in the help.
+PRINT, PRINT_HELP = "print_options", "print the options that hold and where each comes from, and end"
+COMMAND_LINE, FIXED = "command line", "set by the script"  # sources of values
 
 DASHES = re.compile(r"^[\u2010-\u2015\u2212\uff0d\u30fc]+")  # of word processors and Japanese keyboards
 # Numbers that are not options; the pattern of argparse has no exponents.
@@ -47,8 +52,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-def build_parser(root: type, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a root; it yields texts, and only for the given options."""
+def build_parser(root: type, description: str | None, *, complete: bool = True) -> argparse.ArgumentParser:
+    """Return the parser of a root; it yields texts, and only for the given options.
+
+    complete: whether arguments without a name must be there.
+    """
     positionals = [entry.flag for entry in root_options(root).values() if entry.spec.positional]
     parser = _Parser(
         description=description,
@@ -58,20 +66,27 @@ def build_parser(root: type, description: str | None) -> argparse.ArgumentParser
         usage=" ".join(["%(prog)s [options]", *positionals]),
     )
     parser._negative_number_matcher = NEGATIVE_NUMBER
+    parser.add_argument(f"--{PRINT}", action="store_true", help=PRINT_HELP)
     for name, section in sections_of(root):
         group = parser.add_argument_group((section.__doc__ or name).split("\n")[0].rstrip("."))
         for entry in section_options(section, name):
             if not entry.spec.file_only:
-                _add_argument(group, entry)
+                _add_argument(group, entry, complete=complete)
     return parser
 
 
-def _add_argument(group: argparse._ArgumentGroup, entry: Option) -> None:
+def spellings(entry: Option) -> list[str]:
+    """Return the names of an option on the command line, with their hyphens."""
     short = [name for name in entry.spec.aliases if len(name) == 1]  # such as -s; the option itself may be --W
-    names = [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
+    return [f"{'-' if name in short else '--'}{name}" for name in (entry.flag, *entry.spec.aliases)]
+
+
+def _add_argument(group: argparse._ArgumentGroup, entry: Option, *, complete: bool) -> None:
+    names = spellings(entry)
     text = help_text(entry).replace("%", "%%")
     if entry.spec.positional:
-        group.add_argument(entry.flag, nargs=entry.kind.nargs, help=text)
+        # Of one value; several may be none in any case.
+        group.add_argument(entry.flag, nargs=entry.kind.nargs if complete else entry.kind.nargs or "?", help=text)
     elif entry.kind.nargs == 0:
         group.add_argument(*names, dest=entry.flag, action="store_true", help=text)
     else:
@@ -91,8 +106,8 @@ def parse(
     """Return the configuration of a command line: defaults < --config_file < command line.
 
     retired are the options that only the script of sd-scripts has. locate replaces names by paths. rules check options
-    that depend on each other. Both add to problems or raise UserError. Raises one UserError for all mistakes; exits
-    with 0 after --help.
+    that depend on each other. Both add to problems or raise UserError. Raises one UserError for all mistakes; exits as
+    `given_options` does.
     """
     problems = Problems()
     given = given_options(root, argv, problems, description=description, retired=retired)
@@ -113,18 +128,25 @@ def given_options(
     *,
     description: str | None = None,
     retired: Mapping[str, Retired] = RETIRED,
+    fixed: Mapping[str, Any] | None = None,
+    implied: Callable[[Any], Iterable[Implied]] | None = None,
 ) -> Given:
     """Return the options given on the command line or in --config_file; adds to problems what cannot be read.
 
     An option on the command line wins over the file, also over options that it excludes. With --output_config the file
-    is the output, so it is not read.
+    is the output, so it is not read. fixed are values that the script sets in place of the user.
+
+    Exits with 0 after --help, and after --print_options, which shows also what implied says of a configuration; raises
+    UserError where there are problems to tell instead.
     """
     options = root_options(root)
     words = with_whole_names(sys.argv[1:] if argv is None else argv, options, retired)
-    known, unknown = build_parser(root, description).parse_known_args(words)
+    is_asked = f"--{PRINT}" in words
+    known, unknown = build_parser(root, description, complete=not is_asked).parse_known_args(words)
     explain_unknown(unknown, options, retired, problems)
+    vars(known).pop(PRINT, None)
     texts = {flag: (value, options[flag].label) for flag, value in vars(known).items()}
-    given = Given.of(texts, options, problems)
+    given = Given.of(texts, options, problems, source=COMMAND_LINE)
     path = given.values.get("config_file")
     if path is not None and not given.values.get("output_config"):
         file = problems.run(read_config_file, path, options, problems)
@@ -133,8 +155,16 @@ def given_options(
             raise AssertionError
         values = nearer_wins(given.values, file.values, options, near="the command line", far=str(path))
         unreadable = {flag: text for flag, text in file.unreadable.items() if flag not in given.values}
-        given = Given(values, unreadable | given.unreadable)
-    return Given(without_losers(given.values, options), given.unreadable)
+        given = Given(values, unreadable | given.unreadable, file.sources | given.sources)
+    values = without_losers(given.values, options) | dict(fixed or {})
+    sources = given.sources | dict.fromkeys(fixed or {}, FIXED)
+    given = Given(values, given.unreadable, {flag: sources[flag] for flag in values})
+    if is_asked:
+        problems.raise_if_any()
+        config: object = build(root, given.values, Problems())  # what is missing is shown as such
+        sys.stdout.write(options_text(config, given, implied(config) if implied else ()))
+        raise SystemExit(0)
+    return given
 
 
 def with_whole_names(
@@ -147,7 +177,7 @@ def with_whole_names(
     """
     named = [entry for entry in options.values() if not entry.spec.positional]
     names = [alias for entry in named for alias in (entry.flag, *entry.spec.aliases)]
-    names += [*(name for name, row in retired.items() if not row.elsewhere), "help"]
+    names += [*(name for name, row in retired.items() if not row.elsewhere), "help", PRINT]
     return [_with_whole_name(word, names) if word.startswith("--") and word != "--" else word for word in words]
 
 

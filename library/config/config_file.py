@@ -15,7 +15,7 @@ from library.errors import Problems, UserError
 
 logger = logging.getLogger(__name__)
 
-NOT_RECORDED = {"config_file", "output_config"}
+NOT_RECORDED = {"config_file", "output_config", "overwrite"}
 
 
 def read_config_file(path: Path, options: Mapping[str, Option], problems: Problems) -> Given:
@@ -41,7 +41,7 @@ def read_config_file(path: Path, options: Mapping[str, Option], problems: Proble
             problems.add(unknown_message(f"{path}: {key}", key, names))
         elif value not in ("", []) and not _is_off(value, names[key]):
             texts[names[key].flag] = (value, f"{path}: {key}")
-    return Given.of(texts, options, problems)
+    return Given.of(texts, options, problems, source=str(path))
 
 
 def _load(path: Path, secrets: Collection[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from library.config.hub_names import TakesModels
 from library.config.model import ModelConfig
+from library.config.network import NETWORK_MODULES
 from library.config.options import REQUIRED, option, repeated
 from library.config.samplers import SamplerName
 from library.config.saving import ConsoleConfig
@@ -92,10 +93,16 @@ class DrawingConfig:
     """Size and sampling, unless set in the prompt."""
 
     W: int | None = option(
-        None, "width in pixels, a multiple of 8; unset: 512, SDXL 1024", minimum=64, maximum=MOST_PIXELS
+        None,
+        "width in pixels, a multiple of 8; unset: 512, SDXL 1024, less if the model says so",
+        minimum=64,
+        maximum=MOST_PIXELS,
     )
     H: int | None = option(
-        None, "height in pixels, a multiple of 8; unset: 512, SDXL 1024", minimum=64, maximum=MOST_PIXELS
+        None,
+        "height in pixels, a multiple of 8; unset: 512, SDXL 1024, less if the model says so",
+        minimum=64,
+        maximum=MOST_PIXELS,
     )
     steps: int = option(50, "steps", minimum=1, maximum=1000)
     scale: float = option(7.5, "guidance scale; up to 1 the negative prompt has no effect")
@@ -126,7 +133,9 @@ class DrawingConfig:
 class NetworksConfig:
     """Networks."""
 
-    network_module: tuple[str, ...] | None = option(None, "modules of the networks, such as networks.lora")
+    network_module: tuple[str, ...] | None = option(
+        None, "modules of the networks, such as networks.lora", known=NETWORK_MODULES
+    )
     network_weights: tuple[Path, ...] | None = option(None, "file of each network")
     network_mul: tuple[float, ...] | None = option(None, "strength of each; unset: 1", only_with=("network_weights",))
     network_args: tuple[dict[str, str], ...] | None = option(

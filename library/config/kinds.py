@@ -22,6 +22,11 @@ def is_there(path: Path, what: str) -> bool:
         return False
 
 
+def why_not(path: Path, what: str) -> str:
+    """Return what is said of a path that is not "a file", "a folder" or "a file or a folder": absent, or another."""
+    return f"{path} is not {what}" if is_there(path, "a file or a folder") else f"{path} does not exist"
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """How values of one Python type are read from the command line and from TOML."""
@@ -31,6 +36,7 @@ class Kind:
     nargs: str | int | None  # of argparse; 0 for a switch
     read: Callable[[Any], Any]
     says_why: bool = False  # whether the texts of its ValueErrors are for users
+    choices: tuple[Any, ...] = ()  # all values, where they can be listed
 
 
 def read_bool(value: Any) -> bool:
@@ -131,15 +137,15 @@ def kind_of(annotation: Any) -> Kind:
     if origin is Literal:
         words = ", ".join(str(choice) for choice in arguments)
         name = type(arguments[0]).__name__
-        return Kind(name, f"one of {words}", None, functools.partial(read_choice, choices=arguments))
+        read = functools.partial(read_choice, choices=arguments)
+        return Kind(name, f"one of {words}", None, read, choices=arguments)
     if origin is tuple:
         item = kind_of(arguments[0])
         if arguments[-1] is not Ellipsis:  # a pair in one word
             return Kind(f"{item.name} or {item.name},{item.name}", "a pair", None, read_str)
         name = item.name.removeprefix("list of ")
-        return Kind(
-            f"list of {name}", f"a list of {item.name}", "*", functools.partial(read_many, item=item), item.says_why
-        )
+        read = functools.partial(read_many, item=item)
+        return Kind(f"list of {name}", f"a list of {item.name}", "*", read, item.says_why, item.choices)
     if origin is dict:  # texts of the form key=value
         return Kind("list of str", "a list of key=value", "*", functools.partial(_expect, kind=dict))
     return SIMPLE_KINDS[annotation]

@@ -8,13 +8,18 @@ from pathlib import Path
 from library.config.options import REQUIRED, option
 from library.config.values import parse_pairs
 
+NETWORK_MODULES = ("networks.lora", "networks.dylora", "lycoris.kohya")  # that are named; any other one can be given
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Network."""
 
     network_module: str = option(
-        REQUIRED, "module of the network: networks.lora, lycoris.kohya, ...", missing="networks.lora trains a LoRA"
+        REQUIRED,
+        "module of the network: networks.lora, lycoris.kohya, ...",
+        missing="networks.lora trains a LoRA",
+        known=NETWORK_MODULES,
     )
     network_dim: int | None = option(None, "rank; unset: chosen by the module (4)", aliases=("networkdim",), minimum=1)
     network_alpha: float = option(1.0, "alpha; the adapter is scaled by alpha / rank", minimum=0)

@@ -30,12 +30,41 @@ ScheduleName = Literal[
     "adafactor",
 ]
 
+# The rows of `library.optim.optimizers`, each the class of a package; any other class can be named by its path.
+OPTIMIZER_NAMES = (
+    "AdamW",
+    "AdamW8bit",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedAdamW32bit",
+    "Lion",
+    "Lion8bit",
+    "PagedLion8bit",
+    "SGDNesterov",
+    "SGDNesterov8bit",
+    "Prodigy",
+    "DAdaptation",
+    "DAdaptAdam",
+    "DAdaptAdamPreprint",
+    "DAdaptAdaGrad",
+    "DAdaptAdan",
+    "DAdaptAdanIP",
+    "DAdaptLion",
+    "DAdaptSGD",
+    "AdamWScheduleFree",
+    "RAdamScheduleFree",
+    "SGDScheduleFree",
+    "AdaFactor",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer."""
 
-    optimizer_type: str = option("AdamW", "AdamW, AdamW8bit, AdaFactor, ... or package.module.Class")
+    optimizer_type: str = option(
+        "AdamW", "AdamW, AdamW8bit, AdaFactor, ... or package.module.Class", known=OPTIMIZER_NAMES
+    )
     optimizer_args: dict[str, str] | None = option(
         None, "further arguments, each key=value", parse=parse_pairs, form="a list of key=value"
     )

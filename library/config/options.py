@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar
 
-from library.config.kinds import Kind, is_there, kind_of
+from library.config.kinds import Kind, is_there, kind_of, why_not
 from library.config.retired import RETIRED, Retired
 from library.errors import Problems, UserError, quotes_hint, shown
 
@@ -40,6 +40,7 @@ class Spec:
     hub: Role | None = None  # what it may name on the Hugging Face Hub; `library.models.hub` also checks the path then
     parse: Callable[[Any], Any] | None = None  # parser of a text or TOML value; raises ValueError
     form: str | None = None  # description of a valid value, for the error and the help
+    known: tuple[str, ...] = ()  # values of a text that are known by name, among others that it can have
     minimum: float | None = None
     maximum: float | None = None
     secret: bool = False  # a key or a token: never recorded or shown
@@ -100,10 +101,16 @@ class Option:
         except (ValueError, OverflowError) as error:  # OverflowError: a whole number that is too large for a float
             detail = f" ({error})" if str(error) and (self.spec.parse or self.kind.says_why) else ""
             got = "something else" if self.spec.secret else shown(value)
-            raise UserError(f"{label} must be {form}, got {got}{detail}") from None
+            near = nearest(str(value), self.choices) if self.choices else ""
+            raise UserError(f"{label} must be {form}, got {got}{detail}{near}") from None
         for number in result if isinstance(result, tuple) else (result,):
             self._check_range(number, label)
         return result
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that are known by name, as they are written; empty where there are none."""
+        return tuple(map(str, self.kind.choices)) or self.spec.known
 
     @property
     def missing_message(self) -> str:
@@ -117,7 +124,8 @@ class Option:
         elif self.spec.reads is not None and value is not None and self.spec.hub is None:
             for path in value if isinstance(value, tuple) else (value,):
                 if not is_there(path, self.spec.reads):
-                    problems.add(f"{self.label}: {path} is not {self.spec.reads}{quotes_hint(path)}{folder_hint(path)}")
+                    why = why_not(path, self.spec.reads)
+                    problems.add(f"{self.label}: {why}{quotes_hint(path)}{folder_hint(path)}")
 
     def _check_range(self, number: Any, label: str) -> None:
         if not isinstance(number, int | float) or isinstance(number, bool):
@@ -181,11 +189,14 @@ class Given:
 
     values: dict[str, Any]  # flag -> typed value
     unreadable: dict[str, str]  # flag -> what was reported of it
+    sources: dict[str, str]  # flag -> where its value comes from: "command line", or the path of a file
 
     @classmethod
-    def of(cls, texts: Mapping[str, tuple[Any, str]], options: Mapping[str, Option], problems: Problems) -> Given:
+    def of(
+        cls, texts: Mapping[str, tuple[Any, str]], options: Mapping[str, Option], problems: Problems, *, source: str
+    ) -> Given:
         """Read flag -> (text or TOML value, label for messages); what cannot be read is added to problems."""
-        given = cls({}, {})
+        given = cls({}, {}, dict.fromkeys(texts, source))
         for flag, (value, label) in texts.items():
             try:
                 given.values[flag] = options[flag].read(value, label)
@@ -261,10 +272,12 @@ def unknown_message(label: str, name: str, known: Mapping[str, Any], retired: Ma
 
 
 def nearest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Return "; did you mean X?" for the nearest of the known names, or an empty text."""
-    candidates = [candidate for candidate in known if candidate.startswith(name)] if len(name) > 3 else []
-    candidates = candidates or difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {candidates[0]}?" if candidates else ""
+    """Return "; did you mean X?" for the nearest of the known names, whatever their case, or an empty text."""
+    spelled = {candidate.casefold(): candidate for candidate in reversed(list(known))}
+    word = name.casefold()
+    found = [candidate for candidate in map(str.casefold, known) if candidate.startswith(word)] if len(word) > 3 else []
+    found = found or difflib.get_close_matches(word, list(spelled), n=1, cutoff=0.6)
+    return f"; did you mean {spelled[found[0]]}?" if found else ""
 
 
 def help_text(entry: Option) -> str:

@@ -24,6 +24,7 @@ class SavingConfig:
         REQUIRED, "folder for all files of the run; created if missing", missing="the folder to write to"
     )
     output_name: str | None = option(None, 'name of the files, without extension; unset: "last"')
+    overwrite: bool = option(False, "replace networks of another run that have this output name")
     save_model_as: Literal["safetensors", "ckpt", "pt"] = option("safetensors", "format of the files")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(None, "type of saved weights; unset: as trained")
     save_every_n_epochs: int | None = option(None, "save after every n-th epoch", minimum=1, interval="epochs")

@@ -19,6 +19,7 @@ from library.config.network import NetworkConfig
 from library.config.optimizer import POLYNOMIAL_END, OptimizerConfig, ScheduleConfig
 from library.config.options import all_options, build, flag_values, option, root_options
 from library.config.preview import PreviewConfig
+from library.config.printed import Implied
 from library.config.saving import LoggingConfig, MetadataConfig, SavingConfig, StateConfig
 from library.config.training import PrecisionConfig, RunConfig, TextConfig, ValidationConfig
 from library.config.values import written
@@ -75,8 +76,8 @@ def parse_train_config(
     the options are returned as given, since nothing will be run. when_read is called with the options as given, before
     anything is logged. fixed are values that a script sets in place of the user.
     """
-    given = given_options(TrainConfig, argv, problems, description=description)
-    values = given.values | dict(fixed or {})
+    given = given_options(TrainConfig, argv, problems, description=description, fixed=fixed, implied=implied_options)
+    values = given.values
     if values.get("output_config"):
         problems.raise_if_any()
         return build(TrainConfig, values, Problems())
@@ -118,25 +119,31 @@ OLD_SPELLINGS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Return config with the options that others imply; each change is logged."""
-    changes: list[tuple[str, str, Any, str]] = []
+    for change in implied_options(config):
+        text = "unset" if change.value is None else f"set to {change.value}"
+        logger.info("--%s is %s: %s", change.field, text, change.why)
+        changed = dataclasses.replace(getattr(config, change.section), **{change.field: change.value})
+        config = dataclasses.replace(config, **{change.section: changed})
+    return config
+
+
+def implied_options(config: TrainConfig) -> list[Implied]:
+    """Return what given options imply of others; raises UserError for one that contradicts what it implies."""
+    changes = []
     for name in ("cache_latents", "cache_text_encoder_outputs"):
         if getattr(config.precision, f"{name}_to_disk") and not getattr(config.precision, name):
-            changes.append(("precision", name, True, f"--{name}_to_disk implies it"))
+            changes.append(Implied("precision", name, True, f"--{name}_to_disk implies it"))
     for flag, name in OLD_SPELLINGS.items():
         given = config.optimizer.optimizer_type.lower()
         if getattr(config.optimizer, flag):
             if given not in ("adamw", name.lower()):
                 raise UserError(f"--{flag} contradicts --optimizer_type {config.optimizer.optimizer_type}: give one")
-            changes.append(("optimizer", "optimizer_type", name, f"--{flag} stands for it"))
+            changes.append(Implied("optimizer", "optimizer_type", name, f"--{flag} stands for it"))
     for name in ("sample_every_n_steps", "sample_every_n_epochs"):
         interval = getattr(config.preview, name)
         if interval is not None and interval <= 0:
-            changes.append(("preview", name, None, f"{interval} is no interval"))
-    for section, field, value, why in changes:
-        logger.info("--%s is %s: %s", field, "unset" if value is None else f"set to {value}", why)
-        changed = dataclasses.replace(getattr(config, section), **{field: value})
-        config = dataclasses.replace(config, **{section: changed})
-    return config
+            changes.append(Implied("preview", name, None, f"{interval} is no interval"))
+    return changes
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:

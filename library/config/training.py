@@ -125,6 +125,7 @@ class PrecisionConfig:
         "compiler of --torch_compile; unset: inductor; no: none",
         parse=read_backend,
         form=f"one of {', '.join(BACKENDS)}, or no",
+        known=(*BACKENDS, "no"),
         only_with=("torch_compile",),
     )
 

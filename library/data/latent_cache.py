@@ -27,6 +27,7 @@ from library.data.picture_checks import raise_for_unreadable
 from library.data.picture_index import DEFAULT_INDEX, PictureIndex
 from library.data.records import Dataset, ImageRecord, all_records
 from library.errors import UserError
+from library.progress import Bar
 from library.safetensors_io import Header, read_header, read_tensors
 from library.weight_file import write_weights
 
@@ -297,14 +298,11 @@ def _encode(sources: list[Source], encoder: Encoder, batch_size: int) -> Iterato
     """Yield (source, entry) for each source; pictures are decoded ahead in threads while the VAE works."""
     if not sources:
         return
-    from tqdm import tqdm
 
     results: list[tuple[Path, images.UnreadablePictureError | None]] = []
     not_finite: list[Path] = []
-    with (
-        images.reading_threads() as pool,
-        tqdm(total=len(sources), desc="caching latents", unit="picture") as bar,
-    ):
+    bar: Bar[None] = Bar(total=len(sources), desc="caching latents", unit="picture")
+    with images.reading_threads() as pool, bar:
         batches = list(_batches(sources, batch_size))
         ahead = [pool.map(_load, batch) for batch in batches[:2]]
         for index, batch in enumerate(batches):

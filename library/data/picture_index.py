@@ -28,6 +28,7 @@ from library.config.dataset import DataConfig
 from library.data.images import Header, UnreadablePictureError, load_picture, read_header, reading_threads
 from library.data.picture_kinds import LOSSES
 from library.files import file_sha256
+from library.progress import Bar
 
 if TYPE_CHECKING:
     import sqlite3
@@ -144,7 +145,6 @@ def read_facts(
     kind: Kind[T], missing: Mapping[str, Mapping[str, bytes]], failures: dict[str, str], progress: str | None
 ) -> Iterator[tuple[tuple[str, str], T | UnreadablePictureError]]:
     """Read facts about files (folder -> name -> stamp) and remember them; yield ((folder, name), fact) of each."""
-    from tqdm import tqdm
 
     def read(path: Path) -> T | UnreadablePictureError:
         try:
@@ -154,10 +154,8 @@ def read_facts(
 
     shared: dict[str, T] = {}  # equal facts are one object
     total = sum(map(len, missing.values()))
-    with (
-        reading_threads() as pool,
-        tqdm(total=total, desc=progress, unit="picture", disable=progress is None or not total) as bar,
-    ):
+    bar: Bar[None] = Bar(total=total, desc=progress or "", unit="picture", disable=progress is None or not total)
+    with reading_threads() as pool, bar:
         for folder, stamps in missing.items():
             names = list(stamps)
             for start in range(0, len(names), WRITTEN_AT_ONCE):

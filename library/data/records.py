@@ -13,6 +13,7 @@ import numpy as np
 
 from library.config.dataset import DataConfig, DatasetConfig, DatasetOptions, SubsetOptions
 from library.config.dataset_file import read_datasets
+from library.config.kinds import why_not
 from library.config.train import TrainConfig
 from library.data import buckets
 from library.data.buckets import Placement, Size
@@ -83,6 +84,11 @@ class Dataset:
     def validation(self) -> Dataset:
         """The held-out pictures as a dataset."""
         return Dataset(self.options, self.held_out, place=self.place)
+
+    @property
+    def num_draws(self) -> int:
+        """The number of samples in an epoch, of all kinds."""
+        return sum(record.repeats for record in self.records)
 
     def num_images(self, *, is_reg: bool) -> int:
         """Return the number of samples in an epoch, repeats included."""
@@ -242,9 +248,9 @@ def is_there(subset: SubsetOptions) -> bool:
 def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: bool, masked_loss: bool) -> None:
     """Add what is wrong with the options of a subset to problems; warn of unused options."""
     if subset.image_dir is not None and not subset.image_dir.is_dir():
-        problems.add(f"image_dir {subset.image_dir} is not a folder")
+        problems.add(f"image_dir {why_not(subset.image_dir, 'a folder')}")
     if subset.metadata_file is not None and not subset.metadata_file.is_file():
-        problems.add(f"metadata_file {subset.metadata_file} is not a file")
+        problems.add(f"metadata_file {why_not(subset.metadata_file, 'a file')}")
     for name in ("color_aug", "random_crop"):
         if latents_cached and getattr(subset, name):
             problems.add(
@@ -257,7 +263,7 @@ def check_subset(subset: SubsetOptions, problems: Problems, *, latents_cached: b
     if folder is not None and not masked_loss:
         problems.add(f"conditioning_data_dir {folder} holds masks for the loss: add --masked_loss")
     if folder is not None and not folder.is_dir():
-        problems.add(f"conditioning_data_dir {folder} is not a folder")
+        problems.add(f"conditioning_data_dir {why_not(folder, 'a folder')}")
 
 
 def split_validation(

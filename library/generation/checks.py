@@ -16,11 +16,13 @@ from library.config.generation import (
     NetworksConfig,
     PromptConfig,
 )
+from library.config.kinds import why_not
 from library.config.prompts import PromptLine
 from library.config.tool_files import check_place
 from library.errors import Problems, UserError
 from library.file_kinds import weight_format
 from library.generation import a1111
+from library.generation.dynamic_prompts import num_combinations
 from library.generation.grid import read_axes
 from library.generation.init_images import check_images, list_images, read_preparation
 from library.generation.recorded import Recorded, read_recorded
@@ -135,7 +137,7 @@ def check_networks(networks: NetworksConfig, problems: Problems) -> None:
             )
     for path in files:
         if not path.is_file():
-            problems.add(f"--network_weights: {path} is not a file")
+            problems.add(f"--network_weights: {why_not(path, 'a file')}")
         else:
             problems.run(weight_format, path)
 
@@ -172,6 +174,25 @@ def warn_of_tags(lines: Sequence[PromptLine]) -> None:
         words = a1111.only_words_here(line.prompt, negative)
         if words:
             logger.warning("%s: %s is read as words, not as in AUTOMATIC1111", line.place, ", ".join(words))
+
+
+def warn_of_equal_pictures(config: GenerateConfig, lines: Sequence[PromptLine]) -> None:
+    """Warn of prompts whose pictures will be equal, since they have one seed and begin with nothing that differs."""
+    if config.images.image_path is not None or config.control.guide_image_path or config.output.grid:
+        return
+    prompts = config.prompts
+    for line in lines:
+        if line.seeds:
+            number, seeds = (
+                prompts.images_per_prompt * prompts.n_iter,
+                len(set(line.seeds[: prompts.images_per_prompt])),
+            )
+        else:  # one for each repeat
+            number, seeds = prompts.images_per_prompt, 1 if config.drawing.iter_same_seed else prompts.images_per_prompt
+        if seeds < number and num_combinations(line.prompt) is None:
+            why = "--d has" if line.seeds else "--iter_same_seed gives"
+            given = "one seed" if seeds == 1 else f"{seeds} seeds"
+            logger.warning("%s: %s %s for %d pictures, so that some will be equal", line.place, why, given, number)
 
 
 def load_recorded(prompts: PromptConfig, images: ImageConfig, seed: int | None) -> list[Recorded]:

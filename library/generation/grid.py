@@ -99,6 +99,14 @@ def combinations(axes: Sequence[Axis], request: Request) -> Iterator[Request]:
         yield changed
 
 
+def titles(axes: Sequence[Axis]) -> list[str]:
+    """Return what tells each combination from others, such as `am=0.5 steps=20`, but for seeds, which names have."""
+    named = [
+        [f"{axis.name}={text}" if axis.name != "seed" else "" for text, _ in axis.values] for axis in reversed(axes)
+    ]
+    return [" ".join(word for word in reversed(words) if word) for words in itertools.product(*named)]
+
+
 def sheets(
     axes: Sequence[Axis], requests: Sequence[Request], images: Mapping[int, Image.Image]
 ) -> Iterator[tuple[str, Image.Image]]:

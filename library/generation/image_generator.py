@@ -52,16 +52,18 @@ class ImageGenerator:
     control_nets: tuple[ControlNetModel, ...] = ()
 
     def generate(
-        self, jobs: Iterable[Job], batch_size: int, on_step: Callable[[], object] | None = None
+        self, jobs: Iterable[Job], batch_size: int, on_step: Callable[[int, int], object] | None = None
     ) -> Iterator[GeneratedImage]:
         """Yield the images of jobs in their order; those of the first stage, where they are wanted, before the others.
 
-        on_step is called after each step of a batch.
+        on_step is called after each step of a batch, with its number from 1 and the number of all.
         """
         for batch in batches(jobs, batch_size):
             yield from self._generate_batch(batch, on_step)
 
-    def _generate_batch(self, jobs: Sequence[Job], on_step: Callable[[], object] | None) -> Iterator[GeneratedImage]:
+    def _generate_batch(
+        self, jobs: Sequence[Job], on_step: Callable[[int, int], object] | None
+    ) -> Iterator[GeneratedImage]:
         settings = jobs[0].settings
         self.networks.set(settings.multipliers)
         inputs = self._encoded(jobs)
@@ -155,7 +157,7 @@ class ImageGenerator:
             ends=[max(ratios[index], NEVER) if index < len(ratios) else 1.0 for index in number],
         )
 
-    def _sample(self, inputs: PipelineInputs, on_step: Callable[[], object] | None) -> torch.Tensor:
+    def _sample(self, inputs: PipelineInputs, on_step: Callable[[int, int], object] | None) -> torch.Tensor:
         with self._on_device(self.base.unet, *([self.base.vae] if inputs.has_init else [])):
             return sample_latents(self.base, inputs, on_step)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from library.config.kinds import why_not
 from library.config.values import latent_side
 from library.data import images
 from library.data.listing import list_pictures
@@ -34,7 +35,7 @@ def list_images(option: str, path: Path) -> ImageList:
             raise UserError(f"{option}: {path} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
         return ImageList(files)
     if not path.is_file():
-        raise UserError(f"{option}: {path} is not a file or a folder")
+        raise UserError(f"{option}: {why_not(path, 'a file or a folder')}")
     return ImageList((path,))
 
 

@@ -84,6 +84,7 @@ class JobMaker:
     lists: ImageLists
     networks: LoadedNetworks
     family: ModelFamily
+    side: int  # of pictures that are asked for without a size
     encoder: TextEncoder  # any of the model: all its tokenizers split words alike
 
     def job_of(self, request: Request, number: int) -> Job:
@@ -135,12 +136,11 @@ class JobMaker:
         return None
 
     def _size(self, request: Request, init_image: Path | None) -> tuple[int, int]:
-        """Return width and height: those asked for, of the run, of the image to begin with, or the family's."""
+        """Return width and height: those asked for, of the run, of the image to begin with, or the model's."""
         width, height = given(request.width, self.drawing.W), given(request.height, self.drawing.H)
         if width is not None and height is not None:
             return width, height
-        side = self.family.side
-        own = (side, side) if init_image is None else floored(load_image(init_image).size)
+        own = (self.side, self.side) if init_image is None else floored(load_image(init_image).size)
         return given(width, own[0]), given(height, own[1])
 
     def _clip_skip(self, request: Request) -> int | None:

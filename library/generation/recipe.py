@@ -6,12 +6,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from library import NAME, VERSION
 from library.config.generation import DrawingConfig, GenerateConfig, PromptConfig
@@ -28,7 +27,7 @@ from library.generation.infotext import NetworkFacts, RunFacts
 from library.generation.init_images import list_images
 from library.generation.jobs import ImageLists, Job, JobMaker, in_batch_order
 from library.generation.networks import LoadedNetworks, check_files, load_networks, show_metadata
-from library.generation.output import Writer, save, unused
+from library.generation.output import Writer, in_name, save, unused
 from library.generation.recorded import Recorded
 from library.generation.requests import Request, Seeds, all_requests, read_line, requests_of
 from library.models.attention import use_xformers
@@ -37,6 +36,8 @@ from library.models.checkpoint import UNET, weight_files
 from library.models.family import check_flags
 from library.models.memory_format import use_channels_last
 from library.models.precision import check_bf16, describe, types_of
+from library.progress import Bar, step_shown_on
+from library.sampling.previews import side_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,14 @@ def generate(config: GenerateConfig, lines: Sequence[PromptLine], recorded: Sequ
         control_nets,
     )
     maker = JobMaker(
-        config.prompts, config.drawing, config.images, image_lists(config), networks, base.family, base.texts[0]
+        config.prompts,
+        config.drawing,
+        config.images,
+        image_lists(config),
+        networks,
+        base.family,
+        side_of(base),
+        base.texts[0],
     )
     with run_facts(config, base, networks) as facts:
         writer = Writer(config.output, facts)
@@ -185,17 +193,19 @@ class Session:
     writer: Writer
     batch_size: int
 
-    def generate(self, jobs: Iterable[Job], total: int) -> Iterator[GeneratedImage]:
-        """Yield the images of jobs, written, with a bar for all of them and one for the steps of a batch."""
+    def generate(
+        self, jobs: Iterable[Job], total: int, titles: Mapping[int, str] | None = None
+    ) -> Iterator[GeneratedImage]:
+        """Yield the images of jobs, written, with a bar that shows the steps of a batch, too.
+
+        titles are parts of names of files, by the number of the image.
+        """
         logger.info("%d pictures to %s, %d at a time", total, self.writer.options.outdir, self.batch_size)
-        with (
-            tqdm(total=total, desc="drawing", unit="picture") as bar,
-            tqdm(total=None, desc="steps", unit="step", leave=False, disable=None) as steps,
-        ):
-            for generated in self.generator.generate(jobs, self.batch_size, steps.update):
-                self.writer.write(generated)
+        bar: Bar[None] = Bar(total=total, desc="drawing", unit="picture")
+        with bar:
+            for generated in self.generator.generate(jobs, self.batch_size, step_shown_on(bar)):
+                self.writer.write(generated, (titles or {}).get(generated.job.number, ""))
                 bar.update(generated.is_final)
-                steps.reset()
                 yield generated
 
 
@@ -203,15 +213,17 @@ def generate_grid(session: Session, maker: JobMaker, requests: Sequence[Request]
     """Generate all combinations of the axes for each request, and write their sheets."""
     grids.check_words(axes, requests)
     changed = [combination for request in requests for combination in grids.combinations(axes, request)]
+    titles = dict(enumerate(grids.titles(axes) * len(requests)))
     jobs = in_batch_order(map(maker.job_of, changed, range(len(changed))))
     images: dict[int, Image.Image] = {}
     try:
-        for generated in session.generate(jobs, len(changed)):
+        for generated in session.generate(jobs, len(changed), titles):
             if generated.is_final:
                 images[generated.job.number] = generated.image
     finally:  # with holes, after Ctrl-C
         for label, sheet in grids.sheets(axes, requests, images) if images else ():
-            path = unused(session.writer.options.outdir / "grid.png")
+            name = f"grid_{in_name(label)}.png" if label else "grid.png"
+            path = unused(session.writer.options.outdir / name)
             save(sheet, path, {"parameters": label})
             logger.info("grid: %s", path)
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from library.models.base import TextEncoder
 from library.models.conditioning import Conditioner, Conditioning, TextOptions
+from library.progress import Bar
 
 ENCODED_AT_ONCE = 16  # texts
 
@@ -65,7 +65,8 @@ def remember(
 def encode_calls(conditioner: Conditioner, calls: Collection[Call], dtype: torch.dtype) -> dict[Call, Conditioning]:
     """Return the result of each call in a type, on the CPU; each is made as it stands, and once."""
     found: dict[Call, Conditioning] = {}
-    with tqdm(total=sum(len(call.texts) for call in calls), desc="encoding captions", unit="caption") as bar:
+    bar: Bar[None] = Bar(total=sum(len(call.texts) for call in calls), desc="encoding captions", unit="caption")
+    with bar:
         for call in dict.fromkeys(calls):
             found[call] = conditioner.encode(*call).to(torch.device("cpu"), dtype)
             bar.update(len(call.texts))

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from library.config.optimizer import OptimizerConfig
+from library.config.optimizer import OPTIMIZER_NAMES, OptimizerConfig
 from library.config.options import nearest
 from library.errors import Problems, UserError, is_out_of_memory, message_of, shown
 
@@ -164,6 +164,11 @@ def choose_optimizer(config: OptimizerConfig) -> OptimizerChoice:
     """Return the optimizer class and arguments; raises UserError for an unknown one or a missing package."""
     name = config.optimizer_type or "AdamW"
     row = BY_NAME.get(name.lower())
+    if row is None and "." not in name and not hasattr(torch.optim, name):
+        raise UserError(
+            f"--optimizer_type must be one of {', '.join(OPTIMIZER_NAMES)}, a class of torch.optim, or "
+            f"package.module.Class, got {shown(name)}{nearest(name, OPTIMIZER_NAMES)}"
+        )
     if row is None:
         row = OptimizerRow(name, name if "." in name else f"torch.optim.{name}")
     given = config.optimizer_args or {}
@@ -262,8 +267,7 @@ def import_class(path: str, option: str, *, package: str | None = None) -> type:
         raise UserError(f"{option} {path} cannot be imported: {message_of(error)}") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
-        near = nearest(class_name, [row.name for row in ROWS] if option == "--optimizer_type" else dir(module))
-        raise UserError(f"{option}: {module_name} has no class {class_name}{near}")
+        raise UserError(f"{option}: {module_name} has no class {class_name}{nearest(class_name, dir(module))}")
     return found
 
 

@@ -113,7 +113,9 @@ class PipelineInputs:
 
 
 @torch.no_grad()
-def sample_latents(base: BaseModel, inputs: PipelineInputs, on_step: Callable[[], object] | None = None) -> Tensor:
+def sample_latents(
+    base: BaseModel, inputs: PipelineInputs, on_step: Callable[[int, int], object] | None = None
+) -> Tensor:
     """Return the latents (B, 4, H/8, W/8) of a batch, scaled as the U-Net sees them. The models stay where they are."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
     arguments: dict[str, Any] = {
@@ -125,7 +127,10 @@ def sample_latents(base: BaseModel, inputs: PipelineInputs, on_step: Callable[[]
         "return_dict": True,
     }
     if on_step is not None:
-        arguments["callback_on_step_end"] = lambda pipeline, index, time, values: (on_step(), {})[1]
+        arguments["callback_on_step_end"] = lambda pipeline, index, time, values: (
+            on_step(index + 1, pipeline.num_timesteps),
+            {},
+        )[1]
     if inputs.has_init:
         # Without a step pipelines fail, or return noise.
         has_no_step = int(inputs.steps * inputs.strength) == 0

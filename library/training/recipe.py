@@ -52,6 +52,7 @@ from library.training.record.metadata import (
 )
 from library.training.record.metrics import Metrics
 from library.training.record.preview import Preview
+from library.training.record.replaced import check_replaced
 from library.training.record.run_files import RunFiles, epoch_interval
 from library.training.record.run_lock import run_lock
 from library.training.record.upload import Uploads, make_repository
@@ -85,6 +86,7 @@ def train(
     choice = choose_optimizer(config.optimizer)
     files = check_before_loading(config, datasets, prompts, choice)
     config = options_for(config, files.checkpoint.family)
+    check_replaced(config)
     report.describe_data(datasets)
     tell_of_files(config.precision, datasets)
     if config.run.dry_run or config.data.check_pictures or not config.precision.cache_latents:
@@ -309,7 +311,7 @@ def make_events(
     metrics = Metrics(files.metrics, config, runtime.accelerator)
     by_epochs = given.sample_every_n_epochs is not None
     preview = Preview(given.sample_sampler, prompts, files, objective, state, runtime, stop, counts_epochs=by_epochs)
-    outcome = report.Outcome(state.network, files, is_main=runtime.is_main)
+    outcome = report.Outcome(config, prompts, plan, state.network, is_main=runtime.is_main)
     validation: list[Event] = []
     if measured is not None:
         options = config.validation

@@ -20,6 +20,7 @@ from library.data.resizing.picture import OutputFormat, Picture, middle_frame, r
 from library.data.resizing.plan import Copy, Reduced, Task, select
 from library.files import replacing
 from library.parallel import in_order, num_cores
+from library.progress import Bar
 
 MOST_BYTES = 4 * 2**30  # of all pictures processed at the same time; a larger one is processed alone
 BYTES_PER_PIXEL = 12  # at most, while a picture is processed: decoded, as an array, parts of it in float32
@@ -57,7 +58,6 @@ def carry_out(tasks: Sequence[Task], making: Making, destination: Path, workers:
     quickly and share the limit on memory.
     """
     import cv2
-    from tqdm import tqdm
 
     Image.init()  # loads all formats; not safe in two threads at the same time
     work = functools.partial(carry_out_one, making=making, gate=MemoryGate(MOST_BYTES))
@@ -67,7 +67,7 @@ def carry_out(tasks: Sequence[Task], making: Making, destination: Path, workers:
         # The longest work first, so that all workers end at about the same time.
         ordered = sorted(tasks, key=lambda task: task.source.stat().st_size if task.reduced else 0, reverse=True)
         results = in_order(work, ordered, workers or num_cores())
-        return list(tqdm(results, total=len(tasks), desc="resizing", unit="file"))
+        return list(Bar(results, total=len(tasks), desc="resizing", unit="file"))
     except HopelessError as error:
         raise OSError(
             f"{destination} cannot be written: {error}; what was written before is whole, and --skip_existing goes on "

@@ -28,6 +28,7 @@ from library.models.conditioning import LiveConditioner, TextOptions
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
+from library.progress import Bar
 from library.training.measure.validation import HeldOut, held_out, spread_timesteps, validation_seed
 from library.training.prepare.caches import cache_latents
 from library.training.prepare.checks import options_for
@@ -52,7 +53,6 @@ class Measurement:
 
     def losses(self, network: TrainableNetwork, label: str) -> Losses:
         """Return the losses of all pictures with a network over the base model, as means over the draws."""
-        from tqdm import tqdm
 
         schedule = stable_diffusion_schedule(zero_terminal_snr=self.base.zero_snr)
         objective = Objective(
@@ -69,7 +69,7 @@ class Measurement:
         )
         found: dict[str, list[list[float]]] = {}
         parts = list(itertools.product(self.pictures.requests, range(self.draws)))
-        for request, draw in tqdm(parts, desc=label, unit="batch", leave=False):
+        for request, draw in Bar(parts, total=len(parts), desc=label, unit="batch", leave=False):
             # The first draw is that of the validation during training.
             batch, columns = self.pictures.losses(objective, request, self.timesteps, draw)
             rows = torch.stack(columns, dim=1).double()

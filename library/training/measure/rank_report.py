@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
@@ -18,6 +17,7 @@ from library.errors import counted
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
 from library.networks.trainable import TrainableNetwork
+from library.progress import Bar
 from library.sampling.contact_sheet import draw_sheet, spread
 from library.sampling.previews import generate_previews
 from library.training.measure.picture_losses import Losses, Measurement
@@ -43,7 +43,7 @@ def at_rank(network: TrainableNetwork, rank: int) -> Iterator[None]:
 def measure_ranks(measurement: Measurement, network: TrainableNetwork, ranks: Sequence[int]) -> dict[int, Losses]:
     """Return rank -> losses of every rank, and of the base model as BASE."""
     losses = {}
-    for rank in tqdm([BASE, *ranks], desc="ranks", unit="rank"):
+    for rank in Bar([BASE, *ranks], total=len(ranks) + 1, desc="ranks", unit="rank"):
         with at_rank(network, rank):
             losses[rank] = measurement.losses(network, name_of(rank))
     return losses
@@ -103,7 +103,8 @@ def draw_ranks(
     conditioner, clip_skip = LiveConditioner(base.texts), measurement.text.clip_skip
     seeds, decoding = preview_seeds(prompts, seed), Decoding(base, network, prompts, runtime.device)
     cells: list[list[Image.Image | None]] = [[] for _ in prompts]
-    with tqdm(total=len(ranks) * len(prompts), desc="generating", unit="picture") as bar:
+    bar: Bar[None] = Bar(total=len(ranks) * len(prompts), desc="generating", unit="picture")
+    with bar:
         for rank in ranks:
             with at_rank(network, rank), runtime.types.autocast(runtime.device):
                 for picture in generate_previews(

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from library.errors import counted
 from library.files import replacing
-from library.html_page import escape
+from library.html_page import escape, link_to
 from library.sampling.contact_sheet import spread
 from library.training.page import charts
 from library.training.page.facts import Column
 from library.training.page.gather import Run
 from library.training.page.page import VIEWER, foot, framed
 from library.training.page.parts import NONE, chart, number, section, table
-from library.training.page.pictures import link_to
 from library.training.page.previews import cell, stepper
 from library.training.page.repeat import shown
 from library.training.page.sections import STATES, state_of

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
@@ -42,12 +40,3 @@ def _encoded(path: Path, modified: int, size: int, side: int) -> Thumbnail:
         reduced = picture.convert("RGB")
         reduced.thumbnail((side, side), Image.Resampling.LANCZOS)
     return Thumbnail(data_url(reduced, QUALITY), *reduced.size)
-
-
-def link_to(path: Path, folder: Path) -> str:
-    """Return the address of a file for a page in a folder: relative, so that both can be moved together."""
-    try:
-        relative = os.path.relpath(path.absolute(), folder.absolute())
-    except ValueError:  # on another drive of Windows
-        return path.absolute().as_uri()
-    return quote(relative.replace(os.sep, "/"), errors="surrogateescape")

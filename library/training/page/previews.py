@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from library.html_page import escape, json_text
+from library.html_page import escape, json_text, link_to
 from library.sampling.contact_sheet import spread
 from library.training.page.facts import Column
 from library.training.page.gather import Run
 from library.training.page.parts import section
-from library.training.page.pictures import PREVIEW_SIDE, link_to, thumbnail
+from library.training.page.pictures import PREVIEW_SIDE, thumbnail
 
 MOST_COLUMNS, MOST_PICTURES = 24, 240
 

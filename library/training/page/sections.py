@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from library.errors import counted
-from library.html_page import escape
+from library.html_page import escape, link_to
 from library.training.page import charts
 from library.training.page.facts import Bucket, DataFacts, Facts, Fed, Save
 from library.training.page.gather import Run, SavedFile
@@ -23,7 +23,7 @@ from library.training.page.parts import (
     table,
     tiles,
 )
-from library.training.page.pictures import EXAMPLE_SIDE, link_to, thumbnail
+from library.training.page.pictures import EXAMPLE_SIDE, thumbnail
 
 CAPTIONS_AT_FIRST, BARS_OF_TAGS = 8, 40
 

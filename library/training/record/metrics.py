@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+EPOCH_AVERAGE = "loss/epoch_average"
+
+
 class Metrics:
     """Writes the metrics of a run to its file and to the trackers, on the first process only."""
 
@@ -32,7 +35,7 @@ class Metrics:
         elif moment.at is At.STEP:
             self._log_step(moment)
         elif moment.at is At.EPOCH and self._epoch:
-            self.write(moment.progress.step, {"loss/epoch_average": mean(self._epoch)})
+            self.write(moment.progress.step, {EPOCH_AVERAGE: mean(self._epoch)})
             self._epoch.clear()
 
     def end(self, moment: Moment) -> None:
@@ -69,3 +72,9 @@ def cut_metrics(path: Path, num_steps: int) -> None:
         kept = [line for line in lines if line.endswith("}") and 0 < json.loads(line)["step"] <= num_steps]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def read_values(path: Path, name: str) -> list[tuple[int, float]]:
+    """Return (step, value) of all lines of a metrics file that have a value; empty if there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [(line["step"], line[name]) for line in map(json.loads, lines) if name in line]

@@ -21,6 +21,7 @@ from library.models.base import BaseModel
 from library.models.memory import bytes_to_decode
 from library.models.precision import move
 from library.networks.trainable import TrainableNetwork
+from library.progress import Bar, step_shown_on
 from library.randomness import seed_for
 from library.sampling.contact_sheet import draw_sheet, part_title, save_sheet, spread
 from library.sampling.previews import PreviewImage, generate_previews, size_of
@@ -80,16 +81,24 @@ class Preview:
 
     def _draw(self, moment: Moment, label: str, paths: list[Path]) -> None:
         """Generate all prompts, and add each file to paths once it is written."""
-        from tqdm import tqdm
 
         base, conditioner, clip_skip = self.objective.base, self.objective.conditioner, self.objective.text.clip_skip
         seeds = preview_seeds(self.prompts, moment.progress.seed)
         decoding = Decoding(base, self.state.network, self.prompts, self.runtime.device)
-        pictures = generate_previews(
-            base, conditioner, self.prompts, seeds, sampler=self.sampler, clip_skip=clip_skip, decoding=decoding
-        )
-        for picture in tqdm(pictures, f"generating ({label})", len(self.prompts), leave=False, unit="picture"):
-            paths.append(self._save(picture, moment))
+        bar: Bar[None] = Bar(total=len(self.prompts), desc=f"generating ({label})", unit="picture", leave=False)
+        with bar:
+            for picture in generate_previews(
+                base,
+                conditioner,
+                self.prompts,
+                seeds,
+                sampler=self.sampler,
+                clip_skip=clip_skip,
+                decoding=decoding,
+                on_step=step_shown_on(bar),
+            ):
+                paths.append(self._save(picture, moment))
+                bar.update()
 
     def _save(self, picture: PreviewImage, moment: Moment) -> Path:
         progress = moment.progress
@@ -138,7 +147,7 @@ class Decoding:
 
     @functools.cached_property
     def _needed(self) -> int:
-        sizes = [size_of(prompt, self.base.family) for prompt in self.prompts]
+        sizes = [size_of(prompt, self.base) for prompt in self.prompts]
         return bytes_to_decode(self.base.vae, max(sizes, key=math.prod))
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from library.adapters.alphas import note_on_alphas
+from library.config.prompts import Prompt
+from library.config.train import TrainConfig
 from library.data.batches import RunPlan, count_draws
 from library.data.records import Dataset
+from library.logs import duration
 from library.networks.trainable import TrainableNetwork
 from library.training.charts.loss_curve import plot_loss_curve
-from library.training.record.run_files import RunFiles, state_folder
+from library.training.record.metrics import EPOCH_AVERAGE, read_values
+from library.training.record.next_steps import commands_after_end, go_on_command, keys_to_give
+from library.training.record.run_files import RunFiles
 from library.training.run.events import At, Moment
+from library.training.run.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +67,7 @@ def warn_of_alphas(network: TrainableNetwork) -> None:
 
 
 def describe_result(network: TrainableNetwork, final: Path) -> None:
-    """Log how many modules of the adapter changed, and its path; warn if none did."""
+    """Log how many modules of the adapter changed, and the path and size of its file; warn if none did."""
     norms = network.delta_norms()
     if norms:
         changed = [norm for norm in norms if norm > 0]
@@ -68,28 +75,65 @@ def describe_result(network: TrainableNetwork, final: Path) -> None:
         level, smallest = logging.INFO if changed else logging.WARNING, min(changed, default=0.0)
         logger.log(level, "learned: %s changed; norm of a change from %.3g to %.3g", share, smallest, max(norms))
     warn_of_alphas(network)
-    logger.info("saved %s", final)
+    logger.info("saved %s (%.1f MB)", final, final.stat().st_size / 1e6)
 
 
-@dataclasses.dataclass(frozen=True)
+def describe_course(plan: RunPlan, progress: Progress, averages: Sequence[tuple[int, float]], seconds: float) -> None:
+    """Log how long the steps took, and the losses at the end and where they were lowest.
+
+    averages are (step, loss) of the epochs.
+    """
+    steps = progress.step - plan.start_step
+    drawn = steps * sum(dataset.num_draws for dataset in plan.datasets) / plan.steps_per_epoch
+    rate = drawn / max(seconds, 1e-3)
+    logger.info(
+        "trained %d steps in %s, %.3g pictures a second, with previews and files", steps, duration(seconds), rate
+    )
+    parts = [f"{progress.average_loss:.4g} at the end"] if not math.isnan(progress.average_loss) else []
+    if len(averages) > 1:
+        step, loss = min(averages, key=lambda point: point[1])
+        parts.append(f"{loss:.4g} in the epoch to step {step}, the lowest average of an epoch")
+    if progress.best is not None:
+        loss, step = progress.best
+        parts.append(f"validation {loss:.4g} after step {step}, its lowest")
+    if parts:
+        logger.info("loss: %s", "; ".join(parts))
+
+
 class Outcome:
-    """Logs the outcome of a run after its steps, on the first process only."""
+    """Logs the outcome of a run after its steps, on the first process only; it is made when they begin."""
 
-    network: TrainableNetwork
-    files: RunFiles
-    is_main: bool
+    def __init__(
+        self,
+        config: TrainConfig,
+        prompts: Sequence[Prompt],
+        plan: RunPlan,
+        network: TrainableNetwork,
+        *,
+        is_main: bool,
+    ) -> None:
+        self._config, self._prompts, self._plan, self._network = config, prompts, plan, network
+        self._files, self._is_main, self._begun = RunFiles(config.saving), is_main, time.monotonic()
 
     def log(self, moment: Moment) -> None:
         """Log the result of a finished run and plot its loss, or log how to resume a stopped run."""
-        if not self.is_main:
+        if not self._is_main:
             return
+        progress, files, processes = moment.progress, self._files, self._plan.num_processes
         if moment.at is At.STOP:
-            path = self.files.after_step(moment.progress.step)
-            logger.warning("stopped after step %d: what was learned is in %s", moment.progress.step, path)
-            logger.warning("the same command with this goes on: --resume %s", state_folder(path))
+            path = files.after_step(progress.step)
+            logger.warning("stopped after step %d: what was learned is in %s", progress.step, path)
+            command = go_on_command(self._config, path, progress.step, processes)
+            logger.warning("this goes on%s: %s", keys_to_give(self._config), command)
             return
-        describe_result(self.network, self.files.network)
-        if moment.progress.columns:
-            logger.info("pictures: %s", self.files.contact_sheet)
-        if plot_loss_curve(self.files.metrics, self.files.loss_curve):
-            logger.info("course of the loss: %s", self.files.loss_curve)
+        if progress.step > self._plan.start_step:
+            averages = read_values(files.metrics, EPOCH_AVERAGE)
+            describe_course(self._plan, progress, averages, time.monotonic() - self._begun)
+        describe_result(self._network, files.network)
+        if progress.columns:
+            logger.info("pictures: %s", files.contact_sheet)
+        if plot_loss_curve(files.metrics, files.loss_curve):
+            logger.info("course of the loss: %s", files.loss_curve)
+        after = commands_after_end(self._config, self._plan.datasets, self._prompts, progress.step, processes)
+        for title, command in after.items():
+            logger.info("%s:\n  %s", title, command)

@@ -75,10 +75,18 @@ class RunFiles:
 
     def all_networks(self) -> Iterator[Path]:
         """Yield the saved networks that are on the disk."""
-        folder, suffix = self.saving.output_dir, self.saving.save_model_as
-        yield from folder.glob(f"{escape(self.name)}.{suffix}")
-        yield from folder.glob(f"{escape(self.saving.output_name or 'epoch')}-{'[0-9]' * 6}.{suffix}")
-        yield from folder.glob(f"{escape(self.saving.output_name or 'at')}-step{'[0-9]' * 8}.{suffix}")
+        if self.network.is_file():
+            yield self.network
+        yield from self.of_epochs()
+        yield from self.of_steps()
+
+    def of_epochs(self) -> list[Path]:
+        """Return the networks after epochs that are on the disk."""
+        return self._numbered(f"{self.saving.output_name or 'epoch'}-", 6)
+
+    def of_steps(self) -> list[Path]:
+        """Return the networks after steps that are on the disk."""
+        return self._numbered(f"{self.saving.output_name or 'at'}-step", 8)
 
     def preview(self, moment: str, prompt: int, date: str, seed: int) -> Path:
         """Return the path of a preview; moment is a number of steps, or "e" and a number of epochs."""
@@ -89,6 +97,9 @@ class RunFiles:
     def name(self) -> str:
         """The beginning of the names."""
         return self.saving.output_name or UNNAMED
+
+    def _numbered(self, start: str, digits: int) -> list[Path]:
+        return sorted(self.saving.output_dir.glob(f"{escape(start)}{'[0-9]' * digits}.{self.saving.save_model_as}"))
 
     def _network(self, stem: str) -> Path:
         return self.saving.output_dir / f"{stem}.{self.saving.save_model_as}"

@@ -130,7 +130,7 @@ def dry_run(
 def report_steps(report: Report, run: RunConfig, plan: RunPlan) -> None:
     """Report how many steps the pictures give, with the arithmetic."""
     total = num_batches(plan.datasets)
-    draws = sum(record.repeats for dataset in plan.datasets for record in dataset.records)
+    draws = sum(dataset.num_draws for dataset in plan.datasets)
     divisors = f" / {plan.num_processes} processes" if plan.num_processes > 1 else ""
     divisors += f" / {plan.accumulation} to a step" if plan.accumulation > 1 else ""
     report.say(f"an epoch: {draws} draws -> {total} batches{divisors} = {plan.steps_per_epoch} steps")
@@ -254,6 +254,7 @@ def estimate_memory(
     types: Types,
 ) -> list[Stage]:
     """Return the stages of the run; models and network are on the meta device and unusable afterwards."""
+    logger.info("counting memory ...")  # takes a while
     move(base.vae, "meta")
     precision, options = config.precision, caption_options(config.text)
     training = dataclasses.replace(largest_batch(datasets), windows=options.windows)
@@ -300,7 +301,7 @@ def largest_preview(prompts: list[Prompt], base: BaseModel) -> Pictures | None:
     if not prompts:
         return None
     windows = max(text_options(base.texts[0], prompt, None).windows for prompt in prompts)
-    return max((Pictures(size_of(prompt, base.family), 1, windows) for prompt in prompts), key=Pictures.pixels)
+    return max((Pictures(size_of(prompt, base), 1, windows) for prompt in prompts), key=Pictures.pixels)
 
 
 def draw_pictures(datasets: list[Dataset]) -> Image.Image:
@@ -311,10 +312,17 @@ def draw_pictures(datasets: list[Dataset]) -> Image.Image:
             label = "{}x{}\ndataset {}".format(*record.placement.bucket, index + 1)
             rows.setdefault(label, []).append(record)
     labels = list(rows)[:MOST_SHEET_ROWS]
+    titles = [f"{label}\n{shown_of(len(rows[label]), SHEET_COLUMNS)}" for label in labels]
+    title = shown_of(len(rows), MOST_SHEET_ROWS, "buckets") if len(rows) > MOST_SHEET_ROWS else ""
     shown = [[_as_trained(record) for record in rows[label][:SHEET_COLUMNS]] for label in labels]
     width = max(len(row) for row in shown)
     cells = [[*row, *[None] * (width - len(row))] for row in shown]
-    return draw_sheet(cells, labels, [""] * width)
+    return draw_sheet(cells, titles, [""] * width, title=title)
+
+
+def shown_of(number: int, most: int, things: str = "pictures") -> str:
+    """Return how many of a number of things are shown on a sheet that has room for so many."""
+    return f"{most} of {number} {things}" if number > most else f"{number} {things}"
 
 
 def _as_trained(record: ImageRecord) -> Image.Image:

@@ -7,10 +7,9 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from tqdm import tqdm
-
 from library.data.batches import Batch, RunPlan, load_batches
 from library.networks.trainable import TrainableNetwork
+from library.progress import Bar
 from library.training.run.events import At, Event, Moment, Needs, due, happen, needing
 from library.training.run.interruption import StopRequest
 from library.training.run.progress import Progress, StepSeconds, Waits, timed
@@ -36,7 +35,14 @@ def run(
     """
     network.on_epoch_start()
     happen(events, Moment(At.START, progress))
-    bar = tqdm(total=plan.num_steps, initial=plan.start_step, desc="steps", disable=not runtime.is_main, smoothing=0.1)
+    bar: Bar[None] = Bar(
+        total=plan.num_steps,
+        initial=plan.start_step,
+        desc="training",
+        unit="step",
+        disable=not runtime.is_main,
+        smoothing=0.1,
+    )
     under_way: deque[tuple[PendingStep, StepSeconds]] = deque()
     waits = Waits()
 
@@ -46,8 +52,8 @@ def run(
             result, seconds = end(*under_way.popleft())
             progress.losses.extend(result.losses)
             progress.num_skipped = result.num_skipped
+            bar.note(f"avr_loss={progress.average_loss:.4g}")
             bar.update()
-            bar.set_postfix(avr_loss=f"{progress.average_loss:.4g}", refresh=False)
             happen(needing(events, Needs.RESULTS), Moment(At.STEP, progress, result, seconds=seconds))
 
     def stop_if_asked() -> None:
