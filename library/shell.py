@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
@@ -14,7 +14,17 @@ PLAIN = re.compile(r"[\w.:=/\\+-]+", re.ASCII)  # needs no quotes in cmd and Pow
 
 def command_line(script: str, words: Sequence[object], *, start: Sequence[str] = ("python",)) -> str:
     """Return the command that starts a script of the suite from this folder, quoted for the shell of this platform."""
-    return " ".join(map(quoted, (*start, script_path(script), *map(str, words))))
+    return joined([*start, script_path(script), *map(str, words)])
+
+
+def joined(words: Iterable[str]) -> str:
+    """Return the words of a command, each quoted where it needs it."""
+    return " ".join(map(quoted, words))
+
+
+def in_lines(parts: Sequence[str]) -> str:
+    """Return the parts of a command on lines of their own; on one line on Windows, whose shells differ in that."""
+    return (" " if os.name == "nt" else " \\\n    ").join(parts)
 
 
 def script_path(script: str) -> str:

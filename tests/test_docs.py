@@ -35,7 +35,7 @@ OUTSIDE = [
 FENCE = re.compile(r"(?ms)^```(?P<kind>[^\n]*)\n(?P<text>.*?)^```$")  # the kind may be followed by the name of a file
 FLAG = re.compile(r"--([A-Za-z]\w*)")
 # Options in the text that belong to accelerate, torchrun, argparse, and to the lines of prompt files.
-FOREIGN = {"num_cpu_threads_per_process", "multi_gpu", "num_processes", "nproc_per_node", "help"}
+FOREIGN = {"num_cpu_threads_per_process", "multi_gpu", "num_processes", "nproc_per_node", "help", "print_options"}
 PROMPT_OPTIONS = {"w", "h", "d", "s", "l", "n", "ss", "t", "am", "f", "g", "ctr", "rcfg", "fs", "cn"} | {
     *("ow", "oh", "nw", "nh", "ct", "cl")
 }

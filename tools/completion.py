@@ -45,6 +45,7 @@ SCRIPTS = {
     "tools/completion.py": "tools.completion.CompletionOptions",
     "tools/convert_diffusers20_original_sd.py": "tools.convert_diffusers20_original_sd.ConvertConfig",
     "tools/dylora_report.py": "tools.dylora_report.ReportConfig",
+    "tools/report.py": "tools.report.PageOptions",
     "tools/merge_models.py": "tools.merge_models.MergeConfig",
     "tools/resize_images_to_resolution.py": "tools.resize_images_to_resolution.ResizeConfig",
     "tools/show_metadata.py": "tools.show_metadata.ShowOptions",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from library.config.options import Option, format_default, root_options
 from library.config.train import TrainConfig
 from library.html_page import escape
+from library.shell import in_lines, joined
 from library.training.page.gather import Run
 from library.training.page.parts import NONE, code, section
 
@@ -20,8 +20,8 @@ def repeat(run: Run) -> str:
     """Return the section."""
     parts = []
     if run.options:
-        short = shlex.join(["python", "train_network.py", "--config_file", str(run.files_of.options)])
-        whole = " \\\n    ".join(["python train_network.py", *words_of(run.options)])
+        short = joined(["python", "train_network.py", "--config_file", str(run.files_of.options)])
+        whole = in_lines(["python train_network.py", *words_of(run.options)])
         parts.append(code(short, "Command that repeats the run"))
         parts.append(
             f"<details><summary>The same without the file</summary>{code(whole, 'The whole command')}</details>"
@@ -42,7 +42,7 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
         if flag in OF_A_PART or value is False:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
-        words.append(shlex.join([f"--{flag}", *map(str, values)]))
+        words.append(joined([f"--{flag}", *map(str, values)]))
     return words
 
 
