@@ -24,7 +24,7 @@ OUTSIDE = {
     **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")},
     **{
         name: name
-        for folder in ("pocket_model", "pocket_xl")
+        for folder in ("pocket_model", "pocket_xl", "recipes")
         for name in (f"examples/{folder}/README.md", f"examples/{folder}/README-ja.md")
     },
 }
