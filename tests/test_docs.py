@@ -200,7 +200,7 @@ def test_links_resolve(page):
 def test_commands_use_options_that_exist(page):
     known = known_flags()
     for arguments in commands(page):
-        assert set(FLAG.findall(arguments)) <= known | {"help"}, arguments
+        assert set(FLAG.findall(arguments)) <= known | {"help", "print_options"}, arguments
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -325,7 +325,7 @@ def test_no_training_of_the_pages_replaces_the_file_of_another():
     for page in [*ENGLISH, ROOT / "README.md"]:
         for words in lines(page):
             name = output_name(words)
-            if name and "--dry_run" not in words:
+            if name and not {"--dry_run", "--print_options"} & set(words):
                 options = words[words.index("--config_file") :]
                 again = options[:-2] if options[-2:] == ["--resume", "auto"] else options
                 trainings.setdefault(name, set()).add(" ".join(again))

@@ -100,6 +100,7 @@ def small_training(setting: Setting, family: str, name: str, **more: object) -> 
         "train_batch_size": 2,
         "output_dir": setting.folder("trained"),
         "output_name": name,
+        "overwrite": True,  # of a run before, with another setting
         "network_module": "networks.lora",
         "network_dim": 4,
         "learning_rate": "1e-3",
@@ -125,6 +126,7 @@ def full_training(setting: Setting, family: str, name: str, batch: int, **more: 
         "train_batch_size": batch,
         "output_dir": setting.folder("trained"),
         "output_name": name,
+        "overwrite": True,  # of a run before, with another setting
         "network_module": "networks.lora",
         "network_dim": 4 if setting.tiny else RANK,
         "network_alpha": 1,
