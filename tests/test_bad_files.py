@@ -46,7 +46,7 @@ DATASETS = {
     "absent folder": (
         "d.toml",
         "[[datasets]]\nresolution = 64\nsubsets = [{image_dir = 'no'}]",
-        "image_dir no is not a folder",
+        "image_dir no does not exist",
     ),
     "separator": ("d.toml", "IMG caption_separator = ''", "caption_separator must be a text of at least one", "''"),
     "range": ("d.toml", "IMG face_crop_aug_range = [nan, 2]", 'face_crop_aug_range must be "LOW,HIGH"', "[nan, 2]"),
