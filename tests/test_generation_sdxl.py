@@ -342,7 +342,7 @@ def test_the_side_of_a_preview_is_that_of_the_family(base, monkeypatch, family, 
     base = dataclasses.replace(base, family=tiny.FAMILIES[family])
     seen = []
 
-    def sampled(base, inputs):
+    def sampled(base, inputs, on_step):
         seen.append((inputs.width, inputs.height))
         return torch.zeros(1, 4, 8, 8)
 
