@@ -19,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 # Sections of which nothing changes what is learned.
 OTHER_SECTIONS = {"saving", "state", "hub", "preview", "metadata", "validation", "logs", "file"}
-NO_MATTER = {"dry_run"}
+# Options of other sections that change only the speed, the memory, or where files are looked for.
+NO_MATTER = {
+    *("dry_run", "offline", "skip_cache_check", "check_pictures", "cache_latents", "cache_latents_to_disk"),
+    *("vae_batch_size", "max_data_loader_n_workers", "persistent_data_loader_workers", "ddp_timeout"),
+}
 
 
 def check_replaced(config: TrainConfig) -> None:
