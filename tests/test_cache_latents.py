@@ -40,6 +40,14 @@ def test_the_training_finds_the_latents_and_makes_the_same(base, pictures, tmp_p
     assert entries(pictures) == made
 
 
+def test_pictures_that_are_equal_have_an_entry_each(base, pictures, tmp_path):
+    first, second = sorted(pictures.rglob("*.png"))[:2]
+    shutil.copyfile(first, second)
+    train(base, pictures, tmp_path / "out", cache_latents_to_disk=True, max_train_steps=3)
+    assert {name.split(".latents")[0].split(".png")[0] for name in entries(pictures)} >= {first.stem, second.stem}
+    assert len(entries(pictures)) == 4
+
+
 @pytest.mark.slow
 def test_runs_at_the_same_time_on_one_folder_lose_nothing(base, pictures, tmp_path):
     ways: tuple[dict[str, object], ...] = ({}, {"flip_aug": True}, {"resize_interpolation": "box"}, {})

@@ -153,6 +153,10 @@ class DiskCache:
             further += (record.mask.key(self.digests),)
         return Identity(hash_of(FORMAT_VERSION, digest, *further), hash_of(*further)[:VARIANT_DIGITS])
 
+    def key(self, record: ImageRecord) -> Hashable:
+        """Return a key that differs for records with different entries; equal pictures have one each, beside them."""
+        return record.path, self.identify(record).fingerprint
+
     def find(self, source: Source) -> tuple[Path, Stamp, Header] | None:
         """Return file, stamp and header of a valid entry; None where there is none, another's, or a damaged one."""
         identity = self.identify(source.record)
@@ -234,7 +238,7 @@ def build_cache(
         entries = _encode(by_bucket(sources_of(datasets, pixels_key)), encoder, batch_size)
         return MemoryCache({pixels_key(source.record): entry for source, entry in entries})
     cache = open_cache(datasets, encoder, index)
-    sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
+    sources = sources_of(datasets, cache.key)
     missing = cache.missing(sources)
     logger.info("latents: %d of %d pictures are valid on disk", len(sources) - len(missing), len(sources))
     for source, entry in _encode(by_bucket(missing)[share[0] :: share[1]], encoder, batch_size):
@@ -262,7 +266,7 @@ def extent(
         missing = len(sources)
     else:
         cache = open_cache(datasets, encoder, index)
-        sources = sources_of(datasets, lambda record: cache.identify(record).fingerprint)
+        sources = sources_of(datasets, cache.key)
         missing = len(cache.missing(sources))
     return Extent(len(sources), missing, sum(bytes_of_entry(source, dtype) for source in sources))
 
