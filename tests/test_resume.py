@@ -25,6 +25,7 @@ import train_network
 from library.config.saving import SavingConfig
 from library.errors import UserError
 from library.optim.flat import TrainedWeights
+from library.training.charts.series import read_metrics
 from library.training.run import state
 
 
@@ -155,6 +156,15 @@ def test_a_finished_run_can_be_made_longer(base, data, tmp_path):
     same(run(base, data, tmp_path / "parts", *extra, "--resume", "auto", steps=6), expected)
     with pytest.raises(UserError, match="nothing is left to train: 4 steps are made, and 4 are asked for"):
         run(base, data, tmp_path / "parts", *extra, "--resume", tmp_path / "parts" / "x-state", steps=4)
+
+
+def test_the_first_step_of_a_run_that_was_made_longer_has_the_rate_of_its_schedule(base, data, tmp_path):
+    run(base, data, tmp_path / "whole", steps=6)
+    run(base, data, tmp_path / "parts", "--save_state_on_train_end", steps=4)
+    run(base, data, tmp_path / "parts", "--resume", "auto", steps=6)
+    rates = [read_metrics(tmp_path / name / "x-metrics.jsonl").rates["unet"] for name in ("whole", "parts")]
+    assert rates[0][4:] == rates[1][4:]
+    assert rates[1][4][1] > 0
 
 
 def test_old_states_go_and_auto_takes_the_one_furthest_on(base, data, tmp_path):

@@ -88,6 +88,7 @@ class TrainState:
             if self.scheduler is not None:
                 lambdas = {"lr_lambdas": [None] * len(self.optimizer.param_groups)}
                 self.scheduler.load_state_dict(tensors["schedule"] | lambdas)
+                follow_schedule(self.optimizer, self.scheduler)
             if tensors["scaler"]:  # empty of a run in bf16 or float32, which has no scale to go on with
                 self.scaler.load_state_dict(tensors["scaler"])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -96,6 +97,13 @@ class TrainState:
             raise UserError(
                 f"--resume: the state does not fit this run ({message_of(error)}); use the options it has"
             ) from None
+
+
+def follow_schedule(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Give the next step the rate of the schedule, which is another than the state's if the run is longer by now."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        for group, base, rule in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * rule(scheduler.last_epoch)
 
 
 def _num_parameters(groups: Sequence[Mapping[str, Any]]) -> int:
