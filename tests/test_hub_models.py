@@ -409,6 +409,15 @@ def test_what_cannot_be_had_is_one_line_before_anything_is_loaded(published, pic
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("start", ["./", ".\\"])
+@pytest.mark.parametrize("option", ["--vae", "--pretrained_model_name_or_path"])
+def test_what_begins_with_a_dot_is_a_path(published, pictures, tmp_path, monkeypatch, option, start):
+    monkeypatch.setattr(hub_models, "find", lambda *_, **__: pytest.fail("the hub was asked"))
+    argv = options(Path("m"), pictures, tmp_path / "o")
+    with pytest.raises(UserError, match=rf"{option}: .*someone.tiny does not exist"):
+        train_network.main([*argv, option, f"{start}someone/tiny"])
+
+
 def test_a_token_is_sent_and_never_told(published, monkeypatch):
     published.closed["someone/tiny"] = "RepoNotFound"
     config = located_model("someone/tiny", "--huggingface_token", "hf_abc")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,8 @@ class Option:
             got = "something else" if self.spec.secret else shown(value)
             near = nearest(str(value), self.choices) if self.choices else ""
             raise UserError(f"{label} must be {form}, got {got}{detail}{near}") from None
+        if self.spec.hub is not None:
+            result = _with_local_paths(value, result)
         for number in result if isinstance(result, tuple) else (result,):
             self._check_range(number, label)
         return result
@@ -136,6 +139,15 @@ class Option:
             raise UserError(f"{label} must be at most {self.spec.maximum}, got {shown(number)}")
         if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{label} must be a finite number, got {number}")
+
+
+def _with_local_paths(value: Any, result: Any) -> Any:
+    """Return paths in full if they were given as `./a/b`: a `Path` keeps no dot, and could be a name on the hub."""
+    if isinstance(result, tuple):
+        texts = value if isinstance(value, list | tuple) and len(value) == len(result) else result
+        return tuple(itertools.starmap(_with_local_paths, zip(texts, result, strict=True)))
+    is_local = isinstance(result, Path) and isinstance(value, str) and value.startswith(("./", ".\\"))
+    return Path.cwd() / result if is_local else result
 
 
 @functools.cache
