@@ -72,6 +72,15 @@ def test_what_a_metrics_file_says(tmp_path):
     assert read_metrics(tmp_path / "gone.jsonl") == series_of([])
 
 
+def test_damaged_lines_of_a_metrics_file_are_left_out(tmp_path):
+    path = tmp_path / "x-metrics.jsonl"
+    damaged = [b'{"step": 1, "loss/cur', b"\xe3\x81", b"[1]", b"3", b'{"step": "x", "loss/current": 1}', b"{}"]
+    damaged += [b'{"step": 1e400, "loss/current": 1}', b'{"step": 2, "loss/current": "y", "lr/unet": [1]}', b"\xff\x00"]
+    path.write_bytes(b"\n".join([*damaged, b'{"step": 3, "loss/current": 0.5, "lr/unet": 1e-4}', b'{"step": 4, "\xe3']))
+    series = read_metrics(path)
+    assert (series.losses, series.left_out, series.rates) == ([(3, 0.5)], [], {"unet": [(3, 1e-4)]})
+
+
 def test_an_adapted_rate_is_the_rate():
     rows = [{"step": 1, "loss/current": 1.0, "lr/unet": 1.0, "lr/d*lr/unet": 3e-5, "lr/textencoder": 0.5}]
     assert series_of(rows).rates == {"unet": [(1, 3e-5)], "textencoder": [(1, 0.5)]}

@@ -229,6 +229,17 @@ def test_a_run_that_ended_without_a_word_was_broken_off(out):
     assert state_of(gather(out, "x")) == "running"
 
 
+def test_an_error_that_ends_the_run_is_on_its_page(given, tmp_path):
+    import train_network
+
+    with pytest.raises(UserError, match="the loss became nan"):
+        train_network.main(given(tmp_path, learning_rate="1e30", sample_at_first=None, validation_split=None))
+    text = page_of(gather(tmp_path, "x"))
+    assert "Ended by an error" in text
+    assert "the loss became nan" in text
+    assert "Ended by an error" in (tmp_path / "x-report.html").read_text(encoding="utf-8")
+
+
 def test_no_report_leaves_out_the_page_and_nothing_else(given, whole, tmp_path):
     run_with(given(tmp_path, no_report=True, max_train_steps=2, sample_at_first=None))
     ours, theirs = ({path.name for path in folder.iterdir()} for folder in (whole, tmp_path))

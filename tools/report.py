@@ -66,7 +66,7 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None) -> list[Run]
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: name the --output_dir of a training")
-    found = [(folder, name) for folder in folders for name in names_in(folder)]
+    found = [(folder, name) for folder in dict.fromkeys(folders) for name in names_in(folder)]
     if not found:
         raise UserError(f"no training is in {', '.join(map(str, folders))}: there is no ...-metrics.jsonl")
     known = {name for _, name in found}

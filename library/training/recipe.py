@@ -347,7 +347,7 @@ def page_events(
         return []
     facts = first_facts(checkpoints, plan, maker, given.prompts, runtime.device)
     told = [event.due for event in events if event.name in ("validation", "network", "preview")]
-    due = WithAny((Every(once=(At.START, At.STOP, At.END)), *told))
+    due = WithAny((Every(once=(At.START, At.STOP, At.END, At.ERROR)), *told))
     return [Event("page", due, Recorder(facts, checkpoints, runtime.device, given.warnings).write)]
 
 

@@ -31,8 +31,19 @@ class RunSeries:
 
 def read_metrics(path: Path) -> RunSeries:
     """Return the series of a metrics file, which may still be written to; empty ones if there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return series_of([json.loads(line) for line in lines if line.endswith("}")])  # the last line may be incomplete
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return series_of([row for row in map(_row, lines) if row is not None])
+
+
+def _row(line: str) -> dict[str, float] | None:
+    """Return the numbers of a line; None for one that is cut, as the last one can be, or damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None
+    return {name: value for name, value in values.items() if type(value) in (int, float)}
 
 
 def series_of(rows: Sequence[dict[str, float]]) -> RunSeries:
@@ -70,8 +81,14 @@ def smoothed(points: Points, window: int) -> Points:
     """
     values = np.array([value for _, value in points])
     weights = np.bartlett(window + 2)[1:-1]  # without the zeros at the ends
-    sums, totals = (np.convolve(numbers, weights, "same") for numbers in (values, np.ones(len(values))))
+    sums, totals = (_neighbours(numbers, weights) for numbers in (values, np.ones(len(values))))
     return [(step, float(mean)) for (step, _), mean in zip(points, sums / totals, strict=True)]
+
+
+def _neighbours(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the weighted sum of the values around each, also of fewer values than weights."""
+    start = len(weights) // 2
+    return np.convolve(values, weights)[start : start + len(values)]
 
 
 def thinned(points: Points, most: int) -> Points:

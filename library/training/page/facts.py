@@ -18,7 +18,7 @@ from library.errors import UserError, message_of
 from library.files import replacing
 
 FORMAT_VERSION = 1
-State = Literal["running", "stopped", "finished", "unknown"]
+State = Literal["running", "stopped", "finished", "failed", "unknown"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ class Facts:
 
     version: int = FORMAT_VERSION
     state: State = "unknown"
+    error: str | None = None  # what ended the run
     began: float | None = None  # seconds since 1970; of a resumed run, when it was resumed
     first_step: int = 0  # that were made before
     seconds_before: float = 0.0  # that they took

@@ -26,6 +26,7 @@ Kind = TypeVar("Kind")
 
 FORMATS = ("safetensors", "ckpt", "pt")
 ENDINGS = ("-run.json", "-metrics.jsonl", "-options.toml")  # of files that tell of a run
+SMOOTHED_AT_LEAST = 9  # steps; the loss of a single one says little
 HASH = "sshs_model_hash"  # that web UIs show
 
 
@@ -54,7 +55,8 @@ class Run:
     @functools.cached_property
     def average(self) -> Points:
         """The smoothed loss of the training."""
-        return smoothed(self.series.losses, window_of(len(self.series.losses))) if self.series.losses else []
+        number = len(self.series.losses)
+        return smoothed(self.series.losses, max(window_of(number), SMOOTHED_AT_LEAST)) if number else []
 
     @property
     def best_validation(self) -> tuple[int, float] | None:

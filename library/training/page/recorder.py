@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 MOST_WARNINGS = 50
-STATES: dict[At, State] = {At.END: "finished", At.STOP: "stopped"}
+STATES: dict[At, State] = {At.END: "finished", At.STOP: "stopped", At.ERROR: "failed"}
 
 
 def first_facts(
@@ -119,6 +119,7 @@ class Recorder:
         return dataclasses.replace(
             self._facts,
             state=STATES.get(moment.at, "running"),
+            error=moment.error,
             updated=round(time.time(), 3),
             step=progress.step,
             epoch=progress.epoch,

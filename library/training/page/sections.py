@@ -32,6 +32,7 @@ STATES = {
     "finished": ("Finished", "good"),
     "stopped": ("Stopped", "warn"),
     "broken": ("Broken off", "bad"),
+    "failed": ("Ended by an error", "bad"),
     "unknown": ("Not finished", "warn"),
 }
 
@@ -52,9 +53,11 @@ def head(run: Run) -> str:
     progress = (
         f'<progress max="1" value="{share:.4f}" aria-label="Progress">{share:.0%}</progress>' if facts.steps else ""
     )
+    error = f'<p class="error">{escape(facts.error)}</p>' if facts.error else ""
     return (
         f'<header class="head"><p class="eyebrow">Training run</p><h1>{escape(run.name)}</h1>'
         f'<p class="state"><span class="pill {kind}">{word}</span> {escape(done + when)}{warned}</p>{progress}'
+        f"{error}"
         f"{tiles(main_numbers(run))}</header>"
     )
 

@@ -5,11 +5,13 @@ At each moment of the run the due events happen in the order of the table.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from library.errors import message_of
 from library.training.run.progress import Progress, StepSeconds
 from library.training.run.step import StepResult
 
@@ -22,6 +24,7 @@ class At(enum.Enum):
     EPOCH = "after an epoch"
     STOP = "when a signal ends the run early"
     END = "after the last step"
+    ERROR = "when an error ends the run"
 
 
 class Moment(NamedTuple):
@@ -32,6 +35,7 @@ class Moment(NamedTuple):
     result: StepResult | None = None  # of a step, for events that need its results
     same_step: tuple[At, ...] = ()  # all points at this number of steps, in their order; empty: this one alone
     seconds: StepSeconds | None = None  # that the step of the result took
+    error: str | None = None  # what ended the run
 
     @property
     def points(self) -> tuple[At, ...]:
@@ -106,3 +110,13 @@ def due(events: Iterable[Event], moment: Moment) -> list[Event]:
 def needing(events: Iterable[Event], needs: Needs) -> list[Event]:
     """Return the events with a need."""
     return [event for event in events if event.needs is needs]
+
+
+@contextlib.contextmanager
+def telling_errors(events: Iterable[Event], progress: Progress) -> Iterator[None]:
+    """Within it an error makes the events happen that are due then, before it ends the run."""
+    try:
+        yield
+    except Exception as error:
+        happen(events, Moment(At.ERROR, progress, error=message_of(error)))
+        raise

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from library.data.batches import Batch, RunPlan, load_batches
 from library.networks.trainable import TrainableNetwork
 from library.progress import Bar
-from library.training.run.events import At, Event, Moment, Needs, due, happen, needing
+from library.training.run.events import At, Event, Moment, Needs, due, happen, needing, telling_errors
 from library.training.run.interruption import StopRequest
 from library.training.run.progress import Progress, StepSeconds, Waits, timed
 from library.training.run.runtime import Runtime
@@ -62,7 +62,8 @@ def run(
             happen(events, Moment(At.STOP, progress))
             raise KeyboardInterrupt
 
-    with bar, stop.finishing_steps(), contextlib.closing(load_batches(loader)) as batches:
+    telling = telling_errors(events, progress)
+    with telling, bar, stop.finishing_steps(), contextlib.closing(load_batches(loader)) as batches:
         pairs = zip(plan, waits.of(batches), strict=True)
         for epoch, in_epoch in itertools.groupby(pairs, key=lambda pair: pair[0].epoch):
             progress.epoch = epoch
