@@ -99,7 +99,7 @@ def test_faults_of_all_subsets_come_together(tmp_path):
     )
     kinds = [line for line in found if not line.startswith("  ")]
     assert kinds == [
-        f"image_dir {tmp_path / 'absent'} is not a folder",
+        f"image_dir {tmp_path / 'absent'} does not exist",
         "1 caption files are not UTF-8 text; save them as UTF-8:",
         f'2 lines of metadata_file {file} must be objects with a text as "image_path":',
         f"1 entries of metadata_file {file} must have texts as caption and tags:",
