@@ -259,7 +259,7 @@ def test_mistakes_are_told_all_at_once_before_anything_is_read(model_store, tmp_
     for part in (
         "a number for each of the 2",
         "is one of the inputs",
-        "gone is not a file",
+        "gone does not exist",
         "--sd_model: x does not exist; name a",
         "--conc",
     ):

@@ -458,7 +458,8 @@ def test_runs_are_compared_side_by_side(whole, out, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["absent"], "absent is not a folder"),
+        (["absent"], "absent does not exist"),
+        (["o/x-metrics.jsonl"], "x-metrics.jsonl is not a folder"),
         (["."], "no training is in"),
         (["o", "--output_name", "y"], "no run y is there; these are: x"),
         (["o", "--compare"], "--compare needs at least two runs, found x"),

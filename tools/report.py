@@ -65,7 +65,8 @@ def find_runs(folders: Sequence[Path], names: Sequence[str] | None) -> list[Run]
     """Return the runs in folders, all or those with some names; raises UserError for what is not there."""
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: name the --output_dir of a training")
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise UserError(f"{folder} {what}: name the --output_dir of a training")
     found = [(folder, name) for folder in dict.fromkeys(folders) for name in names_in(folder)]
     if not found:
         raise UserError(f"no training is in {', '.join(map(str, folders))}: there is no ...-metrics.jsonl")
