@@ -14,6 +14,7 @@ from library.errors import LessMemory, UserError, in_one_line, is_out_of_memory,
 from library.processes import is_first_process
 
 # Loggers whose lines below the level of warnings are shown.
+QUIET = ("bitsandbytes", "matplotlib")  # packages whose warnings do not concern the user
 SUITE = ("library", "networks", "tools", "finetune", "__main__", "train_network", "gen_img_diffusers")
 USER_ERROR = 2  # exit code, as of argparse
 FAILURE = 1  # of the machine: disk, permissions, memory
@@ -33,7 +34,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     # Below errors these packages log only what does not concern the user: optional packages, deprecations.
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(variable, "error")
-    for name in ("bitsandbytes", "matplotlib"):
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in SUITE:
         logging.getLogger(name).setLevel(level if is_first_process() else logging.ERROR)

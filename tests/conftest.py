@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 import shutil
 import socket
@@ -16,7 +17,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from library.logs import QUIET  # noqa: E402
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+for quiet in QUIET:  # as in the scripts: matplotlib tells when it looks for fonts for the first time
+    logging.getLogger(quiet).setLevel(logging.ERROR)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 
 
