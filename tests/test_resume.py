@@ -167,6 +167,15 @@ def test_the_first_step_of_a_run_that_was_made_longer_has_the_rate_of_its_schedu
     assert rates[1][4][1] > 0
 
 
+def test_a_damaged_metrics_file_stops_no_run(base, data, tmp_path):
+    run(base, data, tmp_path, "--save_state_on_train_end", steps=2)
+    metrics = tmp_path / "x-metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 2, "loss/cur\n[1]\n\xe3\n{"step": "x"}')
+    run(base, data, tmp_path, "--resume", "auto", steps=3)
+    assert [step for step, _ in read_metrics(metrics).losses] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines()][-1] == 3
+
+
 def test_old_states_go_and_auto_takes_the_one_furthest_on(base, data, tmp_path):
     run(base, data, tmp_path, "--save_state", "--save_every_n_steps", "1", "--save_last_n_steps_state", "2", steps=5)
     found = sorted(path.name for path in tmp_path.glob("x-step*-state"))

@@ -32,10 +32,10 @@ class RunSeries:
 def read_metrics(path: Path) -> RunSeries:
     """Return the series of a metrics file, which may still be written to; empty ones if there is no such file."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return series_of([row for row in map(_row, lines) if row is not None])
+    return series_of([row for row in map(row_in, lines) if row is not None])
 
 
-def _row(line: str) -> dict[str, float] | None:
+def row_in(line: str) -> dict[str, float] | None:
     """Return the numbers of a line; None for one that is cut, as the last one can be, or damaged."""
     try:
         values = json.loads(line)
