@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from shlex import quote
 
 import pytest
 from scripts import ROOT
@@ -52,7 +53,7 @@ def answers(*argv):
 def test_bash_completes_names_and_values(tmp_path, capsys):
     script = tmp_path / "ask.bash"
     asked = "".join(
-        f"COMP_WORDS=({before} {completion.quoted(word)})\nCOMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
+        f"COMP_WORDS=({before} {quote(word)})\nCOMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
         'COMPREPLY=(); _lora_suite python x y; echo "${COMPREPLY[@]}"\n'
         for before, _, word in (line.rpartition(" ") for line, _ in ASKED.values())
     )
@@ -79,8 +80,7 @@ def test_zsh_completes_names_and_values(tmp_path, capsys):
     """The functions that do the asking and offering are replaced, since they work only in the line editor."""
     script = tmp_path / "ask.zsh"
     asked = "".join(
-        f"words=({before} {completion.quoted(word)}) CURRENT=$#words PREFIX={completion.quoted(word)} service=python\n"
-        "_lora_suite; print\n"
+        f"words=({before} {quote(word)}) CURRENT=$#words PREFIX={quote(word)} service=python\n_lora_suite; print\n"
         for before, _, word in (line.rpartition(" ") for line, _ in ASKED.values())
     )
     script.write_text(

@@ -21,12 +21,13 @@ from safetensors import safe_open
 
 from library.errors import UserError
 from library.html_page import json_text
+from library.logs import duration
 from library.training.page import charts, recorder
 from library.training.page.facts import Facts, Memory, read_facts, write_facts
 from library.training.page.gather import gather, names_in
 from library.training.page.old_runs import columns_in, datasets_in, facts_in, tags_in
 from library.training.page.page import page_of
-from library.training.page.parts import duration, size
+from library.training.page.parts import size
 from library.training.page.previews import MOST_PICTURES, shown_columns
 from library.training.page.repeat import words_of
 from library.training.page.sections import head, seconds_left, state_of
@@ -358,7 +359,6 @@ def test_numbers_that_are_not_finite_and_texts_that_end_scripts_stay_json():
         (duration(75), "1 min 15 s"),
         (duration(7260), "2 h 1 min"),
         (duration(90_000), "1 d 1 h"),
-        (duration(None), "–"),
         (size(999), "999 B"),
         (size(3_553_172), "3.55 MB"),
         (size(12_300_000_000), "12.3 GB"),

@@ -15,6 +15,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Literal, NamedTuple
 
 if __package__ in (None, ""):  # started as a script, from any folder
@@ -123,11 +124,6 @@ def names_of(entry: Option) -> list[Name]:
     return [Name(name, follows, entry.choices, many, entry.spec.help) for name in spellings(entry)]
 
 
-def quoted(text: str) -> str:
-    """Return a text in single quotes for bash and zsh."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
 def told(name: Name) -> str:
     """Return in words of a shell what follows a name: how many values, of what kind, and the words."""
     return " ".join(("many" if name.many else "one", name.follows, *name.words))
@@ -135,7 +131,7 @@ def told(name: Name) -> str:
 
 def cases(rows: Iterable[tuple[Sequence[str], str]], indent: str) -> str:
     """Return the rows of a `case` of bash or zsh: patterns, and what is done."""
-    return "\n".join(f"{indent}{'|'.join(map(quoted, names))}) {action} ;;" for names, action in rows)
+    return "\n".join(f"{indent}{'|'.join(map(quote, names))}) {action} ;;" for names, action in rows)
 
 
 def by_answer(group: Group) -> list[tuple[list[str], str]]:
@@ -143,7 +139,7 @@ def by_answer(group: Group) -> list[tuple[list[str], str]]:
     found: dict[str, list[str]] = {}
     for name in group.names:
         found.setdefault(told(name), []).append(name.name)
-    return [(names, f"reply={quoted(answer)}") for answer, names in found.items()]
+    return [(names, f"reply={quote(answer)}") for answer, names in found.items()]
 
 
 def finders(found: Sequence[Group]) -> str:
@@ -169,7 +165,7 @@ def commands(found: Sequence[Group]) -> str:
 def bash(found: Sequence[Group]) -> str:
     """Return the file for bash."""
     names = cases(
-        (([str(n)], f"reply={quoted(' '.join(name.name for name in g.names))}") for n, g in enumerate(found)), "    "
+        (([str(n)], f"reply={quote(' '.join(name.name for name in g.names))}") for n, g in enumerate(found)), "    "
     )
     return BASH.format(
         finders=finders(found),
@@ -182,7 +178,7 @@ def zsh(found: Sequence[Group]) -> str:
     """Return the file for zsh, which shows the help of each option beside it."""
     rows = []
     for number, group in enumerate(found):
-        described = (quoted(f"{name.name}:{name.help.replace(':', chr(92) + ':')}") for name in group.names)
+        described = (quote(f"{name.name}:{name.help.replace(':', chr(92) + ':')}") for name in group.names)
         rows.append(([str(number)], f"reply=({' '.join(described)})"))
     return ZSH.format(
         finders=finders(found),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import counted
 from library.training.charts import style
-from library.training.charts.series import Points, RunSeries, quantile, read_metrics, smoothed, thinned
+from library.training.charts.series import Points, RunSeries, named_together, quantile, read_metrics, smoothed, thinned
 from library.training.charts.style import our_settings
 
 if TYPE_CHECKING:
@@ -87,17 +87,15 @@ def _draw_losses(axes: Axes, series: RunSeries) -> None:
 
 def _draw_rates(axes: Axes, rates: dict[str, Points]) -> None:
     """Draw the learning rates; groups with equal ones are one line, and many lines have one label."""
-    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
-    for name, points in rates.items():
-        groups.setdefault(tuple(points), []).append(name)
+    groups = named_together(rates)
     are_many = len(groups) > MOST_RATES
-    for index, (course, names) in enumerate(groups.items()):
+    for index, (names, course) in enumerate(groups):
         label = f"learning rate: {', '.join(names)}" if len(groups) > 1 else "learning rate"
         if are_many:
             label = "" if index else f"learning rates of {len(groups)} groups"
         colour = style.LINES[0 if are_many else index]
-        axes.plot(*_columns(list(course)), "--", color=colour, linewidth=1.2, label=label)
-    peaks = [max(rate for _, rate in course) for course in groups]
+        axes.plot(*_columns(course), "--", color=colour, linewidth=1.2, label=label)
+    peaks = [max(rate for _, rate in course) for _, course in groups]
     positive = [peak for peak in peaks if peak > 0]
     is_log = is_wide(positive)
     low = min(positive) / 20 if is_log else 0.0

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 Points = list[tuple[int, float]]  # (step, value), by step
 
-LOSS = "loss/current"
+LOSS, EPOCH_AVERAGE = "loss/current", "loss/epoch_average"
 VALIDATION = ("loss/validation/step_average", "loss/validation/epoch_average")
 RATE, ADAPTED_RATE = "lr/", "lr/d*lr/"
 TIME = "time/"
@@ -25,6 +25,7 @@ class RunSeries:
     losses: Points  # of the training
     validation: Points
     left_out: list[int]  # steps without a loss, because it was not finite
+    epochs: Points  # mean loss of an epoch, by its last step
     rates: dict[str, Points]  # name of a group of weights -> its learning rate
     times: dict[str, Points]  # field of `StepSeconds` -> seconds
 
@@ -63,6 +64,7 @@ def series_of(rows: Sequence[dict[str, float]]) -> RunSeries:
         losses=losses,
         validation=_points(rows, VALIDATION),
         left_out=sorted(steps - with_loss),
+        epochs=_points(rows, (EPOCH_AVERAGE,)),
         rates={group: sorted(found.items()) for group, found in rates.items()},
         times={name.removeprefix(TIME): _points(rows, (name,)) for name in sorted(timed)},
     )
@@ -72,6 +74,14 @@ def _points(rows: Sequence[dict[str, float]], names: Sequence[str]) -> Points:
     """Return the finite values of any of the names, one for each step."""
     found = {int(row["step"]): row[name] for row in rows for name in names if name in row}
     return sorted((step, value) for step, value in found.items() if math.isfinite(value))
+
+
+def named_together(lines: Mapping[str, Points]) -> list[tuple[list[str], Points]]:
+    """Return the lines with the names of all that are the same."""
+    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, points in lines.items():
+        groups.setdefault(tuple(points), []).append(name)
+    return [(names, list(points)) for points, names in groups.items()]
 
 
 def smoothed(points: Points, window: int) -> Points:

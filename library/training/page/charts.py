@@ -8,7 +8,7 @@ from typing import Any
 
 from library.sampling.contact_sheet import spread
 from library.training.charts.loss_curve import limits
-from library.training.charts.series import Points, quantile, thinned
+from library.training.charts.series import Points, named_together, quantile, thinned
 from library.training.page.gather import Run
 
 Chart = dict[str, Any]
@@ -39,12 +39,10 @@ def loss_chart(run: Run) -> Chart | None:
 
 def rate_chart(run: Run) -> Chart | None:
     """Return the learning rates, equal ones as one line; None without any."""
-    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
-    for name, points in run.series.rates.items():
-        groups.setdefault(tuple(points), []).append(TITLES.get(name, name))
+    groups = named_together({TITLES.get(name, name): points for name, points in run.series.rates.items()})
     if not groups:
         return None
-    lines = [(", ".join(names), style_of(index), list(points)) for index, (points, names) in enumerate(groups.items())]
+    lines = [(", ".join(names), style_of(index), points) for index, (names, points) in enumerate(groups)]
     return {**lines_of(lines), "unit": "learning rate", "from_zero": True}
 
 

@@ -99,19 +99,6 @@ def size(number_of_bytes: int | None) -> str:
     return f"{value:.3g} GB"
 
 
-def duration(seconds: float | None) -> str:
-    """Return a duration in words, with its two largest units."""
-    if seconds is None:
-        return NONE
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
-
-
 def date(seconds: float | None) -> str:
     """Return a moment in the time of this machine."""
     return NONE if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from library.errors import counted
 from library.html_page import escape, link_to
+from library.logs import duration
 from library.training.page import charts
 from library.training.page.facts import Bucket, DataFacts, Facts, Fed, Save
 from library.training.page.gather import Run, SavedFile
@@ -16,7 +17,6 @@ from library.training.page.parts import (
     card,
     chart,
     date,
-    duration,
     number,
     section,
     size,

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 
 from library.config.train import TrainConfig
 from library.files import disk_errors, replacing
-from library.training.charts.series import row_in
+from library.training.charts.series import EPOCH_AVERAGE, row_in
 from library.training.record.tracking import start_trackers
 from library.training.run.events import At, Moment
 from library.training.run.progress import mean
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-EPOCH_AVERAGE = "loss/epoch_average"
 
 
 class Metrics:
@@ -73,9 +70,3 @@ def cut_metrics(path: Path, num_steps: int) -> None:
         kept = [line for line in lines if (row := row_in(line)) is not None and 0 < row["step"] <= num_steps]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def read_values(path: Path, name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of all lines of a metrics file that have a value; empty if there is no such file."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return [(int(row["step"]), row[name]) for row in map(row_in, lines) if row is not None and name in row]

@@ -16,7 +16,7 @@ from library.data.records import Dataset
 from library.logs import duration
 from library.networks.trainable import TrainableNetwork
 from library.training.charts.loss_curve import plot_loss_curve
-from library.training.record.metrics import EPOCH_AVERAGE, read_values
+from library.training.charts.series import read_metrics
 from library.training.record.next_steps import commands_after_end, go_on_command, keys_to_give
 from library.training.record.run_files import RunFiles
 from library.training.run.events import At, Moment
@@ -127,7 +127,7 @@ class Outcome:
             logger.warning("this goes on%s: %s", keys_to_give(self._config), command)
             return
         if progress.step > self._plan.start_step:
-            averages = read_values(files.metrics, EPOCH_AVERAGE)
+            averages = read_metrics(files.metrics).epochs
             describe_course(self._plan, progress, averages, time.monotonic() - self._begun)
         describe_result(self._network, files.network)
         if progress.columns:
