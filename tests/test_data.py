@@ -30,6 +30,7 @@ from library.data.batches import (
     ReadAhead,
     RunPlan,
     Sample,
+    TaskMaker,
     load_batches,
     make_loader,
     num_batches,
@@ -195,7 +196,7 @@ def test_a_plan_counts_steps_and_epochs_as_it_runs(folder):
 
 
 def batches_of(datasets, workers, seed=5, cache=None):
-    maker = BatchMaker(datasets, seed, 100, 1.0, cache)
+    maker = BatchMaker(datasets, TaskMaker(seed, 100, 1.0, cache))
     plan = RunPlan(datasets, seed, 12, 2)
     return list(make_loader(maker, plan, workers))
 
@@ -225,7 +226,7 @@ def test_what_travels_to_a_worker_does_not_grow_with_the_pictures(folder):
     sizes = []
     for times in (1, 1000):
         many = [dataclasses.replace(dataset, records=dataset.records * times)]
-        loader = make_loader(BatchMaker(many, 5, 100, 1.0, None), RunPlan(many, 5, 2, 1), 0)
+        loader = make_loader(BatchMaker(many, TaskMaker(5, 100, 1.0, None)), RunPlan(many, 5, 2, 1), 0)
         assert isinstance(loader, torch.utils.data.DataLoader)
         sizes.append([len(pickle.dumps(part)) for part in (loader.dataset, *loader.sampler)])
     assert sizes[0][0] == sizes[1][0]
@@ -235,7 +236,7 @@ def test_what_travels_to_a_worker_does_not_grow_with_the_pictures(folder):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals cannot wait on Windows")
 def test_a_stop_leaves_alone_the_workers_that_are_only_starting(folder):
     datasets = datasets_of(folder)
-    loader = make_loader(BatchMaker(datasets, 5, 4, 1.0, None), RunPlan(datasets, 5, 4, 1), 1)
+    loader = make_loader(BatchMaker(datasets, TaskMaker(5, 4, 1.0, None)), RunPlan(datasets, 5, 4, 1), 1)
     before = set(multiprocessing.active_children())
     batches = load_batches(loader)
     sending = threading.Thread(target=send_to_new_workers, args=(before, signal.SIGTERM))
@@ -254,7 +255,7 @@ def send_to_new_workers(before, number):
 
 def test_a_run_can_begin_at_any_request(folder):
     datasets = datasets_of(folder, flip_aug=True, shuffle_caption=True, random_crop=True)
-    maker = BatchMaker(datasets, 5, 100, 1.0, None)
+    maker = BatchMaker(datasets, TaskMaker(5, 100, 1.0, None))
     requests = list(RunPlan(datasets, 5, 12, 2))
     whole = batches_of(datasets, 0)
     for index in (1, 6, len(requests) - 1):
@@ -290,7 +291,7 @@ def test_prior_loss_weight_goes_to_regularisation_pictures(folder, tmp_path):
         latents_cached=False,
     )
     assert datasets[0].num_images(is_reg=False) == datasets[0].num_images(is_reg=True) == 7
-    maker = BatchMaker(datasets, 1, 10, 0.25, None)
+    maker = BatchMaker(datasets, TaskMaker(1, 10, 0.25, None))
     for request in RunPlan(datasets, 1, 4, 1):
         batch = maker[request]
         is_reg = [Path(name).parent == reg for name in batch.names]
@@ -423,7 +424,7 @@ def test_entries_are_read_when_a_batch_needs_them(folder, monkeypatch):
             yield request
 
     threads = threading.active_count()
-    loaded = load_batches(ReadAhead(BatchMaker(datasets, 5, 100, 1.0, cache), requests()))
+    loaded = load_batches(ReadAhead(BatchMaker(datasets, TaskMaker(5, 100, 1.0, cache)), requests()))
     first = next(loaded)
     assert first.samples == in_memory[0].samples
     assert len(taken) <= 5
@@ -436,7 +437,9 @@ def test_an_entry_that_is_lost_during_the_run_ends_it_with_its_name(folder, dama
     datasets = datasets_of(folder, latents_cached=True)
     cache = make_cache(datasets)
     files = entry_files(folder)
-    loaded = load_batches(make_loader(BatchMaker(datasets, 5, 100, 1.0, cache), RunPlan(datasets, 5, 80, 1), 0))
+    loaded = load_batches(
+        make_loader(BatchMaker(datasets, TaskMaker(5, 100, 1.0, cache)), RunPlan(datasets, 5, 80, 1), 0)
+    )
     next(loaded)
     if damage == "gone":
         files[2].unlink()

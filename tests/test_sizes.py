@@ -12,7 +12,7 @@ from PIL import Image
 from runs import train
 
 from library.config.dataset import LEAST_STEP, DatasetConfig, DatasetOptions, SubsetOptions
-from library.data.batches import BatchMaker, BatchRequest, RunPlan
+from library.data.batches import BatchMaker, BatchRequest, RunPlan, TaskMaker
 from library.data.latent_cache import Latents, build_cache
 from library.data.records import build_datasets, candidates
 from library.models.family import FAMILIES
@@ -62,7 +62,7 @@ def datasets_of(folder, *, subset=None, **dataset):
 
 def batches_of(datasets, cache=None):
     """Return the batches of an epoch."""
-    maker = BatchMaker(datasets, 3, 100, 1.0, cache)
+    maker = BatchMaker(datasets, TaskMaker(3, 100, 1.0, cache))
     return [maker[request] for request in RunPlan(datasets, 3, 100, 1).requests(1)]
 
 
@@ -177,7 +177,7 @@ def test_cached_latents_are_told_like_pixels(folder):
 
 def test_the_order_of_a_batch_changes_nothing(folder):
     datasets = datasets_of(folder, batch_size=5, subset={"random_crop": True}, enable_bucket=False)
-    maker = BatchMaker(datasets, 3, 100, 1.0, None)
+    maker = BatchMaker(datasets, TaskMaker(3, 100, 1.0, None))
     (request,) = RunPlan(datasets, 3, 1, 1).requests(1)
     alone = [maker[BatchRequest(1, 0, (sample,))].sizes for sample in request.samples]
     assert torch.equal(maker[request].sizes, torch.cat(alone))

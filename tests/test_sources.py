@@ -15,7 +15,7 @@ from PIL import Image
 
 from library.config.dataset import DatasetConfig, DatasetOptions, SubsetOptions
 from library.data import images
-from library.data.batches import BatchMaker, BatchRequest, RunPlan, plan_epoch
+from library.data.batches import BatchMaker, BatchRequest, RunPlan, TaskMaker, plan_epoch
 from library.data.latent_cache import build_cache
 from library.data.records import build_datasets
 from library.errors import UserError
@@ -52,7 +52,7 @@ def subset_of(folder, **values):
 
 
 def batches(datasets, cache=None, seed=3):
-    maker = BatchMaker(datasets, seed, 10, 1.0, cache)
+    maker = BatchMaker(datasets, TaskMaker(seed, 10, 1.0, cache))
     return [maker[request] for request in RunPlan(datasets, seed, 6, 1)]
 
 
@@ -234,7 +234,7 @@ def test_only_pictures_named_after_a_face_are_cropped_round_it(tmp_path):
         )
     plain = datasets_of(subset_of(tmp_path, class_tokens="x"), enable_bucket=False)
     cropped = datasets_of(subset_of(tmp_path, class_tokens="x", face_crop_aug_range=(1.5, 3.0)), enable_bucket=False)
-    one, other = (BatchMaker(datasets, 1, 1, 1.0, None) for datasets in (plain, cropped))
+    one, other = (BatchMaker(datasets, TaskMaker(1, 1, 1.0, None)) for datasets in (plain, cropped))
     request = BatchRequest(1, 0, plan_epoch(plain, 1, 1)[0])
     equal = {
         Path(name).stem: torch.equal(a, b)
@@ -282,7 +282,7 @@ def test_what_is_held_out_is_not_varied_and_regularisation_is_never_held_out(fol
     (dataset,) = datasets_of(subset, subset_of(reg, is_reg=True, class_tokens="x", validation_split=0.4))
     assert all(record.subset.source == folder for record in dataset.held_out)
     datasets = [dataset.validation]
-    maker = BatchMaker(datasets, 0, 1, 1.0, None)
+    maker = BatchMaker(datasets, TaskMaker(0, 1, 1.0, None))
     for samples in plan_epoch(datasets, 0, 0):
         first, second = (maker[BatchRequest(epoch, 0, samples)] for epoch in (1, 2))
         assert first.captions == second.captions

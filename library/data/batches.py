@@ -268,10 +268,7 @@ class BatchMaker:
     """Creates the batch of a request from the records of datasets."""
 
     datasets: list[Dataset]
-    seed: int
-    num_steps: int
-    prior_loss_weight: float
-    cache: LatentCache | None
+    of_tasks: TaskMaker
 
     def __getitem__(self, request: BatchRequest) -> Batch:
         return self.of_tasks[self.task(request)]
@@ -285,11 +282,6 @@ class BatchMaker:
         dataset = self.datasets[request.samples[0].dataset]
         records = tuple(dataset.records[sample.record] for sample in request.samples)
         return Task(request, records, dataset.options.enable_bucket)
-
-    @property
-    def of_tasks(self) -> TaskMaker:
-        """What makes the batches, without the datasets."""
-        return TaskMaker(self.seed, self.num_steps, self.prior_loss_weight, self.cache)
 
 
 def sample_frame(record: ImageRecord, bucketed: bool, rng: random.Random) -> images.Frame:
@@ -339,7 +331,7 @@ def make_loader(maker: BatchMaker, plan: RunPlan, num_workers: int) -> Iterable[
     They start as fresh processes on every platform. A fork, the default of Linux before Python 3.14, would copy a
     process that uses a GPU and has threads, of which only one goes on: a lock that another holds is never released.
     """
-    if isinstance(maker.cache, DiskCache):
+    if isinstance(maker.of_tasks.cache, DiskCache):
         return ReadAhead(maker, plan)
     return torch.utils.data.DataLoader(
         maker.of_tasks,

@@ -13,7 +13,7 @@ from library.config.config_file import to_toml
 from library.config.preview import PreviewConfig
 from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals, with_seed
-from library.data.batches import BatchMaker, RunPlan, make_loader
+from library.data.batches import BatchMaker, RunPlan, TaskMaker, make_loader
 from library.data.latent_cache import LatentCache
 from library.data.picture_index import index_for
 from library.data.records import Dataset, subsets_of, verify_pictures
@@ -150,7 +150,7 @@ def prepare_and_run(
     # Encode pictures and captions; only then does the U-Net come to the device, beside what stays.
     encoder = LatentEncoder(base.vae, runtime.types.vae, config.precision.vae_batch_size)
     cache = encode_or_place(config, datasets, encoder, runtime)
-    maker = BatchMaker(datasets, seed, plan.num_steps, config.data.prior_loss_weight, cache)
+    maker = BatchMaker(datasets, TaskMaker(seed, plan.num_steps, config.data.prior_loss_weight, cache))
     most = config.validation.max_validation_steps
     measured = held_out(datasets, validation_seed(config.dataset, seed), cache, config.data.prior_loss_weight, most)
     when = when_encoded(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from library.config.dataset import DatasetOptions
-from library.data.batches import Batch, BatchMaker, BatchRequest, plan_epoch
+from library.data.batches import Batch, BatchMaker, BatchRequest, TaskMaker, plan_epoch
 from library.data.latent_cache import LatentCache
 from library.data.records import Dataset
 from library.training.record.metrics import Metrics
@@ -62,7 +62,7 @@ def held_out(
         return None
     requests = [BatchRequest(0, 0, samples) for samples in itertools.islice(plan_epoch(measured, seed, 0), most)]
     # The number of steps, 1, matters only for the token warm-up, which held-out pictures do not have.
-    return HeldOut(BatchMaker(measured, seed, 1, prior_loss_weight, cache), requests, seed)
+    return HeldOut(BatchMaker(measured, TaskMaker(seed, 1, prior_loss_weight, cache)), requests, seed)
 
 
 def validation_seed(dataset: DatasetOptions, seed: int) -> int:

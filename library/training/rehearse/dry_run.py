@@ -16,7 +16,7 @@ from library.config.prompts import Prompt
 from library.config.train import TrainConfig, warn_of_long_intervals
 from library.config.training import RunConfig
 from library.data import images
-from library.data.batches import BatchMaker, RunPlan, count_draws, num_batches
+from library.data.batches import BatchMaker, RunPlan, TaskMaker, count_draws, num_batches
 from library.data.latent_cache import Extent, extent
 from library.data.picture_index import index_for
 from library.data.records import Dataset, ImageRecord, all_records, subsets_of
@@ -184,7 +184,8 @@ def describe_picture(record: ImageRecord) -> str:
 
 def report_captions(report: Report, plan: RunPlan, encoder: TextEncoder, options: TextOptions) -> None:
     """Report the captions of the first epoch with their numbers of tokens, and those that are cut."""
-    maker = BatchMaker(plan.datasets, plan.seed, plan.num_steps, 1.0, None)  # whose captions need no weight of a loss
+    # Captions need neither the weight of a loss nor a cache.
+    maker = BatchMaker(plan.datasets, TaskMaker(plan.seed, plan.num_steps, 1.0, None))
     epoch = plan.start_step // plan.steps_per_epoch + 1
     fed = []
     for request in plan.requests(epoch):
