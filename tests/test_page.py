@@ -262,7 +262,7 @@ def test_the_record_is_read_as_it_was_written(tmp_path):
     [
         ("[]", "it has no version"),
         ('{"version": 2}', "another version of the suite"),
-        ('{"version": 1, "step": "2"}', "is damaged: '2' is not"),
+        ('{"version": 1, "step": "2"}', "is damaged: '2' is not a whole number"),
         ('{"version": 1, "step": true}', "is damaged"),
         ('{"version": 1, "state": "lost"}', "is damaged"),
         ('{"version": 1, "columns": [{}]}', "is damaged"),

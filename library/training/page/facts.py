@@ -18,6 +18,7 @@ from library.errors import UserError, message_of
 from library.files import replacing
 
 FORMAT_VERSION = 1
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 State = Literal["running", "stopped", "finished", "failed", "unknown"]
 
 
@@ -154,5 +155,5 @@ def _typed(kind: Any, value: Any) -> Any:
         return None if value is None else _typed(inner[0], value)
     # Whole numbers are numbers, and truth values are none, whatever Python says.
     if value not in inner if origin is Literal else type(value) not in ((int, float) if kind is float else (kind,)):
-        raise ValueError(f"{value!r:.60} is not {kind}")
+        raise ValueError(f"{value!r:.60} is not {WORDS.get(kind) or f'one of {list(inner)}'}")
     return value
