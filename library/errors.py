@@ -34,11 +34,6 @@ def in_one_line(text: str) -> str:
     return LINE_BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with a noun: 1 picture, 2 pictures, 1,000 pictures."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 def shortened(text: str, most: int = 300) -> str:
     """Return a text cut to a number of characters."""
     return text if len(text) <= most else f"{text[:most]} ..."

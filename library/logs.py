@@ -126,16 +126,3 @@ def memory_advice(error: Exception, less: LessMemory) -> str | None:
     if isinstance(error, MemoryError) or "CPUAllocator" in str(error):  # numpy's and Python's; torch's on the CPU
         return f"this machine has too little memory ({message_of(error)}): {less.elsewhere}"
     return f"the GPU has too little memory ({message_of(error)}): {less.on_gpu}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as people say it, in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from library.logs import duration
+from library.words import duration
 
 if TYPE_CHECKING:
     from tqdm import tqdm

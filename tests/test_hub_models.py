@@ -28,8 +28,9 @@ from library.config.hub_names import HubName, read_hub_name
 from library.config.train import check, parse_train_config
 from library.errors import Problems, UserError
 from library.models import hub as hub_models
-from library.models.hub import fetch_models, in_bytes, locate_models
+from library.models.hub import fetch_models, locate_models
 from library.models.hub_files import needed
+from library.words import in_bytes
 from networks import extract_lora_from_models, merge_lora
 from tools import convert_diffusers20_original_sd, merge_models
 

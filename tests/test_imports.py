@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-STANDARD_AND_CONFIG = {"library.config", "library.errors", "library.text_files"}
+STANDARD_AND_CONFIG = {"library.config", "library.errors", "library.text_files", "library.words"}
 PROGRESS = {"library.progress"}
 FILES = {
     *("library.files", "library.file_kinds", "library.pickles", "library.pickle_names"),

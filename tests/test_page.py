@@ -21,17 +21,16 @@ from safetensors import safe_open
 
 from library.errors import UserError
 from library.html_page import json_text
-from library.logs import duration
 from library.training.page import charts, recorder
 from library.training.page.facts import Facts, Memory, read_facts, write_facts
 from library.training.page.gather import gather, names_in
 from library.training.page.old_runs import columns_in, datasets_in, facts_in, tags_in
 from library.training.page.page import page_of
-from library.training.page.parts import size
 from library.training.page.previews import MOST_PICTURES, shown_columns
 from library.training.page.repeat import words_of
 from library.training.page.sections import head, seconds_left, state_of
 from library.training.record import run_lock
+from library.words import duration, in_bytes
 from tools import report
 
 if TYPE_CHECKING:
@@ -359,10 +358,9 @@ def test_numbers_that_are_not_finite_and_texts_that_end_scripts_stay_json():
         (duration(75), "1 min 15 s"),
         (duration(7260), "2 h 1 min"),
         (duration(90_000), "1 d 1 h"),
-        (size(999), "999 B"),
-        (size(3_553_172), "3.55 MB"),
-        (size(12_300_000_000), "12.3 GB"),
-        (size(None), "–"),
+        (in_bytes(999), "999 B"),
+        (in_bytes(3_553_172), "3.55 MB"),
+        (in_bytes(12_300_000_000), "12.3 GB"),
     ],
 )
 def test_durations_and_sizes_in_words(text, expected):

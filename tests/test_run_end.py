@@ -16,10 +16,10 @@ from library import shell
 from library.config.config_file import to_toml
 from library.config.train import parse_train_config, with_seed
 from library.errors import Problems, UserError
-from library.logs import duration
 from library.training.record import next_steps
 from library.training.record.replaced import check_replaced
 from library.training.record.run_files import RunFiles
+from library.words import duration
 from networks import merge_lora
 
 MAINS = {

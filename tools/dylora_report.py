@@ -31,9 +31,10 @@ from library.config.prompts import Prompt, read_prompts
 from library.config.train import TrainConfig, check
 from library.config.training import PrecisionConfig, TextConfig, ValidationConfig
 from library.data.records import Dataset, build_datasets, find_datasets
-from library.errors import LessMemory, Problems, UserError, counted, shortened
+from library.errors import LessMemory, Problems, UserError, shortened
 from library.logs import run_script
 from library.weight_file import WeightFile, open_weights
+from library.words import counted
 
 if TYPE_CHECKING:
     from library.models.base import BaseFiles

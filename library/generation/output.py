@@ -20,7 +20,7 @@ from library.generation.gallery import write_gallery
 from library.generation.image_generator import GeneratedImage
 from library.generation.infotext import RunFacts, texts_for
 from library.generation.recorded import EXIF, KEY, MAKER_NOTE, USER_COMMENT
-from library.logs import duration
+from library.words import duration
 
 logger = logging.getLogger(__name__)
 

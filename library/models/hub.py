@@ -25,6 +25,7 @@ from library.config.options import Option, Role, folder_hint, nearest, section_o
 from library.errors import Problems, UserError, message_of, quotes_hint
 from library.models.checkpoint import folder_family
 from library.models.hub_files import Needed, is_complete, needed
+from library.words import counted, in_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -287,12 +288,10 @@ def fetch_models(config: object) -> None:
         if not model.missing:
             logger.info("%s: %s is in the cache at commit %s", model.name.repository, what, model.folder.name)
             continue
-        number = len(model.missing)
         logger.info(
-            "%s: downloading %d file%s, %s, of commit %s to %s",
+            "%s: downloading %s, %s, of commit %s to %s",
             model.name.repository,
-            number,
-            "" if number == 1 else "s",
+            counted(len(model.missing), "file"),
             in_bytes(model.size),
             model.folder.name,
             model.folder,
@@ -349,11 +348,3 @@ def fetch(model: HubModel, token: str | None) -> None:
 def broken_off(repository: str, why: str) -> UserError:
     """Return the error of a download that ended before its end."""
     return UserError(f"{repository}: the download broke off ({why}): start again, and what was downloaded is kept")
-
-
-def in_bytes(number: int) -> str:
-    """Return a size as a reader expects it of downloads: 6.94 GB."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} bytes"

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
-from library.errors import counted
 from library.files import replacing
+from library.words import counted
 
 logger = logging.getLogger(__name__)
 

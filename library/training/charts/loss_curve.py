@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import counted
 from library.training.charts import style
 from library.training.charts.series import Points, RunSeries, named_together, quantile, read_metrics, smoothed, thinned
 from library.training.charts.style import our_settings
+from library.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,6 @@ from PIL import Image
 
 from library.config.prompts import Prompt
 from library.config.samplers import SamplerName
-from library.errors import counted
 from library.files import replacing
 from library.models.conditioning import LiveConditioner
 from library.networks.trainable import TrainableNetwork
@@ -23,6 +22,7 @@ from library.sampling.previews import generate_previews
 from library.training.measure.picture_losses import Losses, Measurement
 from library.training.measure.rank_results import BASE, RankResults, name_of
 from library.training.record.preview import Decoding, preview_seeds
+from library.words import counted
 
 logger = logging.getLogger(__name__)
 

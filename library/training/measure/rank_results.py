@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from library.errors import counted
 from library.training.measure.picture_losses import Interval, Losses, interval, paired, picture_means
+from library.words import counted
 
 BASE = 0  # the rank that means the base model without the adapter
 FEW_PICTURES = 8  # fewer give wide intervals, and the choice depends on which pictures they are

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from library.errors import counted
 from library.files import replacing
 from library.html_page import escape, link_to
 from library.sampling.contact_sheet import spread
@@ -18,6 +17,7 @@ from library.training.page.parts import NONE, chart, number, section, table
 from library.training.page.previews import cell, stepper
 from library.training.page.repeat import shown
 from library.training.page.sections import STATES, state_of
+from library.words import counted
 
 MOST_STEPS = 12
 OWN = ("output_dir", "output_name")  # options that every run has to have for itself

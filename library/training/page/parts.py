@@ -87,18 +87,6 @@ def number(value: float | None) -> str:
     return NONE if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def size(number_of_bytes: int | None) -> str:
-    """Return a size in words."""
-    if number_of_bytes is None:
-        return NONE
-    value = float(number_of_bytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
 def date(seconds: float | None) -> str:
     """Return a moment in the time of this machine."""
     return NONE if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"

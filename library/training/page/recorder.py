@@ -28,6 +28,7 @@ from library.training.page.sections import seconds_trained
 from library.training.record.checkpoints import Checkpoints
 from library.training.run.events import At, Moment
 from library.training.run.progress import Progress
+from library.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -228,8 +229,7 @@ def device_name(device: torch.device) -> str:
     """Return the name of a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU ({platform.processor() or platform.machine()}), {threads} thread{'' if threads == 1 else 's'}"
+    return f"CPU ({platform.processor() or platform.machine()}), {counted(torch.get_num_threads(), 'thread')}"
 
 
 def peak_memory(device: torch.device) -> Memory:

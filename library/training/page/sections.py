@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from library.errors import counted
 from library.html_page import escape, link_to
-from library.logs import duration
 from library.training.page import charts
 from library.training.page.facts import Bucket, DataFacts, Facts, Fed, Save
 from library.training.page.gather import Run, SavedFile
@@ -19,11 +17,11 @@ from library.training.page.parts import (
     date,
     number,
     section,
-    size,
     table,
     tiles,
 )
 from library.training.page.pictures import EXAMPLE_SIDE, thumbnail
+from library.words import counted, duration, in_bytes
 
 CAPTIONS_AT_FIRST, BARS_OF_TAGS = 8, 40
 
@@ -167,7 +165,7 @@ def _file(
         f"{save.epoch:,}",
         number(average.get(save.step)),
         number(validation.get(save.step)),
-        size(entry.size),
+        in_bytes(entry.size),
         f'<code title="{escape(entry.hash)}">{escape(entry.hash[:10])}</code>' if entry.hash else NONE,
         shown,
     ]
@@ -287,9 +285,9 @@ def memory(run: Run) -> str:
     """Return the most memory that was taken."""
     taken, items = run.facts.memory, list[Tile]()
     if taken.device is not None:
-        items.append(Tile("GPU", size(taken.device), "allocated by PyTorch"))
+        items.append(Tile("GPU", in_bytes(taken.device), "allocated by PyTorch"))
     if taken.process is not None:
-        items.append(Tile("Main memory", size(taken.process), "of the first process"))
+        items.append(Tile("Main memory", in_bytes(taken.process), "of the first process"))
     if not items:
         return ""
     device = [Tile("Device", run.facts.device)] if run.facts.device else []

@@ -13,7 +13,6 @@ from library.config.prompts import Prompt
 from library.config.train import TrainConfig
 from library.data.batches import RunPlan, count_draws
 from library.data.records import Dataset
-from library.logs import duration
 from library.networks.trainable import TrainableNetwork
 from library.training.charts.loss_curve import plot_loss_curve
 from library.training.charts.series import read_metrics
@@ -21,6 +20,7 @@ from library.training.record.next_steps import commands_after_end, go_on_command
 from library.training.record.run_files import RunFiles
 from library.training.run.events import At, Moment
 from library.training.run.progress import Progress
+from library.words import duration, in_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def describe_result(network: TrainableNetwork, final: Path) -> None:
         level, smallest = logging.INFO if changed else logging.WARNING, min(changed, default=0.0)
         logger.log(level, "learned: %s changed; norm of a change from %.3g to %.3g", share, smallest, max(norms))
     warn_of_alphas(network)
-    logger.info("saved %s (%.1f MB)", final, final.stat().st_size / 1e6)
+    logger.info("saved %s (%s)", final, in_bytes(final.stat().st_size))
 
 
 def describe_course(plan: RunPlan, progress: Progress, averages: Sequence[tuple[int, float]], seconds: float) -> None:
