@@ -20,7 +20,7 @@ from library.generation.gallery import write_gallery
 from library.generation.image_generator import GeneratedImage
 from library.generation.infotext import RunFacts, texts_for
 from library.generation.recorded import EXIF, KEY, MAKER_NOTE, USER_COMMENT
-from library.words import duration
+from library.words import counted, duration
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Writer:
         """Write the page of the run, and tell what was drawn."""
         if self.written:
             passed = duration(time.monotonic() - self.begun)
-            number = f"{len(self.written)} picture{'' if len(self.written) == 1 else 's'}"
+            number = counted(len(self.written), "picture")
             logger.info("%s in %s, in %s: %s", number, passed, self.options.outdir, named(self.written))
         if self.entries:
             path = unused(self.options.outdir / f"gallery-{datetime.now().strftime('%Y%m%d%H%M%S')}.html")

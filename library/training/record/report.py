@@ -20,7 +20,7 @@ from library.training.record.next_steps import commands_after_end, go_on_command
 from library.training.record.run_files import RunFiles
 from library.training.run.events import At, Moment
 from library.training.run.progress import Progress
-from library.words import duration, in_bytes
+from library.words import counted, duration, in_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def describe_run(plan: RunPlan, network: TrainableNetwork, names: Sequence[str],
     modules = f"{number} modules, " if number else ""
     logger.info("adapter: %s%s trained parameters in %s", modules, f"{parameters:,}", ", ".join(names))
     warn_of_alphas(network)
-    steps = f"{plan.num_steps} in {plan.num_epochs} epoch{'' if plan.num_epochs == 1 else 's'}"
+    steps = f"{plan.num_steps} in {counted(plan.num_epochs, 'epoch')}"
     batches = f"{plan.batches_per_epoch} batches"
     batches += f", {plan.accumulation} to a step" if plan.accumulation > 1 else ""
     batches += f", on each of {plan.num_processes} processes" if plan.num_processes > 1 else ""
