@@ -130,6 +130,7 @@ PROGRAMS = {
     "a generator of the CPU": ("a.normal_(generator=torch.Generator())", "RuntimeError: .*generator"),
     "a product under autocast": ("print(narrow(lambda: a @ a).dtype)", "torch.float16"),
     "a norm under autocast": ("print(narrow(lambda: F.layer_norm(a.half(), (3,))).dtype)", "torch.float32"),
+    "an empty model": ("\nwith torch.device('meta'):\n    print(torch.nn.Linear(3, 3).weight.device)", "meta"),
     "a copy read too early": ("print(a.to('cpu', non_blocking=True).tolist())", r"\[nan, nan, nan\]"),
     "a copy read in time": (
         "b = a.to('cpu', non_blocking=True); e = torch.Event(); e.record(); e.synchronize(); print(b.tolist())",
