@@ -136,8 +136,8 @@ class ImageGenerator:
         )
         if not jobs[0].settings.latents_upscaling:
             return dataclasses.replace(inputs, init_images=[resized(image, size) for image in images])
-        larger = torch.nn.functional.interpolate(latents.float(), (size[1] // 8, size[0] // 8), mode="bicubic")
-        return dataclasses.replace(inputs, init_latents=larger.to(latents.dtype))
+        larger = torch.nn.functional.interpolate(latents, (size[1] // 8, size[0] // 8), mode="bicubic")
+        return dataclasses.replace(inputs, init_latents=larger)
 
     def _control(self, jobs: Sequence[Job], size: tuple[int, int]) -> ControlInputs | None:
         if not self.control_nets:

@@ -23,6 +23,7 @@ from library.models.base import BaseModel
 from library.models.conditioning import Conditioning
 from library.models.family import ModelFamily
 from library.models.overflow import within_range
+from library.sampling.float32 import Float32Port
 from library.sampling.samplers import build_sampler
 
 if TYPE_CHECKING:
@@ -116,10 +117,13 @@ class PipelineInputs:
 def sample_latents(
     base: BaseModel, inputs: PipelineInputs, on_step: Callable[[int, int], object] | None = None
 ) -> Tensor:
-    """Return the latents (B, 4, H/8, W/8) of a batch, scaled as the U-Net sees them. The models stay where they are."""
+    """Return the latents (B, 4, H/8, W/8) of a batch in float32, scaled as the U-Net sees them.
+
+    The models stay where they are, in their types.
+    """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in inputs.seeds]
     arguments: dict[str, Any] = {
-        **text_arguments(inputs, base.unet.device, base.unet.dtype),
+        **text_arguments(inputs, base.unet.device),
         "num_inference_steps": inputs.steps,
         "guidance_scale": inputs.scale,
         "generator": generators,
@@ -158,13 +162,16 @@ def sample_latents(
     return pipeline(**arguments).images
 
 
-def text_arguments(inputs: PipelineInputs, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the conditioning of a batch as arguments; without the pooled output where the model has none."""
+def text_arguments(inputs: PipelineInputs, device: torch.device) -> dict[str, Tensor]:
+    """Return the conditioning of a batch as arguments; without the pooled output where the model has none.
+
+    Pipelines keep latents in its type, which is float32.
+    """
     arguments = {}
     for prefix, text in (("", inputs.text), ("negative_", inputs.negative)):
-        arguments[f"{prefix}prompt_embeds"] = text.hidden.to(device, dtype)
+        arguments[f"{prefix}prompt_embeds"] = text.hidden.to(device, torch.float32)
         if text.pooled is not None:
-            arguments[f"{prefix}pooled_prompt_embeds"] = text.pooled.to(device, dtype)
+            arguments[f"{prefix}pooled_prompt_embeds"] = text.pooled.to(device, torch.float32)
     return arguments
 
 
@@ -180,7 +187,7 @@ def pipeline_for(base: BaseModel, inputs: PipelineInputs) -> Any:
     kind = "Inpaint" if inputs.masks is not None else "Img2Img" if inputs.has_init else ""
     parts = {
         "vae": base.vae,
-        "unet": base.unet,
+        "unet": Float32Port(base.unet),
         "scheduler": build_sampler(inputs.sampler, predicts_v=base.predicts_v, zero_snr=base.zero_snr),
         # Text encoders come before the pipeline, and results go to no further model.
         "requires_safety_checker": False,
@@ -189,7 +196,7 @@ def pipeline_for(base: BaseModel, inputs: PipelineInputs) -> Any:
     if inputs.control is not None:
         from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
-        parts["controlnet"] = MultiControlNetModel(list(inputs.control.nets))
+        parts["controlnet"] = MultiControlNetModel([Float32Port(net) for net in inputs.control.nets])
     chosen = pipeline_class(base.family, kind, with_control=inputs.control is not None)
     known = inspect.signature(chosen.__init__).parameters
     absent = {name: None for name, own in known.items() if own.default is own.empty and name != "self"}
@@ -242,18 +249,18 @@ def control_pixels(images: Sequence[Image]) -> Tensor:
 
 @torch.no_grad()
 def encode_images(base: BaseModel, images: Sequence[Image], generators: Sequence[torch.Generator]) -> Tensor:
-    """Return the scaled latents (B, 4, H/8, W/8) of images, a sample of the posterior by each one's generator."""
+    """Return the scaled latents (B, 4, H/8, W/8) of images in float32, each a sample by its own generator."""
     from diffusers.image_processor import VaeImageProcessor
 
     pixels = VaeImageProcessor().preprocess(list(images)).to(base.vae.device)
-    return encode_pixels(base.vae, pixels, generators).to(base.unet.device, base.unet.dtype)
+    return encode_pixels(base.vae, pixels, generators).to(base.unet.device)
 
 
 def encode_pixels(vae: AutoencoderKL, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return the scaled latents (B, 4, H/8, W/8) of pixels (B, 3, H, W) in [-1, 1], in the type of the VAE."""
+    """Return the scaled latents (B, 4, H/8, W/8) in float32 of pixels (B, 3, H, W) in [-1, 1]."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    moments = within_range(vae, lambda part: vae.encode(part).latent_dist.parameters, pixels, at_once=1)
+    moments = within_range(vae, lambda part: vae.encode(part).latent_dist.parameters, pixels, at_once=1).float()
     samples = [
         DiagonalGaussianDistribution(moments[index : index + 1]).sample(generator)
         for index, generator in enumerate(generators)
