@@ -136,6 +136,23 @@ def test_only_memory_of_a_gpu_is_short():
     assert preview.free_memory(torch.device("mps")) is None
 
 
+@pytest.mark.parametrize(
+    ("left_on_the_gpu", "fraction", "expected"),
+    [(60, 1.0, 62), (60, 0.1, 7), (1, 0.1, 3), (0, 1.0, 2)],
+    ids=["an empty GPU", "a limit of torch", "a GPU that others fill", "a full GPU"],
+)
+def test_free_memory_obeys_a_limit_of_torch(monkeypatch, left_on_the_gpu, fraction, expected):
+    facts = {
+        "mem_get_info": (left_on_the_gpu, 80),
+        "memory_reserved": 3,
+        "memory_allocated": 1,
+        "get_per_process_memory_fraction": fraction,
+    }
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, fact=fact: fact)
+    assert preview.free_memory(torch.device("cuda")) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_vae_computes_what_that_of_diffusers_does_with_less_memory(model_store, dtype):
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

@@ -152,11 +152,16 @@ class Decoding:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that can be had on a GPU of its own memory; None for another device, or where it is unknown."""
+    """Return the bytes that can be had on a GPU of its own memory; None for another device, or where it is unknown.
+
+    These are what the GPU has left, or what a limit of torch leaves, and what torch reserved and does not use.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free, allowed - reserved) + reserved - torch.cuda.memory_allocated(device)
 
 
 def preview_seeds(prompts: Sequence[Prompt], seed: int) -> list[int]:
