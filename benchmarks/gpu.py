@@ -28,10 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks.card.parts import BY_NAME, MACHINE, PARTS
 from benchmarks.card.rows import RowFile
-from benchmarks.card.running import Part, Report, python, run_parts
+from benchmarks.card.running import TELLS_WHERE, Part, Report, python, run_parts
 from benchmarks.card.setting import Setting
 
-LOOKED_AT = 60.0  # seconds between the stacks in the log of a part
 MINUTES = {True: 10.0, False: 120.0}  # with --quick and without
 
 
@@ -115,7 +114,8 @@ def find(part: Part, setting: Setting, file: RowFile) -> None:
     from library.logs import set_up_logging
 
     set_up_logging()
-    faulthandler.dump_traceback_later(LOOKED_AT, repeat=True)  # so that the log tells where a part hangs
+    if TELLS_WHERE is not None:
+        faulthandler.register(TELLS_WHERE)
     for row in part.find(setting):
         print(row, flush=True)
         file.add(row)

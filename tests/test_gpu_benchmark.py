@@ -24,7 +24,9 @@ from benchmarks.card.running import Part, Report, run_parts
 from benchmarks.card.setting import Setting
 
 WRITES = """
-import json, subprocess, sys, time
+import faulthandler, json, subprocess, sys, time
+from benchmarks.card.running import TELLS_WHERE
+faulthandler.register(TELLS_WHERE)
 def row(name, verdict="equal", **values):
     with open(sys.argv[1], "a", encoding="utf-8") as file:
         file.write(json.dumps({{"name": name, "verdict": verdict, "values": values, "note": ""}}) + "\\n")
@@ -78,6 +80,8 @@ def test_a_part_that_fails_or_hangs_hides_nothing(setting, tmp_path, monkeypatch
         "good": [("one", "equal")],
     }
     assert report.has_faults
+    log = (tmp_path / "out" / "logs" / "hanging.log").read_text(encoding="utf-8")
+    assert 'most recent call first):\n  File "<string>", line' in log
     assert "ended with 1; see logs/broken.log" in report.values["parts"][0]["rows"][1]["note"]
     assert (tmp_path / "out" / "logs" / "broken.log").read_text(encoding="utf-8").strip() == "no"
     assert set(psutil.Process().children(recursive=True)) <= before, "what a part started is ended with it"

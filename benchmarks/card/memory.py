@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.card import suite
 from benchmarks.card.rows import FAILED, NOT_RUN, WITHIN, Row, Value, attempt, is_out_of_memory, told
 from benchmarks.card.setting import GIB, Setting, forget_peak, free, half_of, peaks
+
+if TYPE_CHECKING:
+    from library.training.run.events import Event, Moment
 
 OF_DRIVER = 0.7  # GiB that the driver takes beside torch's tensors
 
@@ -59,31 +62,54 @@ def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
     limit = limited(setting, recipe.gigabytes)
     if limit is None and setting.on_card:
         notes.append("no limit: the card is not larger")
+    of_steps = PeakOfSteps(setting, int(str(given["max_train_steps"])))
     try:
         forget_peak(setting)
-        losses = suite.train(setting, options)
+        losses = suite.train(setting, options, [of_steps.event()])
     except Exception as error:
         if is_out_of_memory(error):
             return Row(name, FAILED, peaks(setting), told(error))
         raise
     finally:
         limited(setting, None)
-    values: dict[str, Value] = {**peaks(setting), "limit GiB": limit, "steps": len(losses)}
-    values["counted GiB (--dry_run)"] = counted(recipe, given, side) if setting.on_card else None
+    values: dict[str, Value] = {"limit GiB": limit, "reserved GiB": peaks(setting)["reserved GiB"]}
+    values |= {"steps": len(losses), "peak of steps GiB": of_steps.peak}
+    values["the same, counted by --dry_run"] = counted(recipe, given, side) if setting.on_card else None
     verdict = WITHIN if setting.on_card else NOT_RUN
     notes += [] if setting.on_card else ["trained, but a limit of memory needs a card"]
     return Row(name, verdict, values, "; ".join(notes))
 
 
+class PeakOfSteps:
+    """The peak of memory in the steps after the first one, in which kernels are chosen, and before the last preview."""
+
+    def __init__(self, setting: Setting, steps: int) -> None:
+        self._setting, self._steps = setting, steps
+        self.peak: float | None = None
+
+    def event(self) -> Event:
+        """Return what is to happen after each step."""
+        from library.training.run.events import Event, Every, Needs
+
+        return Event("peak", Every(1), self._note, Needs.NOTHING)
+
+    def _note(self, moment: Moment) -> None:
+        if moment.progress.step == 1:
+            forget_peak(self._setting)
+        elif moment.progress.step == self._steps:
+            self.peak = peaks(self._setting)["peak GiB"]
+
+
 def counted(recipe: Recipe, given: dict[str, Any], side: int) -> float:
-    """Return the memory at the peak of a recipe as it is counted on shapes, in GiB."""
+    """Return the memory at the peak of a recipe's steps as it is counted on shapes, in GiB."""
     import full_size
     import tiny
 
     options = {name: value for name, value in given.items() if not name.startswith("sample_")}
     if recipe.family == "sdxl":
         options |= {"network_train_unet_only": True, "cache_text_encoder_outputs": True}
-    return max(stage.total for stage in full_size.count(tiny.FAMILIES[recipe.family], side, **options)) / GIB
+    stages = full_size.count(tiny.FAMILIES[recipe.family], side, **options)
+    return next(stage.total for stage in stages if stage.title.startswith("training")) / GIB
 
 
 def limited(setting: Setting, gigabytes: int | None) -> float | None:

@@ -36,7 +36,7 @@ PARTS = (
     Part("sdxl", "SDXL at 1024 px: speed and memory", STEPS["sdxl"], 1200, 240),
     Part("sd15-trace", "SD 1.5: what a step asks of the card", TRACE["sd1"], 300, 90),
     Part("memory", "Recipes for smaller cards, under a limit of memory", memory.recipes, 900, 150),
-    Part("switches", "Options that change torch", choices.switches, 300, 90),
+    Part("switches", "Options that change torch", choices.switches, 400, 200),
     switched("sd1", "graphs", 300, 90),
     Part("tools", "Tools on the card and on the CPU", others.tools, 300, 90, WHOLE_FLOAT32),
     Part("ranks", "Two processes", others.ranks, 300, 90, WHOLE_FLOAT32),

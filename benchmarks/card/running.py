@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from library.files import replacing
 SHORTEST = 10.0  # seconds below which no part is begun
 SILENCE = {True: 200.0, False: 900.0}  # seconds without a row after which a part hangs, with --quick and without
 LOOKED_AT_EVERY = 0.25
+WAITED_FOR_STACKS = 1.0
+TELLS_WHERE: signal.Signals | None = getattr(signal, "SIGUSR1", None)  # what a part answers with its stacks
 WAITED_FOR_THE_KILLED = 10.0
 NO_TIME = "the minutes of --minutes were used up"
 
@@ -171,10 +174,18 @@ def run_limited(
 
 
 def end_tree(pid: int) -> None:
-    """End a process and those that it started, such as loaders, launchers and references on the CPU."""
+    """End a process and those that it started, such as loaders, launchers and references on the CPU.
+
+    Where there are signals, the process may first write to its log where it hangs. Only then, when it is to end anyway:
+    Python 3.12 can crash while it looks at the stacks of running threads.
+    """
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
+        started = parent.children(recursive=True)
+        if TELLS_WHERE is not None:
+            parent.send_signal(TELLS_WHERE)
+            psutil.wait_procs([parent], timeout=WAITED_FOR_STACKS)
+        for process in [*started, parent]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
