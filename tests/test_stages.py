@@ -142,14 +142,16 @@ def test_only_memory_of_a_gpu_is_short():
     ids=["an empty GPU", "a limit of torch", "a GPU that others fill", "a full GPU"],
 )
 def test_free_memory_obeys_a_limit_of_torch(monkeypatch, left_on_the_gpu, fraction, expected):
-    facts = {
-        "mem_get_info": (left_on_the_gpu, 80),
-        "memory_reserved": 3,
-        "memory_allocated": 1,
-        "get_per_process_memory_fraction": fraction,
-    }
+    def share_of(device):
+        assert isinstance(device, int), "torch wants the index here"
+        return fraction
+
+    facts = {"mem_get_info": (left_on_the_gpu, 80), "memory_reserved": 3, "memory_allocated": 1}
     for name, fact in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, fact=fact: fact)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share_of)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert preview.free_memory(torch.device("cuda", 0)) == expected
     assert preview.free_memory(torch.device("cuda")) == expected
 
 

@@ -47,7 +47,11 @@ CHOICES = (
     Choice(
         "DyLoRA, unit=2, convolutions", {"network_module": "networks.dylora", "network_args": ["unit=2", "conv_dim=4"]}
     ),
-    Choice("LyCORIS", {"network_module": "lycoris.kohya", "network_args": ["algo=loha"]}, package="lycoris"),
+    Choice(
+        "LyCORIS",
+        {"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"]},
+        package="lycoris",
+    ),
     Choice(
         "noise options",
         {"noise_offset": 0.05, "adaptive_noise_scale": 0.01, "ip_noise_gamma": 0.1, "min_snr_gamma": 5},

@@ -160,7 +160,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    index = torch.cuda.current_device() if device.index is None else device.index  # the next call takes no other form
+    allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
     return min(free, allowed - reserved) + reserved - torch.cuda.memory_allocated(device)
 
 
