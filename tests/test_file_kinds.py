@@ -447,7 +447,7 @@ def test_what_would_run_code_is_refused_and_named(tmp_path, monkeypatch, case, w
 def test_several_strange_names_are_counted_up_to_three(tmp_path):
     class Many:
         def __reduce__(self) -> tuple[Any, ...]:
-            return print, (eval, exec, open, compile)
+            return print, (eval, exec, input, compile)
 
     (tmp_path / "x.ckpt").write_bytes(pickled(Many()))
     with pytest.raises(UserError, match=r"\(builtins.compile, builtins.eval, builtins.exec, \.\.\.\)"):

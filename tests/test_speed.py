@@ -15,6 +15,7 @@ from runs import LIERLA, NEEDED, options, same, train
 
 import train_network
 from library.config.command_line import parse
+from library.config.network import NetworkConfig
 from library.config.train import TrainConfig
 from library.config.training import PrecisionConfig
 from library.errors import UserError
@@ -115,7 +116,7 @@ def test_kernels_are_set_where_they_have_an_effect(monkeypatch, caplog, device, 
     monkeypatch.setattr(speed, "describe", lambda _: device)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
-    set_kernels(ALL_ON, CPU)
+    set_kernels(ALL_ON, NetworkConfig(network_module="networks.lora"), CPU)
     assert torch.backends.cudnn.benchmark is kernels.tries
     assert set_to == (["high"] if kernels.tf32 else [])
     assert [record.message.partition(", which")[0] for record in caplog.records] == idle
@@ -131,8 +132,31 @@ def test_a_run_in_float32_is_told_what_the_gpu_has(monkeypatch, caplog):
         assert not tf32_is_left_out(precision, device)
     monkeypatch.setattr(speed, "describe", lambda _: AMPERE)
     with caplog.at_level(logging.INFO):
-        set_kernels(PrecisionConfig(), CPU)
+        set_kernels(PrecisionConfig(), NetworkConfig(network_module="networks.lora"), CPU)
     assert "this GPU is faster with --allow_tf32" in caplog.text
+
+
+CACHED = {"cache_latents": True, "mixed_precision": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("given", "network", "device", "is_told"),
+    [
+        (CACHED, {}, AMPERE, True),
+        (CACHED, {"network_args": {"module_dropout": "0.1"}}, AMPERE, False),
+        (CACHED, {"network_module": "lycoris.kohya"}, AMPERE, False),
+        (CACHED | {"gradient_checkpointing": True}, {}, AMPERE, False),
+        (CACHED | {"torch_compile": True}, {}, AMPERE, False),
+        (CACHED | {"cuda_graphs": True}, {}, AMPERE, False),
+        ({"mixed_precision": "bf16"}, {}, AMPERE, False),
+        (CACHED, {}, HOST, False),
+    ],
+)
+def test_a_run_that_could_repeat_recorded_steps_is_told_so(monkeypatch, caplog, given, network, device, is_told):
+    monkeypatch.setattr(speed, "describe", lambda _: device)
+    with caplog.at_level(logging.INFO):
+        set_kernels(PrecisionConfig(**given), NetworkConfig(**{"network_module": "networks.lora", **network}), CPU)
+    assert ("--cuda_graphs can make steps several times as fast" in caplog.text) is is_told
 
 
 # ---- channels last ------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ seed is another one. Behind a port only the U-Net itself computes in half precis
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from diffusers.models.controlnets.controlnet import ControlNetModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 class Float32Port(nn.Module):
@@ -22,7 +26,7 @@ class Float32Port(nn.Module):
 
     dtype = torch.float32
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: UNet2DConditionModel | ControlNetModel) -> None:
         super().__init__()
         self.module = module
 

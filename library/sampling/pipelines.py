@@ -196,7 +196,8 @@ def pipeline_for(base: BaseModel, inputs: PipelineInputs) -> Any:
     if inputs.control is not None:
         from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
-        parts["controlnet"] = MultiControlNetModel([Float32Port(net) for net in inputs.control.nets])
+        nets: list[Any] = [Float32Port(net) for net in inputs.control.nets]
+        parts["controlnet"] = MultiControlNetModel(nets)
     chosen = pipeline_class(base.family, kind, with_control=inputs.control is not None)
     known = inspect.signature(chosen.__init__).parameters
     absent = {name: None for name, own in known.items() if own.default is own.empty and name != "self"}

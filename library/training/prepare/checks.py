@@ -23,11 +23,12 @@ from library.data.records import Dataset
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
 from library.models.family import ModelFamily
-from library.networks.modules import check_arguments, check_network, is_foreign
+from library.networks.modules import check_arguments, check_network
 from library.networks.parts import trained_parts
 from library.optim.optimizers import CPU, OptimizerChoice, StepError, check_optimizer, warn_of_rates
 from library.optim.schedulers import check_scheduler
 from library.sampling.samplers import check_sampler
+from library.training.prepare.speed import graphs_obstacle
 from library.training.record.metadata import thumbnail
 from library.training.record.run_files import RunFiles
 from library.training.record.tracking import check_trackers, tracker_names
@@ -69,29 +70,9 @@ def check_before_loading(
 
 
 def check_graphs(precision: PrecisionConfig, network: NetworkConfig) -> None:
-    """Raise UserError for networks whose passes cannot be recorded: they decide on the host what the device does."""
-    if not precision.cuda_graphs:
-        return
-    for name, reason in (
-        ("gradient_checkpointing", "which asks the device for the state of its random numbers"),
-        ("torch_compile", "which records graphs of its own"),
-    ):
-        if getattr(precision, name):
-            raise UserError(f"--cuda_graphs does not go with --{name}, {reason}; leave one of them out")
-    if is_foreign(network):
-        raise UserError(
-            f"--cuda_graphs does not go with --network_module {network.network_module}: only the suite's own networks "
-            "keep their tensors in place; leave one of them out"
-        )
-    try:
-        dropout = float((network.network_args or {}).get("module_dropout", 0))
-    except ValueError:  # no number, which `check_arguments` tells
-        return
-    if dropout:
-        raise UserError(
-            "--cuda_graphs does not go with module_dropout of --network_args, which is drawn on the host for each "
-            "call; leave one of them out"
-        )
+    """Raise UserError for passes that are to be recorded and cannot be."""
+    if precision.cuda_graphs and (obstacle := graphs_obstacle(precision, network)):
+        raise UserError(f"--cuda_graphs does not go with {obstacle}; leave one of them out")
 
 
 def check_text_cache(precision: PrecisionConfig, *, trains_text_encoder: bool) -> None:

@@ -30,7 +30,7 @@ def open_base(
     files: BaseFiles, network: NetworkConfig, precision: PrecisionConfig, clip_skip: int | None, runtime: Runtime
 ) -> BaseModel:
     """Return the base model of a run with networks merged in, on the CPU: each part is moved when its work begins."""
-    set_kernels(precision, runtime.device)
+    set_kernels(precision, network, runtime.device)
     compiler = find_compiler(precision, runtime.device)
     base = load_base(files, runtime.types)
     check_clip_skip(clip_skip, base)

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from library.config.network import NetworkConfig
 from library.config.training import PrecisionConfig
 from library.errors import is_out_of_memory, message_of
 from library.models.precision import Device, describe
+from library.networks.modules import is_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,29 @@ def tf32_is_left_out(precision: PrecisionConfig, device: Device) -> bool:
     return precision.mixed_precision == "no" and device.has_tf32 and not precision.allow_tf32
 
 
-def set_kernels(precision: PrecisionConfig, device: torch.device) -> None:
-    """Set what torch's kernels may do in this process; tell the options that have no effect."""
+def graphs_obstacle(precision: PrecisionConfig, network: NetworkConfig) -> str | None:
+    """Return why the passes of a run cannot be recorded, or None: they decide on the host what the device does."""
+    if precision.gradient_checkpointing:
+        return "--gradient_checkpointing, which asks the device for the state of its random numbers"
+    if precision.torch_compile:
+        return "--torch_compile, which records graphs of its own"
+    if is_foreign(network):
+        return f"--network_module {network.network_module}: only the suite's own networks keep their tensors in place"
+    try:
+        dropout = float((network.network_args or {}).get("module_dropout", 0))
+    except ValueError:  # no number, which `check_arguments` tells
+        return None
+    return "module_dropout of --network_args, which is drawn on the host for each call" if dropout else None
+
+
+def graphs_are_left_out(precision: PrecisionConfig, network: NetworkConfig, device: Device) -> bool:
+    """Return whether passes could be recorded, and the option was not given."""
+    can = device.kind == "cuda" and precision.cache_latents and graphs_obstacle(precision, network) is None
+    return can and not precision.cuda_graphs
+
+
+def set_kernels(precision: PrecisionConfig, network: NetworkConfig, device: torch.device) -> None:
+    """Set what torch's kernels may do in this process; tell options that have no effect, and those that would help."""
     facts = describe(device)
     for line in idle_reasons(precision, facts):
         logger.warning("%s", line)
@@ -66,6 +89,8 @@ def set_kernels(precision: PrecisionConfig, device: torch.device) -> None:
             "the run computes in full float32: this GPU is faster with --allow_tf32, and still more with "
             "--mixed_precision bf16"
         )
+    if graphs_are_left_out(precision, network, facts):
+        logger.info("at small batches a fast GPU waits for the CPU: --cuda_graphs can make steps several times as fast")
     chosen = kernels_for(precision, facts)
     if chosen.tries:
         torch.backends.cudnn.benchmark = True
