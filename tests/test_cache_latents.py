@@ -77,3 +77,17 @@ def test_only_what_concerns_latents_is_asked_for(base, pictures):
     assert len(entries(pictures)) == 4
     with pytest.raises(UserError, match="--resolution is missing"):
         cache_latents.main(argv[:-2])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(base, pictures, tmp_path, monkeypatch):
+    given = {"cache_latents": True, "cache_latents_to_disk": True}
+    monkeypatch.setattr("library.data.latent_cache.os.access", lambda path, mode: False)  # root can write everywhere
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="has no latents of 4 pictures; use a copy"):
+        patch.setattr("library.training.recipe.start_runtime", None)
+        train(base, pictures, tmp_path / "one", **given)
+    with pytest.raises(UserError, match=r"nothing can be written to .*has no latents of 4 pictures"):
+        cache_latents.main(options(base, pictures, tmp_path / "two", **given))
+    monkeypatch.undo()
+    assert cache_latents.main(options(base, pictures, tmp_path / "three", **given)) == 0
+    monkeypatch.setattr("library.data.latent_cache.os.access", lambda path, mode: False)
+    train(base, pictures, tmp_path / "four", **given)

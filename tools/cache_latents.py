@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fetch_models(config)
 
     # Importing torch takes seconds; mistakes were reported before.
-    from library.data.latent_cache import SUFFIX, extent
+    from library.data.latent_cache import SUFFIX, check_folders, extent
     from library.data.picture_index import index_for
     from library.models.base import find_base, load_vae
     from library.models.latent_encoder import LatentEncoder
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     files = find_base(config.model)
     check_sides(datasets, files.checkpoint.family, problems)
+    problems.run(check_folders, datasets)
     problems.raise_if_any()
     runtime = start_runtime(config.precision, config.logs, vae_overflows=files.vae_overflows)
     encoder = LatentEncoder(load_vae(files, runtime.types), runtime.types.vae)

@@ -13,6 +13,8 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -30,6 +32,7 @@ from library.errors import UserError
 from library.progress import Bar
 from library.safetensors_io import Header, read_header, read_tensors
 from library.weight_file import write_weights
+from library.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 NUM_MOMENTS, MASK_BYTES = 8, 4  # for each latent pixel
 SUFFIX = ".latents.safetensors"
+ENDING = re.compile(rf"\.\d+x\d+(\.\w+)?(?={re.escape(SUFFIX)}$)")  # what a picture's name has before it
 VARIANT_DIGITS = 8
 MOST_ATTEMPTS = 5  # to read an entry that another run replaces
 CHECKED_AT_ONCE = 1000  # entries; each that waits for its thread takes memory
@@ -190,6 +194,24 @@ class DiskCache:
         width, height = record.placement.bucket
         start = f"{record.path.name}.{width:04d}x{height:04d}"
         return record.path.with_name(f"{start}.{identity.variant}{SUFFIX}"), record.path.with_name(start + SUFFIX)
+
+
+def check_folders(datasets: Sequence[Dataset]) -> None:
+    """Raise UserError for a folder in which no entry can be written, if a picture in it has none at all."""
+    folders: dict[Path, list[ImageRecord]] = {}
+    for record in all_records(datasets):
+        folders.setdefault(record.path.parent, []).append(record)
+    for folder, records in folders.items():
+        if os.access(folder, os.W_OK | os.X_OK):
+            continue
+        there = {ENDING.sub("", path.name) for path in folder.iterdir()}
+        missing = sum(f"{record.path.name}{SUFFIX}" not in there for record in records)
+        if missing:
+            raise UserError(
+                f"latents cannot be stored: nothing can be written to {folder}, which has no latents of "
+                f"{counted(missing, 'picture')}; use a copy of the folder, or --cache_latents instead of "
+                "--cache_latents_to_disk"
+            )
 
 
 def stamp_of(file: Path) -> Stamp:

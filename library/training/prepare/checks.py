@@ -19,6 +19,7 @@ from library.config.samplers import SamplerName
 from library.config.saving import SavingConfig
 from library.config.train import TrainConfig
 from library.config.training import PrecisionConfig
+from library.data.latent_cache import check_folders
 from library.data.records import Dataset
 from library.errors import Problems, UserError, shown
 from library.models.base import BaseFiles, find_base
@@ -49,6 +50,8 @@ def check_before_loading(
     if choice.sets_own_rate:
         logger.info("%s sets its own learning rate (relative_step); given rates are not used", choice.kind.__name__)
     problems.run(check_graphs, config.precision, config.network)
+    if config.precision.cache_latents_to_disk:
+        problems.run(check_folders, datasets)
     problems.run(thumbnail, config.metadata)
     problems.run(check_trackers, config.logs)
     files = check_base(
