@@ -147,7 +147,7 @@ def files(run: Run) -> str:
     with_loss = {entry.save.step: validation[entry.save.step] for entry in run.files if entry.save.step in validation}
     best = min(with_loss, key=with_loss.__getitem__) if with_loss else None
     rows = (_file(run, entry, validation, average, best) for entry in run.files)
-    names = ("File", "Step", "Epoch", "Loss", "Validation", "Size", "Hash", "Pictures")
+    names = ("File", "Step", "Epochs done", "Loss", "Validation", "Size", "Hash", "Pictures")
     lead = "A lower validation loss is better; without one, let the pictures decide."
     return section("files", "Which file should I take?", table("files", names, rows), lead)
 
