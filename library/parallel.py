@@ -67,8 +67,12 @@ def by_module(
     There are at most `most` workers, and one on another device than the CPU; their number changes no result. Until the
     last item or `close`, operations outside of them use one thread, too.
     """
+    workers = min(num_workers(), most)
     with one_thread():
-        yield from in_order(function, items, min(num_workers(), most) if device == "cpu" else 1, size=size)
+        if device == "cpu" and workers == 1:  # a thread that works ahead would take the core from this one
+            yield from map(function, items)
+        else:
+            yield from in_order(function, items, workers if device == "cpu" else 1, size=size)
 
 
 def in_order(

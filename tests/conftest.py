@@ -26,6 +26,21 @@ for quiet in QUIET:  # as in the scripts: matplotlib tells when it looks for fon
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Make slow tests of the repetitions of a property, but for as many as its mark keeps, spread over all."""
+    groups: dict[tuple[Path, str, int], list[pytest.Item]] = {}
+    for item in items:
+        if mark := item.get_closest_marker("repetitions"):
+            groups.setdefault((item.path, item.originalname, mark.kwargs["keep"]), []).append(item)
+    for (_, _, keep), found in groups.items():
+        quick = [item for item in found if not item.get_closest_marker("slow")]
+        kept = {round(index * (len(quick) - 1) / max(1, keep - 1)) for index in range(keep)}
+        for index, item in enumerate(quick):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Fail a test that reaches for anything beyond this machine."""

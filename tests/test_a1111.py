@@ -92,6 +92,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("how", ["name", "alias", "hash", "hash of the file", "case"])
 def test_a_network_is_found_among_the_files(draw, network, tmp_path, caplog, how):
     name = {"name": "mine", "alias": "the alias", "case": "MINE"}.get(how, "elsewhere")
@@ -405,6 +406,7 @@ def test_networks_stand_in_the_prompt_where_automatic1111_looks(draw, two, tmp_p
 NAMES = {"odd, name (v2)": True, "a=b": False, "x[1]": True}
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_cannot_stand_in_a_prompt_is_told_in_the_settings(draw, two, tmp_path, name):
     path = tmp_path / f"{name}.safetensors"
@@ -443,6 +445,7 @@ ODD_PROMPTS = [
 ]
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("suffix", ["png", "jpg", pytest.param("webp", marks=pytest.mark.slow)])
 def test_odd_prompts_survive_the_round_trip(draw, two, tmp_path, suffix):
     lines = [f"{prompt} --d 5 --f {index}.{suffix}" for index, prompt in enumerate(ODD_PROMPTS)]

@@ -82,6 +82,7 @@ FILES = {
 }
 
 
+@pytest.mark.repetitions(keep=4)
 @pytest.mark.parametrize("change", FILES.values(), ids=FILES)
 def test_what_is_said_to_be_misread_is_what_diffusers_misreads(model_store, tmp_path, change):
     models, _ = model_store("sd1")
@@ -135,6 +136,7 @@ def words_of(uneven, out):
     }
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("tool", ["concat", "sum", "svd", "convert", "resize"])
 def test_what_the_tools_write_acts_in_diffusers_as_everywhere(uneven, tmp_path, tool, caplog):
     out = tmp_path / "out.safetensors"

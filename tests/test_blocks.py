@@ -252,6 +252,7 @@ def arguments_of(given):
     return [f"{key}={value}" for key, value in given.items()]
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("given", [BY_HAND, BY_PRESET, {"block_dims": DIMS, "block_alphas": ALPHAS}])
 def test_the_examples_train_from_the_command_line_and_from_a_file(base, pictures, tmp_path, given):
     one = train(base, pictures, tmp_path / "a", network_args=arguments_of(given), max_train_steps=2)

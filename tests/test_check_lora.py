@@ -59,6 +59,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.repetitions(keep=4)
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
 def test_diffusers_refuses_what_is_said_to_be_refused(model_store, tmp_path, capsys, change):
     models, _ = model_store("sd1")

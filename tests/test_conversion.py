@@ -53,6 +53,7 @@ def prediction_of(folder):
 # ---- diffusers reads the same -------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=1)
 def test_a_folder_holds_what_diffusers_makes_of_the_checkpoint(model):
     pipeline = pipeline_class(model.name).from_pretrained(model.made_folder, local_files_only=True)
     found, oracle = states(pipeline), states(from_file(model, model.checkpoint))
@@ -131,6 +132,7 @@ def test_published_models_come_back_from_the_shapes_of_their_files(name):
 # ---- there and back -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=1)
 def test_checkpoint_to_folder_to_checkpoint_keeps_every_bit_and_type(model, tmp_path):
     types = itertools.cycle([torch.float16, torch.float32, torch.bfloat16])
     state = {
@@ -144,6 +146,7 @@ def test_checkpoint_to_folder_to_checkpoint_keeps_every_bit_and_type(model, tmp_
     assert_same(read(tmp_path / "back.safetensors"), state)
 
 
+@pytest.mark.repetitions(keep=1)
 def test_folder_to_checkpoint_to_folder_keeps_every_bit_and_type(model, tmp_path):
     types = itertools.cycle([torch.float16, torch.float32, torch.bfloat16])
     folder = tmp_path / "mixed"
@@ -261,6 +264,7 @@ def test_pickles_in_and_out_count_on(store, tmp_path):
     )
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(
     ("words", "dtype"),
     [

@@ -146,6 +146,7 @@ def test_a_model_without_vae(store, tmp_path, caplog):
     assert "VAE" not in caplog.text
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("target", ["out", "out.safetensors", "out.ckpt"])
 def test_weights_that_are_no_numbers_are_told(store, tmp_path, caplog, target):
     state = read(store("sd1").checkpoint)
@@ -232,6 +233,7 @@ def test_mistakes_are_told_and_leave_nothing(store, tmp_path, argv, text):
 # ---- safety and size ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("target", ["out.safetensors", "out.ckpt", "out"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
 def test_an_end_in_the_middle_leaves_what_was_there(store, tmp_path, monkeypatch, target, failure):

@@ -176,6 +176,7 @@ def there_and_back(folder: Path, tmp_path: Path, suffix: str = ".safetensors") -
 # ---- sizes come from the tensors ----------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=4)
 @pytest.mark.parametrize("case", UNETS)
 def test_a_unet_of_another_structure_is_known_from_a_file(store, tmp_path, case):
     unet = small_unet(**UNETS[case])
@@ -325,6 +326,7 @@ def test_the_pipelines_of_models_with_more_inputs():
             assert hasattr(diffusers, kinds.pipeline_name(family, channels, Path("a")))
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize(
     ("name", "channels", "kind"),
     [("sd1", 9, "StableDiffusionInpaintPipeline"), ("sdxl", 8, "StableDiffusionXLInstructPix2PixPipeline")],
@@ -522,6 +524,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.repetitions(keep=4)
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_that_no_shape_tells_are_kept_or_refused(store, tmp_path, case):
     part, own, text = SETTINGS[case]

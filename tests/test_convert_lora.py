@@ -25,6 +25,7 @@ def convert(source, target, *argv):
     return target
 
 
+@pytest.mark.repetitions(keep=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("alpha", "keep"), [(4.0, False), (1.0, False), (0.5, False), (3.0, True), (1.0, True)])
 def test_to_diffusers_and_back_is_equal_to_the_bit(model_store, tmp_path, dtype, alpha, keep):
@@ -49,6 +50,7 @@ def test_a_scale_that_is_no_power_of_two_costs_one_rounding_of_float32(model_sto
         assert (after - before).norm() < 1e-7 * before.norm(), module
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("keep", [[], pytest.param(["--keep_alpha"], marks=pytest.mark.slow)])
 def test_diffusers_loads_what_was_converted(model_store, family_name, tmp_path, keep):
     models, _ = model_store(family_name)
@@ -71,6 +73,7 @@ def test_diffusers_loads_what_was_converted(model_store, family_name, tmp_path, 
     torch.testing.assert_close(got_text, expected_text, rtol=0, atol=2e-5 * max(1.0, float(expected_text.abs().max())))
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("again", [[], ["--keep_alpha"]])
 def test_the_alphas_of_a_configuration_count_once(model_store, tmp_path, again):
     """A file with such metadata goes to diffusers, to sd-scripts and through a resize, and means the same."""

@@ -38,6 +38,7 @@ def with_skip(pipe, skip):
 # ---- the same picture as diffusers --------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=5)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(draw, model_store, sampler):
     (found,) = draw("--prompt", "a cat --n dog", "--sampler", sampler, "--steps", 3)
@@ -187,6 +188,7 @@ def test_variants_are_chosen_by_the_seed_of_each_picture():
 # ---- precision and memory -----------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(
     "words",
     [

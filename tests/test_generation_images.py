@@ -23,6 +23,7 @@ IMG2IMG = [("ddim", 0.3), ("ddim", 1.0), ("euler_a", 0.3), ("heun", 0.3), ("dpms
 MORE = [slow(name, 0.5) for name in SAMPLERS]
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(("sampler", "strength"), [*IMG2IMG, *MORE])
 def test_img2img_is_that_of_diffusers(draw, model_store, source, sampler, strength):
     words = ["--image_path", source, "--strength", strength, "--steps", 4, "--sampler", sampler]
@@ -218,6 +219,7 @@ def edges(path, low, high):
     return Image.fromarray(cv2.Canny(gray, low, high)).convert("RGB")
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("name", ["two", "canny", *(slow(name) for name in CONTROLS if name not in ("two", "canny"))])
 def test_control_nets_are_those_of_diffusers(draw, model_store, nets, guides, name):
     count, words, values = CONTROLS[name]

@@ -33,6 +33,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("name", AGAIN)
 def test_a_picture_is_drawn_again_from_its_own_file(draw, name):
     (first,) = draw("--prompt", "a {cat|dog} --n bird", *AGAIN[name], "--steps", 3)

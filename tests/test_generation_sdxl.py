@@ -78,6 +78,7 @@ def net(models):
 # ---- the same picture as diffusers --------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(
     ("kind", "with_net", "given"),
     [

@@ -22,6 +22,7 @@ def parts(loaded):
     return {"unet": loaded.unet, "vae": loaded.vae, "text_encoder": loaded.texts[0].module}
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "ckpt"])
 def test_every_layout_gives_the_same_weights_bit_for_bit(model_store, family_name, layout):
     models, paths = model_store(family_name)
@@ -36,6 +37,7 @@ def test_every_layout_gives_the_same_weights_bit_for_bit(model_store, family_nam
         assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.repetitions(keep=1)
 def test_an_fp16_file_gives_its_values_in_float32(model_store, family_name):
     models, paths = model_store(family_name)
     unet = tiny.load(paths["fp16"]).unet
@@ -89,6 +91,7 @@ def test_configurations_come_back_from_the_shapes_of_real_files(family_name):
     assert building.vae_config(family, shapes) == family.vae
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "bare", "diffusers.bin", "old_names.bin", "checkpoint"])
 def test_a_vae_is_read_in_each_of_its_layouts(model_store, tmp_path, layout):
     models, paths = model_store("sd1")

@@ -154,6 +154,7 @@ def long_sources(model_store, tmp_path_factory):
     return sources(models, paths["safetensors"], tmp_path_factory.mktemp("long"))
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_write_what_can_be_read(long_sources, tmp_path, monkeypatch, name):
     shorten(monkeypatch)

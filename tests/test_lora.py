@@ -88,6 +88,7 @@ def test_building_one_network_never_changes_what_the_next_targets(fresh_models):
 # ---- what it changes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "4"}, {"neuron_dropout": 0.5, "rank_dropout": "0.5"}])
 def test_a_fresh_network_changes_nothing_bit_for_bit(fresh_models, args):
     before = outputs(*fresh_models)
@@ -97,6 +98,7 @@ def test_a_fresh_network_changes_nothing_bit_for_bit(fresh_models, args):
     assert all(torch.equal(a, b) for a, b in zip(outputs(*fresh_models), before, strict=True))
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "4"}])
 def test_apply_then_remove_is_the_identity(fresh_models, args):
     text, unet = fresh_models
@@ -124,6 +126,7 @@ def test_networks_on_one_model_add_up_and_come_off_in_any_order(fresh_models):
     assert torch.equal(outputs(text, unet)[1], before)
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "4", "conv_alpha": "2"}])
 @pytest.mark.parametrize("multiplier", [1.0, -0.7])
 def test_merged_equals_applied(fresh_models, args, multiplier):

@@ -18,6 +18,7 @@ from networks.lora import create_network, create_network_from_weights
 # ---- files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=6)
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt", "ckpt"])
 def test_save_and_load_is_the_identity(fresh_models, tmp_path, suffix, dtype):
@@ -159,6 +160,7 @@ def test_loraplus_gives_the_up_matrices_their_own_rate(fresh_models):
 # ---- the readers of the files -------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("args", [{}, {"conv_dim": "2", "conv_alpha": "1"}], ids=["LierLa", "C3Lier"])
 def test_diffusers_loads_the_file_and_gives_the_same_output(fresh_models, model_store, family_name, tmp_path, args):
     text, unet = fresh_models

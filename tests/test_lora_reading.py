@@ -266,6 +266,7 @@ def test_the_names_of_every_program_are_read(model_store, tmp_path, style):
     assert_same(deltas(convert(written(tmp_path / "a.safetensors", tensors))), expected)
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize(
     ("family_name", "encoders"),
     [("sd1", ("clip_l",)), ("sd2", ("clip_h",)), ("sdxl", ("clip_l", "clip_g"))],

@@ -184,6 +184,7 @@ def assert_same(found: Any, expected: Any, plain: Any) -> None:
     assert (found[1] - plain[1]).abs().max() > 0.01
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize(
     "kind", [kind if kind in COMBINED else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
@@ -200,6 +201,7 @@ def test_a_file_acts_as_its_formula_says_at_every_strength(kind, store, base, mo
         assert torch.equal(one, other)
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("kind", ["LoHa", "LoHa of convolutions", "LoKr", "LoKr of factors", "DoRA of LoHa", "full"])
 def test_a_file_is_merged_as_its_formula_says(kind, store, base, model_store):
     models, _ = model_store("sd1")
@@ -265,6 +267,7 @@ NAMES = {
 }
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("how", NAMES)
 def test_text_encoders_have_other_names_in_files_of_other_trainers(how, draw, store, tmp_path, caplog):
     renamed = {NAMES[how](name): tensor for name, tensor in load_file(store("LoHa")).items()}
@@ -275,6 +278,7 @@ def test_text_encoders_have_other_names_in_files_of_other_trainers(how, draw, st
     assert "does not take" not in caplog.text
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("kind", ["lora", "LoHa", "LoKr", "LoKr of factors", "GLoRA"])
 def test_without_an_alpha_the_rank_is_meant(kind, store, base, model_store, tmp_path):
     weights = load_file(store(kind))

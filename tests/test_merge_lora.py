@@ -30,6 +30,7 @@ def merge(*argv):
 # ---- into a checkpoint --------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("conv", [False, True])
 def test_the_merged_checkpoint_is_the_base_with_the_networks_applied(model_store, family_name, tmp_path, conv):
     models, paths = model_store(family_name)
@@ -173,6 +174,7 @@ def test_a_shuffled_file_shows_nothing_of_its_parts(model_store, tmp_path):
         assert cosines.abs().max() < 0.999
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("ratio", [0.5, -0.7, 2.0])
 def test_one_file_is_scaled_by_its_ratio_and_equal_files_add_up(model_store, tmp_path, ratio):
     models, _ = model_store("sd1")

@@ -82,6 +82,7 @@ def test_a_merge_of_one_model_with_itself_is_that_model(pair, tmp_path):
         assert torch.allclose(tensor, state[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("word", [None, "float", "fp16", "bf16"])
 def test_types_are_the_first_models_or_as_asked(model_store, tmp_path, word):
     paths = model_store("sd1")[1]

@@ -260,6 +260,7 @@ def test_a_sharded_folder_stays_sharded(model_store, tmp_path):
 # ---- weights by block ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("length", sorted(LISTS))
 def test_weights_by_block_into_a_checkpoint(sdxl, merged, tmp_path, length):
     network, files, _ = merged
@@ -273,6 +274,7 @@ def test_weights_by_block_into_a_checkpoint(sdxl, merged, tmp_path, length):
     assert_is(load_file(out), expected, sdxl.state)
 
 
+@pytest.mark.repetitions(keep=4)
 @pytest.mark.parametrize("more", [[], ["--concat"], ["--concat", "--shuffle", "--seed", "1"]], ids=len)
 @pytest.mark.parametrize("length", sorted(LISTS))
 def test_weights_by_block_act_once_in_a_lora_too(sdxl, merged, tmp_path, length, more):

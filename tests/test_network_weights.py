@@ -97,6 +97,7 @@ def test_modules_of_base_weights_that_the_models_lack_are_told(base, pictures, t
     assert "296 modules used, 1 left out (such as lora_unet_other)" in text
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("name", ["lora_te1_text_model_", "lora_te1_", "lora_te_"])
 def test_names_of_other_trainers_are_no_warning(base, pictures, tmp_path, file, caplog, name):
     """diffusers numbers a text encoder that is alone, and trainers with transformers from 5.6 on omit `text_model`."""

@@ -337,6 +337,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize(
     "name", ["R1", "R7", pytest.param("R2", marks=pytest.mark.slow), pytest.param("R8", marks=pytest.mark.slow)]
 )

@@ -62,6 +62,7 @@ def test_eight_bit_weights_compute_as_their_rounded_values_do(model_store, autoc
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("more", [{"fp8_base": True}, {"fp8_base_unet": True, "network_train_unet_only": True}])
 @ALSO_SDXL_SLOW
 def test_a_network_trains_and_draws_over_a_base_in_eight_bits(base, pictures, tmp_path, more):

@@ -220,6 +220,7 @@ STALE = {
 }
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("name", STALE)
 def test_the_lock_of_a_run_that_has_ended_is_taken_over(base, pictures, lock, caplog, name):
     caplog.set_level("INFO")

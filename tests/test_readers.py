@@ -386,6 +386,7 @@ FILES = {
 }
 
 
+@pytest.mark.repetitions(keep=12)
 @pytest.mark.parametrize("given", FILES.values(), ids=FILES)
 def test_what_is_said_of_diffusers_is_what_diffusers_does(tiny, tmp_path, given):
     torch.manual_seed(0)

@@ -204,6 +204,7 @@ def draw(models, prompts, seeds, sampler="ddim"):
     ]
 
 
+@pytest.mark.repetitions(keep=6)
 @pytest.mark.parametrize("sampler", sorted(SAMPLER_NAMES))
 def test_every_sampler_draws_what_the_pipeline_of_diffusers_draws(models, model_store, sampler):
     settings: dict[str, Any] = {"width": 64, "height": 72, "num_inference_steps": 3, "guidance_scale": 3.0}

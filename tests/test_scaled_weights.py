@@ -109,6 +109,7 @@ def test_pickles_have_scales_too(tmp_path):
     assert_near(found[TO_Q], meant(stored)[TO_Q])
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("style", STYLES)
 def test_a_network_that_is_merged_has_its_full_effect(model_store, base, tmp_path):
     path, expected = base

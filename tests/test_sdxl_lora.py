@@ -233,6 +233,7 @@ RATE_CASES = [("networks.lora", rates) for rates in RATES] + [
 ]
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize(("module", "rates"), RATE_CASES)
 def test_each_text_encoder_has_its_rate_and_none_at_0(base, module, rates):
     expected = RATES[rates]

@@ -182,6 +182,7 @@ def tuned_model(model_store, family, tmp_path, **lora):
     return paths["safetensors"], out, file
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize("exact", [[], ["--exact"]])
 def test_extraction_at_the_rank_of_a_lora_gives_its_change_back(model_store, tmp_path, family_name, exact):
     original, tuned, file = tuned_model(model_store, family_name, tmp_path, rank=4, conv_dim="3")

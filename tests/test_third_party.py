@@ -70,6 +70,7 @@ SLOW_RUNS = {
 CASES = [*RUNS.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_RUNS.items())]
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize(("name", "more"), CASES, ids=[*RUNS, *SLOW_RUNS])
 def test_lycoris_trains_and_a_resumed_run_equals_one_never_stopped(lycoris, run, model_store, tmp_path, name, more):
     expected = run("whole", **more)

@@ -16,6 +16,7 @@ from library.errors import UserError
 # ---- what it trains -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "ckpt", "fp16"])
 def test_it_trains_offline_from_each_layout_to_the_same_result(model_store, family_name, pictures, tmp_path, layout):
     _, paths = model_store(family_name)
@@ -59,6 +60,7 @@ def test_the_same_seed_gives_the_same_file_and_another_does_not(base, pictures, 
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -134,6 +136,7 @@ torch.save(made[0].state_dict(), {dumped!r} + os.environ["RANK"] + ".pt")
 """
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(
     ("more", "unet", "text"),
     [
@@ -210,6 +213,7 @@ def test_scaled_norms_stay_below_their_limit(base, pictures, tmp_path):
     assert (norms > 0.000999).sum() > len(norms) / 2
 
 
+@pytest.mark.repetitions(keep=4)
 @pytest.mark.parametrize(
     "more",
     [

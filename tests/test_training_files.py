@@ -77,6 +77,7 @@ def test_optimizer_and_rates_are_recorded_as_sd_scripts_does(base, pictures, tmp
     assert found["ss_text_encoder_lr"] == "[5e-05]"
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("layout", ["folder", "file", "parent"])
 def test_a_vae_is_recorded_with_its_hashes(model_store, pictures, tmp_path, layout):
     _, paths = model_store("sd1")
@@ -147,6 +148,7 @@ def test_no_metadata_keeps_what_readers_need(base, pictures, tmp_path):
     assert "sshs_model_hash" in found
 
 
+@pytest.mark.repetitions(keep=1)
 @pytest.mark.parametrize("kind", ["ckpt", "pt"])
 def test_pickled_files_hold_the_same_weights(base, pictures, tmp_path, kind):
     expected = train(base, pictures, tmp_path / "a")
@@ -180,6 +182,7 @@ def test_previews_go_to_files_and_one_contact_sheet(base, pictures, tmp_path, mo
     assert titles == ["", "", "2 of 3 previews"]
 
 
+@pytest.mark.repetitions(keep=3)
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

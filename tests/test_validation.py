@@ -52,6 +52,7 @@ def test_measuring_changes_nothing_about_the_training(base, pictures, tmp_path):
     assert len(values(tmp_path / "b", EPOCH)) == 1, "the end is always measured"
 
 
+@pytest.mark.repetitions(keep=2)
 @pytest.mark.parametrize(
     ("more", "steps", "epochs"),
     [
