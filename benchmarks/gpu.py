@@ -7,8 +7,9 @@ Builds random models of the sizes of SD 1.5 and SDXL (9 GB in the folder of temp
 suite's own scripts and steps: losses, pictures and resumed trainings against the CPU, every option that concerns the
 card, steps a second and peak memory beside the floor and peft, and trainings under the memory limit of smaller cards.
 
-Each part runs in a process of its own with a time limit. After each part OUTPUT/gpu.md (to read) and OUTPUT/gpu.json
-are written; OUTPUT/logs has what the parts said. The exit code is 1 if a check failed, and 2 without a card.
+Each part runs in a process of its own with a time limit, and those that measure no time run several at once. After each
+part OUTPUT/gpu.md (to read) and OUTPUT/gpu.json are written; OUTPUT/logs has what the parts said. The exit code is 1 if
+a check failed, and 2 without a card.
 
 python benchmarks/gpu.py --device cpu --tiny    # no card: shows in minutes that the report itself works
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,7 @@ from benchmarks.card.rows import RowFile
 from benchmarks.card.running import TELLS_WHERE, Part, Report, python, run_parts
 from benchmarks.card.setting import Setting
 
+MOST_AT_ONCE = 6  # parts; each takes about 1 GB of the card and two cores
 MINUTES = {True: 10.0, False: 120.0}  # with --quick and without
 
 
@@ -96,7 +99,8 @@ def make(setting: Setting, output: Path, only: Sequence[str] | None, minutes: fl
         )
         return 2
     chosen = [part for part in PARTS if only is None or part.name in only]
-    run_parts(chosen, setting, report, command_of(setting), seconds=minutes * 60)
+    at_once = max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))
+    run_parts(chosen, setting, report, command_of(setting), seconds=minutes * 60, at_once=at_once)
     report.end()
     print(f"wrote {output / 'gpu.md'} and {output / 'gpu.json'}")
     return 1 if report.has_faults else 0
@@ -105,8 +109,14 @@ def make(setting: Setting, output: Path, only: Sequence[str] | None, minutes: fl
 def command_of(setting: Setting) -> Callable[[Part, Path], Sequence[str]]:
     """Return what gives the command line of a part."""
     switches = [name for name, given in (("--tiny", setting.tiny), ("--quick", setting.quick)) if given]
-    common = [__file__, "--device", setting.device, "--work", setting.work, *switches]
-    return lambda part, rows: python(*common, "--part", part.name, "--rows", rows)
+    common = [__file__, "--device", setting.device, *switches]
+
+    def command(part: Part, rows: Path) -> Sequence[str]:
+        # Parts that run at the same time write files of the same names; the others share their large models.
+        work = setting.folder(part.name) if part.beside_others else setting.work
+        return python(*common, "--part", part.name, "--rows", rows, "--work", work)
+
+    return command
 
 
 def find(part: Part, setting: Setting, file: RowFile) -> None:

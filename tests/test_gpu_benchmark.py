@@ -105,6 +105,34 @@ def test_a_part_has_no_more_than_its_share(setting, tmp_path, monkeypatch):
     assert found(report)["good"] == [("one", "equal")]
 
 
+def test_parts_that_measure_no_time_run_at_once(setting, tmp_path):
+    """Each waits for the other; the third begins when both are done."""
+    meets = "import pathlib\n{own}.touch()\nwhile not {other}.exists(): time.sleep(0.02)\nrow('met')"
+    one, other = (f"pathlib.Path({str(tmp_path / name)!r})" for name in ("one", "other"))
+    scripts = {
+        "one": meets.format(own=one, other=other),
+        "other": meets.format(own=other, other=one),
+        "alone": f"import pathlib\nassert {one}.exists() and {other}.exists()\nrow('last')",
+    }
+    report = Report(tmp_path / "out", [])
+    parts = [Part(name, name, lambda setting: iter(()), 20, 20, beside_others=name != "alone") for name in scripts]
+    run_parts(
+        parts,
+        setting,
+        report,
+        lambda part, file: [sys.executable, "-c", WRITES.format(then=scripts[part.name]), str(file)],
+        seconds=60,
+        at_once=2,
+        tell=lambda text: None,
+    )
+    assert {name: rows[-1] for name, rows in found(report).items()} == {
+        "one": ("met", "equal"),
+        "other": ("met", "equal"),
+        "alone": ("last", "equal"),
+    }
+    assert report.values["parts"][-1]["name"] == "alone"
+
+
 def test_errors_of_a_check_become_rows():
     def fails(error):
         raise error

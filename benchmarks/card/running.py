@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +44,7 @@ class Part:
     limit: float  # its share of the time, in seconds; with --quick as many as `quick_limit`
     quick_limit: float = 120
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of its process
+    beside_others: bool = False  # it measures neither time nor memory, and can run while others do
 
     def limit_of(self, setting: Setting) -> float:
         """Return the time limit in seconds."""
@@ -59,6 +63,7 @@ class Report:
 
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         self.folder = folder
+        self._lock = threading.Lock()
         self.values: dict[str, Any] = {
             "format": 1,
             "arguments": list(arguments),
@@ -71,11 +76,12 @@ class Report:
     def add(self, part: Part, rows: Iterable[Row], seconds: float) -> None:
         """Add what a part found, and write the report."""
         found = [dataclasses.asdict(row) for row in rows]
-        if part.name == "machine":
-            self.values["environment"] |= {key: value for row in found for key, value in row["values"].items()}
         shown = {"name": part.name, "title": part.title, "seconds": round(seconds, 1), "rows": found}
-        self.values["parts"].append(shown)
-        self.write()
+        with self._lock:
+            if part.name == "machine":
+                self.values["environment"] |= {key: value for row in found for key, value in row["values"].items()}
+            self.values["parts"].append(shown)
+            self.write()
 
     def end(self) -> None:
         """Write that the report is complete."""
@@ -107,17 +113,21 @@ def run_parts(
     command: Callable[[Part, Path], Sequence[str]],
     *,
     seconds: float,
+    at_once: int = 1,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Run parts until the seconds are used up. command returns the words that start a part, given its file of rows."""
+    """Run parts until the seconds are used up, those that can run beside others at_once at a time.
+
+    command returns the words that start a part, given its file of rows.
+    """
     end = time.monotonic() + seconds
-    logs = report.folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    for part in parts:
+    (report.folder / "logs").mkdir(parents=True, exist_ok=True)
+
+    def run(part: Part) -> None:
         left = end - time.monotonic()
         if left < min(SHORTEST, seconds):
             report.add(part, [Row(part.title, NOT_RUN, note=NO_TIME)], 0)
-            continue
+            return
         tell(f"{part.name}: {part.title} ...")
         start, file = time.monotonic(), RowFile(setting.work / f"{part.name}.rows")
         file.path.unlink(missing_ok=True)
@@ -125,7 +135,7 @@ def run_parts(
         ended = run_limited(
             command(part, file.path),
             environment(setting, part),
-            logs / f"{part.name}.log",
+            report.folder / "logs" / f"{part.name}.log",
             file.path,
             limit=min(part.limit_of(setting), left),
             silence=silence,
@@ -133,6 +143,10 @@ def run_parts(
         taken = time.monotonic() - start
         report.add(part, [*file.read(), *ending(part, ended, silence)], taken)
         tell(f"{part.name}: {taken:.0f} s")
+
+    for beside_others, group in itertools.groupby(parts, key=lambda part: part.beside_others):
+        with ThreadPoolExecutor(at_once if beside_others else 1) as pool:
+            list(pool.map(run, group))
 
 
 def ending(part: Part, ended: Ended, silence: float) -> list[Row]:
