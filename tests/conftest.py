@@ -27,13 +27,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items):
-    """Make slow tests of the repetitions of a property, but for as many as its mark keeps, spread over all."""
-    groups: dict[tuple[Path, str, int], list[pytest.Item]] = {}
+def pytest_collection_modifyitems(config, items):
+    """Make slow tests of the repetitions of a property, but for as many as its mark keeps, spread over all.
+
+    A test that is named on the command line stays as it is.
+    """
+    if any("::" in argument for argument in config.args):
+        return
+    groups: dict[tuple[Path, str], list[tuple[pytest.Item, int]]] = {}
     for item in items:
         if mark := item.get_closest_marker("repetitions"):
-            groups.setdefault((item.path, item.originalname, mark.kwargs["keep"]), []).append(item)
-    for (_, _, keep), found in groups.items():
+            groups.setdefault((item.path, item.originalname), []).append((item, mark.kwargs["keep"]))
+    for pairs in groups.values():
+        found, (keep, *_) = zip(*pairs, strict=True)
         quick = [item for item in found if not item.get_closest_marker("slow")]
         kept = {round(index * (len(quick) - 1) / max(1, keep - 1)) for index in range(keep)}
         for index, item in enumerate(quick):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from runs import ALSO_SDXL_SLOW, options, same, train
 from safetensors.torch import load_file
 from scripts import ROOT
 
+from library.data import latent_cache
 from library.errors import UserError
 from tools import cache_latents
 
@@ -79,15 +81,32 @@ def test_only_what_concerns_latents_is_asked_for(base, pictures):
         cache_latents.main(argv[:-2])
 
 
+def read_only(path, mode):  # root can write everywhere
+    return mode == os.R_OK
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(base, pictures, tmp_path, monkeypatch):
     given = {"cache_latents": True, "cache_latents_to_disk": True}
-    monkeypatch.setattr("library.data.latent_cache.os.access", lambda path, mode: False)  # root can write everywhere
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="has no latents of 4 pictures; use a copy"):
+    monkeypatch.setattr("library.data.latent_cache.os.access", read_only)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="with 4 pictures without latents; use a copy"):
         patch.setattr("library.training.recipe.start_runtime", None)
         train(base, pictures, tmp_path / "one", **given)
-    with pytest.raises(UserError, match=r"nothing can be written to .*has no latents of 4 pictures"):
+    with pytest.raises(UserError, match=r"nothing can be written to .*1_sks dog, with 4 pictures without latents"):
         cache_latents.main(options(base, pictures, tmp_path / "two", **given))
     monkeypatch.undo()
     assert cache_latents.main(options(base, pictures, tmp_path / "three", **given)) == 0
-    monkeypatch.setattr("library.data.latent_cache.os.access", lambda path, mode: False)
+    monkeypatch.setattr("library.data.latent_cache.os.access", read_only)
     train(base, pictures, tmp_path / "four", **given)
+    with pytest.raises(UserError, match="with 4 pictures without latents"):
+        train(base, pictures, tmp_path / "larger", **given, resolution=128, enable_bucket=None)
+    monkeypatch.setattr("library.data.latent_cache.os.access", lambda path, mode: False)  # it cannot be listed either
+    train(base, pictures, tmp_path / "five", **given)
+
+
+def test_latents_that_cannot_be_written_are_told_with_what_helps(base, pictures, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("x could not be written: the disk is full")
+
+    monkeypatch.setattr(latent_cache, "write_weights", full)
+    with pytest.raises(UserError, match="the disk is full; use a copy of the folder, or train with --cache_latents"):
+        train(base, pictures, tmp_path / "o", cache_latents=True, cache_latents_to_disk=True)

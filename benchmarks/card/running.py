@@ -195,10 +195,13 @@ def end_tree(pid: int) -> None:
     """
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(pid)
-        started = parent.children(recursive=True)
+        started = set(parent.children(recursive=True))
         if TELLS_WHERE is not None:
             parent.send_signal(TELLS_WHERE)
             psutil.wait_procs([parent], timeout=WAITED_FOR_STACKS)
+        with contextlib.suppress(psutil.Error):
+            parent.suspend()  # so that it starts nothing more
+            started.update(parent.children(recursive=True))
         for process in [*started, parent]:
             with contextlib.suppress(psutil.Error):
                 process.kill()

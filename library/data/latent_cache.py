@@ -28,7 +28,7 @@ from library.data.buckets import Placement
 from library.data.picture_checks import raise_for_unreadable
 from library.data.picture_index import DEFAULT_INDEX, PictureIndex
 from library.data.records import Dataset, ImageRecord, all_records
-from library.errors import UserError
+from library.errors import UserError, message_of, named
 from library.progress import Bar
 from library.safetensors_io import Header, read_header, read_tensors
 from library.weight_file import write_weights
@@ -40,7 +40,8 @@ FORMAT_VERSION = "1"
 PLAIN, MIRRORED, MASK = "moments", "moments_flipped", "mask"
 NUM_MOMENTS, MASK_BYTES = 8, 4  # for each latent pixel
 SUFFIX = ".latents.safetensors"
-ENDING = re.compile(rf"\.\d+x\d+(\.\w+)?(?={re.escape(SUFFIX)}$)")  # what a picture's name has before it
+ENTRY = re.compile(rf"(.+\.\d+x\d+)(?:\.\w+)?{re.escape(SUFFIX)}")
+STORED_ELSEWHERE = "use a copy of the folder, or train with --cache_latents alone, which stores nothing"
 VARIANT_DIGITS = 8
 MOST_ATTEMPTS = 5  # to read an entry that another run replaces
 CHECKED_AT_ONCE = 1000  # entries; each that waits for its thread takes memory
@@ -173,11 +174,14 @@ class DiskCache:
         return None
 
     def write(self, source: Source, entry: Entry) -> None:
-        """Write an entry, unless another run has written it in the meantime."""
+        """Write an entry, unless another run has written it in the meantime; raises UserError if that fails."""
         if self.find(source) is None:
             identity = self.identify(source.record)
             file, _ = self._files(source.record, identity)
-            write_weights(file, entry, {"fingerprint": identity.fingerprint})
+            try:
+                write_weights(file, entry, {"fingerprint": identity.fingerprint})
+            except OSError as error:
+                raise UserError(f"{message_of(error)}; {STORED_ELSEWHERE}") from error
 
     def missing(self, sources: Sequence[Source]) -> list[Source]:
         """Return the sources without a valid entry; reads the headers of entries, not their tensors."""
@@ -191,27 +195,37 @@ class DiskCache:
 
     def _files(self, record: ImageRecord, identity: Identity) -> tuple[Path, Path]:
         """Return the path of an entry, and the one that former versions gave it, which serves as well."""
-        width, height = record.placement.bucket
-        start = f"{record.path.name}.{width:04d}x{height:04d}"
+        start = sized_name(record)
         return record.path.with_name(f"{start}.{identity.variant}{SUFFIX}"), record.path.with_name(start + SUFFIX)
 
 
 def check_folders(datasets: Sequence[Dataset]) -> None:
-    """Raise UserError for a folder in which no entry can be written, if a picture in it has none at all."""
+    """Raise UserError for folders in which no entry can be written, with pictures that have none in their size.
+
+    Whether an entry is valid shows when the VAE is known. A folder that cannot be listed is not judged.
+    """
     folders: dict[Path, list[ImageRecord]] = {}
     for record in all_records(datasets):
         folders.setdefault(record.path.parent, []).append(record)
+    lacking = {}
     for folder, records in folders.items():
-        if os.access(folder, os.W_OK | os.X_OK):
+        if os.access(folder, os.W_OK | os.X_OK) or not os.access(folder, os.R_OK):
             continue
-        there = {ENDING.sub("", path.name) for path in folder.iterdir()}
-        missing = sum(f"{record.path.name}{SUFFIX}" not in there for record in records)
-        if missing:
-            raise UserError(
-                f"latents cannot be stored: nothing can be written to {folder}, which has no latents of "
-                f"{counted(missing, 'picture')}; use a copy of the folder, or --cache_latents instead of "
-                "--cache_latents_to_disk"
-            )
+        there = {found[1] for path in folder.iterdir() if (found := ENTRY.fullmatch(path.name))}
+        if missing := sum(sized_name(record) not in there for record in records):
+            lacking[str(folder)] = missing
+    if lacking:
+        number = counted(sum(lacking.values()), "picture")
+        raise UserError(
+            f"latents cannot be stored: nothing can be written to {named(list(lacking))}, with {number} without "
+            f"latents; {STORED_ELSEWHERE}"
+        )
+
+
+def sized_name(record: ImageRecord) -> str:
+    """Return the beginning of the names of a record's entries: the picture and its size."""
+    width, height = record.placement.bucket
+    return f"{record.path.name}.{width:04d}x{height:04d}"
 
 
 def stamp_of(file: Path) -> Stamp:
