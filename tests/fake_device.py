@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import importlib.util
 import inspect
 import runpy
 import sys
@@ -411,7 +412,8 @@ def run(op: Any, *args: Any, **kwargs: Any) -> Any:
     _wait_for_sizes(name, args)
     inner_args, inner_kwargs = [inwards(one) for one in args], {key: inwards(one) for key, one in kwargs.items()}
     # Borrowed memory cannot grow: a result that is still to get its size gets memory of its own.
-    unsized = [key for key, one in kwargs.items() if key.startswith("out") and is_fake(one) and not one.numel()]
+    outs = {argument.name for argument in op._schema.arguments if argument.is_out}
+    unsized = [key for key, one in kwargs.items() if key in outs and is_fake(one) and not one.numel()]
     for key in unsized:
         inner_kwargs[key] = torch.empty_like(inner_kwargs[key])
         own[id(inner_kwargs[key])] = inner_kwargs[key], kwargs[key]
@@ -519,9 +521,9 @@ MODULE = types.SimpleNamespace(
 _libraries: list[torch.library.Library] = []  # what is registered ends with them
 
 
-def _operation(name: str) -> Any:
+def _operation(name: str, package: str = "aten") -> Any:
     packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
+    return getattr(getattr(getattr(torch.ops, package), packet), overload or "default")
 
 
 def _kernel(op: Any) -> Callable[..., Any]:
@@ -541,6 +543,19 @@ def _pinning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return pin(result) if pin_memory else result
 
     return made
+
+
+def take_package(name: str) -> None:
+    """Run the operations of an installed package, such as bitsandbytes', by its kernels for the CPU."""
+    if importlib.util.find_spec(name) is None:
+        return
+    importlib.import_module(name)
+    library = torch.library.Library(name, "IMPL")
+    _libraries.append(library)
+    for full in torch._C._dispatch_get_all_op_names():
+        package, _, operation = full.partition("::")
+        if package == name and torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU"):
+            library.impl(operation, _kernel(_operation(operation, name)), KEY)
 
 
 def install(*, shapes_only: bool = False) -> torch.device:
@@ -581,6 +596,7 @@ def install(*, shapes_only: bool = False) -> torch.device:
     for name in ("empty", "empty_like", "zeros", "zeros_like", "ones", "full", "randn", "rand"):
         setattr(torch, name, _pinning(getattr(torch, name)))
     torch.accelerator.synchronize = MODULE.synchronize
+    take_package("bitsandbytes")
     return torch.device(NAME, 0)
 
 

@@ -339,7 +339,7 @@ def test_memory_of_checkpointing_and_smaller_types():
         (families.SDXL, 1024, {"no_half_vae": True}, 6.2),
         (families.SDXL, 1024, {"no_half_vae": True, "fp8_base": True}, 3.6),
         (families.SD1, 512, {}, 2.05),
-        (families.SD1, 512, {"fp8_base": True}, 1.25),
+        (families.SD1, 512, {"fp8_base": True}, 1.2),
     ],
 )
 def test_the_memory_of_models_of_the_published_sizes(family, side, options, most):
