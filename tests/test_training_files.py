@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -411,4 +412,5 @@ def test_it_starts_from_another_folder_and_through_accelerate(base, pictures, tm
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "x.safetensors").exists()
     assert "steps: 1 in 1 epoch of 4 batches" in done.stderr
-    assert "learned: 210 of 210 modules (100 %) changed" in done.stderr
+    # SDXL does not use the last layer of its first text encoder, which has six modules.
+    assert re.findall(r"learned: (\d+) of (\d+) modules", done.stderr) in ([("210", "210")], [("326", "332")])
