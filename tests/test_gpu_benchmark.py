@@ -36,7 +36,8 @@ def row(name, verdict="equal", **values):
 PROCESSES = {
     "good": "row('one', speed=2.5)",
     "broken": "row('first'); raise SystemExit('no')",
-    "hanging": "row('first')\nwhile True: subprocess.Popen(['sleep', '600']); time.sleep(0.5)",
+    "hanging": "row('first')\n"
+    "while True: subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(0.5)",
     "slow": "for at in range(600): row(f'row {at}'); time.sleep(0.05)",
     "cut": "row('whole'); open(sys.argv[1], 'a').write('{\"name\": \"ha')",
 }

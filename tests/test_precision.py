@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -29,6 +30,7 @@ from library.models.eight_bit import STORAGE, store_in_eight_bits
 from library.models.latent_encoder import LatentEncoder
 from library.models.precision import move, types_of
 from library.optim.flat import TrainedWeights
+from library.sampling.float32 import Float32Port
 from library.sampling.pipelines import decode_latents, encode_pixels
 from library.sampling.previews import generate_previews
 from library.training.prepare import texts
@@ -338,6 +340,32 @@ def test_pictures_to_begin_with_are_encoded_in_float32_where_the_vae_overflows(m
         )
     assert half.dtype is torch.float16
     torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_port_narrows_what_the_model_computes_with_and_nothing_else(dtype):
+    """981 becomes 980 in bf16, and a size of 1533 becomes 1536."""
+    seen = {}
+
+    class Model(torch.nn.Module):
+        config = "its own"
+
+        def forward(self, **given):
+            seen.update(given)
+            return ([given["sample"]], given["sample"])
+
+    model: Any = Model()
+    model.dtype = dtype
+    port = Float32Port(model)
+    sample, sizes = torch.tensor([1 + 2**-12]), {"time_ids": torch.tensor([1533.0])}
+    residuals = [torch.ones(1), torch.ones(1)]
+    given = {"added_cond_kwargs": sizes, "encoder_hidden_states": sample, "residuals": residuals, "scale": 0.5}
+    (first,), second = port(sample, torch.tensor(981.0), **given)
+    assert (port.dtype, port.config) == (torch.float32, "its own")
+    assert [first.dtype, second.dtype] == [torch.float32] * 2
+    assert [seen[name].dtype for name in ("sample", "encoder_hidden_states")] == [dtype] * 2
+    assert [one.dtype for one in seen["residuals"]] == [dtype] * 2
+    assert (float(seen["timestep"]), float(seen["added_cond_kwargs"]["time_ids"]), seen["scale"]) == (981, 1533, 0.5)
 
 
 # ---- masks --------------------------------------------------------------------------------------------------

@@ -46,9 +46,10 @@ def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
     side = suite.TINY_SIDE if setting.tiny else suite.FULL_SIDE[recipe.family]
     prompts = setting.work / "preview-of-recipes.txt"
     prompts.write_text(f"a photo of noise --w {side} --h {side} --d 1 --s 4\n", encoding="utf-8")
+    steps = setting.steps(8)
     given: dict[str, object] = {
         "mixed_precision": half_of(setting),
-        "max_train_steps": setting.steps(8),
+        "max_train_steps": steps,
         "sample_prompts": prompts,
         "sample_at_first": True,
         **recipe.options,
@@ -62,7 +63,7 @@ def under_limit(setting: Setting, name: str, recipe: Recipe) -> Row:
     limit = limited(setting, recipe.gigabytes)
     if limit is None and setting.on_card:
         notes.append("no limit: the card is not larger")
-    of_steps = PeakOfSteps(setting, int(str(given["max_train_steps"])))
+    of_steps = PeakOfSteps(setting, steps)
     try:
         forget_peak(setting)
         losses = suite.train(setting, options, [of_steps.event()])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks.card import choices, correctness, drawing, machine, memory, others, speed, traced
-from benchmarks.card.rows import Row
 from benchmarks.card.running import Part
-from benchmarks.card.setting import Setting
 
 NAMES = {"sd1": ("sd15", "SD 1.5 at 512 px"), "sdxl": ("sdxl", "SDXL at 1024 px")}
 STEPS, MODES, TRACE, DRAW = (
@@ -30,22 +27,15 @@ WHOLE_FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 MACHINE = Part("machine", "Machine", machine.machine, 120)
-
-
-def comparison(
-    name: str, title: str, find: Callable[[Setting], Iterator[Row]], limit: float, variables: Mapping[str, str] | None
-) -> Part:
-    """Return a part that compares small models, which leaves room for others; with --quick it has 200 s."""
-    return Part(name, title, find, limit, 200, variables or {}, beside_others=True)
-
-
+# Comparisons of small models, which leave room for others.
+comparison = functools.partial(Part, quick_limit=200, beside_others=True)
 PARTS = (
-    comparison("traces", "Losses on the card and on the CPU", correctness.traces, 600, WHOLE_FLOAT32),
-    comparison("options", "Options of the training", choices.options, 900, None),
-    comparison("resume", "Resumed trainings", correctness.states, 300, DETERMINISTIC),
-    comparison("pictures", "Pictures on the card and on the CPU", correctness.pictures, 400, WHOLE_FLOAT32),
-    comparison("switches", "Options that change torch", choices.switches, 400, None),
-    comparison("tools", "Tools on the card and on the CPU", others.tools, 300, WHOLE_FLOAT32),
+    comparison("traces", "Losses on the card and on the CPU", correctness.traces, 600, variables=WHOLE_FLOAT32),
+    comparison("options", "Options of the training", choices.options, 900),
+    comparison("resume", "Resumed trainings", correctness.states, 300, variables=DETERMINISTIC),
+    comparison("pictures", "Pictures on the card and on the CPU", correctness.pictures, 400, variables=WHOLE_FLOAT32),
+    comparison("switches", "Options that change torch", choices.switches, 400),
+    comparison("tools", "Tools on the card and on the CPU", others.tools, 300, variables=WHOLE_FLOAT32),
     Part("sd15", "SD 1.5 at 512 px: speed and memory", STEPS["sd1"], 1200, 200),
     Part("sdxl", "SDXL at 1024 px: speed and memory", STEPS["sdxl"], 1200, 240),
     Part("sd15-trace", "SD 1.5: what a step asks of the card", TRACE["sd1"], 300, 90),
